@@ -1,0 +1,51 @@
+"""State space sequence models on PyTorch: one contract, any machine, constant memory.
+
+>>> import stateline
+>>> model = stateline.load("bundled")
+>>> text = "".join(stateline.generate(model, "My fellow citizens", max_tokens=20))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stateline import backends as backends
+    from stateline import generation as generation
+    from stateline import models as models
+    from stateline import nn as nn
+    from stateline import ops as ops
+    from stateline import state as state
+    from stateline import training as training
+    from stateline.generation import generate as generate
+    from stateline.interop import load as load
+    from stateline.interop import save as save
+    from stateline.models import LanguageModel as LanguageModel
+    from stateline.models import ModelConfig as ModelConfig
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "LanguageModel": "models",
+    "ModelConfig": "models",
+    "generate": "generation",
+    "load": "interop",
+    "save": "interop",
+}
+_MODULES = ("backends", "generation", "models", "nn", "ops", "state", "training")
+
+__all__ = sorted([*_NAMES, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    """Import parts when first named, so that `import stateline` costs nothing by itself."""
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"stateline.{_NAMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"stateline.{name}")
+    raise AttributeError(f"module 'stateline' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

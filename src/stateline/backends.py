@@ -1,0 +1,129 @@
+"""Which code runs an operation: chosen by device and dtype, or forced by `backend=`, and always explained.
+
+reference   PyTorch, the definition; any device, any dtype
+cpu         C++ with vector instructions, loaded through ctypes; CPU tensors
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import importlib.resources
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from torch import Tensor
+
+from stateline.checks import fail
+
+#: Fastest first. A name stays a string until an op needs it, so an absent back end costs nothing.
+BACKENDS = ("cpu", "reference")
+
+
+class BackendError(RuntimeError):
+    """A back end that was asked for cannot run; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The back end an op will use, and why each faster one was rejected."""
+
+    name: str
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; not {name}: {why}" for name, why in self.rejected.items())
+        return self.name + reasons
+
+
+def explain(op: str | Callable[..., object], *args: object, backend: str | None = None) -> Choice:
+    """Say which back end `op` would use for these arguments, and why not the others.
+
+    `op`: an operation or its name. `args`: its tensors; the first decides the device (none: the CPU).
+
+    >>> explain("selective_scan").name in BACKENDS
+    True
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    tensor = next((a for a in args if isinstance(a, Tensor)), None)
+    return choose(name, "cpu" if tensor is None else tensor.device.type, backend)
+
+
+def choose(op: str, device: str, backend: str | None = None) -> Choice:
+    """The back end for `op` on a device type; a forced one is returned or refused, never replaced."""
+    rejected: dict[str, str] = {}
+    for name in BACKENDS:
+        reason = _unavailable(name, device)
+        if backend is None:
+            if reason is None:
+                return Choice(name, rejected)
+            rejected[name] = reason
+        elif backend == name:
+            if reason is None:
+                return Choice(name)
+            raise BackendError(f"{op}: backend={backend!r} cannot run here: {reason}")
+    raise fail(op, f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))} or None.")
+
+
+def _unavailable(name: str, device: str) -> str | None:
+    """Why a back end cannot serve tensors of this device type, or None if it can."""
+    if name == "cpu":
+        return native_problem() if device == "cpu" else f"needs CPU tensors, these are on {device}"
+    return None
+
+
+def kernel(op: str, device: str, backend: str | None) -> ModuleType:
+    """The module that holds `forward`, `backward` and `step` of `op` for this device.
+
+    Warns once per process when the CPU library is missing and the slow reference stands in.
+    """
+    choice = choose(op, device, backend)
+    if backend is None and device == "cpu" and choice.name == "reference":
+        _say_slow_once(choice.rejected["cpu"])
+    return _module(op, choice.name)
+
+
+@functools.cache
+def _module(op: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"stateline.ops.{op}.{backend}")
+
+
+@functools.cache
+def _say_slow_once(reason: str) -> None:
+    warnings.warn(
+        f"stateline runs on its slow reference: {reason} Results are the same, only slower.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def native_problem() -> str | None:
+    """Why the C++ library cannot be used, or None if it can."""
+    try:
+        load_native()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def load_native() -> ctypes.CDLL:
+    """The C++ library. Raises BackendError saying why it is absent or broken."""
+    if os.environ.get("STATELINE_DISABLE_NATIVE", "0") not in ("", "0"):
+        raise BackendError("the C++ library is switched off by STATELINE_DISABLE_NATIVE.")
+    # Not Path(__file__).parent: an editable install keeps the library elsewhere.
+    with importlib.resources.as_file(importlib.resources.files("stateline") / "_native.so") as path:
+        if not path.exists():
+            raise BackendError(
+                "the C++ library was not built (no compiler at install time?). Install one, then reinstall stateline."
+            )
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BackendError(f"the C++ library does not load: {error}. Reinstall stateline on this machine.") from error
+    return library

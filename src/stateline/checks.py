@@ -1,0 +1,123 @@
+"""The one error voice: every complaint names op, argument, what was expected, what came, and a remedy.
+
+Only metadata is looked at here, except where a function says that it reads values (and then only on CPU tensors outside
+tracing, so that nothing synchronises a device or breaks a graph).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fail(op: str, problem: str, remedy: str = "", *, error: type[Exception] = ValueError) -> Exception:
+    """The exception to raise: `op: problem. remedy`."""
+    return error(f"{op}: {problem}" + (f" {remedy}" if remedy else ""))
+
+
+class Sizes:
+    """Letters bound to sizes while an op's arguments are checked, with the argument that bound each."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.bound: dict[str, tuple[int, str]] = {}
+
+    def __getitem__(self, letter: str) -> int:
+        return self.bound[letter][0]
+
+    def bind(self, letter: str, size: int, source: str) -> None:
+        """Give `letter` a size before any tensor does."""
+        self.bound[letter] = (size, source)
+
+    def match(self, name: str, tensor: Tensor, spec: str, remedy: str = "") -> None:
+        """Check `tensor` against `spec`, a string such as "b t d", binding the letters it meets first.
+
+        Raises TypeError if it is not a tensor, ValueError naming the sizes that disagree and who set them.
+        """
+        if not isinstance(tensor, Tensor):
+            raise fail(self.op, f"{name} is a {type(tensor).__name__}, expected a tensor ({spec})", error=TypeError)
+        letters = spec.split()
+        shape = tensor.shape
+        if len(shape) != len(letters):
+            raise fail(self.op, f"{name} has shape {tuple(shape)}, expected {_tuple(letters)}.", remedy)
+        for letter, size in zip(letters, shape, strict=True):
+            if letter not in self.bound:
+                self.bound[letter] = (size, name)
+                continue
+            expected, source = self.bound[letter]
+            if size != expected:
+                raise fail(
+                    self.op,
+                    f"{name} has shape {tuple(shape)}, expected {_tuple(letters)} with {letter} = {expected} (set by {source}).",
+                    remedy,
+                )
+
+
+def _tuple(letters: list[str]) -> str:
+    return "(" + ", ".join(letters) + ("," if len(letters) == 1 else "") + ")"
+
+
+def dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], remedy: str = "") -> None:
+    """Raise TypeError unless the tensor's dtype is one of `allowed`."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(_name(d) for d in allowed)
+        raise fail(op, f"{name} is {_name(tensor.dtype)}, expected one of {names}.", remedy, error=TypeError)
+
+
+def same_device(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise ValueError unless all given tensors live on one device."""
+    first: tuple[str, torch.device] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first = (name, tensor.device)
+        elif tensor.device != first[1]:
+            raise fail(
+                op,
+                f"{name} is on {tensor.device}, {first[0]} is on {first[1]}.",
+                f"Move it with {name}.to({first[0]}.device).",
+            )
+
+
+def choice(op: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise fail(op, f"{name} is {value!r}, expected one of {', '.join(repr(a) for a in allowed)}.")
+
+
+def number(
+    op: str,
+    name: str,
+    value: float,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    integer: bool = False,
+) -> None:
+    """Raise unless `value` is a finite number in [low, high] ((low, high] with `open_low`), whole if `integer`."""
+    kind = "a whole number" if integer else "a number"
+    whole_enough = isinstance(value, int) if integer else isinstance(value, int | float)
+    if isinstance(value, bool) or not whole_enough:
+        raise fail(op, f"{name} is {value!r}, expected {kind}.", error=TypeError)
+    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
+        bounds += [f"at most {high:g}"] if high < math.inf else []
+        raise fail(op, f"{name} is {value!r}, expected {kind} {' and '.join(bounds) or 'that is finite'}.")
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether values may be looked at: a real CPU tensor, outside tracing."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _name(d: torch.dtype) -> str:
+    return str(d).removeprefix("torch.")

@@ -1,0 +1,28 @@
+"""Registers raw custom ops, so that torch.compile and torch.export see each as one opaque node.
+
+The raw ops carry no autograd formula: each public operation wraps them in an autograd.Function, because formulas attached
+to a custom op make torch.func.jvp return zero tangents silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("stateline", "DEF")
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define `stateline::<schema>`, run by `run` on CPU and CUDA tensors and by `fake` on shapes alone."""
+    name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"stateline::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.stateline, name).default  # type: ignore[no-any-return]  # torch types it as Any
+
+
+def or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or an empty one where a raw op must return something for an absent argument."""
+    return like.new_empty(0) if tensor is None else tensor

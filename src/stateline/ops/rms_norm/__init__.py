@@ -1,0 +1,124 @@
+"""rms_norm: addition of a residual and root-mean-square normalisation in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from stateline import backends, checks
+from stateline.checks import Sizes
+from stateline.ops.library import define, or_empty
+
+OP = "rms_norm"
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    residual_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalise `h = x + residual` by its root mean square over the last axis; return (y, h).
+
+    Args:
+        x: (…, d).   weight: (d).   residual: (…, d), or None for h = x.
+        eps: added to the mean square, > 0.
+        residual_dtype: dtype of the returned h; x's if None. float32 keeps a deep residual stream exact under bfloat16.
+        backend: "cpu" or "reference" forces one, None chooses.
+
+    Returns:
+        y (…, d) in x's dtype, rounded once, and h (…, d).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
+
+    >>> y, h = rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2))
+    >>> y.square().mean().item()
+    1.0
+    """
+    if not isinstance(x, Tensor) or x.dim() < 1:
+        raise checks.fail(OP, f"x is {x!r}, expected a tensor (…, d).", error=TypeError)
+    checks.dtype(OP, "x", x, checks.REAL_DTYPES)
+    sizes = Sizes(OP)
+    sizes.bind("d", x.shape[-1], "x")
+    sizes.match("weight", weight, "d")
+    checks.dtype(OP, "weight", weight, checks.REAL_DTYPES)
+    if residual is not None:
+        checks.dtype(OP, "residual", residual, checks.REAL_DTYPES)
+        if residual.shape != x.shape:
+            raise checks.fail(OP, f"residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}; they are added.")
+    checks.number(OP, "eps", eps, low=0.0, open_low=True)
+    checks.choice(OP, "residual_dtype", residual_dtype, (None, *checks.REAL_DTYPES))
+    checks.same_device(OP, {"x": x, "weight": weight, "residual": residual})
+    return _RMSNorm.apply(x, weight, residual, float(eps), residual_dtype or x.dtype, backend)  # type: ignore[no-any-return]
+
+
+# ---- raw ops ---------------------------------------------------------------------------------------------------------
+
+
+def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *rest, backend = args
+    return backends.kernel(OP, x.device.type, backend).forward(x, *rest)  # type: ignore[no-any-return]
+
+
+def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *rest, backend = args
+    grads = backends.kernel(OP, dy.device.type, backend).backward(dy, *rest)
+    return tuple(or_empty(g, dy) for g in grads)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, residual_dtype: torch.dtype, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual_dtype)
+
+
+def _fake_backward(
+    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, eps: float, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dx = dy.new_empty(dy.shape, dtype=x_dtype)
+    dresidual = dy.new_empty(0) if residual_dtype is None else dy.new_empty(dy.shape, dtype=residual_dtype)
+    return dx, weight.new_empty(weight.shape), dresidual
+
+
+_forward = define(
+    f"{OP}(Tensor x, Tensor weight, Tensor? residual, float eps, ScalarType residual_dtype, str? backend) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
+_backward = define(
+    f"{OP}_backward(Tensor dy, Tensor dh, Tensor h, Tensor weight, float eps, ScalarType x_dtype, "
+    "ScalarType? residual_dtype, str? backend) -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+
+
+class _RMSNorm(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # setup_context form
+        return _forward(*inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, residual, eps, _, backend = inputs
+        ctx.save_for_backward(output[1], weight)
+        ctx.options = (eps, x.dtype, None if residual is None else residual.dtype, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, weight = ctx.saved_tensors
+        eps, x_dtype, residual_dtype, backend = ctx.options
+        dx, dweight, dresidual = _backward(dy, dh, h, weight, eps, x_dtype, residual_dtype, backend)
+        return dx, dweight, None if residual_dtype is None else dresidual, None, None, None
