@@ -1,0 +1,218 @@
+"""Backbone: embedding, a stack of blocks, a final norm; its configuration and its state."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stateline import checks
+from stateline.nn import Block, GatedMLP, LayerNorm, Mamba, Mixer, RMSNorm
+from stateline.nn.mixer import Lengths, padding, zero_padding
+
+#: Mixers by the name `ssm_cfg["layer"]` gives them; its other keys go to the constructor.
+MIXERS: dict[str, type[Mixer]] = {"Mamba1": Mamba}
+_INT32, _INT64 = torch.int32, torch.int64
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of a model; names and defaults follow mamba_ssm where it has them.
+
+    Args:
+        d_model: width of the residual stream.   n_layer: blocks.   vocab_size: token ids are below it.
+        d_intermediate: hidden width of a gated MLP in every block, 0 for none.
+        ssm_cfg: {"layer": "Mamba1"} and arguments of the mixer, e.g. {"d_state": 32}.
+        rms_norm: RMSNorm, else LayerNorm.   norm_eps: of every norm.
+        residual_in_fp32: keep the residual stream in float32 under 16-bit weights.
+        pad_vocab_size_multiple: embedding rows are rounded up to it; logits are not.
+        tie_embeddings: the output matrix is the embedding.
+
+    >>> ModelConfig(d_model=64, n_layer=2, vocab_size=50277).embedding_rows
+    50280
+    """
+
+    d_model: int = 768
+    n_layer: int = 24
+    vocab_size: int = 50277
+    d_intermediate: int = 0
+    ssm_cfg: dict[str, Any] = field(default_factory=dict)
+    rms_norm: bool = True
+    residual_in_fp32: bool = True
+    pad_vocab_size_multiple: int = 8
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"):
+            checks.number("ModelConfig", name, getattr(self, name), low=1, integer=True)
+        checks.number("ModelConfig", "d_intermediate", self.d_intermediate, low=0, integer=True)
+        checks.number("ModelConfig", "norm_eps", self.norm_eps, low=0, open_low=True)
+        for name in ("rms_norm", "residual_in_fp32", "tie_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise checks.fail("ModelConfig", f"{name} is {value!r}, expected True or False.", error=TypeError)
+        if not isinstance(self.ssm_cfg, Mapping):
+            raise checks.fail("ModelConfig", f"ssm_cfg is {self.ssm_cfg!r}, expected a dict.", error=TypeError)
+        object.__setattr__(self, "ssm_cfg", dict(self.ssm_cfg))  # ours: the caller's dict may change
+        self.make_mixer(device="meta")  # the mixer checks its own arguments
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The configuration with these fields; unknown ones are refused."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise checks.fail("ModelConfig", f"unknown keys {', '.join(unknown)}; known are {', '.join(names)}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @property
+    def embedding_rows(self) -> int:
+        """vocab_size rounded up to pad_vocab_size_multiple."""
+        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
+    def make_mixer(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Mixer:
+        """One layer as `ssm_cfg` describes it."""
+        options = dict(self.ssm_cfg)
+        layer = options.pop("layer", "Mamba1")
+        checks.choice("ModelConfig", 'ssm_cfg["layer"]', layer, tuple(MIXERS))
+        known = [p for p in inspect.signature(MIXERS[layer]).parameters if p not in ("d_model", "device", "dtype")]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise checks.fail(
+                "ModelConfig", f"ssm_cfg has unknown keys {', '.join(unknown)}; {layer} knows {', '.join(known)}."
+            )
+        return MIXERS[layer](self.d_model, **options, device=device, dtype=dtype)
+
+
+@dataclass
+class ModelState:
+    """What sequences carry through a whole model. layers: one state a block, in order, each with a row a sequence."""
+
+    layers: list[Any]
+
+
+torch.export.register_dataclass(ModelState, serialized_type_name="stateline.models.ModelState")
+
+
+class Backbone(nn.Module):
+    """Token ids (b, t) -> normalised hidden vectors (b, t, d_model): everything of a model but its head."""
+
+    def __init__(
+        self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm_class = RMSNorm if config.rms_norm else LayerNorm
+
+        def norm() -> RMSNorm | LayerNorm:
+            return norm_class(config.d_model, config.norm_eps, **made)
+
+        def block() -> Block:
+            mixer, first = config.make_mixer(**made), norm()
+            if not config.d_intermediate:
+                return Block(mixer, first, residual_in_fp32=config.residual_in_fp32)
+            mlp = GatedMLP(config.d_model, config.d_intermediate, **made)
+            return Block(mixer, first, mlp=mlp, norm2=norm(), residual_in_fp32=config.residual_in_fp32)
+
+        self.embedding = nn.Embedding(config.embedding_rows, config.d_model, **made)
+        self.layers = nn.ModuleList(block() for _ in range(config.n_layer))
+        self.norm_f = norm()
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """mamba_ssm's initial values: what writes into the residual stream shrinks with depth."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for name, module in self.layers.named_modules():
+            last = name.rpartition(".")[2]
+            if last in ("in_proj", "out_proj") and getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+            if last in ("out_proj", "fc2"):
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+                module.weight /= math.sqrt(self.config.n_layer)
+
+    def init_state(
+        self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None
+    ) -> ModelState:
+        """The state of `batch` sequences before their first token; `max_tokens` bounds layers whose state grows."""
+        return ModelState([block.init_state(batch, max_tokens=max_tokens, device=device) for block in self.layers])
+
+    def forward(self, input_ids: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """input_ids (b, t) -> (b, t, d_model), 0 at padding. `lengths`, `cu_seqlens`: as for `Mixer.extend`."""
+        x, lengths = self._embed(input_ids, lengths)
+        residual = None
+        for block in self.layers:
+            x, residual = block(x, residual, lengths=lengths, cu_seqlens=cu_seqlens)
+        return zero_padding(self.norm_f(x, residual)[0], lengths)
+
+    def extend(
+        self,
+        input_ids: Tensor,
+        state: ModelState | None = None,
+        *,
+        lengths: Lengths | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """`forward` from a state, which is never changed; None starts afresh. Returns hidden vectors and the new state."""
+        before = self._layer_states(state)
+        x, lengths = self._embed(input_ids, lengths)
+        residual = None
+        after = []
+        for block, given in zip(self.layers, before, strict=True):
+            x, residual, new = block.extend(x, residual, given, lengths=lengths, cu_seqlens=cu_seqlens)
+            after.append(new)
+        return zero_padding(self.norm_f(x, residual)[0], lengths), ModelState(after)
+
+    @torch.no_grad()
+    def step_(self, input_ids: Tensor, state: ModelState) -> Tensor:
+        """One token each: input_ids (b) -> (b, d_model), writing into `state`. No gradient."""
+        x, _ = self._embed(input_ids, None, form="b")
+        residual = None
+        for block, given in zip(self.layers, self._layer_states(state), strict=True):
+            x, residual = block.step_(x, residual, given)
+        return self.norm_f(x, residual)[0]  # type: ignore[no-any-return]  # torch does not type module calls
+
+    def _layer_states(self, state: ModelState | None) -> list[Any]:
+        if state is None:
+            return [None] * len(self.layers)
+        if not isinstance(state, ModelState) or len(state.layers) != len(self.layers):
+            got = f"{len(state.layers)} layers" if isinstance(state, ModelState) else f"a {type(state).__name__}"
+            raise checks.fail(
+                "state", f"is {got}, expected a ModelState of {len(self.layers)}.", "Make it with init_state."
+            )
+        return state.layers
+
+    def _embed(self, ids: Tensor, lengths: Lengths | None, form: str = "b t") -> tuple[Tensor, Tensor | None]:
+        sizes = checks.Sizes("input_ids")
+        sizes.match("input_ids", ids, form)
+        checks.dtype("input_ids", "input_ids", ids, (_INT32, _INT64), "Token ids are whole numbers.")
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, device=ids.device)
+            sizes.match("lengths", lengths, "b")
+            ids = ids.masked_fill(padding(ids, lengths), 0)  # whatever stands there is not looked up
+        check_ids("input_ids", ids, self.config.vocab_size)
+        return self.embedding(ids), lengths
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for ids outside 0 … vocab_size − 1; reads values, so CPU tensors outside tracing only."""
+    if not checks.can_read(ids) or ids.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(ids))
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise checks.fail(
+            name, f"token id {wrong} is outside the vocabulary, 0 to {vocab_size - 1}.", "Is it the right tokenizer?"
+        )

@@ -1,0 +1,167 @@
+"""LanguageModel: a backbone and a head over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stateline import checks
+from stateline.models.backbone import Backbone, ModelConfig, ModelState, check_ids
+from stateline.nn.mixer import Lengths, padding
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+class LanguageModel(nn.Module):
+    """Token ids (b, t) -> logits (b, t, v), v = config.vocab_size, continued from a state by any number of tokens.
+
+    Names of parameters are mamba_ssm's. `metadata`: a dict that travels with checkpoints (tokenizer, training, card).
+
+    >>> model = LanguageModel(ModelConfig(d_model=16, n_layer=2, vocab_size=256))
+    >>> ids = torch.randint(256, (1, 8))
+    >>> first, state = model.extend(ids[:, :5], model.init_state(1))
+    >>> rest, state = model.extend(ids[:, 5:], state)
+    >>> torch.allclose(torch.cat([first, rest], 1), model(ids), atol=1e-5)
+    True
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise checks.fail(
+                "LanguageModel", f"config is a {type(config).__name__}, expected a ModelConfig.", error=TypeError
+            )
+        self.config = config
+        self.metadata: dict[str, Any] = {}
+        self.backbone = Backbone(config, device=device, dtype=dtype)
+        self.lm_head = nn.Linear(config.d_model, config.embedding_rows, bias=False, device=device, dtype=dtype)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the output matrix the embedding again, where the configuration says so (after weights were replaced)."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+
+    def num_parameters(self) -> int:
+        """How many numbers the model has learnt; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def init_state(
+        self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None
+    ) -> ModelState:
+        """The state of `batch` sequences before their first token; `max_tokens` bounds layers whose state grows."""
+        return self.backbone.init_state(batch, max_tokens=max_tokens, device=device)
+
+    def forward(self, input_ids: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Logits (b, t, v) for input_ids (b, t).
+
+        Args:
+            lengths: (b) valid tokens a row; what follows is skipped, whatever it holds.
+            cu_seqlens: (n_seq + 1) bounds of sequences packed along time in a batch of 1.
+
+        Raises:
+            ValueError, TypeError: ids outside the vocabulary (on the CPU), wrong shapes or dtypes.
+        """
+        return self._logits(self.backbone(input_ids, lengths=lengths, cu_seqlens=cu_seqlens))
+
+    def extend(
+        self,
+        input_ids: Tensor,
+        state: ModelState | None = None,
+        *,
+        lengths: Lengths | None = None,
+        cu_seqlens: Tensor | None = None,
+        last_only: bool = False,
+    ) -> tuple[Tensor, ModelState]:
+        """`forward` from a state, which is never changed; None starts afresh.
+
+        last_only: logits (b, v), or (n_seq, v) packed, of each sequence's last valid token alone; 0 where there is none.
+        Returns logits and the new state.
+        """
+        x, state = self.backbone.extend(input_ids, state, lengths=lengths, cu_seqlens=cu_seqlens)
+        if last_only:
+            x = _last(x, lengths, cu_seqlens)
+        return self._logits(x), state
+
+    @torch.no_grad()
+    def step_(self, input_ids: Tensor, state: ModelState) -> Tensor:
+        """One token each: input_ids (b) -> logits (b, v), writing into `state`. No gradient: for engines."""
+        return self._logits(self.backbone.step_(input_ids, state))
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        *,
+        lengths: Lengths | None = None,
+        cu_seqlens: Tensor | None = None,
+        ignore_index: int = -100,
+        chunk: int = 1024,
+    ) -> Tensor:
+        """Mean cross-entropy of the targets in nats a token, a scalar; 0 where no target counts.
+
+        Args:
+            input_ids: (b, t).   targets: (b, t) what each position should predict (shift them yourself).
+            lengths, cu_seqlens: as in `forward`; targets at padding do not count.
+            ignore_index: targets equal to it do not count.
+            chunk: logits are held for at most this many tokens at once, in the backward pass too, where each chunk is
+                computed again. Softmax runs in float32 (float64 in a float64 model).
+        """
+        checks.number("loss", "chunk", chunk, low=1, integer=True)
+        targets = self._targets(input_ids, targets, lengths, ignore_index)
+        x = self.backbone(input_ids, lengths=lengths, cu_seqlens=cu_seqlens).flatten(0, 1)
+        total = x.new_zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        again = torch.is_grad_enabled() and x.shape[0] > chunk  # a single chunk may as well be kept
+        for start in range(0, x.shape[0], chunk):
+            part, wanted = x[start : start + chunk], targets[start : start + chunk]
+            if again:
+                total = total + checkpoint(self._chunk_loss, part, wanted, ignore_index, use_reentrant=False)
+            else:
+                total = total + self._chunk_loss(part, wanted, ignore_index)
+        return total / (targets != ignore_index).sum().clamp(min=1)
+
+    def _targets(self, input_ids: Tensor, targets: Tensor, lengths: Lengths | None, ignore_index: int) -> Tensor:
+        """Checked, flat (b·t) int64 targets with `ignore_index` at padding."""
+        sizes = checks.Sizes("loss")
+        sizes.match("input_ids", input_ids, "b t")
+        sizes.match("targets", targets, "b t")
+        checks.dtype("loss", "targets", targets, INTEGERS, "Targets are token ids.")
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, device=targets.device)
+            sizes.match("lengths", lengths, "b")
+            targets = targets.masked_fill(padding(targets, lengths), ignore_index)
+        if checks.can_read(targets):
+            check_ids("targets", targets[targets != ignore_index], self.config.vocab_size)
+        return targets.flatten().long()
+
+    def _chunk_loss(self, x: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        logits = self._logits(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(…, d_model) -> (…, v); rows that only pad the matrix are left out."""
+        return self.lm_head(x)[..., : self.config.vocab_size]  # type: ignore[no-any-return]  # torch does not type it
+
+
+def _last(x: Tensor, lengths: Lengths | None, cu_seqlens: Tensor | None) -> Tensor:
+    """x (b, t, d) -> (n_seq, d): each sequence's last valid vector, 0 for an empty one."""
+    if cu_seqlens is not None:
+        ends, starts = cu_seqlens[1:].to(x.device, torch.int64), cu_seqlens[:-1].to(x.device, torch.int64)
+        x, empty = x[0], ends == starts
+    else:
+        b, t = x.shape[:2]
+        if lengths is None:
+            return x[:, -1] if t else x.new_zeros(b, x.shape[2])
+        lengths = torch.as_tensor(lengths, device=x.device).long()
+        ends = torch.arange(b, device=x.device) * t + lengths
+        x, empty = x.flatten(0, 1), lengths == 0
+    if x.shape[0] == 0:
+        return x.new_zeros(ends.shape[0], x.shape[1])
+    return x[(ends - 1).clamp(min=0)].masked_fill(empty[:, None], 0)

@@ -1,0 +1,9 @@
+"""Layers: each continues a sequence from a state, in any pieces, and gives the state back."""
+
+from stateline.nn.block import Block, GatedMLP
+from stateline.nn.groups import param_groups
+from stateline.nn.mamba import Mamba, MambaState
+from stateline.nn.mixer import Mixer
+from stateline.nn.norm import LayerNorm, RMSNorm
+
+__all__ = ["Block", "GatedMLP", "LayerNorm", "Mamba", "MambaState", "Mixer", "RMSNorm", "param_groups"]

@@ -1,0 +1,212 @@
+"""Mamba: the selective state space layer of Mamba-1, with mamba_ssm's parameters.
+
+    x, z = in_proj(input)          x = silu(conv(x))          dt, B, C = x_proj(x)
+    y = selective_scan(x, softplus(dt_proj(dt) + bias), A = −exp(A_log), B, C) + D·x, gated by silu(z)
+    output = out_proj(y)
+
+A by zero-order hold, B by Euler. Suffixes: b batch, t time step, e inner channel, n state, k taps, r rank of dt.
+Source: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", section 3.4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stateline import checks, ops
+from stateline.nn.mixer import Lengths, Mixer, zero_padding
+from stateline.nn.precision import keep_wide, wide
+
+OP = "Mamba"
+
+
+@dataclass
+class MambaState:
+    """What a sequence carries from token to token, float32 (float64 in a float64 layer).
+
+    conv: (b, k−1, e) the last inputs of the convolution, oldest first.   ssm: (b, e, n) the state of the scan.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+torch.export.register_dataclass(MambaState, serialized_type_name="stateline.nn.MambaState")
+
+
+class StepSize(nn.Linear):
+    """A Linear that leaves its bias out: the scan adds it in float32, before softplus. The bias is never cast to 16 bits."""
+
+    def __init__(
+        self, rank: int, d_inner: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(rank, d_inner, bias=True, device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.zeros(d_inner, device=device, dtype=wide(dtype)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, r) -> (…, e), without the bias."""
+        return F.linear(x, self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StepSize:
+        # The bias and its gradient are the only vectors here; identity would not survive the replacing of parameters.
+        return super()._apply(lambda tensor: keep_wide(fn)(tensor) if tensor.dim() == 1 else fn(tensor), recurse)
+
+
+class Mamba(Mixer):
+    """Mamba-1, (b, t, d_model) -> (b, t, d_model). Arguments, parameter names, shapes and initial values are mamba_ssm's.
+
+    Args:
+        d_model: width of input and output.
+        d_state: n, states a channel.   d_conv: k, taps of the convolution, the current token included.
+        expand: inner width e = int(expand · d_model).
+        dt_rank: rank of the step-size projection; "auto" is ⌈d_model/16⌉.
+        dt_min, dt_max, dt_init_floor: initial step sizes are log-uniform in [dt_min, dt_max], at least the floor.
+        dt_init, dt_scale: initial step-size weights, "random" in ± dt_rank^−½ · dt_scale or "constant" at that value.
+        conv_bias, bias: give the convolution, the two outer projections a bias.
+
+    A_log, D and dt_proj.bias stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state.
+    Projections are called as modules, so adapters and quantised Linears may replace them; one that replaces `dt_proj` must
+    wrap the original.
+
+    >>> layer = Mamba(16)
+    >>> x = torch.randn(2, 10, 16)
+    >>> y, state = layer.extend(x[:, :4], layer.init_state(2))
+    >>> rest, state = layer.extend(x[:, 4:], state)
+    >>> torch.allclose(torch.cat([y, rest], 1), layer(x), atol=1e-5)
+    True
+    """
+
+    no_weight_decay = ("A_log", "D")
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)):
+            checks.number(OP, name, value, low=1, integer=True)
+        checks.number(OP, "expand", expand, low=0, open_low=True)
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner = int(expand * d_model)
+        checks.number(OP, "int(expand · d_model)", self.d_inner, low=1, integer=True)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        checks.number(OP, "dt_rank", self.dt_rank, low=1, integer=True)  # type: ignore[arg-type]  # a wrong string fails here
+
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        e, n, r = self.d_inner, d_state, int(self.dt_rank)
+        self.in_proj = nn.Linear(d_model, 2 * e, bias=bias, **made)
+        self.conv1d = nn.Conv1d(e, e, d_conv, groups=e, padding=d_conv - 1, bias=conv_bias, **made)
+        self.x_proj = nn.Linear(e, r + 2 * n, bias=False, **made)
+        self.dt_proj = StepSize(r, e, **made)
+        full = wide(dtype)
+        self.A_log = nn.Parameter(torch.arange(1, n + 1, dtype=full, device=device).log().repeat(e, 1))
+        self.D = nn.Parameter(torch.ones(e, dtype=full, device=device))
+        self.out_proj = nn.Linear(e, d_model, bias=bias, **made)
+        self._init_steps(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+
+    @torch.no_grad()
+    def _init_steps(self, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, dt_init_floor: float) -> None:
+        checks.number(OP, "dt_min", dt_min, low=0, open_low=True)
+        checks.number(OP, "dt_max", dt_max, low=dt_min)
+        checks.number(OP, "dt_scale", dt_scale, low=0, open_low=True)
+        checks.number(OP, "dt_init_floor", dt_init_floor, low=0, open_low=True)
+        checks.choice(OP, "dt_init", dt_init, ("random", "constant"))
+        bound = int(self.dt_rank) ** -0.5 * dt_scale
+        nn.init.uniform_(self.dt_proj.weight, -bound if dt_init == "random" else bound, bound)
+        low, high = math.log(dt_min), math.log(dt_max)
+        dt = (torch.rand_like(self.dt_proj.bias) * (high - low) + low).exp().clamp(min=dt_init_floor)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def init_state(
+        self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None
+    ) -> MambaState:
+        """Zeros for `batch` sequences; the size is constant, so `max_tokens` changes nothing."""
+        checks.number(OP, "batch", batch, low=0, integer=True)
+        made: dict[str, Any] = {"device": device or self.A_log.device, "dtype": wide(self.A_log.dtype)}
+        conv = torch.zeros(batch, self.d_conv - 1, self.d_inner, **made)
+        return MambaState(conv, torch.zeros(batch, self.d_inner, self.d_state, **made))
+
+    def extend(
+        self,
+        x: Tensor,
+        state: MambaState | None = None,
+        *,
+        lengths: Lengths | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, MambaState]:
+        """x (b, t, d_model) -> y (b, t, d_model), state; see Mixer."""
+        where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
+        u, z = self.in_proj(zero_padding(x, lengths)).chunk(2, dim=-1)
+        u, conv = ops.causal_conv1d(
+            u, *self._taps(), activation="silu", initial_state=None if state is None else state.conv, **where
+        )
+        y, ssm = ops.selective_scan(
+            *self._select(u), **self._system(u), z=z, initial_state=None if state is None else state.ssm, **where
+        )
+        return zero_padding(self.out_proj(y), lengths), MambaState(conv, ssm)
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: MambaState) -> Tensor:
+        """x (b, d_model) -> y (b, d_model), writing into `state`; no gradient."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u = ops.causal_conv1d_step_(state.conv, u, *self._taps(), activation="silu")
+        u, dt, A, B, C = self._select(u)
+        return self.out_proj(  # type: ignore[no-any-return]  # torch does not type module calls
+            ops.selective_scan_step_(state.ssm, u, dt, A, B[:, None], C[:, None], **self._system(u), z=z)
+        )
+
+    def _taps(self) -> tuple[Tensor, Tensor | None]:
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+
+    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """u (…, e) -> u, dt (…, e), A (e, n), B, C (…, n)."""
+        dt, B, C = self.x_proj(u).split([int(self.dt_rank), self.d_state, self.d_state], dim=-1)
+        return u, self.dt_proj(dt), -torch.exp(self.A_log.to(wide(u.dtype))), B, C
+
+    def _system(self, u: Tensor) -> dict[str, Any]:
+        full = wide(u.dtype)
+        return {"D": self.D.to(full), "dt_bias": self._step_bias().to(full), "dt_softplus": True}
+
+    def _step_bias(self) -> Tensor:
+        projection = self.dt_proj
+        if not isinstance(projection, StepSize):  # an adapter wraps it
+            inner = [m for m in projection.modules() if isinstance(m, StepSize)]
+            if len(inner) != 1:
+                raise checks.fail(
+                    OP,
+                    f"dt_proj was replaced by {type(projection).__name__}, which does not wrap the original.",
+                    "Its bias must reach the scan unrounded: exclude dt_proj from conversion, or wrap it.",
+                    error=TypeError,
+                )
+            projection = inner[0]
+        return projection.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mamba:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(keep_wide(fn), recurse=False)  # A_log and D are this module's own parameters
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f"d_model={self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, d_inner={self.d_inner}"

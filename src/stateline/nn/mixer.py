@@ -1,0 +1,61 @@
+"""The contract of a layer that mixes along time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Lengths = Tensor | Sequence[int]
+
+
+class Mixer(nn.Module, ABC):
+    """A layer (b, t, d) -> (b, t, d) that can be cut anywhere along time and continued.
+
+    For any split of x the concatenated outputs of `extend` equal `forward`; `step_` equals `extend` by one token; padded
+    (`lengths`) and packed (`cu_seqlens`) batches equal their sequences alone. A state is a dataclass of tensors, known to
+    PyTorch as a pytree, with one row a sequence.
+    """
+
+    @abstractmethod
+    def init_state(self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None) -> Any:
+        """The state of `batch` sequences before their first token.
+
+        max_tokens: bound on a sequence's length, for layers whose state grows; others ignore it.
+        device: the layer's own if None.
+        """
+
+    @abstractmethod
+    def extend(
+        self, x: Tensor, state: Any = None, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Continue by any number of tokens: (y, new state). Differentiable, also in and through the state.
+
+        Args:
+            x: (b, t, d), t ≥ 0.
+            state: b rows (n_seq with `cu_seqlens`), never changed; None starts afresh.
+            lengths: (b) valid tokens a row; what follows them is skipped, and y is 0 there.
+            cu_seqlens: (n_seq + 1) bounds of sequences packed along time in a batch of 1.
+        """
+
+    @abstractmethod
+    def step_(self, x: Tensor, state: Any) -> Tensor:
+        """Continue by one token, x (b, d) -> y (b, d), writing into `state`. No gradient: for engines that generate."""
+
+    def forward(self, x: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """y (b, t, d) for whole sequences x (b, t, d); arguments as for `extend`."""
+        return self.extend(x, None, lengths=lengths, cu_seqlens=cu_seqlens)[0]
+
+
+def padding(x: Tensor, lengths: Lengths) -> Tensor:
+    """(b, t) bool, True at the padding that follows `lengths` (b) valid tokens of x (b, t, …)."""
+    lengths = torch.as_tensor(lengths, device=x.device)
+    return torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+
+
+def zero_padding(x: Tensor, lengths: Lengths | None) -> Tensor:
+    """x (b, t, d) with padding set to 0, whatever it held: a NaN there would reach every weight's gradient as 0·NaN."""
+    return x if lengths is None else x.masked_fill(padding(x, lengths)[..., None], 0)
