@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,13 +147,13 @@ class Backbone(nn.Module):
         self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None
     ) -> ModelState:
         """The state of `batch` sequences before their first token; `max_tokens` bounds layers whose state grows."""
-        return ModelState([block.init_state(batch, max_tokens=max_tokens, device=device) for block in self.layers])
+        return ModelState([block.init_state(batch, max_tokens=max_tokens, device=device) for block in self._blocks()])
 
     def forward(self, input_ids: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """input_ids (b, t) -> (b, t, d_model), 0 at padding. `lengths`, `cu_seqlens`: as for `Mixer.extend`."""
         x, lengths = self._embed(input_ids, lengths)
         residual = None
-        for block in self.layers:
+        for block in self._blocks():
             x, residual = block(x, residual, lengths=lengths, cu_seqlens=cu_seqlens)
         return zero_padding(self.norm_f(x, residual)[0], lengths)
 
@@ -165,12 +165,12 @@ class Backbone(nn.Module):
         lengths: Lengths | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """`forward` from a state, which is never changed; None starts afresh. Returns hidden vectors and the new state."""
+        """`forward` from a state, which is never changed; None starts afresh: (hidden vectors, state)."""
         before = self._layer_states(state)
         x, lengths = self._embed(input_ids, lengths)
         residual = None
         after = []
-        for block, given in zip(self.layers, before, strict=True):
+        for block, given in zip(self._blocks(), before, strict=True):
             x, residual, new = block.extend(x, residual, given, lengths=lengths, cu_seqlens=cu_seqlens)
             after.append(new)
         return zero_padding(self.norm_f(x, residual)[0], lengths), ModelState(after)
@@ -180,9 +180,12 @@ class Backbone(nn.Module):
         """One token each: input_ids (b) -> (b, d_model), writing into `state`. No gradient."""
         x, _ = self._embed(input_ids, None, form="b")
         residual = None
-        for block, given in zip(self.layers, self._layer_states(state), strict=True):
+        for block, given in zip(self._blocks(), self._layer_states(state), strict=True):
             x, residual = block.step_(x, residual, given)
-        return self.norm_f(x, residual)[0]  # type: ignore[no-any-return]  # torch does not type module calls
+        return self.norm_f(x, residual)[0]
+
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.layers))
 
     def _layer_states(self, state: ModelState | None) -> list[Any]:
         if state is None:

@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """`forward` from a state, which is never changed; None starts afresh.
 
-        last_only: logits (b, v), or (n_seq, v) packed, of each sequence's last valid token alone; 0 where there is none.
+        last_only: logits (b, v), or (n_seq, v) packed, of each sequence's last valid token; 0 where there is none.
         Returns logits and the new state.
         """
         x, state = self.backbone.extend(input_ids, state, lengths=lengths, cu_seqlens=cu_seqlens)
@@ -147,7 +147,7 @@ class LanguageModel(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         """(…, d_model) -> (…, v); rows that only pad the matrix are left out."""
-        return self.lm_head(x)[..., : self.config.vocab_size]  # type: ignore[no-any-return]  # torch does not type it
+        return self.lm_head(x)[..., : self.config.vocab_size]
 
 
 def _last(x: Tensor, lengths: Lengths | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -42,7 +42,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, d) -> (…, d)."""
         value, gate = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(value * F.silu(gate))  # type: ignore[no-any-return]  # torch does not type module calls
+        return self.fc2(value * F.silu(gate))
 
 
 class Block(nn.Module):
@@ -82,7 +82,7 @@ class Block(nn.Module):
         lengths: Lengths | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x, residual (b, t, d) -> output, residual (b, t, d); their sum is the stream. `lengths`, `cu_seqlens`: Mixer."""
+        """x, residual (b, t, d) -> output, residual (b, t, d); their sum is the stream. Others: as for Mixer."""
         x, residual = self._enter(x, residual, lengths)
         return self._leave(self.mixer(x, lengths=lengths, cu_seqlens=cu_seqlens), residual)
 

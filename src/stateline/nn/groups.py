@@ -21,13 +21,14 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     [1, 1]
     """
     checks.number("param_groups", "weight_decay", weight_decay, low=0)
-    spared = set()
+    spared: set[int] = set()
     for module in model.modules():
         names = getattr(type(module), "no_weight_decay", ())
         if isinstance(module, nn.Embedding):
             names = ("weight", *names)
         spared.update(id(module.get_parameter(name)) for name in names)
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():  # yields a shared parameter once
         (plain if parameter.dim() < 2 or id(parameter) in spared else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -41,7 +41,7 @@ torch.export.register_dataclass(MambaState, serialized_type_name="stateline.nn.M
 
 
 class StepSize(nn.Linear):
-    """A Linear that leaves its bias out: the scan adds it in float32, before softplus. The bias is never cast to 16 bits."""
+    """A Linear that leaves its bias out: the scan adds it before softplus, in float32, which casts do not take away."""
 
     def __init__(
         self, rank: int, d_inner: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -59,7 +59,7 @@ class StepSize(nn.Linear):
 
 
 class Mamba(Mixer):
-    """Mamba-1, (b, t, d_model) -> (b, t, d_model). Arguments, parameter names, shapes and initial values are mamba_ssm's.
+    """Mamba-1, (b, t, d_model) -> (b, t, d_model); arguments, parameters and initial values are mamba_ssm's.
 
     Args:
         d_model: width of input and output.
@@ -71,8 +71,8 @@ class Mamba(Mixer):
         conv_bias, bias: give the convolution, the two outer projections a bias.
 
     A_log, D and dt_proj.bias stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state.
-    Projections are called as modules, so adapters and quantised Linears may replace them; one that replaces `dt_proj` must
-    wrap the original.
+    Projections are called as modules, so adapters and quantised Linears may replace them; one that replaces `dt_proj`
+    must wrap the original.
 
     >>> layer = Mamba(16)
     >>> x = torch.randn(2, 10, 16)
@@ -106,6 +106,9 @@ class Mamba(Mixer):
         for name, value in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)):
             checks.number(OP, name, value, low=1, integer=True)
         checks.number(OP, "expand", expand, low=0, open_low=True)
+        for name, value in (("conv_bias", conv_bias), ("bias", bias)):
+            if not isinstance(value, bool):
+                raise checks.fail(OP, f"{name} is {value!r}, expected True or False.", error=TypeError)
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         checks.number(OP, "int(expand · d_model)", self.d_inner, low=1, integer=True)
@@ -160,8 +163,9 @@ class Mamba(Mixer):
         u, conv = ops.causal_conv1d(
             u, *self._taps(), activation="silu", initial_state=None if state is None else state.conv, **where
         )
+        dt, A, B, C = self._select(u)
         y, ssm = ops.selective_scan(
-            *self._select(u), **self._system(u), z=z, initial_state=None if state is None else state.ssm, **where
+            u, dt, A, B, C, z=z, initial_state=None if state is None else state.ssm, **self._skip_and_bias(u), **where
         )
         return zero_padding(self.out_proj(y), lengths), MambaState(conv, ssm)
 
@@ -170,20 +174,19 @@ class Mamba(Mixer):
         """x (b, d_model) -> y (b, d_model), writing into `state`; no gradient."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = ops.causal_conv1d_step_(state.conv, u, *self._taps(), activation="silu")
-        u, dt, A, B, C = self._select(u)
-        return self.out_proj(  # type: ignore[no-any-return]  # torch does not type module calls
-            ops.selective_scan_step_(state.ssm, u, dt, A, B[:, None], C[:, None], **self._system(u), z=z)
-        )
+        dt, A, B, C = self._select(u)
+        y = ops.selective_scan_step_(state.ssm, u, dt, A, B[:, None], C[:, None], z=z, **self._skip_and_bias(u))
+        return self.out_proj(y)
 
     def _taps(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
-    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """u (…, e) -> u, dt (…, e), A (e, n), B, C (…, n)."""
+    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u (…, e) -> dt (…, e) before bias and softplus, A (e, n), B, C (…, n)."""
         dt, B, C = self.x_proj(u).split([int(self.dt_rank), self.d_state, self.d_state], dim=-1)
-        return u, self.dt_proj(dt), -torch.exp(self.A_log.to(wide(u.dtype))), B, C
+        return self.dt_proj(dt), -torch.exp(self.A_log.to(wide(u.dtype))), B, C
 
-    def _system(self, u: Tensor) -> dict[str, Any]:
+    def _skip_and_bias(self, u: Tensor) -> dict[str, Any]:
         full = wide(u.dtype)
         return {"D": self.D.to(full), "dt_bias": self._step_bias().to(full), "dt_softplus": True}
 

@@ -15,9 +15,9 @@ Lengths = Tensor | Sequence[int]
 class Mixer(nn.Module, ABC):
     """A layer (b, t, d) -> (b, t, d) that can be cut anywhere along time and continued.
 
-    For any split of x the concatenated outputs of `extend` equal `forward`; `step_` equals `extend` by one token; padded
-    (`lengths`) and packed (`cu_seqlens`) batches equal their sequences alone. A state is a dataclass of tensors, known to
-    PyTorch as a pytree, with one row a sequence.
+    For any split of x the concatenated outputs of `extend` equal `forward`; `step_` equals `extend` by one token;
+    padded (`lengths`) and packed (`cu_seqlens`) batches equal their sequences alone. A state is a dataclass of tensors,
+    known to PyTorch as a pytree, with one row a sequence.
     """
 
     @abstractmethod
