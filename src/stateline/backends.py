@@ -125,5 +125,7 @@ def load_native() -> ctypes.CDLL:
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
-            raise BackendError(f"the C++ library does not load: {error}. Reinstall stateline on this machine.") from error
+            raise BackendError(
+                f"the C++ library does not load: {error}. Reinstall stateline on this machine."
+            ) from error
     return library

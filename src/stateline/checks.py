@@ -51,11 +51,8 @@ class Sizes:
                 continue
             expected, source = self.bound[letter]
             if size != expected:
-                raise fail(
-                    self.op,
-                    f"{name} has shape {tuple(shape)}, expected {_tuple(letters)} with {letter} = {expected} (set by {source}).",
-                    remedy,
-                )
+                wanted = f"{_tuple(letters)} with {letter} = {expected} (set by {source})"
+                raise fail(self.op, f"{name} has shape {tuple(shape)}, expected {wanted}.", remedy)
 
 
 def _tuple(letters: list[str]) -> str:
@@ -106,7 +103,9 @@ def number(
     whole_enough = isinstance(value, int) if integer else isinstance(value, int | float)
     if isinstance(value, bool) or not whole_enough:
         raise fail(op, f"{name} is {value!r}, expected {kind}.", error=TypeError)
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    # Comparisons only (NaN fails them all): math.isfinite would break a graph traced with symbolic numbers.
+    finite = -math.inf < value < math.inf
+    if not finite or not low <= value <= high or (open_low and value == low):
         bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
         bounds += [f"at most {high:g}"] if high < math.inf else []
         raise fail(op, f"{name} is {value!r}, expected {kind} {' and '.join(bounds) or 'that is finite'}.")

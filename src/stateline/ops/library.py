@@ -1,7 +1,7 @@
 """Registers raw custom ops, so that torch.compile and torch.export see each as one opaque node.
 
-The raw ops carry no autograd formula: each public operation wraps them in an autograd.Function, because formulas attached
-to a custom op make torch.func.jvp return zero tangents silently.
+The raw ops carry no autograd formula: each public operation wraps them in an autograd.Function, because formulas
+attached to a custom op make torch.func.jvp return zero tangents silently.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ def build(
     b, t = like.shape[:2]
     choice(op, "padding_side", padding_side, ("right", "left"))
     if lengths is not None and cu_seqlens is not None:
-        raise fail(op, "lengths and cu_seqlens were both given.", "Padded batches take lengths, packed ones cu_seqlens.")
+        raise fail(
+            op, "lengths and cu_seqlens were both given.", "Padded batches take lengths, packed ones cu_seqlens."
+        )
     if lengths is not None:
         return _padded(op, b, t, _whole_numbers(op, "lengths", lengths, like.device), padding_side)
     if cu_seqlens is not None:
@@ -62,7 +65,7 @@ def _packed(op: str, b: int, t: int, cu_seqlens: Tensor) -> Segments:
         raise fail(op, f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (n_seq + 1,).")
     if can_read(cu_seqlens):
         values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != t or any(b < a for a, b in zip(values, values[1:], strict=False)):
+        if values[0] != 0 or values[-1] != t or any(b < a for a, b in pairwise(values)):
             raise fail(op, f"cu_seqlens is {values}, expected to rise from 0 to t = {t}.")
     start, stop = cu_seqlens[:-1], cu_seqlens[1:]
     return Segments(torch.stack([torch.zeros_like(start), start, stop], 1), start.shape[0])

@@ -167,8 +167,10 @@ class _CausalConv1d(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # setup_context form
-        x, weight, bias, initial_state, table, silu, reverse, backend = inputs
+    def forward(  # type: ignore[override]  # setup_context form; spelled out, since compile does not take *args here
+        x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, table: Tensor | None, silu: bool,
+        reverse: bool, backend: str | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return _forward(x, weight, bias, silu, initial_state, table, reverse, backend)  # type: ignore[no-any-return]
 
     @staticmethod

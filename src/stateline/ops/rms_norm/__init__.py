@@ -54,7 +54,9 @@ def rms_norm(
     if residual is not None:
         checks.dtype(OP, "residual", residual, checks.REAL_DTYPES)
         if residual.shape != x.shape:
-            raise checks.fail(OP, f"residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}; they are added.")
+            raise checks.fail(
+                OP, f"residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}; they are added."
+            )
     checks.number(OP, "eps", eps, low=0.0, open_low=True)
     checks.choice(OP, "residual_dtype", residual_dtype, (None, *checks.REAL_DTYPES))
     checks.same_device(OP, {"x": x, "weight": weight, "residual": residual})
@@ -91,7 +93,8 @@ def _fake_backward(
 
 
 _forward = define(
-    f"{OP}(Tensor x, Tensor weight, Tensor? residual, float eps, ScalarType residual_dtype, str? backend) -> (Tensor, Tensor)",
+    f"{OP}(Tensor x, Tensor weight, Tensor? residual, float eps, ScalarType residual_dtype, str? backend)"
+    " -> (Tensor, Tensor)",
     _run,
     _fake,
 )
@@ -107,8 +110,10 @@ class _RMSNorm(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # setup_context form
-        return _forward(*inputs)  # type: ignore[no-any-return]
+    def forward(  # type: ignore[override]  # setup_context form; spelled out, since compile does not take *args here
+        x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, residual_dtype: torch.dtype, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(x, weight, residual, eps, residual_dtype, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

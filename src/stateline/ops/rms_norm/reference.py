@@ -37,6 +37,6 @@ def backward(
     r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     gw = g * weight.to(real)
     dh = r * gw - h * r**3 * (gw * h).mean(-1, keepdim=True) + dresidual_out.to(real)
-    dweight = (g * h * r).flatten(0, -2).sum(0).to(weight.dtype)
+    dweight = (g * h * r).reshape(-1, h.shape[-1]).sum(0).to(weight.dtype)
     dx = dh.to(x_dtype, copy=True, memory_format=torch.contiguous_format)
     return dx, dweight, None if residual_dtype is None else dh.to(residual_dtype, copy=True)

@@ -46,7 +46,7 @@ def selective_scan(
             For complex A per-token ones end in a (real, imaginary) pair, constant ones are complex, and y = 2 Re(C·h).
         D: (d) skip weight, y += D·u.   z: (b, t, d) gate, y *= silu(z).   dt_bias: (d).
         initial_state: (n_seq, d, n), zeros if None; n_seq is b, or the number of packed sequences.
-        lengths: (b) valid tokens a row; the rest is skipped, at the end of rows or (`padding_side="left"`) at the start.
+        lengths: (b) valid tokens a row; the rest is skipped, at the end of rows or, `padding_side="left"`, their start.
         cu_seqlens: (n_seq + 1) bounds of sequences packed along time in a batch of 1.
         reverse: run time backwards; the state enters after the last valid token and leaves before the first.
         backend: "cpu" or "reference" forces one, None chooses.
@@ -80,7 +80,17 @@ def selective_scan(
         sizes.bind("n_seq", segments.count, "the number of sequences")
         sizes.match("initial_state", initial_state, "n_seq d n")
         _check_state(OP, "initial_state", initial_state, A)
-    given = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
+    given = {
+        "u": u,
+        "dt": dt,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "dt_bias": dt_bias,
+        "initial_state": initial_state,
+    }
     checks.same_device(OP, given)
     return _SelectiveScan.apply(  # type: ignore[no-any-return]  # torch does not type apply
         u, dt, A, B, C, D, z, dt_bias, initial_state, segments.table, bool(dt_softplus), bool(reverse), backend
@@ -125,7 +135,18 @@ def selective_scan_step_(
     sizes.match("state", state, "slots d n")
     _check_state(STEP, "state", state, A)
     check_slots(STEP, sizes, state, index)
-    given = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "state": state, "index": index}
+    given = {
+        "u": u,
+        "dt": dt,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "dt_bias": dt_bias,
+        "state": state,
+        "index": index,
+    }
     checks.same_device(STEP, given)
     with torch.no_grad():
         return _step(state, u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), index, backend)  # type: ignore[no-any-return]
@@ -153,7 +174,9 @@ def _check_system(op: str, sizes: Sizes, u: Tensor, A: Tensor, D: Tensor | None,
     sizes.match("A", A, "d n")
     wide = u.dtype == torch.float64
     allowed = (torch.float64, torch.complex128) if wide else (torch.float32, torch.complex64)
-    checks.dtype(op, "A", A, allowed, "A keeps full precision: float32, or float64 where the data is; complex likewise.")
+    checks.dtype(
+        op, "A", A, allowed, "A keeps full precision: float32, or float64 where the data is; complex likewise."
+    )
     for name, x in (("D", D), ("dt_bias", dt_bias)):
         if x is not None:
             sizes.match(name, x, "d")
@@ -209,7 +232,9 @@ def _fake(u: Tensor, dt: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor]
 
 def _fake_backward(dy: Tensor, dstate: Tensor, *args: Any) -> tuple[Tensor, ...]:
     u, dt, A, B, C, D, z, dt_bias, _, initial_state = args[:10]
-    return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, dt, A, B, C, D, z, dt_bias, initial_state))
+    return tuple(
+        dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    )
 
 
 def _fake_step(state: Tensor, u: Tensor, *args: Any) -> Tensor:
@@ -231,8 +256,11 @@ class _SelectiveScan(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # setup_context form
-        u, dt, A, B, C, D, z, dt_bias, initial_state, table, dt_softplus, reverse, backend = inputs
+    def forward(  # type: ignore[override]  # setup_context form; spelled out, since compile does not take *args here
+        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+        dt_bias: Tensor | None, initial_state: Tensor | None, table: Tensor | None, dt_softplus: bool, reverse: bool,
+        backend: str | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return _forward(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, table, reverse, backend)  # type: ignore[no-any-return]
 
     @staticmethod

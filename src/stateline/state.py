@@ -1,0 +1,125 @@
+"""What a stream carries, as plain values: any pytree of tensors whose first axis is the sequence.
+
+A state can be copied to fork a stream, indexed to pick sequences, stacked to batch them, and written to a file that
+only the model it came from will accept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from stateline.checks import fail
+
+S = TypeVar("S")
+
+#: Values of each parameter that enter a model's fingerprint: enough to tell checkpoints apart, cheap at any size.
+SAMPLED = 64
+
+
+def clone(state: S) -> S:
+    """A copy that shares no memory; gradients flow through it."""
+    return _map(lambda x: x.clone(), state)
+
+
+def detach(state: S) -> S:
+    """The same values cut off from the graph that made them, for truncated back-propagation through time."""
+    return _map(lambda x: x.detach(), state)
+
+
+def to(state: S, device: torch.device | str) -> S:
+    """The state on another device; dtypes stay, since a state keeps full precision."""
+    return _map(lambda x: x.to(device), state)
+
+
+def index(state: S, rows: int | Sequence[int] | slice | Tensor) -> S:
+    """A copy of some sequences, in the order given; an int keeps the axis, so that the result is a state again."""
+    rows = [rows] if isinstance(rows, int) else rows
+    picked = _map(lambda x: x[rows], state)
+    return clone(picked) if isinstance(rows, slice) else picked
+
+
+def stack(states: Sequence[S]) -> S:
+    """One state with the sequences of several, in order. Raises ValueError if their structures differ."""
+    if not states:
+        raise fail("state.stack", "no states were given, expected at least one.")
+    leaves = [pytree.tree_flatten(s) for s in states]
+    spec = leaves[0][1]
+    if any(other != spec for _, other in leaves):
+        raise fail("state.stack", "the states have different structures.", "Stack states of one model only.")
+    columns = zip(*(values for values, _ in leaves), strict=True)
+    return pytree.tree_unflatten([torch.cat(column) for column in columns], spec)  # type: ignore[no-any-return]
+
+
+def num_bytes(state: Any) -> int:
+    """Memory the state's values take."""
+    return sum(x.numel() * x.element_size() for x in pytree.tree_leaves(state))
+
+
+def save(state: Any, path: str | Path, model: torch.nn.Module) -> None:
+    """Write a state to a safetensors file, whole or not at all, with the fingerprint of the model it belongs to."""
+    leaves = {f"{i:05d}{name}": x.detach().cpu().contiguous() for i, (name, x) in enumerate(_named(state))}
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise fail("state.save", f"there is no directory {target.parent}.", "Create it first.")
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        save_file(leaves, temporary, metadata={"format": "stateline-state", "fingerprint": fingerprint(model)})
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load(path: str | Path, model: torch.nn.Module, *, device: torch.device | str | None = None) -> Any:
+    """Read a state that `save` wrote, bit for bit.
+
+    `model` must have `init_state(batch)`; its structure is the state's. Raises ValueError if the file is no state, is
+    damaged, or belongs to another model.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            values = {key: file.get_tensor(key) for key in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise fail("state.load", f"{path} cannot be read: {error}.") from error
+    if metadata.get("format") != "stateline-state":
+        raise fail("state.load", f"{path} is not a saved state.", "stateline.load reads models.")
+    if metadata["fingerprint"] != fingerprint(model):
+        raise fail("state.load", f"{path} was made by another model or other weights.", "Load the model that made it.")
+    template = model.init_state(1)  # type: ignore[operator]  # the contract of layers and models
+    names = [f"{i:05d}{name}" for i, (name, _) in enumerate(_named(template))]
+    if names != list(values):
+        raise fail("state.load", f"{path} holds {list(values)}, the model's state is {names}.")
+    home = device or next(model.parameters()).device
+    return pytree.tree_unflatten([x.to(home) for x in values.values()], pytree.tree_flatten(template)[1])
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A digest of parameter names, shapes and a sample of their values."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.state_dict().items()):
+        flat = parameter.detach().flatten()
+        stride = max(1, flat.numel() // SAMPLED)
+        sample = flat[::stride][:SAMPLED].cpu().double()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _map(function: Callable[[Tensor], Tensor], state: S) -> S:
+    return pytree.tree_map_only(Tensor, function, state)  # type: ignore[no-any-return]
+
+
+def _named(state: Any) -> list[tuple[str, Tensor]]:
+    return [(pytree.keystr(path), x) for path, x in pytree.tree_flatten_with_path(state)[0]]

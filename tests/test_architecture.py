@@ -1,0 +1,118 @@
+"""The arrows between parts, the public names, the sizes of files: architecture that cannot drift unnoticed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stateline
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "stateline"
+
+#: A part may import the parts to its left, and itself.
+ORDER = ["checks", "backends", "state", "ops", "nn", "models", "generation", "training", "interop", "apps", "cli"]
+CORE = {"torch", "numpy", "safetensors", "stateline"} | set(sys.stdlib_module_names)
+
+FILE_LINES = 500
+FUNCTION_LINES = 80
+
+
+def sources() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> list[tuple[str, ast.AST]]:
+    found: list[tuple[str, ast.AST]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"relative import at line {node.lineno}"
+            names = [f"stateline.{alias.name}" for alias in node.names] if node.module == "stateline" else [node.module]
+            found += [(name, node) for name in names]
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    part = part_of(path)
+    if part in ("__init__", "__main__"):
+        return
+    assert part in ORDER, f"{part} has no place in the order of parts"
+    for name, node in imports(ast.parse(path.read_text())):
+        if not name.startswith("stateline."):
+            continue
+        other = name.split(".")[1]
+        assert other in ORDER, f"{path.name}:{node.lineno} imports unknown part {other}"  # type: ignore[attr-defined]
+        assert ORDER.index(other) <= ORDER.index(part), f"{path.name}: {part} may not import {other}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_module_level_imports_are_core_only(path: Path) -> None:
+    """Extras are imported where they are used, so that the core installs and starts alone."""
+    for node in ast.parse(path.read_text()).body:
+        for name, _ in imports(node) if isinstance(node, ast.Import | ast.ImportFrom) else []:
+            assert name.split(".")[0] in CORE, f"{path.name} imports {name} at module level"
+
+
+@pytest.mark.parametrize("path", [*sources(), *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: p.name)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < FUNCTION_LINES, f"{path.name}: {node.name} is too long"
+
+
+def test_public_names_are_frozen() -> None:
+    assert stateline.__all__ == [
+        "LanguageModel", "ModelConfig", "backends", "generate", "generation", "load", "models", "nn", "ops", "save",
+        "state", "training",
+    ]  # fmt: skip
+    for name in stateline.__all__:
+        assert getattr(stateline, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'; it has"):
+        stateline.nonsense  # noqa: B018
+
+
+def test_public_functions_are_documented_and_typed() -> None:
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                overload = node.name in ("forward", "backward", "setup_context", "extra_repr")
+                assert overload or ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+
+
+def test_import_touches_nothing_heavy() -> None:
+    """`import stateline` alone does not even import torch; `--help` must answer at once."""
+    code = "import sys, stateline; print([m for m in ('torch', 'triton', 'transformers', 'tqdm') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_every_op_folder_has_the_same_shape() -> None:
+    for folder in sorted(p for p in (SOURCE / "ops").iterdir() if p.is_dir() and p.name != "__pycache__"):
+        names = {p.name for p in folder.iterdir()}
+        assert {"__init__.py", "reference.py", "cpu.py", "cpu.cpp"} <= names, folder.name
+
+
+def test_repository_speaks_of_the_project_alone() -> None:
+    """No path of a machine and no registry host in any tracked text."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    banned = ("/wo" + "rk/", "/ro" + "ot/", "--index" + "-url", "../sha" + "red", "registry" + "=")
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".cpp", ".h", ".yml", "") and path.is_file():
+            if path.stat().st_size > 500_000:  # the bundled text
+                continue
+            text = path.read_text(errors="replace")
+            assert not [b for b in banned if b in text], name

@@ -1,0 +1,281 @@
+"""What every op promises besides its values: gradients, compile, export, transforms, autocast, errors, back ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_ops import BACKENDS, FLAG, cut, leaf, plain_scan, scan_case
+from torch import Tensor
+
+from stateline import backends, ops
+
+OPS = torch.ops.stateline
+
+
+def scan(**x: Any) -> Callable[[], tuple[Tensor, Tensor]]:
+    return lambda: ops.selective_scan(**x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("complex_", FLAG)
+@pytest.mark.parametrize("reverse", FLAG)
+@pytest.mark.parametrize("place", ["whole", "left", "packed"])
+def test_gradcheck_of_every_scan_argument(backend: str, complex_: bool, reverse: bool, place: str) -> None:
+    s = dict(backend=backend, dtype=torch.float64, layout=place, t=5, d=3, n=2, B=3 if reverse else 1, C="constant" if
+             place == "left" else 1, reverse=reverse, complex=complex_, softplus=not reverse, D=True, z=True, dt_bias=True,
+             initial=True)  # fmt: skip
+    case = scan_case(s)
+    names = list(case.leaves)
+    leaves = [case.leaves[k].requires_grad_() for k in names]
+    assert torch.autograd.gradcheck(lambda *v: case.op(**dict(zip(names, v, strict=True))), leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"reverse": True, "activation": "silu"}, {"lengths": [2, 0, 6]}], ids=str)
+def test_gradcheck_of_every_convolution_argument(backend: str, options: dict[str, Any]) -> None:
+    leaves = [leaf(shape, torch.float64).requires_grad_() for shape in ((3, 6, 4), (4, 3), (4,), (3, 2, 4))]
+    call = lambda x, w, b, s: ops.causal_conv1d(x, w, b, initial_state=s, backend=backend, **options)  # noqa: E731
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck_of_rms_norm(backend: str) -> None:
+    leaves = [leaf(shape, torch.float64).requires_grad_() for shape in ((2, 3, 5), (5,), (2, 3, 5))]
+    assert torch.autograd.gradcheck(lambda x, w, r: ops.rms_norm(x, w, residual=r, backend=backend), leaves)
+
+
+def test_opcheck_of_raw_ops() -> None:
+    x = plain_scan()
+    B, C = x["B"], x["C"]
+    head = (x["u"], x["dt"], x["A"], B, C, x["D"], x["z"], x["dt_bias"], True)
+    table = torch.tensor([[0, 0, 7], [1, 2, 12]])
+    where = (x["initial_state"], table, False, None)
+    y, state = OPS.selective_scan(*head, *where)
+    torch.library.opcheck(OPS.selective_scan.default, (*head, *where))
+    torch.library.opcheck(OPS.selective_scan_backward.default, (y, state, *head, *where))
+    token = (x["u"][:, 0], x["dt"][:, 0], x["A"], B[:, 0], C[:, 0], x["D"], None, None, False)
+    torch.library.opcheck(OPS.selective_scan_step_.default, (state, *token, torch.tensor([1, -1]), None))
+    v, w, b = leaf((2, 6, 4), torch.float32), leaf((4, 3), torch.float32), leaf((4,), torch.float32)
+    y, taps = OPS.causal_conv1d(v, w, b, True, None, None, False, None)
+    torch.library.opcheck(OPS.causal_conv1d.default, (v, w, b, True, None, None, False, None))
+    torch.library.opcheck(OPS.causal_conv1d_backward.default, (y, taps, v, w, b, True, taps, None, True, None))
+    torch.library.opcheck(OPS.causal_conv1d_step_.default, (taps, v[:, 0], w, b, True, None, None))
+    y, h = OPS.rms_norm(v, b, None, 1e-5, torch.float32, None)
+    torch.library.opcheck(OPS.rms_norm.default, (v, b, v, 1e-5, torch.float64, None))
+    torch.library.opcheck(OPS.rms_norm_backward.default, (y, h, h, b, 1e-5, torch.float32, None, None))
+
+
+def test_compiles_whole_with_gradients_and_dynamic_length() -> None:
+    x = {k: v.requires_grad_() for k, v in plain_scan(t=9).items()}
+
+    def run(lengths: Tensor, **x: Tensor) -> Tensor:
+        taps = x["A"][:, :3]
+        v, _ = ops.causal_conv1d(x["u"], taps, activation="silu", lengths=lengths)
+        y, state = ops.selective_scan(**(x | {"u": v}), dt_softplus=True, lengths=lengths)
+        y, _ = ops.rms_norm(y, x["D"])
+        return y.square().sum() + state.sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for t in (9, 5, 12):
+        part = cut({k: v.detach() for k, v in (x if t <= 9 else plain_scan(t=12)).items()}, slice(0, t))
+        part = {k: v.requires_grad_() for k, v in part.items()}
+        lengths = torch.tensor([t, t // 2])
+        wanted = torch.autograd.grad(run(lengths, **part), list(part.values()))
+        got = torch.autograd.grad(compiled(lengths, **part), list(part.values()))
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("strict", FLAG)
+def test_exports_with_state_and_dynamic_sizes(strict: bool) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            return ops.selective_scan(u, dt, A, B, B, initial_state=h)
+
+    x = plain_scan()
+    args = (x["u"], x["dt"], x["A"], x["B"][:, :, 0], x["initial_state"])
+    b, t = torch.export.Dim("b"), torch.export.Dim("t")
+    token = {0: b, 1: t}
+    program = torch.export.export(Layer(), args, dynamic_shapes=(token, token, None, token, {0: b}), strict=strict)
+    other = plain_scan(t=31)
+    args = (other["u"], other["dt"], other["A"], other["B"][:, :, 0], other["initial_state"])
+    for a, b_ in zip(program.module()(*args), Layer()(*args), strict=True):
+        torch.testing.assert_close(a, b_)
+
+
+def test_functional_transforms() -> None:
+    x = plain_scan(dtype=torch.float64)
+
+    def energy(u: Tensor) -> Tensor:
+        y, state = ops.selective_scan(**(x | {"u": u}))
+        return y.square().sum() + state.sum()
+
+    u = x["u"].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(energy(u), u)
+    torch.testing.assert_close(torch.func.grad(energy)(x["u"]), wanted)
+    batch = torch.stack([x["u"], 2 * x["u"]])
+    each = torch.stack([torch.func.grad(energy)(v) for v in batch])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(energy))(batch), each)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.jvp(energy, (x["u"],), (x["u"],))
+    (g,) = torch.autograd.grad(energy(u), u, create_graph=True)
+    with pytest.raises(RuntimeError):  # first derivatives only: said, not silently zero
+        torch.autograd.grad(g.sum(), u)
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    x = {k: v.requires_grad_() for k, v in plain_scan().items()}
+    run = lambda: ops.selective_scan(**x, dt_softplus=True)[0].square().sum()  # noqa: E731
+    wanted = torch.autograd.grad(run(), list(x.values()), allow_unused=True)
+    again = torch.utils.checkpoint.checkpoint(run, use_reentrant=False)
+    got = torch.autograd.grad(again, list(x.values()), allow_unused=True)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_dtypes_as_autocast_gives_them(backend: str) -> None:
+    x = plain_scan()
+    mixed = x | {"u": x["u"].bfloat16(), "B": x["B"].bfloat16(), "z": x["z"].half()}
+    wide = {k: v.float() for k, v in mixed.items()}
+    y, state = ops.selective_scan(**mixed, dt_softplus=True, backend=backend)
+    y32, state32 = ops.selective_scan(**wide, dt_softplus=True, backend=backend)
+    assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(state, state32)
+    torch.testing.assert_close(y, y32.bfloat16())
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+X = plain_scan()
+V = {"x": torch.randn(2, 6, 4), "weight": torch.randn(4, 3)}
+NAN_STATE = torch.zeros(2, 5, 4, dtype=torch.bfloat16)
+BAD_SCANS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"u": X["u"][0]}, ValueError, r"u has shape \(12, 5\), expected \(b, t, d\)"),
+    ({"u": [1.0]}, TypeError, "u is a list, expected a tensor"),
+    ({"u": X["u"].long()}, TypeError, "u is int64, expected one of float32"),
+    ({"dt": X["dt"][:, :3]}, ValueError, r"dt has shape \(2, 3, 5\), expected \(b, t, d\) with t = 12 \(set by u\)"),
+    ({"A": X["A"].bfloat16()}, TypeError, "A is bfloat16, expected one of float32, complex64. A keeps full precision"),
+    ({"A": X["A"].T}, ValueError, r"A has shape \(4, 5\), expected \(d, n\) with d = 5"),
+    ({"B": X["B"].transpose(2, 3)}, ValueError, "n = 4 .set by A.. Or give a constant"),
+    ({"B": X["A"].double()}, TypeError, "B is float64, expected one of float32. A constant B has A's dtype"),
+    ({"C": X["C"][:1]}, ValueError, r"C has shape .* b = 2"),
+    ({"D": X["D"].half()}, TypeError, "D is float16, expected one of float32. Keep D out of casts"),
+    ({"initial_state": NAN_STATE}, TypeError, "initial_state is bfloat16.*does not drift"),
+    ({"initial_state": X["initial_state"][:1]}, ValueError, r"n_seq = 2 \(set by the number of sequences\)"),
+    ({"lengths": torch.tensor([3])}, ValueError, r"lengths has shape \(1,\), expected \(b,\) with b = 2"),
+    ({"lengths": torch.tensor([3, 13])}, ValueError, r"lengths is \[3, 13\], expected values from 0 to t = 12"),
+    ({"lengths": torch.tensor([3.0, 2.0])}, TypeError, "lengths is torch.float32, expected int32 or int64"),
+    ({"lengths": [1, 2], "cu_seqlens": torch.tensor([0, 12])}, ValueError, "lengths and cu_seqlens were both given"),
+    ({"cu_seqlens": torch.tensor([0, 12])}, ValueError, "cu_seqlens needs a batch of 1, got 2"),
+    ({"padding_side": "centre"}, ValueError, "padding_side is 'centre', expected one of 'right', 'left'"),
+    ({"backend": "tpu"}, ValueError, "backend is 'tpu', expected one of 'cpu', 'reference' or None"),
+    ({"u": X["u"].to("meta")}, ValueError, "dt is on cpu, u is on meta"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"), BAD_SCANS, ids=lambda v: str(v)[:40] if isinstance(v, str) else ""
+)
+def test_bad_scan_input_gets_one_clear_error(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^selective_scan: .*" + message):
+        ops.selective_scan(**(X | change))
+
+
+def test_bad_packing_gets_one_clear_error() -> None:
+    one = {k: v[:1] if k in ("u", "dt", "B", "C", "z") else v for k, v in X.items() if k != "initial_state"}
+    for bounds in ([0, 5, 4, 12], [1, 12], [0, 11], []):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            ops.selective_scan(**one, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+
+
+TAPS = torch.zeros(3, 2, 4)
+TOKEN = {"x": V["x"][:, 0], "weight": V["weight"]}
+BAD_CALLS: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
+    (ops.causal_conv1d, V | {"weight": V["weight"][:, None]}, ValueError, "as .d, 1, k.: pass weight.squeeze"),
+    (ops.causal_conv1d, V | {"weight": V["weight"][:, :0]}, ValueError, "weight has no taps"),
+    (ops.causal_conv1d, V | {"activation": "gelu"}, ValueError, "activation is 'gelu', expected one of None, 'silu'"),
+    (ops.causal_conv1d, V | {"initial_state": TAPS}, ValueError, "n_seq = 2 .set by the number of sequences."),
+    (ops.causal_conv1d, V | {"initial_state": torch.zeros(2, 3, 4)}, ValueError, "k-1 = 2 .set by weight."),
+    (ops.causal_conv1d_step_, TOKEN | {"state": TAPS}, ValueError, "state has 3 rows for a batch of 2"),
+    (ops.causal_conv1d_step_, TOKEN | {"state": torch.zeros(2, 2, 8)[..., ::2]}, ValueError, "not contiguous"),
+    (ops.causal_conv1d_step_, TOKEN | {"state": TAPS, "index": torch.tensor([1, 3])}, ValueError, "slots below 3"),
+    (ops.causal_conv1d_step_, TOKEN | {"state": TAPS, "index": torch.tensor([1, 1])}, ValueError, "distinct"),
+    (ops.rms_norm, {"x": V["x"], "weight": torch.ones(3)}, ValueError, r"weight has shape \(3,\)"),
+    (ops.rms_norm, {"x": V["x"], "weight": torch.ones(4), "eps": float("nan")}, ValueError, "eps is nan"),
+    (ops.rms_norm, {"x": V["x"], "weight": torch.ones(4), "residual": torch.ones(4)}, ValueError, "residual has"),
+    (ops.rms_norm, {"x": torch.tensor(1.0), "weight": torch.ones(4)}, TypeError, "expected a tensor"),
+]
+
+
+@pytest.mark.parametrize(("op", "arguments", "error", "message"), BAD_CALLS, ids=lambda v: v if type(v) is str else "")
+def test_other_bad_input_gets_one_clear_error(
+    op: Callable[..., Any], arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        op(**arguments)
+
+
+# ---- back ends ------------------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_back_end_and_the_reason() -> None:
+    choice = backends.explain(ops.selective_scan, torch.zeros(1))
+    assert choice.name == BACKENDS[-1]
+    meta = backends.explain("selective_scan", torch.zeros(1, device="meta"))
+    assert meta == backends.Choice("reference", {"cpu": "needs CPU tensors, these are on meta"})
+    with pytest.raises(backends.BackendError, match="cannot run here"):
+        backends.explain("selective_scan", torch.zeros(1, device="meta"), backend="cpu")
+
+
+WITHOUT = """
+import os, sys, warnings, torch
+{prepare}
+import stateline
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y, _ = stateline.ops.causal_conv1d(torch.ones(1, 3, 1), torch.ones(1, 2))
+assert y[0, :, 0].tolist() == [1, 2, 2]
+said = [str(w.message) for w in caught if "slow reference" in str(w.message)]
+print(len(said), said[0])
+print(stateline.backends.explain("causal_conv1d"))
+try:
+    stateline.ops.causal_conv1d(torch.ones(1, 3, 1), torch.ones(1, 2), backend="cpu")
+except stateline.backends.BackendError as error:
+    print("refused", error)
+"""
+
+BREAK = """
+import importlib.resources, pathlib
+real = importlib.resources.files
+broken = pathlib.Path(sys.argv[1]); (broken / "_native.so").write_bytes(b"not a library")
+importlib.resources.files = lambda name: broken if name == "stateline" else real(name)
+"""
+
+
+@pytest.mark.parametrize(("prepare", "reason"), [
+    ("os.environ['STATELINE_DISABLE_NATIVE'] = '1'", "switched off"),
+    (BREAK, "does not load"),
+    (BREAK.replace("; (broken / \"_native.so\").write_bytes(b\"not a library\")", ""), "was not built"),
+], ids=["disabled", "broken", "absent"])  # fmt: skip
+def test_without_the_library_everything_works_and_says_so_once(prepare: str, reason: str, tmp_path: Any) -> None:
+    code = WITHOUT.format(prepare=prepare)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    said, explained, refused = run.stdout.splitlines()
+    assert said.startswith("1 stateline runs on its slow reference")
+    assert explained.startswith("reference; not cpu: ")
+    assert refused.startswith("refused")
+    assert all(reason in line for line in (said, explained, refused))
