@@ -27,9 +27,9 @@ def scan(**x: Any) -> Callable[[], tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("reverse", FLAG)
 @pytest.mark.parametrize("place", ["whole", "left", "packed"])
 def test_gradcheck_of_every_scan_argument(backend: str, complex_: bool, reverse: bool, place: str) -> None:
-    s = dict(backend=backend, dtype=torch.float64, layout=place, t=5, d=3, n=2, B=3 if reverse else 1, C="constant" if
-             place == "left" else 1, reverse=reverse, complex=complex_, softplus=not reverse, D=True, z=True, dt_bias=True,
-             initial=True)  # fmt: skip
+    B, C = 3 if reverse else 1, "constant" if place == "left" else 1
+    s = dict(backend=backend, dtype=torch.float64, layout=place, t=5, d=3, n=2, B=B, C=C, reverse=reverse,
+             complex=complex_, softplus=not reverse, D=True, z=True, dt_bias=True, initial=True)  # fmt: skip
     case = scan_case(s)
     names = list(case.leaves)
     leaves = [case.leaves[k].requires_grad_() for k in names]

@@ -20,7 +20,22 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"stateline::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.stateline, name).default  # type: ignore[no-any-return]  # torch types it as Any
+    op = getattr(torch.ops.stateline, name).default
+    if not op._schema.is_mutable:
+        torch.library.register_vmap(f"stateline::{name}", lambda info, dims, *args: _one_by_one(op, info, dims, args))
+    return op  # type: ignore[no-any-return]  # torch types it as Any
+
+
+def _one_by_one(op: Callable[..., Any], info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """vmap as a loop: batch axes belong into the batch of an op, so this serves per-sample gradients, not speed."""
+    rows = [
+        op(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(rows[0], torch.Tensor):
+        return torch.stack(rows), 0
+    outputs = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    return outputs, (0,) * len(outputs)
 
 
 def or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from stateline import backends, checks
 from stateline.checks import Sizes
@@ -179,6 +180,7 @@ class _CausalConv1d(Function):
         ctx.options = inputs[5:]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, bias, initial_state, table = ctx.saved_tensors
         silu, reverse, backend = ctx.options

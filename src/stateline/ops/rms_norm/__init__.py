@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from stateline import backends, checks
 from stateline.checks import Sizes
@@ -122,6 +123,7 @@ class _RMSNorm(Function):
         ctx.options = (eps, x.dtype, None if residual is None else residual.dtype, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         h, weight = ctx.saved_tensors
         eps, x_dtype, residual_dtype, backend = ctx.options

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from stateline import backends, checks
 from stateline.checks import Sizes
@@ -269,6 +270,7 @@ class _SelectiveScan(Function):
         ctx.options = inputs[10:]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         u, dt, A, B, C, D, z, dt_bias, initial_state, table = ctx.saved_tensors
         dt_softplus, reverse, backend = ctx.options
