@@ -1,0 +1,425 @@
+"""Every setting of a training run: one dataclass a subject, validated when made, and the source of the command line.
+
+A field's metadata holds its help text, bounds and unit, so that `--help`, error messages and checks say the same thing.
+This module imports no torch: `stateline train --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+#: Width and depth of the named sizes: (d_model, n_layer). Parameters at 256 bytes of vocabulary, state 16, expand 2.
+SIZES = {
+    "tiny": (64, 2),  # 0.08 million parameters: tests, and texts of a few kilobytes
+    "small": (192, 6),  # 1.6 million: minutes on a laptop
+    "medium": (384, 8),  # 8 million: an hour or more on a laptop
+    "base": (512, 12),  # 21 million: a GPU
+    "large": (768, 24),  # 90 million: a GPU, and text by the gigabyte
+}
+
+#: A run's settings, in its folder: what --resume reads.
+SETTINGS_FILE = "run.json"
+
+
+def setting(default: Any, help: str, **rules: Any) -> Any:
+    """A dataclass field with its help text and rules.
+
+    Rules: low, high, above, below (bounds of numbers), choices, metavar, positional, resume: "fixed" (a resumed
+    run must have the same value), "free" (it may change) or "mode" (says how to start; never stored).
+    """
+    return field(default=default, metadata={"help": help, "resume": "fixed", **rules})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """text and batches"""
+
+    path: str = setting(
+        "",
+        "text to learn: a file, or a folder searched for --pattern, in sorted order; read as bytes, files joined with "
+        "a newline where they lack one",
+        positional=True,
+        resume="free",  # the text may have moved; its contents are compared instead
+    )
+    val: str | None = setting(
+        None,
+        "validation text, a file or folder (default: the tail of PATH, see --val-fraction)",
+        resume="free",
+        metavar="PATH",
+    )
+    val_fraction: float = setting(
+        0.05,
+        "share of PATH's tail kept for validation, at most 256 KiB, cut at the next blank line, line or character",
+        above=0,
+        high=0.5,
+    )
+    pattern: str = setting(
+        "*.txt", "which files of a folder to read, for example '*.md' or '*'", resume="free", metavar="GLOB"
+    )
+    force_binary: bool = setting(False, "read files even if they are not UTF-8 text", resume="free")
+    context: int = setting(512, "window length in bytes: how far gradients flow, starting from an empty state", low=1)
+    batch_size: int = setting(8, "windows in one forward pass", low=1)
+    accumulate: int = setting(1, "forward passes whose gradients one step adds up (a batch too big for memory)", low=1)
+
+
+@dataclass(frozen=True)
+class ShapeConfig:
+    """model"""
+
+    size: str | None = setting(
+        None,
+        "named size, d_model × n_layer: "
+        + ", ".join(f"{k} {d}×{n}" for k, (d, n) in SIZES.items())
+        + " (default: small)",
+        choices=tuple(SIZES),
+    )
+    d_model: int | None = setting(None, "width (default: that of --size)", low=1)
+    n_layer: int | None = setting(None, "number of Mamba blocks (default: that of --size)", low=1)
+    d_state: int = setting(16, "states per channel", low=1)
+    d_conv: int = setting(4, "taps of the convolution", low=1)
+    expand: int = setting(2, "inner width, as a multiple of d_model", low=1)
+    d_intermediate: int = setting(0, "width of a gated MLP after each Mamba block; 0 means none", low=0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """optimiser"""
+
+    lr: float = setting(3e-3, "peak learning rate of AdamW", above=0)
+    min_lr_ratio: float = setting(
+        0.1, "learning rate at the end, as a share of the peak (cosine between)", low=0, high=1
+    )
+    warmup_steps: int | None = setting(
+        None, "linear warm-up (default: a twentieth of the steps, at most 200; 20 under --minutes alone)", low=0
+    )
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", low=0, below=1)
+    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", low=0, below=1)
+    weight_decay: float = setting(0.1, "weight decay of the matrices (norms, biases, A, D and dt have none)", low=0)
+    clip: float = setting(1.0, "largest norm of the gradient; 0 means no clipping", low=0)
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """how long"""
+
+    steps: int | None = setting(None, "optimiser steps (default: 1000)", low=1, resume="free")
+    epochs: float | None = setting(None, "passes over the text, instead of --steps, e.g. 2.5", above=0, resume="free")
+    minutes: float | None = setting(
+        None,
+        "time for training; ends the run, and leads the learning rate to its end, even if steps remain. The schedule "
+        "then follows the clock, so two such runs differ",
+        above=0,
+        resume="free",
+    )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """reports on the way"""
+
+    eval_every: int = setting(100, "steps between validations; 0 means only at the end", low=0)
+    eval_bytes: int = setting(65536, "validation bytes read on the way (all of them at the end)", low=2)
+    sample_every: int = setting(250, "steps between samples of text; 0 means none", low=0, resume="free")
+    sample_bytes: int = setting(200, "bytes in a sample", low=1, resume="free")
+    sample_prompt: str | None = setting(
+        None, "how samples begin (default: as the validation text does)", resume="free", metavar="TEXT"
+    )
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", low=1, resume="free")
+    progress: str = setting(
+        "auto",
+        "bar (needs tqdm), lines, or off; auto takes the bar on a terminal, lines elsewhere",
+        choices=("auto", "bar", "lines", "off"),
+        resume="free",
+    )
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """checkpoints"""
+
+    out: str | None = setting(
+        None,
+        "folder for the model, checkpoints and metrics (default: runs/NAME-OF-THE-TEXT)",
+        resume="free",
+        metavar="DIR",
+    )
+    save_every: int = setting(
+        250, "steps between checkpoints; 0 means only at the end and on Ctrl-C", low=0, resume="free"
+    )
+    keep: int = setting(2, "how many of the newest checkpoints to keep", low=1, resume="free")
+    init_from: str | None = setting(
+        None, "start from these weights: 'bundled', a model folder or a training run (fine-tuning)", metavar="MODEL"
+    )
+    resume: bool = setting(
+        False, "continue the run in --out; its settings are kept, PATH may be left out", resume="mode"
+    )
+    overwrite: bool = setting(False, "delete the run that --out holds, then start", resume="mode")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """machine
+
+    Groups of settings; `TrainConfig.of(path="a.txt", lr=1e-3, …)` makes one from the flat names that the command line
+    uses.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ShapeConfig = field(default_factory=ShapeConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    dtype: str = setting(
+        "float32",
+        "bfloat16 runs matrix products in half the bits (autocast); weights stay float32",
+        choices=("float32", "bfloat16"),
+    )
+    device: str = setting("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one", resume="free")
+    seed: int = setting(0, "fixes weights, order of the text and samples", low=0, high=2**63 - 1)
+
+    def __post_init__(self) -> None:
+        for group, settings in _layout().items():
+            owner = getattr(self, group) if group else self
+            for name, info in settings.items():
+                object.__setattr__(owner, name, _checked(name, getattr(owner, name), info))
+        _check_together(self)
+
+    @classmethod
+    def of(cls, **settings: Any) -> TrainConfig:
+        """A configuration from flat names (`path`, `lr`, `steps`, …); unknown ones are refused."""
+        return cls().replace(**settings)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Read flat names, or groups of them as `to_dict` writes. Raises ValueError for unknown keys."""
+        flat: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in _layout() or not key:
+                flat[key] = value
+            elif not isinstance(value, Mapping):
+                raise ValueError(f"train: {key} is {value!r}, expected a table of settings.")
+            else:
+                for name, inner in value.items():
+                    if name not in _layout()[key]:
+                        raise ValueError(f"train: unknown setting {key}.{name}; {key} has {', '.join(_layout()[key])}.")
+                    flat[name] = inner
+        return cls.of(**flat)
+
+    def replace(self, **settings: Any) -> TrainConfig:
+        """A copy with some settings changed, by flat name."""
+        for name in settings:
+            if name not in _places():
+                close = get_close_matches(name, _places(), 1)
+                hint = f"Did you mean {close[0]}?" if close else f"Settings: {', '.join(sorted(_places()))}."
+                raise ValueError(f"train: unknown setting {name!r}. {hint}")
+        changes: dict[str, Any] = {}
+        for group in _layout():
+            mine = {name: value for name, value in settings.items() if _places()[name] == group}
+            changes |= ({group: dataclasses.replace(getattr(self, group), **mine)} if mine else {}) if group else mine
+        return dataclasses.replace(self, **changes)
+
+    def flat(self) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+        """Every setting as (name, value, field), groups in order."""
+        for group, settings in _layout().items():
+            for name, info in settings.items():
+                yield name, getattr(getattr(self, group) if group else self, name), info.field
+
+    def to_dict(self) -> dict[str, Any]:
+        """Groups of plain values for JSON, without the settings that only say how to start."""
+        values = {name: value for name, value, info in self.flat() if info.metadata["resume"] != "mode"}
+        grouped = {g: {n: values[n] for n in names if n in values} for g, names in _layout().items() if g}
+        return grouped | {name: values[name] for name in _layout()[""]}
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_model, n_layer) after the named size is looked up."""
+        d_model, n_layer = SIZES[self.model.size or "small"]
+        return self.model.d_model or d_model, self.model.n_layer or n_layer
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is written."""
+        return Path(self.save.out) if self.save.out else Path("runs") / (Path(self.data.path).resolve().stem or "text")
+
+
+def differences(old: TrainConfig, new: TrainConfig, kind: str) -> list[str]:
+    """Lines `name: old → new` for settings of one resume kind that differ; a named size equals its numbers."""
+    shapes: dict[str, tuple[Any, Any]] = {"size": (None, None)}
+    shapes |= {name: (old.shape[i], new.shape[i]) for i, name in enumerate(("d_model", "n_layer"))}
+    lines = []
+    for (name, before, info), (_, after, _) in zip(old.flat(), new.flat(), strict=True):
+        before, after = shapes.get(name, (before, after))
+        if before != after and info.metadata["resume"] == kind:
+            lines.append(f"{name}: {before} → {after}")
+    return lines
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser every setting, grouped, with help; what the user leaves out is left out of the namespace."""
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS,
+        help="read settings from a .json or .toml file, such as a run's run.json; flags win over it",
+    )  # fmt: skip
+    for group, settings in _layout().items():
+        section = parser.add_argument_group(_title(group))
+        for name, info in settings.items():
+            rules = info.field.metadata
+            options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(info)}
+            if info.type is bool:
+                section.add_argument(_flag(name), action="store_true", **options)
+                continue
+            metavar = {int: "N", float: "X"}.get(info.type, name.upper())
+            options |= {"type": info.type, "choices": rules.get("choices")}
+            options["metavar"] = None if rules.get("choices") else rules.get("metavar", metavar)
+            if rules.get("positional"):
+                section.add_argument(name, nargs="?", **options)
+            else:
+                section.add_argument(_flag(name), **options)
+
+
+def from_arguments(namespace: argparse.Namespace) -> TrainConfig:
+    """The configuration a parsed command line asks for.
+
+    Order of precedence: flags, --config, then under --resume the run's own settings, then defaults. Raises ValueError.
+    """
+    flags = {name: value for name, value in vars(namespace).items() if name in _places()}
+    if file := getattr(namespace, "config", None):
+        flags = _flatten(read_file(file)) | flags
+    if not flags.get("resume"):
+        return TrainConfig.of(**flags)
+    if not flags.get("out") and not flags.get("path"):
+        raise ValueError("train: --resume needs --out DIR, the folder of the run to continue.")
+    home = TrainConfig.of(**{k: v for k, v in flags.items() if k in ("out", "path")}).directory
+    settings = home / SETTINGS_FILE
+    if not settings.is_file():
+        raise ValueError(f"train: there is no run in {home} to resume (no {SETTINGS_FILE}). Start it without --resume.")
+    return TrainConfig.from_dict(read_file(settings)).replace(**({"out": str(home)} | flags))
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Settings from a JSON or TOML file. Raises ValueError naming the file and what is wrong."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"train: {path} cannot be read as settings: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"train: {path} holds {type(values).__name__}, expected a table of settings.")
+    return values
+
+
+@dataclass(frozen=True)
+class _Info:
+    """A setting's field with its type, None stripped."""
+
+    field: dataclasses.Field[Any]
+    type: type
+    optional: bool
+
+
+@cache
+def _layout() -> dict[str, dict[str, _Info]]:
+    """Group → name → field; the group "" is TrainConfig itself."""
+    groups = [f.name for f in dataclasses.fields(TrainConfig) if "help" not in f.metadata]
+    hints = typing.get_type_hints(TrainConfig)
+    return {g: _settings_of(hints[g]) for g in groups} | {"": _settings_of(TrainConfig)}
+
+
+def _settings_of(cls: type) -> dict[str, _Info]:
+    hints = typing.get_type_hints(cls)
+    found = {}
+    for info in dataclasses.fields(cls):
+        if "help" in info.metadata:
+            hint = hints[info.name]
+            optional = isinstance(hint, types.UnionType)
+            kinds = [t for t in typing.get_args(hint) if t is not type(None)] if optional else [hint]
+            found[info.name] = _Info(info, kinds[0], optional)
+    return found
+
+
+@cache
+def _places() -> dict[str, str]:
+    """Setting → its group. Names are unique across groups, so that flags need no prefixes."""
+    return {name: group for group, settings in _layout().items() for name in settings}
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    given = TrainConfig.from_dict(values)
+    named = {n for key, value in values.items() for n in (value if isinstance(value, Mapping) else [key])}
+    return {name: value for name, value, _ in given.flat() if name in named}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _title(group: str) -> str:
+    cls = type(getattr(TrainConfig(), group)) if group else TrainConfig
+    return (cls.__doc__ or "").splitlines()[0]
+
+
+def _help(info: _Info) -> str:
+    rules, default = info.field.metadata, info.field.default
+    shown = "" if default is None or info.type is bool or rules.get("positional") else f" (default: {default})"
+    return (rules["help"] + shown).replace("%", "%%")
+
+
+def _checked(name: str, value: Any, info: _Info) -> Any:
+    """The value, as its field's type; raises TypeError or ValueError naming the setting, the rule and the value."""
+    rules: Mapping[str, Any] = info.field.metadata
+    kind: Any = info.type
+    if value is None and info.optional:
+        return None
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        expected = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
+        raise TypeError(f"train: {name} is {value!r}, expected {expected}.")
+    if "choices" in rules and value not in rules["choices"]:
+        raise ValueError(f"train: {name} is {value!r}, expected one of {', '.join(map(repr, rules['choices']))}.")
+    if kind in (int, float):
+        words = [f"{word} {rules[key]:g}" for key, word in _BOUNDS.items() if key in rules]
+        inside = rules.get("low", -math.inf) <= value <= rules.get("high", math.inf)
+        strictly = rules.get("above", -math.inf) < value < rules.get("below", math.inf)
+        if not (math.isfinite(value) and inside and strictly):
+            rule = " and ".join(words) or "that is finite"
+            raise ValueError(f"train: {name} is {value!r}, expected a number {rule}.")
+    return value
+
+
+_BOUNDS = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Rules that involve more than one setting."""
+    budget, save = config.budget, config.save
+    if budget.steps and budget.epochs:
+        raise ValueError(f"train: steps is {budget.steps} and epochs is {budget.epochs:g}. Give one of the two.")
+    if save.resume and save.overwrite:
+        raise ValueError("train: resume and overwrite are both set. Resume continues a run, overwrite deletes it.")
+    own = [name for name in ("size", "d_model", "n_layer") if getattr(config.model, name) is not None]
+    if save.init_from and own:
+        raise ValueError(f"train: {own[0]} is set, but init_from brings its own shape. Drop one of the two.")
+    if config.model.size and config.model.d_model and config.model.n_layer:
+        raise ValueError("train: size, d_model and n_layer are all set. Give the size or the numbers.")
