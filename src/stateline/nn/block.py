@@ -109,7 +109,7 @@ class Block(nn.Module):
     def _enter(self, x: Tensor, residual: Tensor | None, lengths: Lengths | None) -> tuple[Tensor, Tensor]:
         if residual is None:  # later blocks get what this one left, which is clean
             x = zero_padding(x, lengths)
-        return self.norm(x, residual, residual_dtype=self._stream_dtype(x, residual))  # type: ignore[no-any-return]
+        return self.norm(x, residual, residual_dtype=self._stream_dtype(x, residual))
 
     def _leave(self, y: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if self.mlp is None or self.norm2 is None:

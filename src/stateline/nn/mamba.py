@@ -43,6 +43,8 @@ torch.export.register_dataclass(MambaState, serialized_type_name="stateline.nn.M
 class StepSize(nn.Linear):
     """A Linear that leaves its bias out: the scan adds it before softplus, in float32, which casts do not take away."""
 
+    full_precision = ("bias",)
+
     def __init__(
         self, rank: int, d_inner: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -83,6 +85,7 @@ class Mamba(Mixer):
     """
 
     no_weight_decay = ("A_log", "D")
+    full_precision = ("A_log", "D")
 
     def __init__(
         self,

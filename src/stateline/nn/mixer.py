@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stateline.checks import fail
+
 Lengths = Tensor | Sequence[int]
 
 
@@ -53,6 +55,8 @@ class Mixer(nn.Module, ABC):
 def padding(x: Tensor, lengths: Lengths) -> Tensor:
     """(b, t) bool, True at the padding that follows `lengths` (b) valid tokens of x (b, t, …)."""
     lengths = torch.as_tensor(lengths, device=x.device)
+    if lengths.shape != x.shape[:1]:
+        raise fail("lengths", f"it has shape {tuple(lengths.shape)}, expected (b,) with b = {x.shape[0]}.")
     return torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
 
 

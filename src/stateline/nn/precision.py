@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def wide(dtype: torch.dtype | None) -> torch.dtype:
@@ -33,3 +33,12 @@ def keep_wide(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
         return converted
 
     return careful
+
+
+def full_precision_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that keep full precision, as modules list them in the class attribute `full_precision`."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(type(module), "full_precision", ())
+    }

@@ -1,0 +1,84 @@
+"""Models in and out of every format we know: `load` finds out which, `save` writes the one asked for."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+
+import torch
+
+from stateline import checks
+from stateline.interop import huggingface, mamba_ssm
+from stateline.models import LanguageModel, checkpoint
+from stateline.models.checkpoint import CheckpointError
+
+__all__ = ["CheckpointError", "FORMATS", "detect", "load", "save"]
+
+FORMATS = ("stateline", "mamba_ssm", "huggingface")
+BUNDLED = "bundled"
+_LOAD = {"stateline": checkpoint.load, "mamba_ssm": mamba_ssm.load, "huggingface": huggingface.load}
+_SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface": huggingface.save}
+
+
+def load(
+    path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """The model in a directory of any known format, or the one that ships as "bundled"; in evaluation mode.
+
+    Args:
+        path_or_name: a directory, or "bundled". Nothing is ever downloaded.
+        device: where the weights go; CPU if None.
+        dtype: of the weights; None keeps the checkpoint's. Time constants stay float32 at least.
+
+    Raises CheckpointError naming the file that is missing, damaged, foreign or misfitting, and what to do.
+    """
+    if str(path_or_name) == BUNDLED:
+        bundled = importlib.resources.files("stateline") / "bundled" / "model"
+        with importlib.resources.as_file(bundled) as path:
+            if not path.is_dir():
+                raise CheckpointError(
+                    "this installation has no bundled model. Reinstall stateline, or give a directory."
+                )
+            return checkpoint.load(path, device=device, dtype=dtype)
+    path = Path(path_or_name).expanduser()
+    return _LOAD[detect(path)](path, device=device, dtype=dtype)
+
+
+def save(
+    model: LanguageModel, path: str | Path, format: str = "stateline", *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a model to a directory as "stateline", "mamba_ssm" or "huggingface"; whole or not at all.
+
+    dtype: of the stored weights; None stores them as they are. Time constants are never rounded.
+
+    Raises ValueError for what the format cannot express, and where the directory holds a model in another format.
+    """
+    checks.choice("save", "format", format, FORMATS)
+    model = checkpoint.plain(model)
+    target = Path(path).expanduser()
+    if (target / checkpoint.CONFIG).exists():
+        there = detect(target)
+        if there != format:
+            raise checks.fail("save", f"{target} holds a {there} model.", "Choose another directory.")
+    _SAVE[format](model, target, dtype=dtype)
+
+
+def detect(path: str | Path) -> str:
+    """The format of the model in a directory, from what its config.json says; CheckpointError if none is known."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        if path.is_file():
+            raise CheckpointError(f"{path} is a file. Give the directory that holds config.json and the weights.")
+        hint = f" Or is it a model's name? Download it first, e.g. `hf download {path} --local-dir DIR`, and load DIR."
+        raise CheckpointError(f"{path} is no directory.{hint if len(path.parts) <= 2 else ''}")
+    config = checkpoint.read_json(path / checkpoint.CONFIG)
+    if config.get("format") == checkpoint.FORMAT:
+        return "stateline"
+    if "model_type" in config:
+        return "huggingface"
+    if {"d_model", "n_layer"} <= set(config):
+        return "mamba_ssm"
+    raise CheckpointError(
+        f"{path / checkpoint.CONFIG} is of no known format: it has {', '.join(sorted(config)[:8]) or 'nothing'}."
+        ' Expected "format": "stateline" (ours), model_type (Hugging Face), or d_model and n_layer (mamba_ssm).'
+    )

@@ -1,0 +1,80 @@
+"""The format of mamba_ssm and the `state-spaces/*` checkpoints: config.json and pytorch_model.bin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stateline import checks
+from stateline.interop.weights import read_weights
+from stateline.models import LanguageModel, ModelConfig
+from stateline.models.checkpoint import HEAD, CheckpointError, assemble, read_json, weights, write_aside
+
+EPS = 1e-5  # mamba_ssm's norms have no other, and its configuration no field for it
+
+#: mamba_ssm's defaults, for keys that older files lack; None: no default, the key must be there.
+DEFAULTS: dict[str, Any] = {
+    "d_model": None, "n_layer": None, "vocab_size": None, "d_intermediate": 0, "ssm_cfg": {}, "rms_norm": True,
+    "residual_in_fp32": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True,
+}  # fmt: skip
+#: Keys that choose kernels or describe attention layers: these values change nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "fused_add_norm": (True, False), "attn_layer_idx": ([], None), "attn_cfg": ({}, None),
+}  # fmt: skip
+
+
+def load(
+    directory: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """The model in a mamba_ssm directory. CheckpointError names what is missing, damaged or not supported."""
+    source = Path(directory)
+    config = read_config(source / "config.json")
+    tensors, blame = read_weights(source)
+    stored = tensors.get("backbone.embedding.weight")
+    return assemble(config, tensors, blame, device=device, dtype=dtype or (None if stored is None else stored.dtype))
+
+
+def read_config(path: Path) -> ModelConfig:
+    """mamba_ssm's config.json as ours; its `use_fast_path` and `fused_add_norm` choose kernels and are dropped."""
+    values = read_json(path)
+    for key, allowed in NEUTRAL.items():
+        if values.pop(key, allowed[0]) not in allowed:
+            raise CheckpointError(f"{path}: {key} is set; supported are models without attention layers.")
+    unknown = sorted(set(values) - set(DEFAULTS))
+    if unknown:
+        raise CheckpointError(
+            f"{path} has unknown keys {', '.join(unknown)}; known are {', '.join([*DEFAULTS, *NEUTRAL])}."
+        )
+    values = {**DEFAULTS, **values}
+    lost = [key for key, value in values.items() if value is None]
+    if lost:
+        raise CheckpointError(f"{path} lacks {', '.join(lost)}. Copy or download it again.")
+    if isinstance(values["ssm_cfg"], dict):
+        values["ssm_cfg"] = {key: v for key, v in values["ssm_cfg"].items() if key != "use_fast_path"}
+    try:
+        return ModelConfig(**values, norm_eps=EPS)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes a model that is not supported: {error}") from error
+
+
+def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write a model so that mamba_ssm's `from_pretrained` reads it; whole or not at all."""
+    config = model.config
+    if config.norm_eps != EPS:
+        raise checks.fail(
+            "save", f"norm_eps is {config.norm_eps}, mamba_ssm has only {EPS}.", 'Use format="stateline".'
+        )
+    values = {key: value for key, value in config.to_dict().items() if key != "norm_eps"}
+    values.update(attn_layer_idx=[], attn_cfg={}, fused_add_norm=True)
+    tensors = weights(model, dtype)
+    if config.tie_embeddings:  # mamba_ssm stores it all the same
+        tensors[HEAD] = tensors["backbone.embedding.weight"]
+
+    def write(folder: Path) -> None:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+    write_aside(Path(directory), write, ["pytorch_model.bin", "config.json"])

@@ -1,0 +1,255 @@
+"""Our own format: a directory of model.safetensors, which alone is complete, and config.json for people and tools.
+
+The configuration is stored in the header of model.safetensors too. A save writes everything aside, then renames
+model.safetensors into place: that single rename is the moment the checkpoint changes, so a full disk, a kill or a power
+cut leaves the old one or the new one, never a mixture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stateline import checks
+from stateline.models.backbone import ModelConfig
+from stateline.models.language import LanguageModel
+from stateline.nn.precision import full_precision_names
+
+FORMAT = "stateline"
+VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+HEADER = "stateline"  # the key of our record among a safetensors file's metadata
+ASIDE = ".saving"
+HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or does not fit; the message names the file and what to do."""
+
+
+def save(
+    model: LanguageModel,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model, whole or not at all; other files of the directory stay.
+
+    dtype: of the stored weights, e.g. torch.bfloat16 for a file of half the size; None stores them as they are. Decay
+        rates, skip weights and step-size biases are never rounded. `load` gives back the model's dtype either way.
+    metadata: JSON values that travel with the model; None keeps `model.metadata`.
+
+    Raises:
+        ValueError: the directory holds another kind of model, or the model has weights its configuration does not.
+        OSError: the disk is full or not writable; an older checkpoint is untouched.
+    """
+    model = plain(model)
+    target = Path(directory)
+    _refuse_foreign(target)
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": str(model.backbone.embedding.weight.dtype).removeprefix("torch."),
+        "model": model.config.to_dict(),
+        "metadata": dict(model.metadata if metadata is None else metadata),
+    }
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise checks.fail("save", f"metadata cannot be written as JSON: {error}.") from error
+    tensors = weights(model, dtype)
+
+    def write(folder: Path) -> None:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", HEADER: json.dumps(record)})
+        (folder / CONFIG).write_text(text + "\n")
+
+    write_aside(target, write, [WEIGHTS, CONFIG])
+
+
+def load(
+    directory: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """The model that `save` wrote, in evaluation mode.
+
+    device: CPU if None.   dtype: of the weights; None is what the model had when it was saved.
+
+    Raises CheckpointError naming the file if one is missing, damaged or does not fit, with every misfit listed.
+    """
+    source = Path(directory)
+    tensors, header = read_safetensors(source / WEIGHTS)
+    record: dict[str, Any] | None = json.loads(header[HEADER]) if HEADER in header else None
+    if (source / CONFIG).exists():
+        beside = read_json(source / CONFIG)
+        if record is not None and beside.get("model") != record.get("model"):
+            warnings.warn(
+                f"{source / CONFIG} disagrees with the configuration inside {WEIGHTS}, which is used. Save the model again.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        record = record or beside
+    if record is None:
+        raise CheckpointError(f"{source / CONFIG} is missing. Copy the whole directory.")
+    if record.get("format") != FORMAT or record.get("version") != VERSION:
+        got = f"format {record.get('format')!r} version {record.get('version')!r}"
+        raise CheckpointError(f"{source} has {got}, this release reads {FORMAT!r} version {VERSION}. Update stateline?")
+    try:
+        config = ModelConfig.from_dict(record["model"])
+        stored = getattr(torch, str(record.get("dtype", "float32")))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{source / CONFIG} is no configuration: {error}") from error
+    model = assemble(config, tensors, source / WEIGHTS, device=device, dtype=dtype or stored)
+    model.metadata = dict(record.get("metadata") or {})
+    return model
+
+
+def plain(model: nn.Module) -> LanguageModel:
+    """The LanguageModel itself, taken out of torch.compile's wrapper; TypeError for anything else."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, LanguageModel):
+        raise checks.fail("save", f"model is a {type(model).__name__}, expected a LanguageModel.", error=TypeError)
+    return model
+
+
+def weights(model: LanguageModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Named weights on the CPU, ready to store: a tied matrix once, full-precision ones never narrowed."""
+    if dtype is not None:
+        checks.choice("save", "dtype", dtype, checks.REAL_DTYPES)
+    exact = full_precision_names(model)
+    found = {
+        name: t.detach() for name, t in model.state_dict().items() if not (model.config.tie_embeddings and name == HEAD)
+    }
+    expected = expected_shapes(model.config)
+    odd = sorted(set(found) ^ set(expected))
+    if odd:
+        raise checks.fail(
+            "save",
+            f"the model has weights that its configuration does not, or lacks some: {', '.join(odd[:8])}.",
+            "Merge or remove adapters first.",
+        )
+    return {
+        name: t.to("cpu", t.dtype if dtype is None or name in exact else dtype).contiguous()
+        for name, t in found.items()
+    }
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The stored weights of a configuration, by name."""
+    blank = LanguageModel(config, device="meta").state_dict()
+    return {name: tuple(t.shape) for name, t in blank.items() if not (config.tie_embeddings and name == HEAD)}
+
+
+def assemble(
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    source: Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LanguageModel:
+    """A model with exactly these weights, in evaluation mode; CheckpointError lists all that is missing or left over."""
+    if dtype is not None:
+        checks.choice("load", "dtype", dtype, checks.REAL_DTYPES)
+    tensors = dict(tensors)
+    if config.tie_embeddings and HEAD in tensors:
+        head = tensors.pop(HEAD)
+        embedding = tensors.setdefault(EMBEDDING, head)
+        if head.shape != embedding.shape or not torch.equal(head.to(embedding.dtype), embedding):
+            raise CheckpointError(
+                f"{source}: tie_embeddings is true, yet {HEAD} differs from the embedding. Set it to false."
+            )
+    problems = _misfits(expected_shapes(config), tensors)
+    if problems:
+        raise CheckpointError(f"{source} does not fit its configuration:\n  " + "\n  ".join(problems))
+    model = LanguageModel(config, device="meta", dtype=dtype).to_empty(device=device or "cpu")
+    model.tie_weights()  # to_empty gives each name its own memory
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+    return model.eval()
+
+
+def _misfits(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> list[str]:
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            problems.append(f"unexpected: {name} {tuple(tensor.shape)}")
+        elif tuple(tensor.shape) != expected[name]:
+            problems.append(f"wrong shape: {name} is {tuple(tensor.shape)}, expected {expected[name]}")
+        elif not tensor.is_floating_point():
+            problems.append(f"wrong dtype: {name} is {tensor.dtype}, expected floating point")
+    return problems
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by name, metadata) of a file; CheckpointError if it is missing or damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing. Copy the whole directory.")
+    try:
+        with safe_open(str(path), "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118  # not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short: {error}. Copy or download it again.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object a JSON file holds; CheckpointError if it is missing, damaged or no object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # JSON and encoding errors are ValueErrors
+        raise CheckpointError(f"{path} cannot be read: {error}. Copy or download it again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object. Copy or download it again.")
+    return values
+
+
+def write_aside(target: Path, write: Callable[[Path], None], names: list[str]) -> None:
+    """Have `write(folder)` make files aside, flush them to disk, then rename those in `names` into `target`, in order.
+
+    Nothing of `target` changes before every file is complete; whatever goes wrong, the half-written ones are removed.
+    """
+    existed = target.is_dir()
+    if target.exists() and not existed:
+        raise checks.fail("save", f"{target} is a file, expected a directory.")
+    aside = target / ASIDE  # inside, so that renaming never crosses file systems
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+        aside.mkdir()
+        write(aside)
+        for name in names:
+            _flush(aside / name)
+        for name in names:
+            os.replace(aside / name, target / name)
+        _flush(target)
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        unchanged = "The checkpoint that was there is untouched." if existed else "Nothing was written."
+        raise OSError(f"save: {target} could not be written: {error}. {unchanged} Is the disk full?") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not existed and target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _refuse_foreign(target: Path) -> None:
+    if (target / CONFIG).exists() and read_json(target / CONFIG).get("format") != FORMAT:
+        raise checks.fail("save", f"{target} holds a model in another format.", "Choose another directory.")
