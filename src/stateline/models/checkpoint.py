@@ -94,7 +94,7 @@ def load(
         beside = read_json(source / CONFIG)
         if record is not None and beside.get("model") != record.get("model"):
             warnings.warn(
-                f"{source / CONFIG} disagrees with the configuration inside {WEIGHTS}, which is used. Save the model again.",
+                f"{source / CONFIG} disagrees with the configuration inside {WEIGHTS}, which is used. Save it again.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -158,7 +158,7 @@ def assemble(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> LanguageModel:
-    """A model with exactly these weights, in evaluation mode; CheckpointError lists all that is missing or left over."""
+    """A model with exactly these weights, in evaluation mode; CheckpointError lists every misfit."""
     if dtype is not None:
         checks.choice("load", "dtype", dtype, checks.REAL_DTYPES)
     tensors = dict(tensors)

@@ -125,22 +125,26 @@ class Mamba(Mixer):
         self.x_proj = nn.Linear(e, r + 2 * n, bias=False, **made)
         self.dt_proj = StepSize(r, e, **made)
         full = wide(dtype)
-        self.A_log = nn.Parameter(torch.arange(1, n + 1, dtype=full, device=device).log().repeat(e, 1))
+        self.A_log = nn.Parameter(torch.empty(e, n, dtype=full, device=device))
         self.D = nn.Parameter(torch.ones(e, dtype=full, device=device))
         self.out_proj = nn.Linear(e, d_model, bias=bias, **made)
-        self._init_steps(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        self._init_system(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
 
     @torch.no_grad()
-    def _init_steps(self, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, dt_init_floor: float) -> None:
+    def _init_system(self, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, dt_init_floor: float) -> None:
         checks.number(OP, "dt_min", dt_min, low=0, open_low=True)
         checks.number(OP, "dt_max", dt_max, low=dt_min)
         checks.number(OP, "dt_scale", dt_scale, low=0, open_low=True)
         checks.number(OP, "dt_init_floor", dt_init_floor, low=0, open_low=True)
         checks.choice(OP, "dt_init", dt_init, ("random", "constant"))
+        # Computed on the CPU: arithmetic on the meta device, where loaders build models, first imports for seconds.
+        rates = torch.arange(1, self.d_state + 1, dtype=self.A_log.dtype, device="cpu")
+        self.A_log.copy_(rates.log().expand(self.d_inner, -1))
         bound = int(self.dt_rank) ** -0.5 * dt_scale
         nn.init.uniform_(self.dt_proj.weight, -bound if dt_init == "random" else bound, bound)
         low, high = math.log(dt_min), math.log(dt_max)
-        dt = (torch.rand_like(self.dt_proj.bias) * (high - low) + low).exp().clamp(min=dt_init_floor)
+        uniform = torch.rand(self.d_inner, dtype=self.dt_proj.bias.dtype, device="cpu")
+        dt = (uniform * (high - low) + low).exp().clamp(min=dt_init_floor)
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def init_state(
