@@ -1,0 +1,77 @@
+"""`stateline convert`: a checkpoint from one format to another."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from stateline.cli.parser import DTYPES, Parser, UsageError, directory_of, new_parser
+
+FORMATS = ("stateline", "mamba_ssm", "huggingface")
+#: Files that belong to a checkpoint's tokenizer and go along.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+DESCRIPTION = "Write a model in another format; which one it comes in is found out by looking."
+EPILOG = """\
+formats:
+  stateline     config.json + model.safetensors, this project's own
+  mamba_ssm     config.json + pytorch_model.bin, for state-spaces/mamba
+  huggingface   config.json + model.safetensors, for transformers' MambaForCausalLM
+
+examples:
+  stateline convert mamba-130m my-mamba
+  stateline convert runs/book book-hf --to huggingface
+  stateline convert bundled small --dtype bfloat16 --force
+"""
+
+
+def add(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Define the subcommand."""
+    parser = new_parser(commands, "convert", DESCRIPTION, EPILOG, summary="write a model in another format")
+    parser.set_defaults(run=run)
+    parser.add_argument("source", metavar="IN", help='a directory, or "bundled"')
+    parser.add_argument("target", metavar="OUT", help="a directory to make")
+    parser.add_argument("--to", choices=FORMATS, default="stateline", help="(default: stateline)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Convert as asked: OUT appears whole or not at all, and what it replaces stays until then."""
+    target = Path(options.target)
+    if target.exists() and not options.force:
+        raise UsageError(f"{target} exists; --force replaces it")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file, expected a directory to make")
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise UsageError(f"there is no directory {parent}")
+
+    import torch
+
+    import stateline
+
+    model = stateline.load(options.source)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}.") as temporary:
+        made = Path(temporary) / "new"
+        stateline.save(model, made, format=options.to, dtype=dtype)
+        _copy_tokenizer(directory_of(options.source), made)
+        if target.exists():
+            target.rename(Path(temporary) / "old")
+        made.rename(target)
+    print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {size_of(target) / 1e6:,.2f} MB")
+    return 0
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of all files in a directory."""
+    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())

@@ -1,0 +1,224 @@
+"""`stateline generate`: text that continues a prompt, as it is written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stateline.cli.parser import Parser, UsageError, add_model_options, directory_of, load_model, new_parser, positive
+
+if TYPE_CHECKING:
+    from stateline.generation import SamplingConfig, Stream
+
+MAX_TOKENS = 256
+#: Livelier than greedy, safer than the model's own distribution: the usual choice of text generators.
+TEMPERATURE = 0.8
+
+DESCRIPTION = "Continue a prompt with a model's text, streamed to the terminal."
+EPILOG = """\
+examples:
+  stateline generate "My fellow citizens"
+  stateline generate "Once upon" --model runs/book --max-tokens 500 --seed 1 --echo
+  stateline generate "The year" --greedy --stop "." --stats
+  stateline generate --prompt-file book.txt --max-tokens 100     a prompt of any size, in constant memory
+  cat notes.txt | stateline generate --prompt-file -
+  stateline generate "We" --endless | head -c 1000000            as long as you let it
+  stateline generate --batch "One" "Two" "Three"                 one JSON object a line
+  stateline generate --batch --prompt-file prompts.txt           one prompt a line
+
+An empty prompt starts from a newline. The same --seed gives the same text.
+"""
+
+
+def add(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Define the subcommand."""
+    parser = new_parser(commands, "generate", DESCRIPTION, EPILOG, summary="continue a prompt with a model's text")
+    parser.set_defaults(run=run)
+    parser.add_argument("prompt", nargs="*", help="what to continue; several only with --batch")
+    parser.add_argument("--model", default="bundled", help='a directory, or "bundled" (default)')
+    parser.add_argument("--prompt-file", metavar="FILE", help='read the prompt from a file, "-" for stdin')
+    parser.add_argument("--batch", action="store_true", help="several prompts: arguments, or lines of --prompt-file")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="prompts at a time (default: 16)")
+    parser.add_argument("--echo", action="store_true", help="write the prompt before its continuation")
+    parser.add_argument("--stats", action="store_true", help="tokens per second, on stderr")
+    length = parser.add_argument_group("how long")
+    either = length.add_mutually_exclusive_group()
+    either.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"(default: {MAX_TOKENS})")
+    either.add_argument("--endless", action="store_true", help="go on until interrupted, past any end of text")
+    length.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    _add_sampling(parser)
+    add_model_options(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which tokens")
+    heat = group.add_mutually_exclusive_group()
+    heat.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=f"(default: {TEMPERATURE})")
+    heat.add_argument("--greedy", action="store_true", help="always the most likely token")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="from the K most likely only")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="from the fewest that hold this probability"
+    )
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="at least P times as likely as the likeliest"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids recent tokens"
+    )
+    group.add_argument(
+        "--repetition-window", type=int, default=64, metavar="N", help="recent means the last N (default: 64)"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Generate as asked; the options are checked before the model is loaded."""
+    from stateline.generation import stop_strings
+
+    if options.max_tokens < 0:
+        raise UsageError(f"--max-tokens is {options.max_tokens}, expected a whole number from 0")
+    sampling = _sampling(options)
+    stop_strings(options.stop)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" and goes on
+    return _batch(options, sampling) if options.batch else _single(options, sampling)
+
+
+def _sampling(options: argparse.Namespace) -> SamplingConfig:
+    from stateline.generation import SamplingConfig
+
+    return SamplingConfig(
+        temperature=0.0 if options.greedy else options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        repetition_window=options.repetition_window,
+        seed=options.seed,
+    )
+
+
+def _single(options: argparse.Namespace, sampling: SamplingConfig) -> int:
+    from stateline.generation import Stream, load_tokenizer
+
+    prompt = _prompt(options)
+    model = load_model(options)
+    tokenizer = load_tokenizer(directory_of(options.model), model.config.vocab_size)
+    stream = Stream(model, sampling=sampling, tokenizer=tokenizer)
+    started = time.perf_counter()
+    stream.feed(prompt)
+    read, read_at = stream.length, time.perf_counter()
+    if options.echo:
+        _show(os.fsencode(options.prompt[0]).decode("utf-8", "replace") if options.prompt else "")
+    length = None if options.endless else options.max_tokens
+    try:
+        for piece in stream.text(length, stop=options.stop, ignore_end=options.endless, final=True):
+            _show(piece)
+    finally:  # an interrupted text ends with a line, and its figures are as good
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            _show("\n")
+        if options.stats:
+            _report(stream, (read, read_at - started), time.perf_counter() - read_at)
+    return 0
+
+
+def _prompt(options: argparse.Namespace) -> Any:
+    if len(options.prompt) > 1:
+        raise UsageError(f"{len(options.prompt)} prompts given; quote a prompt of several words, or add --batch")
+    if options.prompt_file is None:
+        return os.fsencode(options.prompt[0]) if options.prompt else b""  # bytes that are no UTF-8 pass unchanged
+    if options.prompt:
+        raise UsageError("a prompt and --prompt-file were both given")
+    if options.echo:
+        raise UsageError("--echo is for a prompt on the command line, not for --prompt-file")
+    return sys.stdin.buffer if options.prompt_file == "-" else _existing(options.prompt_file)
+
+
+def _batch(options: argparse.Namespace, sampling: SamplingConfig) -> int:
+    from stateline.generation import generate_batch, load_tokenizer
+
+    if options.endless:
+        raise UsageError("--endless goes with one prompt, not with --batch")
+    prompts = _prompts(options)
+    model = load_model(options)
+    tokenizer = load_tokenizer(directory_of(options.model), model.config.vocab_size)
+    started = time.perf_counter()
+    done = 0
+    for group in _groups(prompts, options.batch_size):
+        texts = generate_batch(
+            model,
+            group,
+            max_tokens=options.max_tokens,
+            sampling=sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + done),
+            stop=options.stop,
+            tokenizer=tokenizer,
+        )
+        for prompt, text in zip(group, texts, strict=True):
+            shown = prompt.decode("utf-8", "replace")
+            line = {"prompt": shown, "text": shown + text if options.echo else text}
+            _show(json.dumps(line, ensure_ascii=False) + "\n")
+        done += len(group)
+    if options.stats:
+        took = time.perf_counter() - started
+        print(f"{done} prompts in {took:.2f} s ({done / took:,.2f} prompts/s)", file=sys.stderr)
+    return 0
+
+
+def _prompts(options: argparse.Namespace) -> Iterator[bytes]:
+    if options.prompt_file is None:
+        if not options.prompt:
+            raise UsageError("--batch needs prompts, or --prompt-file with one a line")
+        return (os.fsencode(p) for p in options.prompt)
+    if options.prompt:
+        raise UsageError("prompts and --prompt-file were both given")
+    path = None if options.prompt_file == "-" else _existing(options.prompt_file)
+    return _lines(path)
+
+
+def _lines(path: Path | None) -> Iterator[bytes]:
+    with sys.stdin.buffer if path is None else path.open("rb") as file:
+        for line in file:
+            yield line.rstrip(b"\r\n")
+
+
+def _groups(prompts: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
+    group: list[bytes] = []
+    for prompt in prompts:
+        group.append(prompt)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _existing(name: str) -> Path:
+    """A readable file's path; the complaint comes before a model is loaded."""
+    path = Path(name)
+    with path.open("rb"):
+        return path
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _report(stream: Stream, prompt: tuple[int, float], took: float) -> None:
+    from stateline import state
+
+    read, reading = prompt
+    made = stream.sampler.drawn
+    print(
+        f"prompt {read:,} tokens in {reading:.2f} s ({read / max(reading, 1e-9):,.0f} tokens/s) · "
+        f"generated {made:,} tokens in {took:.2f} s ({made / max(took, 1e-9):,.0f} tokens/s) · "
+        f"state {state.num_bytes(stream.state) / 1024:,.0f} KiB at any length",
+        file=sys.stderr,
+    )

@@ -1,0 +1,63 @@
+"""`stateline info`: what a model is and what it would cost here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from stateline.cli.explain import show
+from stateline.cli.parser import Parser, new_parser
+
+DESCRIPTION = "Describe a model: its format, sizes, data types, state, provenance, and the machine it would run on."
+EPILOG = """\
+examples:
+  stateline info                       the bundled model
+  stateline info runs/book
+  stateline info mamba-130m --json     for scripts
+"""
+
+
+def add(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Define the subcommand."""
+    parser = new_parser(commands, "info", DESCRIPTION, EPILOG, summary="describe a model or checkpoint")
+    parser.set_defaults(run=run)
+    parser.add_argument("model", nargs="?", default="bundled", help='a directory, or "bundled" (default)')
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the facts."""
+    facts = describe(options.model)
+    if options.json:
+        print(json.dumps(facts, indent=2, default=str))
+    else:
+        show(facts)
+    return 0
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Facts about a model, ready for JSON."""
+    import stateline
+    from stateline import state
+    from stateline.interop import detect
+
+    model = stateline.load(name)
+    home = directory_of(name)
+    weights: Counter[str] = Counter()
+    for p in model.parameters():
+        weights[str(p.dtype).removeprefix("torch.")] += p.numel()
+    cards = [p.name for p in sorted(home.glob("*.md"))]
+    return {
+        "model": name,
+        "format": detect(home),
+        "directory": str(home),
+        "parameters": model.num_parameters(),
+        "dtypes": dict(weights),
+        "bytes on disk": size_of(home),
+        "bytes in memory": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "state bytes per sequence": state.num_bytes(model.init_state(1)),
+        "card": cards[0] if cards else None,
+        "config": model.config.to_dict(),
+        "metadata": model.metadata,
+        "machine": machine(),
+    }

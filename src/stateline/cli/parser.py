@@ -1,0 +1,95 @@
+"""What the subcommands share: parsers that complain in one line, options for loading a model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from stateline.models import LanguageModel
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that errors are raised and that arguments may be added when the command is chosen.
+
+    `later`: adds arguments whose definition costs an import; called once, before this parser is used.
+    """
+
+    def __init__(
+        self, *args: Any, later: Callable[[argparse.ArgumentParser], None] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self._later = later
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's, once `later` has run."""
+        later, self._later = self._later, None
+        if later is not None:
+            later(self)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and leaving."""
+        raise UsageError(f"{message} ({self.prog} --help shows how)")
+
+
+def new_parser(
+    commands: argparse._SubParsersAction[Parser] | None,
+    name: str,
+    description: str,
+    epilog: str,
+    *,
+    later: Callable[[argparse.ArgumentParser], None] | None = None,
+    summary: str | None = None,
+) -> Parser:
+    """A parser with `--debug`; a subcommand's if `commands` is given, listed there with its `summary`."""
+    if commands is None:
+        parser = Parser(prog=name, description=description, epilog=epilog, later=later)
+    else:
+        parser = commands.add_parser(name, description=description, epilog=epilog, later=later, help=summary)
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--device, --dtype, --threads."""
+    group = parser.add_argument_group("where it runs")
+    group.add_argument("--device", help='e.g. "cpu", "cuda:0" (default: cpu)')
+    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+
+
+def load_model(options: argparse.Namespace) -> LanguageModel:
+    """The model that `--model`, `--device`, `--dtype` and `--threads` ask for."""
+    import torch
+
+    import stateline
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    return stateline.load(options.model, device=options.device, dtype=dtype)
+
+
+def directory_of(model: str) -> Path:
+    """Where a model's files lie; "bundled" is never a directory of that name."""
+    if model == "bundled":
+        return Path(str(importlib.resources.files("stateline") / "bundled" / "model"))
+    return Path(model).expanduser()
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for `type=`."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return value
