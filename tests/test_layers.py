@@ -6,6 +6,7 @@ A new layer is one row of LAYERS.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_padded_rows_equal_their_sequences_alone(layer: nn.Module, backend: str,
         y, end = layer.extend(x[i : i + 1, :n], pytree.tree_map(lambda s, i=i: s[i : i + 1], start))
         close(ys[i : i + 1, :n], y, dtype)
         close(pytree.tree_map(lambda s, i=i: s[i : i + 1], ends), end, dtype)
-    if not isinstance(layer, Stream | LanguageModel) or (isinstance(layer, LanguageModel)):
+    if not isinstance(layer, Stream):  # its second norm may have a bias
         assert (ys[0, 4:] == 0).all()
 
 
@@ -164,7 +165,7 @@ def test_packed_sequences_equal_themselves_alone(layer: nn.Module, backend: str,
     packed = torch.tensor(bounds, dtype=torch.int32)
     ys, ends = layer.extend(x, start, cu_seqlens=packed)
     fresh = layer(x, cu_seqlens=packed)
-    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(bounds)):
         y, end = layer.extend(x[:, a:b], pytree.tree_map(lambda s, i=i: s[i : i + 1], start))
         close(ys[:, a:b], y, dtype)
         close(pytree.tree_map(lambda s, i=i: s[i : i + 1], ends), end, dtype)
@@ -314,7 +315,7 @@ def test_initial_values_are_the_papers() -> None:
     assert torch.equal(layer.A_log[7], torch.arange(1, 17).float().log())
     assert (layer.D == 1).all()
     steps = torch.nn.functional.softplus(layer.dt_proj.bias)
-    assert 0.01 * (1 - 1e-4) <= steps.min()
+    assert steps.min() >= 0.01 * (1 - 1e-4)
     assert steps.max() <= 0.2 * (1 + 1e-4)
     assert abs(steps.log().mean() - (torch.tensor(0.01 * 0.2).log() / 2)) < 0.1  # log-uniform
     bound = 32**-0.5
@@ -327,9 +328,9 @@ def test_initial_values_are_the_papers() -> None:
 def test_shapes_are_those_of_mamba_130m() -> None:
     shapes = {name: tuple(p.shape) for name, p in sl.Mamba(768, device="meta").named_parameters()}
     assert shapes == {
-        "in_proj.weight": (3072, 768), "conv1d.weight": (1536, 1, 4), "conv1d.bias": (1536,), "x_proj.weight": (80, 1536),
-        "dt_proj.weight": (1536, 48), "dt_proj.bias": (1536,), "A_log": (1536, 16), "D": (1536,),
-        "out_proj.weight": (768, 1536),
+        "in_proj.weight": (3072, 768), "conv1d.weight": (1536, 1, 4), "conv1d.bias": (1536,),
+        "x_proj.weight": (80, 1536), "dt_proj.weight": (1536, 48), "dt_proj.bias": (1536,),
+        "A_log": (1536, 16), "D": (1536,), "out_proj.weight": (768, 1536),
     }  # fmt: skip
 
 
@@ -398,7 +399,7 @@ def test_param_groups_decay_matrices_alone() -> None:
         "mixer.out_proj.weight", "mlp.fc1.weight", "mlp.fc2.weight",
     }  # fmt: skip
     untied = sl.param_groups(model(tie_embeddings=False).bfloat16(), 0.1)
-    assert VOCABULARY <= max(p.shape[0] for p in untied[0]["params"] if p.shape[1] == WIDTH)
+    assert max(p.shape[0] for p in untied[0]["params"] if p.shape[1] == WIDTH) >= VOCABULARY
     torch.optim.AdamW(groups)
     with pytest.raises(ValueError, match="weight_decay"):
         sl.param_groups(net, float("nan"))
