@@ -181,7 +181,7 @@ class _Run:
         if (done or _due(position.step, report.eval_every)) and position.evaluated != position.step:
             self._evaluate()
             self._leave_if_asked()
-        if _due(position.step, report.sample_every) and self.saved != position.step:
+        if _due(position.step, report.sample_every) and position.sampled != position.step:
             self._sample()
             self._leave_if_asked()
         if done or _due(position.step, self.config.save.save_every):
@@ -206,6 +206,9 @@ class _Run:
         report = self.config.report
         prompt = report.sample_prompt or default_prompt(self.data.val)
         text = sample_text(self.model, prompt, report.sample_bytes, self.config.seed, lambda: bool(self.stop))
+        if self.stop:
+            return
+        self.position.sampled = self.position.step
         self._record(sample=text)
         self.reporter.say(f"--- step {self.position.step} ---\n{printable(text)}\n---")
 
@@ -218,8 +221,10 @@ class _Run:
         self.saved = self.position.step
 
     def _save_model(self) -> None:
+        position = self.position
+        about = {"step": position.step, "tokens": self._tokens(), "val_bpb": position.best_bpb}
         with resume.saving(self.root, "the best model"):
-            checkpoint.save(self.model, self.root / resume.MODEL)
+            resume.save_model(self.model, self.root / resume.MODEL, about)
 
     def _leave_if_asked(self) -> None:
         if not self.stop:
@@ -292,7 +297,7 @@ def _start(config: TrainConfig, data: TextData) -> _Start | None:
 
 def _model(config: TrainConfig, start: _Start | None) -> LanguageModel:
     if start:
-        return checkpoint.load(start.path / resume.MODEL)
+        return resume.load_model(start.path)
     if not config.save.init_from:
         shape, (d_model, n_layer) = config.model, config.shape
         return LanguageModel(

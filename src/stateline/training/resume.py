@@ -48,7 +48,8 @@ class Position:
     step: int = 0
     windows: int = 0
     elapsed: float = 0.0
-    evaluated: int = 0
+    evaluated: int = 0  # the step of the last validation, and below of the last sample: neither is made twice
+    sampled: int = 0
     val_bpb: float | None = None
     best_bpb: float | None = None
     best_step: int | None = None
@@ -99,7 +100,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
-            checkpoint.save(model, temporary / MODEL)
+            save_model(model, temporary / MODEL, {"step": position.step, "val_bpb": position.val_bpb})
             save_file(_optimizer_tensors(model, optimizer) | _random_state(), temporary / "optimizer.safetensors")
             (temporary / "training.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
             _flush_tree(temporary)
@@ -114,6 +115,20 @@ def save(
                 _move_aside(old)
         clean(root)
     return folder / name
+
+
+def save_model(model: LanguageModel, folder: Path, about: dict[str, Any]) -> None:
+    """Write weights in our format, with a word on where they come from; draws no random numbers of the run's."""
+    with torch.random.fork_rng(devices=[]):
+        checkpoint.save(model, folder, metadata=model.metadata | {"training": about})
+
+
+def load_model(path: Path) -> LanguageModel:
+    """A checkpoint's weights, on the CPU. Raises ValueError if they are damaged."""
+    try:
+        return checkpoint.load(path / MODEL)
+    except checkpoint.CheckpointError as error:
+        raise _damaged(path, error) from error
 
 
 def load(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -193,7 +208,9 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def _damaged(path: Path, error: Exception) -> Exception:
-    return fail("train", f"{path} is damaged: {error}.", "Delete that folder to resume from the one before.")
+    return fail(
+        "train", f"{path} is damaged: {str(error).rstrip('.')}.", "Delete that folder to resume from the one before."
+    )
 
 
 def _try_lock(handle: int) -> bool:
