@@ -39,7 +39,7 @@ class Reporter:
     def __init__(self, mode: str, start: float = 0.0) -> None:
         self.mode = _resolve(mode)
         self._begun = time.perf_counter()
-        self._start = start  # share done before this session: it says nothing about speed
+        self._first: tuple[float, float] | None = None  # time and share of the first step, which is slower than others
         self._last_line = -LINE_SECONDS
         self._bar: Any = None
         if self.mode == "bar":
@@ -83,10 +83,11 @@ class Reporter:
             print(line, file=sys.stderr, flush=True)
 
     def _left(self, share: float) -> str:
-        spent = time.perf_counter() - self._begun
+        now = time.perf_counter()
+        self._first = self._first or (now, share)
         if share >= 1:
-            return f"took {clock(spent)}"
-        gained = share - self._start
+            return f"took {clock(now - self._begun)}"
+        spent, gained = now - self._first[0], share - self._first[1]
         return f"{clock(spent * (1 - share) / gained)} left" if gained > 0 else "… left"
 
 
