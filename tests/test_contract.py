@@ -27,8 +27,8 @@ def scan(**x: Any) -> Callable[[], tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("reverse", FLAG)
 @pytest.mark.parametrize("place", ["whole", "left", "packed"])
 def test_gradcheck_of_every_scan_argument(backend: str, complex_: bool, reverse: bool, place: str) -> None:
-    B, C = 3 if reverse else 1, "constant" if place == "left" else 1
-    s = dict(backend=backend, dtype=torch.float64, layout=place, t=5, d=3, n=2, B=B, C=C, reverse=reverse,
+    C = "constant" if place == "left" else "token"
+    s = dict(backend=backend, dtype=torch.float64, layout=place, t=5, d=3, n=2, g=3 if reverse else 1, B="token", C=C, reverse=reverse,
              complex=complex_, softplus=not reverse, D=True, z=True, dt_bias=True, initial=True)  # fmt: skip
     case = scan_case(s)
     names = list(case.leaves)
@@ -165,6 +165,7 @@ BAD_SCANS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"A": X["A"].T}, ValueError, r"A has shape \(4, 5\), expected \(d, n\) with d = 5"),
     ({"B": X["B"].transpose(2, 3)}, ValueError, "n = 4 .set by A.. Or give a constant"),
     ({"B": X["A"].double()}, TypeError, "B is float64, expected one of float32. A constant B has A's dtype"),
+    ({"C": X["C"].repeat(1, 1, 5, 1)}, ValueError, r"C has shape \(2, 12, 5, 4\), .* g = 1 \(set by B\)"),
     ({"C": X["C"][:1]}, ValueError, r"C has shape .* b = 2"),
     ({"D": X["D"].half()}, TypeError, "D is float16, expected one of float32. Keep D out of casts"),
     ({"initial_state": NAN_STATE}, TypeError, "initial_state is bfloat16.*does not drift"),

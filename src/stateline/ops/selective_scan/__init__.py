@@ -202,7 +202,7 @@ def _projection(op: str, sizes: Sizes, name: str, x: Tensor, lead: str, A: Tenso
         sizes.bind("pair", 2, "the real and imaginary part")
     one_group = lead == "b t" and x.dim() == (4 if pair else 3)
     x = x.unsqueeze(2) if one_group else x
-    sizes.match(name, x, f"{lead} g_{name} n{pair}", "Or give a constant (d, n). Were groups and states swapped?")
+    sizes.match(name, x, f"{lead} g n{pair}", "Or give a constant (d, n). Were groups and states swapped?")
     return x
 
 
