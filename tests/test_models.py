@@ -36,11 +36,14 @@ def ids(b: int = 2, t: int = 7) -> Tensor:
     [
         ({"d_model": -1}, "d_model is -1"), ({"d_model": 16.0}, "d_model"), ({"n_layer": 0}, "n_layer"),
         ({"vocab_size": True}, "vocab_size"), ({"vocab_size": "61"}, "vocab_size"),
-        ({"d_intermediate": -8}, "d_interm"), ({"norm_eps": math.nan}, "norm_eps is nan"), ({"norm_eps": 0.0}, "norm_eps"),
-        ({"rms_norm": 1}, "rms_norm is 1"), ({"pad_vocab_size_multiple": 0}, "pad_vocab"), ({"tie_embeddings": None}, "tie_embeddings"),
+        ({"d_intermediate": -8}, "d_interm"), ({"norm_eps": math.nan}, "norm_eps is nan"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+        ({"rms_norm": 1}, "rms_norm is 1"), ({"pad_vocab_size_multiple": 0}, "pad_vocab"),
+        ({"tie_embeddings": None}, "tie_embeddings"),
         ({"ssm_cfg": [1]}, "ssm_cfg"), ({"ssm_cfg": {"layer": "Mamba9"}}, "Mamba9.*'Mamba1'"),
         ({"ssm_cfg": {"d_stat": 4}}, "unknown keys d_stat.*d_state"),
-        ({"ssm_cfg": {"d_model": 4}}, "unknown keys d_model"), ({"ssm_cfg": {"dt_min": math.nan}}, "dt_min is nan"), ({"ssm_cfg": {"d_state": -4}}, "d_state is -4"),
+        ({"ssm_cfg": {"d_model": 4}}, "unknown keys d_model"),
+        ({"ssm_cfg": {"dt_min": math.nan}}, "dt_min is nan"), ({"ssm_cfg": {"d_state": -4}}, "d_state is -4"),
     ],
 )  # fmt: skip
 def test_wrong_configurations_are_named(options: dict[str, Any], message: str) -> None:

@@ -18,7 +18,8 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     """Define `stateline::<schema>`, run by `run` on CPU and CUDA tensors and by `fake` on shapes alone."""
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)
+        # No gradient: an exported graph calls the raw op with parameters that want one, outside the Function.
+        LIBRARY.impl(name, torch.no_grad()(run), key)
     torch.library.register_fake(f"stateline::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.stateline, name).default
     if not op._schema.is_mutable:
