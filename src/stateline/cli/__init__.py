@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _run(arguments)
             sys.stdout.flush()
             return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if str(stop):  # training says how to go on
+            print(f"stateline: {stop}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         _abandon_output()
@@ -75,10 +77,12 @@ def _run(arguments: list[str]) -> int:
 
 def _complain(error: BaseException) -> None:
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
     print(f"stateline: error: {text}", file=sys.stderr)
 
 
-def _warn(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
     print(f"stateline: note: {message}", file=sys.stderr)
 
 

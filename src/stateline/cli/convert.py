@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from stateline.cli.parser import DTYPES, Parser, UsageError, directory_of, new_parser
+from stateline.cli.parser import DTYPES, Parser, UsageError, directory_of, new_parser, source_of
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
 #: Files that belong to a checkpoint's tokenizer and go along.
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
 
     import stateline
 
-    model = stateline.load(options.source)
+    model = stateline.load(source_of(options.source))
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}.") as temporary:
         made = Path(temporary) / "new"

@@ -8,6 +8,8 @@ from typing import Any
 
 from stateline.cli.parser import Parser, new_parser
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 DESCRIPTION = "Say which back end each operation would take here and why, and what the machine offers."
 EPILOG = """\
 examples:
@@ -35,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
     for name in names:
         checks.choice("explain", "the operation", name, tuple(ops.__all__))
     device = options.device.partition(":")[0]
+    checks.choice("explain", "--device", device, DEVICES)
     choices = {name: backends.choose(name, device) for name in names}
     facts = machine()
     if options.json:
@@ -91,8 +94,14 @@ def show(facts: dict[str, Any]) -> None:
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         if isinstance(value, dict):
-            print(f"{name}:")
+            print(f"{name}:" if value else f"{name:<{width + 2}}  none")
             for key, inner in value.items():
-                print(f"  {key:<{width}}  {inner}")
+                print(f"  {key:<{width}}  {_shown(inner)}")
         else:
-            print(f"{name:<{width + 2}}  {value}")
+            print(f"{name:<{width + 2}}  {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -116,14 +116,16 @@ def _single(options: argparse.Namespace, sampling: SamplingConfig) -> int:
     stream.feed(prompt)
     read, read_at = stream.length, time.perf_counter()
     if options.echo:
-        _show(os.fsencode(options.prompt[0]).decode("utf-8", "replace") if options.prompt else "")
+        _show(prompt.decode("utf-8", "replace"))
     length = None if options.endless else options.max_tokens
     try:
         for piece in stream.text(length, stop=options.stop, ignore_end=options.endless, final=True):
             _show(piece)
-    finally:  # an interrupted text ends with a line, and its figures are as good
-        if not isinstance(sys.exc_info()[1], BrokenPipeError):
-            _show("\n")
+        _show("\n")
+    except (KeyboardInterrupt, ValueError):  # an interrupted text still ends its line, before any complaint
+        _show("\n")
+        raise
+    finally:
         if options.stats:
             _report(stream, (read, read_at - started), time.perf_counter() - read_at)
     return 0
@@ -207,6 +209,9 @@ def _existing(name: str) -> Path:
 
 
 def _show(text: str) -> None:
+    """Write text at once; on a terminal without the characters that would steer it, which a model may well produce."""
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     sys.stdout.write(text)
     sys.stdout.flush()
 

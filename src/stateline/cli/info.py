@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
+from typing import Any
 
-from stateline.cli.explain import show
-from stateline.cli.parser import Parser, new_parser
+from stateline.cli.convert import size_of
+from stateline.cli.explain import machine, show
+from stateline.cli.parser import Parser, directory_of, new_parser, source_of
 
 DESCRIPTION = "Describe a model: its format, sizes, data types, state, provenance, and the machine it would run on."
 EPILOG = """\
@@ -41,7 +44,7 @@ def describe(name: str) -> dict[str, Any]:
     from stateline import state
     from stateline.interop import detect
 
-    model = stateline.load(name)
+    model = stateline.load(source_of(name))
     home = directory_of(name)
     weights: Counter[str] = Counter()
     for p in model.parameters():

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from stateline.models import LanguageModel
 
+Later = Callable[[argparse.ArgumentParser], None]
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -24,10 +26,8 @@ class Parser(argparse.ArgumentParser):
     `later`: adds arguments whose definition costs an import; called once, before this parser is used.
     """
 
-    def __init__(
-        self, *args: Any, later: Callable[[argparse.ArgumentParser], None] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, *, later: Later | None = None, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self._later = later
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -48,7 +48,7 @@ def new_parser(
     description: str,
     epilog: str,
     *,
-    later: Callable[[argparse.ArgumentParser], None] | None = None,
+    later: Later | None = None,
     summary: str | None = None,
 ) -> Parser:
     """A parser with `--debug`; a subcommand's if `commands` is given, listed there with its `summary`."""
@@ -69,22 +69,43 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(options: argparse.Namespace) -> LanguageModel:
-    """The model that `--model`, `--device`, `--dtype` and `--threads` ask for."""
+    """The model that `options.model`, with --device, --dtype and --threads, asks for."""
     import torch
 
     import stateline
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.device is not None:
+        check_device(options.device)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return stateline.load(options.model, device=options.device, dtype=dtype)
+    return stateline.load(source_of(options.model), device=options.device, dtype=dtype)
+
+
+def check_device(name: str) -> None:
+    """Raise UsageError unless tensors can be made on this device."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises differs by device
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"--device {name} cannot be used here ({reason})") from error
+
+
+def source_of(model: str) -> str:
+    """What to load for a name: itself, or for a training run the model it keeps."""
+    kept = Path(model).expanduser() / "model"
+    if model == "bundled":
+        return model
+    return str(kept) if (kept / "config.json").is_file() and not (kept.parent / "config.json").exists() else model
 
 
 def directory_of(model: str) -> Path:
     """Where a model's files lie; "bundled" is never a directory of that name."""
     if model == "bundled":
         return Path(str(importlib.resources.files("stateline") / "bundled" / "model"))
-    return Path(model).expanduser()
+    return Path(source_of(model)).expanduser()
 
 
 def positive(text: str) -> int:

@@ -4,7 +4,7 @@ from stateline.generation.batch import generate_batch, stream_batch
 from stateline.generation.prompt import Prompt
 from stateline.generation.sampling import GeneratedToken, History, Sampler, SamplingConfig, distribution, sample
 from stateline.generation.stream import Stream, generate, generate_tokens
-from stateline.generation.text import StopFilter, Utf8Decoder
+from stateline.generation.text import StopFilter, Utf8Decoder, stop_strings
 from stateline.generation.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "load_tokenizer",
     "Utf8Decoder",
     "StopFilter",
+    "stop_strings",
 ]
