@@ -1,0 +1,530 @@
+"""Checkpoints: ours, mamba_ssm's and Hugging Face's, written, read, damaged, cut short and mistaken for each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import stateline
+from stateline import LanguageModel, ModelConfig
+from stateline.interop import CheckpointError, detect
+from stateline.models import checkpoint
+from stateline.nn.precision import full_precision_names
+
+try:
+    import transformers
+except ImportError:  # the `hf` extra
+    if os.environ.get("CI"):
+        raise
+    transformers = None
+
+needs_transformers = pytest.mark.skipif(transformers is None, reason="transformers (extra `hf`) is not installed")
+FORMATS = ["stateline", "mamba_ssm", "huggingface"]
+
+
+def small(**options: Any) -> LanguageModel:
+    config = {"d_model": 20, "n_layer": 2, "vocab_size": 61, "ssm_cfg": {"d_state": 5}, **options}
+    model = LanguageModel(ModelConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # no weight keeps a value that a loader could make up
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(61, (2, 9))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes one."""
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+# ---- round trips -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"tie_embeddings": False}, {"residual_in_fp32": False},
+        {"ssm_cfg": {"d_state": 3, "d_conv": 2, "expand": 3, "dt_rank": 7, "bias": True, "conv_bias": False}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_round_trip_keeps_every_bit(tmp_path: Path, format: str, options: dict[str, Any]) -> None:
+    model, x = small(**options), ids()
+    stateline.save(model, tmp_path / "m", format)
+    assert detect(tmp_path / "m") == format
+    again = stateline.load(tmp_path / "m")
+    assert not again.training
+    assert torch.equal(again(x), model(x))
+    if format != "huggingface":  # which leaves out the rows that pad the vocabulary
+        assert list(again.state_dict()) == list(model.state_dict())
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+    tied = again.lm_head.weight is again.backbone.embedding.weight
+    assert tied == model.config.tie_embeddings
+
+
+def test_every_option_survives_in_our_format_and_mamba_ssms(tmp_path: Path) -> None:
+    model, x = small(d_intermediate=40, rms_norm=False, residual_in_fp32=False, pad_vocab_size_multiple=16), ids()
+    for format in FORMATS[:2]:
+        stateline.save(model, tmp_path / format, format)
+        again = stateline.load(tmp_path / format)
+        assert again.config == model.config
+        assert torch.equal(again(x), model(x))
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_storage_in_16_bits_rounds_all_but_time_constants(tmp_path: Path, format: str) -> None:
+    model = small()
+    stateline.save(model, tmp_path / "full", format)
+    stateline.save(model, tmp_path / "half", format, dtype=torch.bfloat16)
+    again = stateline.load(tmp_path / "half", dtype=torch.float32)
+    exact = full_precision_names(model)
+    rows = model.config.vocab_size
+    for name, tensor in model.named_parameters():
+        want = tensor if name in exact else tensor.bfloat16().float()
+        assert torch.equal(again.get_parameter(name)[:rows], want[:rows]), name
+    back = stateline.load(tmp_path / "half")
+    assert back.backbone.embedding.weight.dtype == (torch.float32 if format == "stateline" else torch.bfloat16)
+    narrow = stateline.load(tmp_path / "full", dtype=torch.bfloat16)
+    assert {narrow.get_parameter(n).dtype for n in exact} == {torch.float32}
+    assert narrow.lm_head.weight.dtype == torch.bfloat16
+    size = [sum(len(b) for b in contents(tmp_path / name).values()) for name in ("half", "full")]
+    assert size[0] < 0.75 * size[1]
+
+
+def test_model_keeps_its_dtype(tmp_path: Path) -> None:
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        model = small().to(dtype)
+        stateline.save(model, tmp_path / "m")
+        again = stateline.load(tmp_path / "m")
+        for name, parameter in model.named_parameters():
+            assert again.get_parameter(name).dtype == parameter.dtype
+            assert torch.equal(again.get_parameter(name), parameter)
+    with pytest.raises(ValueError, match=r"dtype is torch.int8"):
+        stateline.load(tmp_path / "m", dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"dtype is torch.int8"):
+        stateline.save(model, tmp_path / "m", dtype=torch.int8)
+
+
+def test_metadata_travels_along(tmp_path: Path) -> None:
+    model = small()
+    checkpoint.save(model, tmp_path / "m", metadata={"tokenizer": "bytes", "training": {"steps": 7}, "card": "…"})
+    again = stateline.load(tmp_path / "m")
+    assert again.metadata == {"tokenizer": "bytes", "training": {"steps": 7}, "card": "…"}
+    stateline.save(again, tmp_path / "n")
+    assert stateline.load(tmp_path / "n").metadata == again.metadata
+    with pytest.raises(ValueError, match="metadata cannot be written as JSON"):
+        checkpoint.save(model, tmp_path / "m", metadata={"model": model})
+    assert stateline.load(tmp_path / "m").metadata == again.metadata
+
+
+def test_tied_matrix_is_stored_once_and_other_files_stay(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    stateline.save(small(), tmp_path)
+    assert set(contents(tmp_path)) == {"tokenizer.json", "config.json", "model.safetensors"}
+    stored = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["format"] == "stateline"
+    assert config["version"] == 1
+    assert config["model"]["d_model"] == 20
+
+
+def test_compiled_models_are_saved_as_themselves(tmp_path: Path) -> None:
+    model = small()
+    stateline.save(torch.compile(model), tmp_path)  # type: ignore[arg-type]  # the wrapper
+    assert torch.equal(stateline.load(tmp_path).lm_head.weight, model.lm_head.weight)
+    with pytest.raises(TypeError, match="model is a Linear, expected a LanguageModel"):
+        stateline.save(nn.Linear(2, 2), tmp_path)
+
+
+# ---- full disks, kills and interrupts --------------------------------------------------------------------------------
+
+FULL_DISK = """
+import resource, sys, torch, stateline
+from stateline import LanguageModel, ModelConfig
+model = LanguageModel(ModelConfig(d_model=64, n_layer=2, vocab_size=256))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # no file may grow beyond 100 kB
+for format in sys.argv[2:]:
+    for target in ("old", "new"):
+        try:
+            stateline.save(model, sys.argv[1] + "/" + target + format, format)
+        except OSError as error:
+            print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on the size of files are POSIX")
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path) -> None:
+    for format in FORMATS:
+        stateline.save(small(), tmp_path / f"old{format}", format)
+    before = contents(tmp_path)
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), *FORMATS]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert contents(tmp_path) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"old{format}" for format in FORMATS)
+    for format in FORMATS:
+        for target, unchanged in ((f"old{format}", "is untouched"), (f"new{format}", "Nothing was written")):
+            line = next(text for text in lines if f"{target} could not be written" in text)
+            assert unchanged in line
+            assert "Is the disk full?" in line
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_interrupt_leaves_the_old_checkpoint_whole(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stateline.save(small(), tmp_path, format)
+    before = contents(tmp_path)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        (tmp_path / ".saving" / "half").write_bytes(b"x")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_flush", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stateline.save(small(), tmp_path, format)
+    assert contents(tmp_path) == before
+    monkeypatch.undo()
+    (tmp_path / ".saving").mkdir()  # as a killed save leaves it
+    (tmp_path / ".saving" / "model.safetensors").write_bytes(b"half")
+    model, x = small(), ids()
+    stateline.save(model, tmp_path, format)
+    assert not (tmp_path / ".saving").exists()
+    assert torch.equal(stateline.load(tmp_path)(x), model(x))
+
+
+def test_a_kill_between_the_renames_leaves_one_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights' file is complete by itself, whatever config.json says."""
+    stateline.save(small(), tmp_path)
+    larger = small(d_model=24)
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).name == "config.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stateline.save(larger, tmp_path)
+    x = ids()
+    with pytest.warns(RuntimeWarning, match="disagrees with the configuration inside"):
+        assert torch.equal(stateline.load(tmp_path)(x), larger(x))
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+def random_hf(**options: Any) -> Any:
+    config = {"hidden_size": 20, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 5, **options}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+HF_OPTIONS = [
+    {},
+    {"tie_word_embeddings": False},
+    {"hidden_size": 33, "state_size": 1, "conv_kernel": 3, "expand": 1, "time_step_rank": 5, "vocab_size": 67},
+    {"use_bias": True, "use_conv_bias": False, "layer_norm_epsilon": 1e-3, "num_hidden_layers": 1},
+    {"residual_in_fp32": False, "state_size": 17, "expand": 3, "conv_kernel": 2},
+]
+
+
+@needs_transformers
+@pytest.mark.parametrize("options", HF_OPTIONS, ids=str)
+def test_logits_equal_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Both ways, on random weights and odd sizes; reading, writing and reading again keeps every weight."""
+    theirs, x = random_hf(**options), ids()
+    theirs.save_pretrained(tmp_path / "a")
+    ours = stateline.load(tmp_path / "a")
+    with torch.no_grad():
+        want = theirs(x).logits
+        assert (ours(x) - want).abs().max() < 1e-4
+        _, state = ours.extend(x[:, :4], ours.init_state(2))
+        assert (ours.extend(x[:, 4:], state)[0] - want[:, 4:]).abs().max() < 1e-4
+        stateline.save(ours, tmp_path / "b", "huggingface")
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+        assert type(back).__name__ == "MambaForCausalLM"
+        assert torch.equal(back(x).logits, want)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    for key, value in theirs.config.to_dict().items():
+        if key in json.loads((tmp_path / "b" / "config.json").read_text()):
+            assert back.config.to_dict()[key] == value or key.endswith("token_id"), key
+
+
+@needs_transformers
+def test_a_padded_vocabulary_loses_its_padding_in_transformers(tmp_path: Path) -> None:
+    for tie in (True, False):
+        ours, x = small(tie_embeddings=tie), ids()
+        stateline.save(ours, tmp_path / str(tie), "huggingface")
+        theirs = transformers.MambaForCausalLM.from_pretrained(tmp_path / str(tie))
+        assert theirs.config.vocab_size == 61
+        with torch.no_grad():
+            assert (theirs(x).logits - ours(x)).abs().max() < 1e-4
+
+
+@needs_transformers
+def test_token_ids_survive_the_trip(tmp_path: Path) -> None:
+    random_hf(bos_token_id=3, eos_token_id=4, pad_token_id=5).save_pretrained(tmp_path / "a")
+    stateline.save(stateline.load(tmp_path / "a"), tmp_path / "b", "huggingface")
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert [written[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")] == [3, 4, 5]
+
+
+@needs_transformers
+def test_sharded_checkpoints_are_read_and_checked(tmp_path: Path) -> None:
+    theirs, x = random_hf(), ids()
+    theirs.save_pretrained(tmp_path, max_shard_size="8KB")
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.exists()
+    with torch.no_grad():
+        assert (stateline.load(tmp_path)(x) - theirs(x).logits).abs().max() < 1e-4
+    good = index.read_text()
+    edit(index, weight_map={**json.loads(good)["weight_map"], "x": "../model.safetensors"})
+    with pytest.raises(CheckpointError, match=r"names '../model.safetensors', expected a file beside it"):
+        stateline.load(tmp_path)
+    first = sorted(json.loads(good)["weight_map"].values())[0]
+    edit(index, weight_map={**json.loads(good)["weight_map"], "lost": first, "x": None})
+    index.write_text(index.read_text().replace('"x": null, ', "").replace(', "x": null', ""))
+    with pytest.raises(CheckpointError, match="lists lost, which no shard holds"):
+        stateline.load(tmp_path)
+    index.write_text(good)
+    (tmp_path / first).unlink()
+    with pytest.raises(CheckpointError, match=f"{first} is missing"):
+        stateline.load(tmp_path)
+
+
+def test_what_transformers_cannot_express_is_refused(tmp_path: Path) -> None:
+    for options, message in (
+        ({"d_intermediate": 8}, "d_intermediate is 8"),
+        ({"rms_norm": False}, "rms_norm is False"),
+        ({"ssm_cfg": {"expand": 1.5}}, "expand is 1.5"),
+    ):
+        with pytest.raises(ValueError, match=rf"transformers cannot express this model: {message}"):
+            stateline.save(small(**options), tmp_path / "m", "huggingface")
+        assert not (tmp_path / "m").exists()
+    with pytest.raises(ValueError, match=r"norm_eps is 0.001, mamba_ssm has only"):
+        stateline.save(small(norm_eps=1e-3), tmp_path / "m", "mamba_ssm")
+    with pytest.raises(ValueError, match="format is 'gguf', expected one of 'stateline'"):
+        stateline.save(small(), tmp_path / "m", "gguf")
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "falcon_mamba", "llama", "jamba"])
+def test_other_hugging_face_models_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    stateline.save(small(), tmp_path, "huggingface")
+    edit(tmp_path / "config.json", model_type=kind)
+    with pytest.raises(CheckpointError, match=f"model_type '{kind}'; of Hugging Face's, 'mamba' is supported"):
+        stateline.load(tmp_path)
+
+
+def test_hugging_face_configurations_that_contradict_themselves(tmp_path: Path) -> None:
+    stateline.save(small(), tmp_path, "huggingface")
+    edit(tmp_path / "config.json", intermediate_size=41)
+    with pytest.raises(CheckpointError, match="intermediate_size is 41, expand · hidden_size is 40"):
+        stateline.load(tmp_path)
+    edit(tmp_path / "config.json", intermediate_size=40, hidden_act="gelu")
+    with pytest.raises(CheckpointError, match="hidden_act is 'gelu'"):
+        stateline.load(tmp_path)
+    edit(tmp_path / "config.json", hidden_act="silu", state_size=-3)
+    with pytest.raises(CheckpointError, match=r"config.json describes a model that is not supported.*d_state is -3"):
+        stateline.load(tmp_path)
+
+
+# ---- mamba_ssm -------------------------------------------------------------------------------------------------------
+
+
+def test_old_files_of_mamba_ssm_lack_keys(tmp_path: Path) -> None:
+    """As in state-spaces/mamba-130m: five keys, and the head stored beside the embedding it is tied to."""
+    model, x = small(ssm_cfg={}), ids()
+    stateline.save(model, tmp_path, "mamba_ssm")
+    stored = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(stored["lm_head.weight"], stored["backbone.embedding.weight"])
+    assert stored["lm_head.weight"].shape == (64, 20)
+    written = json.loads((tmp_path / "config.json").read_text())
+    keys = ("d_model", "n_layer", "vocab_size", "ssm_cfg", "rms_norm", "residual_in_fp32")
+    old = {key: written[key] for key in keys} | {"fused_add_norm": True, "pad_vocab_size_multiple": 8}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert torch.equal(stateline.load(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_layer_idx": [1]}, "attn_layer_idx is set; supported are models without attention"),
+        ({"attn_cfg": {"num_heads": 4}}, "attn_cfg is set"),
+        ({"ssm_cfg": {"layer": "Mamba2"}}, "'Mamba2', expected one of"),
+        ({"n_head": 3}, "unknown keys n_head"), ({"vocab_size": None}, "lacks vocab_size"),
+        ({"ssm_cfg": {"d_stat": 3}}, "unknown keys d_stat"), ({"d_model": "20"}, "d_model is '20'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_mamba_ssm_configurations_that_are_not_supported(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    stateline.save(small(), tmp_path, "mamba_ssm")
+    edit(tmp_path / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        stateline.load(tmp_path)
+
+
+def test_a_pickle_never_runs_code(tmp_path: Path) -> None:
+    stateline.save(small(), tmp_path, "mamba_ssm")
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    for content in ({"x": Evil()}, Evil()):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match="holds Python objects besides tensors, which are not run"):
+            stateline.load(tmp_path)
+        (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(content))
+        with pytest.raises(CheckpointError, match=r"pytorch_model.bin is damaged"):
+            stateline.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds something else than named tensors"):
+        stateline.load(tmp_path)
+
+
+# ---- what is damaged, foreign or does not fit ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_weights_are_named(tmp_path: Path, format: str) -> None:
+    stateline.save(small(), tmp_path, format)
+    path = next(p for p in tmp_path.iterdir() if p.name != "config.json")
+    whole = path.read_bytes()
+    for broken in (b"", b"garbage" * 99, whole[:5], whole[: len(whole) // 2], whole[:-1], b"\xff" * 8 + whole[8:]):
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=rf"{path.name} is damaged.* (again|alone)\."):
+            stateline.load(tmp_path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"(missing|no weights).*Copy the whole directory"):
+        stateline.load(tmp_path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_misfit_is_listed_at_once(tmp_path: Path, format: str) -> None:
+    stateline.save(small(), tmp_path, format)
+    path = next(p for p in tmp_path.iterdir() if p.name != "config.json")
+    binary = path.suffix == ".bin"
+    tensors = torch.load(path, weights_only=True) if binary else load_file(path)
+    tensors.pop("backbone.norm_f.weight")
+    tensors["backbone.layers.0.mixer.D"] = torch.ones(3)
+    tensors["backbone.layers.1.mixer.A_log"] = torch.ones(40, 5, dtype=torch.int32)
+    tensors["backbone.layers.7.norm.weight"] = torch.ones(20)
+    torch.save(tensors, path) if binary else save_file(tensors, path)
+    with pytest.raises(CheckpointError) as caught:
+        stateline.load(tmp_path)
+    message = str(caught.value)
+    assert str(path) in message
+    for part in (
+        "missing: backbone.norm_f.weight (20,)", "unexpected: backbone.layers.7.norm.weight (20,)",
+        "wrong shape: backbone.layers.0.mixer.D is (3,), expected (40,)",
+        "wrong dtype: backbone.layers.1.mixer.A_log is torch.int32",
+    ):  # fmt: skip
+        assert part in message
+    assert message.count("\n") == 4
+
+
+def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
+    stateline.save(small(tie_embeddings=False), tmp_path, "mamba_ssm")
+    edit(tmp_path / "config.json", tie_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight differs from the embedding. Set it to false"):
+        stateline.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"), ("", "cannot be read"), ("[]", "holds a list"), ("\udcff", "cannot be read"),
+        ("{}", "no known format: it has nothing"), ('{"hidden_size": 4}', "no known format: it has hidden_size"),
+        ('{"d_model": 4}', "no known format"),
+    ],
+)  # fmt: skip
+def test_configurations_of_no_known_format(tmp_path: Path, text: str, message: str) -> None:
+    stateline.save(small(), tmp_path)
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=rf"config.json .*{message}"):
+        stateline.load(tmp_path)
+
+
+def test_versions_from_the_future_are_refused(tmp_path: Path) -> None:
+    stateline.save(small(), tmp_path)
+    record = {**json.loads((tmp_path / "config.json").read_text()), "version": 2}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"stateline": json.dumps(record)})
+    with pytest.raises(CheckpointError, match="version 2, this release reads 'stateline' version 1"):
+        stateline.load(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")  # by a tool that drops headers: config.json counts
+    with pytest.raises(CheckpointError, match="version 2"):
+        stateline.load(tmp_path)
+    edit(tmp_path / "config.json", version=1)
+    stateline.load(tmp_path)
+    edit(tmp_path / "config.json", model={"d_model": 20, "layers": 2})
+    with pytest.raises(CheckpointError, match=r"config.json is no configuration: .*unknown keys layers"):
+        stateline.load(tmp_path)
+
+
+def test_names_are_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"state-spaces/mamba-130m is no directory.*hf download"):
+        stateline.load("state-spaces/mamba-130m")
+    with pytest.raises(CheckpointError, match=r"nowhere/at/all is no directory\.$"):
+        stateline.load("nowhere/at/all")
+    stateline.save(small(), "m")
+    with pytest.raises(CheckpointError, match=r"config.json is a file. Give the directory"):
+        stateline.load("m/config.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty/config.json cannot be read"):
+        stateline.load("empty")
+
+
+def test_a_model_of_another_format_is_not_overwritten(tmp_path: Path) -> None:
+    stateline.save(small(), tmp_path, "huggingface")
+    before = contents(tmp_path)
+    for save in (stateline.save, checkpoint.save):
+        with pytest.raises(ValueError, match=r"holds a.* Choose another directory"):
+            save(small(), tmp_path)
+    with pytest.raises(ValueError, match="is a file, expected a directory"):
+        stateline.save(small(), tmp_path / "config.json")
+    assert contents(tmp_path) == before
+
+
+def test_bundled_is_a_name_not_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.resources
+
+    stateline.save(small(), tmp_path / "bundled" / "model")
+    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
+    assert stateline.load("bundled").config.d_model == 20
+    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path / "none")
+    with pytest.raises(CheckpointError, match=r"no bundled model. Reinstall"):
+        stateline.load("bundled")
