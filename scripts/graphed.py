@@ -44,4 +44,6 @@ def _loss(self: LanguageModel, input_ids: Tensor, targets: Tensor, **options: ob
 
 def enable() -> None:
     """Let every model of this process train through graphs."""
+    # recording happens on a stream of its own, which autograd would remark upon
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     LanguageModel.loss = _loss  # type: ignore[method-assign]
