@@ -110,10 +110,36 @@ def test_accumulation_equals_a_big_batch(text: Path, clip: float) -> None:
         assert (parts[name] - value).abs().max() < 2e-2 * moved, name
 
 
+def test_gradients_are_clipped(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the optimiser sees is no longer than `clip`; 0 leaves it as it is. The log has the norm before clipping."""
+    seen: list[float] = []
+    original = torch.optim.AdamW.step
+
+    def step(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        seen.append(float(torch.nn.utils.get_total_norm(grads)))
+        return original(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    logged = {}
+    for clip in (0.0, 0.05):
+        result = train(tiny(text, out=text.parent / f"clip{clip}", clip=clip, steps=2, log_every=1))
+        lines = (result.directory / "metrics.jsonl").read_text().splitlines()
+        logged[clip] = [json.loads(line)["grad_norm"] for line in lines if "grad_norm" in line]
+    assert seen[:2] == pytest.approx(logged[0.0], rel=1e-4)
+    assert seen[2:] == pytest.approx([0.05, 0.05], rel=1e-3)
+    assert logged[0.05][0] == logged[0.0][0] > 0.1
+
+
 def test_bfloat16_is_close_to_float32_and_differs(text: Path) -> None:
     full = train(tiny(text, out=text.parent / "a", steps=30))
     half = train(tiny(text, out=text.parent / "b", steps=30, dtype="bfloat16"))
-    assert half.best_bpb != full.best_bpb
+    steps = [
+        [json.loads(line)["bpb"] for line in (r.directory / "metrics.jsonl").open() if '"bpb"' in line]
+        for r in (full, half)
+    ]
+    assert steps[0] != steps[1], "training itself must run in half precision, not only validation"
+    assert steps[1] == pytest.approx(steps[0], rel=0.02)
     assert half.best_bpb == pytest.approx(full.best_bpb, rel=0.02)
     assert all(p.dtype == torch.float32 for p in half.model.parameters())
 

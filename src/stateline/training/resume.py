@@ -164,7 +164,7 @@ def saving(root: Path, what: str) -> Iterator[None]:
         good = f"The last good checkpoint is {last}" if last else "No checkpoint was saved before"
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         remedy = f"Free some space in {root}, then --resume." if full else "Then --resume continues from it."
-        raise TrainingError(f"train: {what} could not be saved: {error}. {good}. {remedy}") from error
+        raise TrainingError(f"train: {what} could not be saved: {str(error).rstrip('.?')}. {good}. {remedy}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:
