@@ -105,6 +105,20 @@ def test_a_stream_goes_on_as_if_it_had_not_been_cut(model: LanguageModel) -> Non
     assert stream.length == len("Once upon a time") + 40
 
 
+def test_every_token_is_seen_once() -> None:
+    """Feeding in parts neither repeats nor drops the token that waits between them."""
+    sampling = SamplingConfig(temperature=0, repetition_penalty=1.5, repetition_window=8)
+    whole, parts = (Stream(Scripted(b"xyz"), sampling=sampling) for _ in range(2))  # type: ignore[arg-type]
+    whole.feed("abcdefgh")
+    for part in ("abc", "d", "efgh"):
+        parts.feed(part)
+    assert sorted(parts.sampler.history.ids()) == sorted(whole.sampler.history.ids()) == sorted(b"abcdefgh")
+    list(parts.tokens(2))
+    parts.feed("ij")
+    assert sorted(parts.sampler.history.ids()) == sorted(b"efghxyij")
+    assert parts.length == 12
+
+
 def test_leaving_the_loop_early_loses_nothing(model: LanguageModel) -> None:
     whole = [t.id for t in generate_tokens(model, "abc", max_tokens=12, sampling=SamplingConfig(seed=1))]
     stream = Stream(model, sampling=SamplingConfig(seed=1))

@@ -19,6 +19,7 @@ from stateline.generation import (
     StopFilter,
     Utf8Decoder,
     generate,
+    generate_batch,
     load_tokenizer,
 )
 
@@ -177,6 +178,11 @@ def test_text_that_the_library_begins_with_a_special_id(tmp_path: Path) -> None:
     loaded = load_tokenizer(tmp_path, 700)
     assert loaded.prefix == (0,)
     assert 0 not in loaded.encode("the")
+    model: Any = Scripted({0: loaded.encode("t")}, vocab_size=700)  # knows nothing but what begins with 0
+    greedy = SamplingConfig(temperature=0)
+    assert list(generate(model, "the", tokenizer=loaded, sampling=greedy, max_tokens=2)) == ["t", "t"]
+    assert list(generate(model, "", tokenizer=loaded, sampling=greedy, max_tokens=2)) == ["t", "t"]
+    assert generate_batch(model, ["the", ""], tokenizer=loaded, sampling=greedy, max_tokens=2) == ["tt", "tt"]
 
 
 def test_load_tokenizer_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -174,9 +174,18 @@ def test_same_seed_same_draws_and_the_global_state_is_left_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_logprob_is_the_models_own(dtype: torch.dtype) -> None:
     logits = torch.randn(20).to(dtype)
-    for config in (SamplingConfig(temperature=0.0), SamplingConfig(temperature=3.0, top_k=2, seed=1)):
-        token = sample(logits, config, new_generator(0), seen(1, 2, 3))
+    drawn = SamplingConfig(temperature=3.0, top_k=2, seed=1)
+    for config in (SamplingConfig(temperature=0.0), drawn, SamplingConfig(temperature=0.0, repetition_penalty=9.0)):
+        token = sample(logits, config, new_generator(0), seen(*range(20)))
         assert token.logprob == pytest.approx(logits.double().log_softmax(0)[token.id].item(), abs=1e-6)
+
+
+def test_a_sampler_sees_what_it_draws() -> None:
+    sampler = Sampler(SamplingConfig(temperature=0, repetition_penalty=2.0, repetition_window=2))
+    logits = torch.tensor([4.0, 3.0, 2.5, 0.0])
+    # 0 halves to 2; then 1 to 1.5; then 0 is forgotten again
+    assert [sampler.draw(logits).id for _ in range(5)] == [0, 1, 2, 0, 1]
+    assert sampler.drawn == 5
 
 
 def test_greedy_takes_the_first_of_equals_and_needs_no_random_number() -> None:
