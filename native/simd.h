@@ -121,6 +121,10 @@ SL_INLINE V polynomial(V x, const R (&c)[N]) {
     return p;
 }
 
+// To the nearest integer; exact for |x| < 2^22 and 2^51.
+SL_INLINE VF nearest(VF x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
+SL_INLINE VD nearest(VD x) { return (x + splat(6755399441055744.0)) - splat(6755399441055744.0); }
+
 // Sum of all lanes, in a fixed order: halves folded onto each other.
 template <class R>
 SL_INLINE R sum_lanes(typename Simd<R>::V x) {
@@ -131,17 +135,36 @@ SL_INLINE R sum_lanes(typename Simd<R>::V x) {
     return lane[0];
 }
 
+// Lane by lane minimum of integers. (Compilers make three instructions of the ternary form.)
+SL_INLINE UF minimum(UF a, UF b) {
+#if SL_BYTES == 64
+    return (UF)_mm512_min_epu32((__m512i)a, (__m512i)b);
+#elif SL_BYTES == 32
+    return (UF)_mm256_min_epu32((__m256i)a, (__m256i)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+SL_INLINE IF minimum(IF a, IF b) {
+#if SL_BYTES == 64
+    return (IF)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#elif SL_BYTES == 32
+    return (IF)_mm256_min_epi32((__m256i)a, (__m256i)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
 // 2^x. Coefficients: weighted least squares with exchange of weights (relative error 8e-8 and 3e-18), the constant exactly 1.
-// x is clamped to the exponents of normal numbers, above to a power that is infinite; NaN stays NaN.
+// x is clamped to the exponents of normal numbers, above to a power that is infinite. In float a NaN may come out as a number (the
+// clamps are integer instructions, which leave the multiply-add units alone): callers see to NaN; exp() and the rest below keep it.
 SL_INLINE VF exp2(VF x) {
     constexpr float c[] = {0.69314719548260271721f, 0.24022348954445219853f, 0.055503332545860349771f, 0.0096663729732708814049f,
                            0.0013400407116078717883f};
     // As integers: the bits of negative floats, read unsigned, grow with magnitude, and are above those of all positive ones.
     const UF lowest = bits<UF>(splat(-126.0f));
     const IF highest = bits<IF>(splat(128.0f));
-    const UF low = bits<UF>(x) < lowest ? bits<UF>(x) : lowest;
-    const IF both = (IF)low < highest ? (IF)low : highest;
-    const VF y = bits<VF>(both);
+    const VF y = bits<VF>(minimum((IF)minimum(bits<UF>(x), lowest), highest));
     const VF magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to the nearest integer and leaves that in the low bits
     const VF shifted = y + magic;
     const VF f = y - (shifted - magic);
@@ -163,33 +186,34 @@ SL_INLINE VD exp2(VD x) {
     return bits<VD>(bits<ID>(p) + (bits<ID>(shifted) << 52));
 }
 
-// e^x for x ≤ 0 and moderate x > 0; log2(e) in two pieces, so that large |x| keep their accuracy.
+// e^x for finite x up to 88, and any below; the product with log2(e) is corrected, so that large |x| keep their accuracy.
 SL_INLINE VF exp(VF x) {
-    const VF log2e = splat(1.44269504088896341f);
+    const VF log2e = splat(1.44269504088896341f), lowest = splat(-200.0f);
+    x = x < lowest ? lowest : x;
     const VF y = x * log2e;
 #if defined(__FMA__) || defined(__ARM_NEON)
     const VF slack = fma(x, splat(1.92596299e-8f), fma(x, log2e, -y));  // what the product's rounding lost
-    const VF e = exp2(y);
-    const VF finite = (slack < splat(1.0f)) & (slack > splat(-1.0f)) ? slack : VF{};
-    return fma(e, finite * splat(0.69314718f), e);
 #else
-    const VF n = (fma(x, log2e, splat(12582912.0f))) - splat(12582912.0f);
+    const VF n = nearest(y);
     const VF r = (x - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);  // Cody-Waite: the first product is exact
-    const VF inside = (y > splat(-126.0f)) & (y < splat(127.0f)) ? n + r * log2e : y;
-    return exp2(inside);
+    const VF slack = r * log2e - (y - n);
 #endif
+    const VF e = exp2(y);
+    return fma(e, slack * splat(0.69314718f), e);
 }
 SL_INLINE VD exp(VD x) {
-    const VD log2e = splat(1.4426950408889634074);
+    const VD log2e = splat(1.4426950408889634074), lowest = splat(-1000.0);
+    x = x < lowest ? lowest : x;
     const VD y = x * log2e;
 #if defined(__FMA__) || defined(__ARM_NEON)
     const VD slack = fma(x, splat(2.0355273740931033e-17), fma(x, log2e, -y));
-    const VD e = exp2(y);
-    const VD finite = (slack < splat(1.0)) & (slack > splat(-1.0)) ? slack : VD{};
-    return fma(e, finite * splat(0.6931471805599453), e);
 #else
-    return exp2(y);
+    const VD n = nearest(y);
+    const VD r = (x - n * splat(6.93147180369123816490e-01)) - n * splat(1.90821492927058770002e-10);
+    const VD slack = r * log2e - (y - n);
 #endif
+    const VD e = exp2(y);
+    return fma(e, slack * splat(0.6931471805599453), e);
 }
 
 // log(1 + e) for e in [0, 1], by 2 atanh(e / (2 + e)); relative accuracy down to e = 0.
@@ -240,8 +264,6 @@ SL_INLINE void silu(V x, V& value, V& slope) {
     slope = fma(value, splat(R(1)) - s, s);
 }
 
-SL_INLINE VF nearest(VF x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
-SL_INLINE VD nearest(VD x) { return (x + splat(6755399441055744.0)) - splat(6755399441055744.0); }
 
 // e^{2πi f} for a fraction of a turn f in [-1, 1].
 template <class R, class V>

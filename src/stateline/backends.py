@@ -128,4 +128,7 @@ def load_native() -> ctypes.CDLL:
             raise BackendError(
                 f"the C++ library does not load: {error}. Reinstall stateline on this machine."
             ) from error
+    library.sl_isa_problem.restype = ctypes.c_char_p
+    if problem := library.sl_isa_problem().decode():
+        raise BackendError(problem)
     return library

@@ -23,12 +23,15 @@ void forward_task(void* context, int64_t task) {
     const Segment segment = a.segments()[sequence];
     scan.load_state(scan.h, a.initial ? a.initial + scan.state_offset(sequence) : nullptr);
     const int64_t length = segment.stop - segment.start;
+    if (length) scan.spoil_state();
     for (int64_t first = 0; first < length; first += T) {
         const int count = int(length - first < T ? length - first : T);
         const Span at = span(segment, a.reverse, first);
         scan.template prepare<false>(segment.row, at, count);
         scan.load_projections(segment.row, at, count, true);
-        scan.template advance_all<true>(count);
+        const int64_t left = length - first - T;
+        scan.template advance_all<true>(count, {{&a.u, &a.dt, &a.z}, segment.row, span(segment, a.reverse, first + T),
+                                                left < 0 ? 0 : left < T ? int(left) : T});
         scan.finish(segment.row, at, count);
     }
     scan.store_state(scan.h, a.state + scan.state_offset(sequence));
@@ -51,9 +54,10 @@ void step_task(void* context, int64_t task) {
         if (slot < 0) continue;
         char* state = a.initial + sizeof(R) * Scan<R, CX>::PARTS * (slot * a.slot_stride + scan.block.first * a.n);
         scan.load_state(scan.h, state);
+        scan.spoil_state();
         scan.template prepare<false>(row, at, 1);
         scan.load_projections(row, at, 1, true);
-        scan.template advance_all<true>(1);
+        scan.template advance_all<true>(1, {});
         scan.finish(row, at, 1);
         scan.store_state(scan.h, state);
     }

@@ -61,6 +61,7 @@ struct Gradient : Scan<R, CX> {
         const Segment segment = a.segments()[index];
         const int64_t length = segment.stop - segment.start, tiles = (length + T - 1) / T, size = vectors * n * W;
         this->load_state(this->h, a.initial ? a.initial + this->state_offset(index) : nullptr);
+        this->spoil_state();
         for (int64_t k = 0; k < tiles; k++) {
             for (int p = 0; p < PARTS; p++)
                 __builtin_memcpy(checkpoints + (k * PARTS + p) * size, this->h[p], sizeof(R) * size);
@@ -68,7 +69,9 @@ struct Gradient : Scan<R, CX> {
             const Span at = span(segment, a.reverse, k * T);
             this->template prepare<false>(segment.row, at, T);
             this->load_projections(segment.row, at, T, false);
-            this->template advance_all<false>(T);
+            const int64_t left = length - (k + 1) * T;
+            this->template advance_all<false>(
+                T, {{&a.u, &a.dt}, segment.row, span(segment, a.reverse, (k + 1) * T), left < T ? int(left) : T});
         }
         this->load_state(g, a.dstate + this->state_offset(index));
         for (int64_t k = tiles - 1; k >= 0; k--) {

@@ -161,6 +161,14 @@ struct Scan {
                 __builtin_memset(to[part], 0, sizeof(R) * vectors * n * W);
         }
     }
+    // exp2 may lose a NaN of A: where there is one, the first step makes the state NaN.
+    void spoil_state() const {
+        for (int64_t i = 0; i < vectors * n * W; i += W) {
+            V wrong = load(A2 + i);
+            if (CX) wrong += load(A2_im + i);
+            store(h[0] + i, wrong == wrong ? load(h[0] + i) : wrong);
+        }
+    }
     void store_state(R* const* from, char* p) const {
         for (int part = 0; part < PARTS; part++) store_lanes(from[part], (R*)p + part, block.count, n, PARTS);
     }
@@ -261,8 +269,10 @@ struct Scan {
 
     // h ← exp(dt A) h + dt u B over `count` steps for NT states; with OUT, y accumulates C·h.
     template <int NT, bool KB, bool KC, bool OUT>
-    static void advance(const Lanes& l, int count, bool first) {
+    static __attribute__((noinline)) void advance(const Lanes& lanes, int count, bool first) {
+        const Lanes l = lanes;
         V hr[NT], hi[NT];
+#pragma GCC unroll 16
         for (int s = 0; s < NT; s++) {
             hr[s] = load(l.h[0] + s * W);
             if (CX) hi[s] = load(l.h[1] + s * W);
@@ -288,15 +298,35 @@ struct Scan {
             }
             if (OUT) store(l.y + r * W, out);
         }
+#pragma GCC unroll 16
         for (int s = 0; s < NT; s++) {
             store(l.h[0] + s * W, hr[s]);
             if (CX) store(l.h[1] + s * W, hi[s]);
         }
     }
 
+    // Asks for rows of the next tile while this one computes: rows lie whole pages apart, where hardware does not look ahead.
+    struct Ahead {
+        const Rows* arrays[4];
+        int64_t row;
+        Span at;
+        int count;
+    };
+    void prefetch(const Ahead& next, int v) const {
+        for (const Rows* x : next.arrays) {
+            if (!x || !x->data) continue;
+            const int64_t bytes = block.count * dtype_size(x->dtype);
+            for (int r = v * next.count / vectors; r < (v + 1) * next.count / vectors; r++) {
+                const char* p = x->at(next.row, next.at.token + next.at.direction * r, block.first);
+                for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+            }
+        }
+    }
+
     template <bool OUT>
-    void advance_all(int count) const {
-        for (int v = 0; v < vectors; v++)
+    void advance_all(int count, const Ahead& next) const {
+        for (int v = 0; v < vectors; v++) {
+            prefetch(next, v);
             for_states<CX>(n, [&]<int NT>(int64_t s) {
                 const Lanes l = lanes(v, s);
                 if (a.constant_b)
@@ -304,6 +334,7 @@ struct Scan {
                 else
                     a.constant_c ? advance<NT, false, true, OUT>(l, count, s == 0) : advance<NT, false, false, OUT>(l, count, s == 0);
             });
+        }
     }
 
     // y ← (y + D u) · silu(z), and out to memory.

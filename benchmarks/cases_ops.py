@@ -1,0 +1,113 @@
+"""Timing cases of the CPU operations, at the shapes of Mamba-1 130M and 2.8B blocks: (name, shape, callable) each.
+
+b batch, t time step, d channel, n state, k taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stateline import ops
+
+Case = tuple[str, str, Callable[[], object]]
+
+
+def cases() -> Iterator[Case]:
+    """Yield every case; inputs are built when a case is asked for."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from _scan(1, 2048, 1536, 16, dtype)
+        yield from _conv(1, 2048, 1536, 4, dtype)
+        yield from _norm(2048, 768, dtype)
+    yield from _scan_step(1, 1536, 16)
+    yield from _scan_step(64, 5120, 16)
+    yield from _conv_step(1, 1536, 4)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _scan_inputs(b: int, t: int, d: int, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs as a trained model has them: dt around 0.01, A from -1 to -n."""
+    torch.manual_seed(0)
+    u, z = (torch.randn(b, t, d).to(dtype) for _ in range(2))
+    dt = (torch.randn(b, t, d) * 0.5).to(dtype)
+    A = -torch.arange(1.0, n + 1).expand(d, n).contiguous()
+    B, C = (torch.randn(b, t, n).to(dtype) for _ in range(2))
+    bias = torch.log(torch.expm1(torch.exp(torch.rand(d) * 4.6 - 6.9)))
+    return {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": torch.ones(d), "z": z, "dt_bias": bias}
+
+
+def _scan(b: int, t: int, d: int, n: int, dtype: torch.dtype) -> Iterator[Case]:
+    shape = f"b{b} d{d} t{t} n{n} {_name(dtype)}"
+    inputs = _scan_inputs(b, t, d, n, dtype)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return ops.selective_scan(**inputs, dt_softplus=True)  # type: ignore[arg-type]
+
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    dy = torch.randn(b, t, d).to(dtype)
+
+    def both() -> object:
+        y, _ = ops.selective_scan(**leaves, dt_softplus=True)  # type: ignore[arg-type]
+        return torch.autograd.grad(y, list(leaves.values()), dy)
+
+    yield "selective_scan fwd", shape, forward
+    yield "selective_scan fwd+bwd", shape, both
+
+
+def _conv(b: int, t: int, d: int, k: int, dtype: torch.dtype) -> Iterator[Case]:
+    shape = f"b{b} d{d} t{t} k{k} {_name(dtype)}"
+    x, weight, bias = torch.randn(b, t, d).to(dtype), torch.randn(d, k), torch.randn(d)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return ops.causal_conv1d(x, weight, bias, activation="silu")
+
+    leaves = [v.clone().requires_grad_() for v in (x, weight, bias)]
+    dy = torch.randn_like(x)
+
+    def both() -> object:
+        y, _ = ops.causal_conv1d(*leaves, activation="silu")
+        return torch.autograd.grad(y, leaves, dy)
+
+    yield "causal_conv1d+silu fwd", shape, forward
+    yield "causal_conv1d+silu fwd+bwd", shape, both
+
+
+def _norm(rows: int, d: int, dtype: torch.dtype) -> Iterator[Case]:
+    shape = f"rows{rows} d{d} {_name(dtype)}"
+    x, residual, weight = torch.randn(rows, d).to(dtype), torch.randn(rows, d), torch.randn(d)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return ops.rms_norm(x, weight, residual=residual, residual_dtype=torch.float32)
+
+    leaves = [v.clone().requires_grad_() for v in (x, weight, residual)]
+    grads = torch.randn_like(x), torch.randn_like(residual)
+
+    def both() -> object:
+        x, weight, residual = leaves
+        out = ops.rms_norm(x, weight, residual=residual, residual_dtype=torch.float32)
+        return torch.autograd.grad(out, leaves, grads)
+
+    yield "add+rms_norm fwd", shape, forward
+    yield "add+rms_norm fwd+bwd", shape, both
+
+
+def _scan_step(b: int, d: int, n: int) -> Iterator[Case]:
+    inputs = _scan_inputs(b, 1, d, n, torch.float32)
+    token = {k: v if k in ("A", "D", "dt_bias") else v[:, 0] for k, v in inputs.items()}
+    token["B"], token["C"] = (token[k][:, None] for k in ("B", "C"))
+    state = torch.zeros(b, d, n)
+    yield "selective_scan step", f"b{b} d{d} n{n} float32", lambda: ops.selective_scan_step_(state, **token, dt_softplus=True)
+
+
+def _conv_step(b: int, d: int, k: int) -> Iterator[Case]:
+    x, weight, bias, state = torch.randn(b, d), torch.randn(d, k), torch.randn(d), torch.zeros(b, k - 1, d)
+    yield "causal_conv1d step", f"b{b} d{d} k{k} float32", lambda: F.silu(ops.causal_conv1d_step_(state, x, weight, bias))
