@@ -1,0 +1,206 @@
+"""The cases that a release is judged by: scan, block, long context, import, and a language model of 130M parameters.
+
+A case makes its candidates when asked; the others are compared with the first. b batch, t time, d channel, n state.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from benchmarks import measure, peers
+from benchmarks.measure import Work
+from torch import Tensor, nn
+
+from stateline import ops
+from stateline.models import LanguageModel, ModelConfig
+from stateline.nn import Mamba
+
+OURS = "stateline"
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+LOOP_LIMIT = 2048  # the hand-written loop is timed up to this length
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row a candidate. `make(with_peers)` gives them; `tokens` read in a call turn times into tokens per second."""
+
+    op: str
+    shape: str
+    dtype: str
+    make: Callable[[bool], dict[str, Work]]
+    tokens: int | None = None
+    extra: Callable[[], dict[str, Any]] = field(default=dict)
+
+
+def cases() -> Iterator[Case]:
+    """Every case, cheapest first."""
+    yield from imports()
+    yield from scans()
+    yield from lengths()
+    yield from blocks()
+    yield from long_context()
+    yield from model_130m()
+
+
+def scan_inputs(b: int, t: int, d: int, n: int) -> dict[str, Tensor]:
+    """Inputs as a trained model has them: dt around 0.02, A from -1 to -n."""
+    torch.manual_seed(0)
+    A = -torch.arange(1.0, n + 1).repeat(d, 1)
+    dt = F.softplus(torch.randn(b, t, d) * 0.5 - 4)
+    return {"u": torch.randn(b, t, d), "dt": dt, "A": A, "B": torch.randn(b, t, n), "C": torch.randn(b, t, n)}
+
+
+def without_grad(run: Work) -> Work:
+    """The same work under no_grad."""
+
+    def quiet() -> object:
+        with torch.no_grad():
+            return run()
+
+    return quiet
+
+
+def with_backward(forward: Callable[..., Tensor], leaves: dict[str, Tensor]) -> Work:
+    """Forward and gradients of all `leaves`."""
+    leaves = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    return lambda: torch.autograd.grad(forward(**leaves).sum(), list(leaves.values()))
+
+
+def scans() -> Iterator[Case]:
+    """The recurrence alone, at the shape of a 130M block."""
+    b, t, d, n = 1, 2048, 1536, 16
+
+    def ours(**x: Tensor) -> Tensor:
+        return ops.selective_scan(**x)[0]
+
+    def forward(with_peers: bool) -> dict[str, Work]:
+        x = scan_inputs(b, t, d, n)
+        loop = {"torch loop": without_grad(lambda: peers.torch_loop(**x))} if with_peers else {}
+        return {OURS: without_grad(lambda: ours(**x)), **loop}
+
+    def both(with_peers: bool) -> dict[str, Work]:
+        x = scan_inputs(b, t, d, n)
+        return {OURS: with_backward(ours, x)} | (
+            {"torch loop": with_backward(peers.torch_loop, x)} if with_peers else {}
+        )
+
+    yield Case("selective_scan fwd", f"b{b} t{t} d{d} n{n}", "float32", forward, b * t)
+    yield Case("selective_scan fwd+bwd", f"b{b} t{t} d{d} n{n}", "float32", both, b * t)
+
+
+def lengths() -> Iterator[Case]:
+    """Time against length: what `benchmarks.plot` draws."""
+    for t in LENGTHS:
+
+        def make(with_peers: bool, t: int = t) -> dict[str, Work]:
+            x = scan_inputs(1, t, 256, 16)
+            work: dict[str, Work] = {OURS: without_grad(lambda: ops.selective_scan(**x))}
+            if with_peers and t <= LOOP_LIMIT:
+                work["torch loop"] = without_grad(lambda: peers.torch_loop(**x))
+            return work
+
+        yield Case("selective_scan length", f"b1 t{t} d256 n16", "float32", make, t)
+
+
+def blocks() -> Iterator[Case]:
+    """A Mamba-1 block with its projections. Peers' blocks are timed in float32, which is what they are fastest in."""
+    d, t = 768, 2048
+
+    def run(layer: nn.Module, x: Tensor, backward: bool) -> Work:
+        if not backward:
+            return without_grad(lambda: layer(x))
+        x = x.clone().requires_grad_()
+        return lambda: torch.autograd.grad(layer(x).sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
+
+    for dtype, backward in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
+
+        def make(with_peers: bool, dtype: torch.dtype = dtype, backward: bool = backward) -> dict[str, Work]:
+            torch.manual_seed(0)
+            x = torch.randn(1, t, d)
+            work = {OURS: run(Mamba(d).to(dtype), x.to(dtype), backward)}
+            for name, layer in peers.blocks(d).items() if with_peers else ():
+                # transformers' backward pass takes minutes at this length
+                if not (backward and name == "transformers"):
+                    work[name] = run(layer, x, backward)
+            return work
+
+        op = "Mamba block fwd+bwd" if backward else "Mamba block fwd"
+        yield Case(op, f"b1 t{t} d{d}", str(dtype).removeprefix("torch."), make, t)
+
+
+def long_context() -> Iterator[Case]:
+    """Reading 1,024 more tokens after 1k and after 64k, in turns: neither time nor memory may grow."""
+    chunk, memory = 1024, {}
+
+    def make(_: bool) -> dict[str, Work]:
+        torch.manual_seed(0)
+        model = LanguageModel(ModelConfig(d_model=256, n_layer=4, vocab_size=256)).eval()
+        ids = torch.randint(256, (1, chunk))
+        work: dict[str, Work] = {}
+        with torch.no_grad():
+            state = model.init_state(1)
+            for done in range(chunk, 65536 + 1, chunk):
+                _, state = model.extend(ids, state, last_only=True)
+                if done in (chunk, 65536):
+                    memory[f"resident_mb_at_{done}"] = measure.resident_mb()
+                    here = state  # extend never changes the state it is given
+                    work[f"after {done}"] = without_grad(lambda here=here: model.extend(ids, here, last_only=True))
+        return work
+
+    yield Case("language model extend", f"b1 t{chunk} d256 layers4", "float32", make, chunk, lambda: dict(memory))
+
+
+def imports() -> Iterator[Case]:
+    """Fresh processes, in turns."""
+
+    def process(code: str) -> Work:
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+    def make(_: bool) -> dict[str, Work]:
+        used = "import stateline; stateline.LanguageModel, stateline.load, stateline.generate"
+        return {
+            "import torch": process("import torch"),
+            "import stateline": process("import stateline"),
+            "import stateline, names used": process(used),
+        }
+
+    yield Case("process", "start to exit", "", make)
+
+
+def model_130m() -> Iterator[Case]:
+    """The 130M Mamba-1 shape, random weights: reading a prompt of 2,048 tokens, and writing one token after another."""
+    config = ModelConfig(d_model=768, n_layer=24, vocab_size=50277)
+    t = 2048
+
+    def prefill(with_peers: bool, dtype: torch.dtype) -> dict[str, Work]:
+        model = LanguageModel(config).to(dtype).eval()
+        ids = torch.randint(config.vocab_size, (1, t))
+        work = {OURS: without_grad(lambda: model.extend(ids, None, last_only=True))}
+        peer = peers.language_model(768, 24, 50280) if with_peers else None
+        if peer is not None:
+            work["transformers"] = without_grad(lambda: peer(ids, use_cache=True, logits_to_keep=1))
+        return work
+
+    def decode(with_peers: bool, dtype: torch.dtype) -> dict[str, Work]:
+        model = LanguageModel(config).to(dtype).eval()
+        state, token = model.init_state(1), torch.tensor([5])
+        work: dict[str, Work] = {OURS: lambda: model.step_(token, state)}
+        peer = peers.language_model(768, 24, 50280) if with_peers else None
+        if peer is not None:
+            with torch.no_grad():
+                cache = peer(torch.full((1, 16), 5), use_cache=True).cache_params
+            work["transformers"] = without_grad(
+                lambda: peer(token[:, None], cache_params=cache, use_cache=True, cache_position=torch.tensor([16]))
+            )
+        return work
+
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        yield Case("130M prefill", f"b1 t{t}", name, lambda p, dtype=dtype: prefill(p, dtype), t)
+        yield Case("130M decode", "b1", name, lambda p, dtype=dtype: decode(p, dtype), 1)

@@ -1,0 +1,52 @@
+"""What others offer for the same work, each behind its own import: absent ones are left out, not imitated.
+
+The torch loop is no library: it is the scan that anyone writes by hand first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Block = Callable[[Tensor], Tensor]
+
+
+def torch_loop(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The scan (b, t, d) as a loop over time in torch; dt is ready to use."""
+    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    out = []
+    for t in range(u.shape[1]):
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
+        out.append((h * C[:, t, None]).sum(-1))
+    return torch.stack(out, 1)
+
+
+def blocks(d_model: int) -> dict[str, nn.Module]:
+    """Mamba-1 blocks of the peers that are installed, by name, with random weights."""
+    found: dict[str, nn.Module] = {}
+    if find_spec("transformers"):
+        from transformers import MambaConfig
+        from transformers.models.mamba.modeling_mamba import MambaMixer
+
+        config = MambaConfig(hidden_size=d_model, state_size=16, num_hidden_layers=1, vocab_size=256)
+        found["transformers"] = MambaMixer(config, 0)
+    if find_spec("mambapy"):
+        from mambapy.mamba import MambaBlock
+        from mambapy.mamba import MambaConfig as MambapyConfig
+
+        found["mambapy"] = MambaBlock(MambapyConfig(d_model=d_model, n_layers=1, d_state=16))
+    return found
+
+
+def language_model(d_model: int, n_layer: int, vocab_size: int) -> Any:
+    """transformers' Mamba of that shape, random weights; None where it is not installed."""
+    if not find_spec("transformers"):
+        return None
+    from transformers import MambaConfig, MambaForCausalLM
+
+    shape = {"hidden_size": d_model, "num_hidden_layers": n_layer, "state_size": 16, "vocab_size": vocab_size}
+    return MambaForCausalLM(MambaConfig(**shape)).eval()

@@ -1,0 +1,110 @@
+"""Turn rows of `benchmarks.run` into docs/performance.md.
+
+python -m benchmarks.run --peers --out benchmarks/results.jsonl
+python -m benchmarks.report benchmarks/results.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+Row = dict[str, Any]
+
+HEAD = """# Performance
+
+This page is generated from a run of the benchmarks. Make your own, beside whatever peers are installed:
+
+```console
+$ make bench
+$ python -m benchmarks.run --peers --out run.jsonl && python -m benchmarks.report run.jsonl
+```
+
+Candidates of a case take turns in one process, so a busy machine slows all of them alike: the ratios say more than the
+milliseconds. A ratio is the time of a candidate over that of the first one of its case; above 1 means slower. `torch loop`
+is the scan that anyone writes by hand first.
+"""
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a file; of the same measurement taken twice the last counts."""
+    rows: dict[tuple[str, ...], Row] = {}
+    for line in path.read_text().splitlines():
+        row: Row = json.loads(line)
+        rows[(row["op"], row["shape"], row["dtype"], row["by"])] = row
+    return list(rows.values())
+
+
+def table(rows: list[Row]) -> str:
+    """One line a candidate, a case's name once."""
+    lines = [
+        "| case | candidate | median ms | least ms | ratio | tokens/s |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    before = None
+    for row in rows:
+        case = f"{row['op']}, {row['shape']} {row['dtype']}".strip()
+        speed = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""
+        ratio = f"{row['ratio']:,.2f}" if "ratio" in row else "1"
+        shown = "" if case == before else case
+        lines.append(f"| {shown} | {row['by']} | {row['ms_p50']:,.2f} | {row['ms_min']:,.2f} | {ratio} | {speed} |")
+        before = case
+    return "\n".join(lines)
+
+
+def memory(rows: list[Row]) -> str:
+    """What a long context costs in memory, where it was measured."""
+    for row in rows:
+        found = {key.rpartition("_")[2]: value for key, value in row.items() if key.startswith("resident_mb_at_")}
+        if found:
+            said = ", ".join(f"{value:,.0f} MB after {int(tokens):,} tokens" for tokens, value in found.items())
+            return f"\nMemory of the process while it reads a long context: {said}.\n"
+    return ""
+
+
+def sources(rows: list[Row]) -> str:
+    """Machines, versions and commits the rows come from."""
+    seen = []
+    for row in rows:
+        peers = ", ".join(f"{name} {number}" for name, number in row["peers"].items()) or "none"
+        changed = " with changes" if row["dirty"] else ""
+        line = (
+            f"- {row['machine']}, {row['threads']} threads, instruction set {row['isa']}; Python {row['python']}, torch "
+            f"{row['torch']}; commit {row['commit']}{changed}; peers: {peers}"
+        )
+        if line not in seen:
+            seen.append(line)
+    return "\n".join(seen)
+
+
+def render(rows: list[Row]) -> str:
+    """The page."""
+    lengths = [row for row in rows if row["op"].endswith(" length")]
+    main = [row for row in rows if row not in lengths]
+    parts = [HEAD, "## Figures\n", table(main), memory(rows)]
+    if lengths:
+        parts += ["## Time against length\n", "It is linear: twice the length, twice the time.\n", table(lengths), ""]
+    parts += ["## Where they come from\n", sources(rows), ""]
+    return "\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="a file that `benchmarks.run --out` wrote")
+    parser.add_argument("--out", type=Path, default=PAGE, help="the page (default: docs/performance.md)")
+    options = parser.parse_args(argv)
+    if not options.rows.exists():
+        print(f"benchmarks: there is no {options.rows}; make it with benchmarks.run --out", file=sys.stderr)
+        return 2
+    options.out.write_text(render(read(options.rows)), encoding="utf-8")
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
