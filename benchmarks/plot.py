@@ -37,9 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for name, points in curves.items():
         axes.loglog(*zip(*sorted(points), strict=True), marker="o", label=name, base=2)
-    axes.set(
-        xlabel="length (time steps)", ylabel="milliseconds", title="selective_scan forward, 256 channels × 16 states"
-    )
+    axes.set(xlabel="length (time steps)", ylabel="milliseconds", title="selective_scan fwd, 256 channels × 16 states")
     axes.legend()
     figure.savefig(options.out, metadata={"Date": None} if options.out.suffix == ".svg" else None)
     print(f"wrote {options.out}")

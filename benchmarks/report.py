@@ -26,8 +26,8 @@ $ python -m benchmarks.run --peers --out run.jsonl && python -m benchmarks.repor
 ```
 
 Candidates of a case take turns in one process, so a busy machine slows all of them alike: the ratios say more than the
-milliseconds. A ratio is the time of a candidate over that of the first one of its case; above 1 means slower. `torch loop`
-is the scan that anyone writes by hand first.
+milliseconds. A ratio is the time of a candidate over that of the first one of its case; above 1 means slower.
+`torch loop` is the scan that anyone writes by hand first.
 """
 
 
@@ -74,8 +74,8 @@ def sources(rows: list[Row]) -> str:
         peers = ", ".join(f"{name} {number}" for name, number in row["peers"].items()) or "none"
         changed = " with changes" if row["dirty"] else ""
         line = (
-            f"- {row['machine']}, {row['threads']} threads, instruction set {row['isa']}; Python {row['python']}, torch "
-            f"{row['torch']}; commit {row['commit']}{changed}; peers: {peers}"
+            f"- {row['machine']}, {row['threads']} threads, instruction set {row['isa']}; Python {row['python']}, "
+            f"torch {row['torch']}; commit {row['commit']}{changed}; peers: {peers}"
         )
         if line not in seen:
             seen.append(line)
