@@ -110,14 +110,16 @@ def test_accumulation_equals_a_big_batch(text: Path, clip: float) -> None:
         assert (parts[name] - value).abs().max() < 2e-2 * moved, name
 
 
-def test_gradients_are_clipped(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_optimiser_gets_clipped_gradients_and_scheduled_rates(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the optimiser sees is no longer than `clip`; 0 leaves it as it is. The log has the norm before clipping."""
     seen: list[float] = []
+    rates: list[set[float]] = []
     original = torch.optim.AdamW.step
 
     def step(optimizer: torch.optim.AdamW, *args: Any) -> Any:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
         seen.append(float(torch.nn.utils.get_total_norm(grads)))
+        rates.append({group["lr"] for group in optimizer.param_groups})
         return original(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
@@ -129,6 +131,9 @@ def test_gradients_are_clipped(text: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert seen[:2] == pytest.approx(logged[0.0], rel=1e-4)
     assert seen[2:] == pytest.approx([0.05, 0.05], rel=1e-3)
     assert logged[0.05][0] == logged[0.0][0] > 0.1
+    schedule = make_schedule(tiny(text, steps=2), 1)
+    assert rates == [{schedule.learning_rate(0)}, {schedule.learning_rate(1)}] * 2
+    assert rates[0] != rates[1]
 
 
 def test_bfloat16_is_close_to_float32_and_differs(text: Path) -> None:

@@ -70,7 +70,7 @@ class DataConfig:
         "*.txt", "which files of a folder to read, for example '*.md' or '*'", resume="free", metavar="GLOB"
     )
     force_binary: bool = setting(False, "read files even if they are not UTF-8 text", resume="free")
-    context: int = setting(512, "window length in bytes: how far gradients flow, starting from an empty state", low=1)
+    context: int = setting(256, "window length in bytes: how far gradients flow, starting from an empty state", low=1)
     batch_size: int = setting(8, "windows in one forward pass", low=1)
     accumulate: int = setting(1, "forward passes whose gradients one step adds up (a batch too big for memory)", low=1)
 
