@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import statistics
 import subprocess
@@ -53,6 +54,7 @@ def provenance() -> dict[str, Any]:
     """Machine, versions and commit: what a figure means nothing without."""
     return {
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # before we start: others' work
         "machine": _processor(),
         "isa": _isa(),
         "python": platform.python_version(),

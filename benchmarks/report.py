@@ -73,9 +73,10 @@ def sources(rows: list[Row]) -> str:
     for row in rows:
         peers = ", ".join(f"{name} {number}" for name, number in row["peers"].items()) or "none"
         changed = " with changes" if row["dirty"] else ""
+        busy = f", load {row['load']} from other work" if (row.get("load") or 0) > 0.5 else ""
         line = (
-            f"- {row['machine']}, {row['threads']} threads, instruction set {row['isa']}; Python {row['python']}, "
-            f"torch {row['torch']}; commit {row['commit']}{changed}; peers: {peers}"
+            f"- {row['machine']}, {row['threads']} threads{busy}, instruction set {row['isa']}; "
+            f"Python {row['python']}, torch {row['torch']}; commit {row['commit']}{changed}; peers: {peers}"
         )
         if line not in seen:
             seen.append(line)

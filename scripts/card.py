@@ -117,7 +117,7 @@ does best on validation, and writes this card.
 
 ## What it writes
 
-`stateline generate "{PROMPT}" --temperature 0.7 --top-p 0.95 --seed {SEED} --max-tokens {SAMPLE_BYTES}`
+`stateline generate "{PROMPT}" --echo --temperature 0.7 --top-p 0.95 --seed {SEED} --max-tokens {SAMPLE_BYTES}`
 
 > {text}
 """
