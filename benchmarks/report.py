@@ -89,7 +89,12 @@ def render(rows: list[Row]) -> str:
     main = [row for row in rows if row not in lengths]
     parts = [HEAD, "## Figures\n", table(main), memory(rows)]
     if lengths:
-        parts += ["## Time against length\n", "It is linear: twice the length, twice the time.\n", table(lengths), ""]
+        parts += [
+            "## Time against length\n",
+            "A scan does the same work for every step, so on a quiet machine twice the length takes twice the time.\n",
+            table(lengths),
+            "",
+        ]
     parts += ["## Where they come from\n", sources(rows), ""]
     return "\n".join(parts)
 
