@@ -30,6 +30,8 @@ milliseconds. A ratio is the time of a candidate over that of the first one of i
 `torch loop` is the scan that anyone writes by hand first.
 """
 
+LINEAR = "A scan does the same work for every step, so on a quiet machine twice the length takes twice the time.\n"
+
 
 def read(path: Path) -> list[Row]:
     """Rows of a file; of the same measurement taken twice the last counts."""
@@ -91,7 +93,7 @@ def render(rows: list[Row]) -> str:
     if lengths:
         parts += [
             "## Time against length\n",
-            "A scan does the same work for every step, so on a quiet machine twice the length takes twice the time.\n",
+            LINEAR,
             table(lengths),
             "",
         ]
