@@ -27,8 +27,7 @@ def show(*arguments: str) -> None:
 
 def demo(folder: Path) -> None:
     """Generate, train, generate."""
-    excerpt = next(p for p in importlib.resources.files("stateline").joinpath("bundled/excerpt").iterdir()
-                   if p.name.endswith(".txt"))  # fmt: skip
+    excerpt = importlib.resources.files("stateline").joinpath("bundled/excerpt/train.txt")
     show("explain")
     show("generate", "My fellow citizens", "--max-tokens", "300", "--seed", "1")
     shutil.copy(str(excerpt), folder / "speeches.txt")

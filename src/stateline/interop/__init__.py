@@ -11,6 +11,7 @@ from stateline import checks
 from stateline.interop import huggingface, mamba_ssm
 from stateline.models import LanguageModel, checkpoint
 from stateline.models.checkpoint import CheckpointError
+from stateline.training.config import SETTINGS_FILE
 
 __all__ = ["CheckpointError", "FORMATS", "detect", "load", "save"]
 
@@ -26,7 +27,8 @@ def load(
     """The model in a directory of any known format, or the one that ships as "bundled"; in evaluation mode.
 
     Args:
-        path_or_name: a directory, or "bundled". Nothing is ever downloaded.
+        path_or_name: a directory (of a model, or of a training run, whose best model is meant), or "bundled".
+            Nothing is ever downloaded.
         device: where the weights go; CPU if None.
         dtype: of the weights; None keeps the checkpoint's. Time constants stay float32 at least.
 
@@ -41,6 +43,8 @@ def load(
                 )
             return checkpoint.load(path, device=device, dtype=dtype)
     path = Path(path_or_name).expanduser()
+    if (path / SETTINGS_FILE).is_file():  # a training run: its best model
+        path = path / "model"
     return _LOAD[detect(path)](path, device=device, dtype=dtype)
 
 

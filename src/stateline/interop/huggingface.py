@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from stateline import checks
 from stateline.interop.weights import read_weights
 from stateline.models import LanguageModel, ModelConfig
-from stateline.models.checkpoint import HEAD, CheckpointError, assemble, read_json, weights, write_aside
+from stateline.models.checkpoint import HEAD, CheckpointError, assemble, read_json, share, weights, write_aside
 
 MODEL_TYPE = "mamba"
 OURS, THEIRS = "backbone.embedding.weight", "backbone.embeddings.weight"
@@ -95,6 +95,7 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        share(folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
     write_aside(Path(directory), write, ["model.safetensors", "config.json"])

@@ -73,6 +73,7 @@ def save(
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", HEADER: json.dumps(record)})
+        share(folder / WEIGHTS)
         (folder / CONFIG).write_text(text + "\n")
 
     write_aside(target, write, [WEIGHTS, CONFIG])
@@ -146,8 +147,14 @@ def weights(model: LanguageModel, dtype: torch.dtype | None = None) -> dict[str,
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The stored weights of a configuration, by name."""
-    blank = LanguageModel(config, device="meta").state_dict()
+    blank = _blank(config).state_dict()
     return {name: tuple(t.shape) for name, t in blank.items() if not (config.tie_embeddings and name == HEAD)}
+
+
+def _blank(config: ModelConfig, dtype: torch.dtype | None = None) -> LanguageModel:
+    """A model without values; drawing them on no device would still move the caller's random numbers on."""
+    with torch.random.fork_rng(devices=[]):
+        return LanguageModel(config, device="meta", dtype=dtype)
 
 
 def assemble(
@@ -172,7 +179,7 @@ def assemble(
     problems = _misfits(expected_shapes(config), tensors)
     if problems:
         raise CheckpointError(f"{source} does not fit its configuration:\n  " + "\n  ".join(problems))
-    model = LanguageModel(config, device="meta", dtype=dtype).to_empty(device=device or "cpu")
+    model = _blank(config, dtype).to_empty(device=device or "cpu")
     model.tie_weights()  # to_empty gives each name its own memory
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -190,6 +197,13 @@ def _misfits(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -
         elif not tensor.is_floating_point():
             problems.append(f"wrong dtype: {name} is {tensor.dtype}, expected floating point")
     return problems
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions any new file gets; safetensors makes them private to the user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("stateline", "DEF")
 
@@ -37,6 +38,14 @@ def _one_by_one(op: Callable[..., Any], info: Any, dims: tuple[Any, ...], args: 
         return torch.stack(rows), 0
     outputs = tuple(torch.stack(column) for column in zip(*rows, strict=True))
     return outputs, (0,) * len(outputs)
+
+
+def differentiating() -> bool:
+    """Whether a derivative may be wanted. If not, the raw op will do: Function.apply costs as much as a small step.
+
+    Forward mode counts too, though there is none, so that the Function can refuse: a raw op has zero tangents.
+    """
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.library import define, or_empty
+from stateline.ops.library import define, differentiating, or_empty
 from stateline.ops.segments import build
 from stateline.ops.selective_scan import check_slots
 
@@ -64,7 +64,8 @@ def causal_conv1d(
         sizes.match("initial_state", initial_state, "n_seq k-1 d")
         _check_state(OP, "initial_state", initial_state, x)
     checks.same_device(OP, {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state})
-    return _CausalConv1d.apply(  # type: ignore[no-any-return]  # torch does not type apply
+    run = _CausalConv1d.apply if differentiating() else _CausalConv1d.forward
+    return run(  # type: ignore[no-any-return]  # torch does not type apply
         x, weight, bias, initial_state, segments.table, activation == "silu", bool(reverse), backend
     )
 

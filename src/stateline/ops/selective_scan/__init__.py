@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.library import define, or_empty
+from stateline.ops.library import define, differentiating, or_empty
 from stateline.ops.segments import INTEGERS, build
 
 OP = "selective_scan"
@@ -93,7 +93,8 @@ def selective_scan(
         "initial_state": initial_state,
     }
     checks.same_device(OP, given)
-    return _SelectiveScan.apply(  # type: ignore[no-any-return]  # torch does not type apply
+    run = _SelectiveScan.apply if differentiating() else _SelectiveScan.forward
+    return run(  # type: ignore[no-any-return]  # torch does not type apply
         u, dt, A, B, C, D, z, dt_bias, initial_state, segments.table, bool(dt_softplus), bool(reverse), backend
     )
 

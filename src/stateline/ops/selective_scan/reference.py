@@ -176,7 +176,7 @@ def step(
     dt_softplus: bool,
     index: Tensor | None,
 ) -> Tensor:
-    """One token, in place. u, dt, z (b, d); B, C (b, g, n[, 2]) or (d, n); index (b) picks state rows, negative: skip."""
+    """One token, in place. u, dt, z (b, d); B, C (b, g, n[, 2]) or (d, n); index (b): state rows, negative: skip."""
 
     def with_time(x: Tensor | None, constant_dims: int = 0) -> Tensor | None:
         return x if x is None or x.dim() == constant_dims else x[:, None]
