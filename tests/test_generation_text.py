@@ -218,7 +218,9 @@ def test_a_foreign_tokenizer_is_anything_with_the_right_names() -> None:
     """The protocol is small enough to write by hand: here ids 0 to 9 are digits."""
     digits: Any = SimpleNamespace(
         vocab_size=10, start=0, end=9, prefix=(), piecewise=True,
-        encode=lambda text: [int(c) for c in text.decode()], token_bytes=lambda i: b"%d" % i,
+        encode=lambda text: [byte - ord("0") for byte in text], token_bytes=lambda i: b"%d" % i,
     )  # fmt: skip
     model: Any = Scripted([4, 2, 9], vocab_size=16)
     assert "".join(generate(model, b"123", tokenizer=digits, sampling=SamplingConfig(temperature=0))) == "42"
+    with pytest.raises(ValueError, match="the prompt's token 4 has id 49, the vocabulary has ids 0 to 15"):
+        list(generate(model, b"1234a", tokenizer=digits, chunk=2))

@@ -237,7 +237,7 @@ def first_ids(tokenizer: Tokenizer | None) -> list[int]:
     start = tokenizer.start if tokenizer else None
     if start is None:
         raise fail("generate", "the prompt is empty and this vocabulary has no start id.", "Give at least one token.")
-    return opening(tokenizer) or [start]
+    return [start]
 
 
 def check_max_tokens(max_tokens: int | None) -> None:
