@@ -29,12 +29,12 @@ def demo(folder: Path) -> None:
     """Generate, train, generate."""
     excerpt = importlib.resources.files("stateline").joinpath("bundled/excerpt/train.txt")
     show("explain")
-    show("generate", "My fellow citizens", "--max-tokens", "300", "--seed", "1")
+    show("generate", "My fellow citizens", "--echo", "--max-tokens", "300", "--seed", "1")
     shutil.copy(str(excerpt), folder / "speeches.txt")
     run = str(folder / "run")
     show("train", str(folder / "speeches.txt"), "--out", run, "--size", "tiny", "--steps", "300", "--batch-size", "16",
          "--context", "128", "--sample-every", "100", "--eval-every", "100")  # fmt: skip
-    show("generate", "--model", run, "My fellow citizens", "--max-tokens", "200", "--seed", "1")
+    show("generate", "--model", run, "My fellow citizens", "--echo", "--max-tokens", "200", "--seed", "1")
     print("\nThat was a model of 80,000 numbers after two minutes. Give it your own text and more time:")
     print("  .venv/bin/stateline train my_text.txt --out runs/mine --size small --minutes 30")
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from stateline.models import LanguageModel, ModelConfig, checkpoint
+import stateline
+from stateline.models import LanguageModel, ModelConfig
 from stateline.training import ByteText, TrainConfig, add_arguments, bits_per_byte, from_arguments, load_data, train
 from stateline.training.config import DataConfig, differences
 from stateline.training.data import Windows, permuted, read_text, split_point
@@ -58,7 +59,7 @@ def test_learns_and_leaves_a_model(text: Path) -> None:
     assert result.best_bpb < 0.5
     assert (result.steps, result.tokens, result.directory) == (60, 60 * 4 * 64, text.parent / "run")
     assert not result.model.training
-    again = checkpoint.load(result.directory / "model")
+    again = stateline.load(result.directory)
     val = load_data(config.data).val
     assert bits_per_byte(again, val) == bits_per_byte(result.model, val) == result.best_bpb
     records = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
