@@ -105,9 +105,17 @@ def _scan_step(b: int, d: int, n: int) -> Iterator[Case]:
     token = {k: v if k in ("A", "D", "dt_bias") else v[:, 0] for k, v in inputs.items()}
     token["B"], token["C"] = (token[k][:, None] for k in ("B", "C"))
     state = torch.zeros(b, d, n)
-    yield "selective_scan step", f"b{b} d{d} n{n} float32", lambda: ops.selective_scan_step_(state, **token, dt_softplus=True)
+    yield (
+        "selective_scan step",
+        f"b{b} d{d} n{n} float32",
+        lambda: ops.selective_scan_step_(state, **token, dt_softplus=True),
+    )
 
 
 def _conv_step(b: int, d: int, k: int) -> Iterator[Case]:
     x, weight, bias, state = torch.randn(b, d), torch.randn(d, k), torch.randn(d), torch.zeros(b, k - 1, d)
-    yield "causal_conv1d step", f"b{b} d{d} k{k} float32", lambda: F.silu(ops.causal_conv1d_step_(state, x, weight, bias))
+    yield (
+        "causal_conv1d step",
+        f"b{b} d{d} k{k} float32",
+        lambda: F.silu(ops.causal_conv1d_step_(state, x, weight, bias)),
+    )

@@ -7,14 +7,6 @@
 #define SL_PUBLIC extern "C" __attribute__((visibility("default")))
 typedef int (*Kernel)(const void*);
 
-#if defined(__x86_64__) || defined(__i386__)
-#define SL_ISAS(X) X(avx512) X(avx2) X(base)
-#elif defined(__aarch64__)
-#define SL_ISAS(X) X(neon)
-#else
-#define SL_ISAS(X) X(base)
-#endif
-
 namespace {
 
 enum Name {
@@ -87,7 +79,7 @@ const Isa isas[] = {
 };
 #undef SL_ROW
 
-bool runs_here(const char* name) {
+bool runs_here([[maybe_unused]] const char* name) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_cpu_init();
     if (!strcmp(name, "avx512"))

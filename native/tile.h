@@ -1,10 +1,14 @@
 // Moving rows between tensors of any dtype and tiles of float or double.
-// A tile holds T steps of a block of channels, vector by vector: element (vector v, step r, lane i) at (v·T + r)·W + i. Channels
-// beyond the block's last are zero when loaded and dropped when stored.
+// A tile holds steps of a block of channels, vector by vector: element (vector v, step r, lane i) at (v·pitch + r)·W + i. Channels
+// beyond the block's last are zero when loaded and dropped when stored. The pitch is a cache line more than a power of two: a row
+// is spread over all vectors, whose places would else share a few sets of the cache.
 #pragma once
 #include "simd.h"
 
 namespace {
+
+// Steps from one vector to the next in a tile of `steps`.
+constexpr int pitch_of(int steps) { return steps + 64 / SL_BYTES; }
 
 enum Dtype : int64_t { F32 = 0, BF16 = 1, F64 = 2 };
 
@@ -80,36 +84,36 @@ struct Rows {
     char* at(int64_t b, int64_t t, int64_t d) const { return data + dtype_size(dtype) * (b * batch + t * time + d); }
 };
 
-// `count` rows of `channels` from p, rows `stride` elements apart, to steps `first`… of a tile of T steps.
+// `count` rows of `channels` from p, rows `stride` elements apart, to steps `first`… of a tile.
 template <class R, class S>
-static void load_rows(R* tile, int T, int first, int count, int channels, const S* p, int64_t stride) {
+static void load_rows(R* tile, int pitch, int first, int count, int channels, const S* p, int64_t stride) {
     constexpr int W = Simd<R>::W;
     const int full = channels / W, rest = channels % W;
     for (int r = 0; r < count; r++, p += stride) {
         R* to = tile + (first + r) * W;
-        for (int v = 0; v < full; v++) store(to + v * T * W, load_from<R>(p + v * W));
-        if (rest) store(to + full * T * W, load_some<R>(p + full * W, rest));
+        for (int v = 0; v < full; v++) store(to + v * pitch * W, load_from<R>(p + v * W));
+        if (rest) store(to + full * pitch * W, load_some<R>(p + full * W, rest));
     }
 }
 template <class R>
-static void load_tile(R* tile, int T, int first, int count, int channels, int64_t dtype, const char* p, int64_t stride) {
-    with_dtype(dtype, [&](auto* type) { load_rows(tile, T, first, count, channels, (decltype(type))p, stride); });
+static void load_tile(R* tile, int pitch, int first, int count, int channels, int64_t dtype, const char* p, int64_t stride) {
+    with_dtype(dtype, [&](auto* type) { load_rows(tile, pitch, first, count, channels, (decltype(type))p, stride); });
 }
 
 // The other way round.
 template <class R, class S>
-static void store_rows(const R* tile, int T, int first, int count, int channels, S* p, int64_t stride) {
+static void store_rows(const R* tile, int pitch, int first, int count, int channels, S* p, int64_t stride) {
     constexpr int W = Simd<R>::W;
     const int full = channels / W, rest = channels % W;
     for (int r = 0; r < count; r++, p += stride) {
         const R* from = tile + (first + r) * W;
-        for (int v = 0; v < full; v++) store_to<R>(p + v * W, load(from + v * T * W));
-        if (rest) store_some<R>(p + full * W, load(from + full * T * W), rest);
+        for (int v = 0; v < full; v++) store_to<R>(p + v * W, load(from + v * pitch * W));
+        if (rest) store_some<R>(p + full * W, load(from + full * pitch * W), rest);
     }
 }
 template <class R>
-static void store_tile(const R* tile, int T, int first, int count, int channels, int64_t dtype, char* p, int64_t stride) {
-    with_dtype(dtype, [&](auto* type) { store_rows(tile, T, first, count, channels, (decltype(type))p, stride); });
+static void store_tile(const R* tile, int pitch, int first, int count, int channels, int64_t dtype, char* p, int64_t stride) {
+    with_dtype(dtype, [&](auto* type) { store_rows(tile, pitch, first, count, channels, (decltype(type))p, stride); });
 }
 
 // Plain copies of `count` numbers, with conversion.
@@ -142,26 +146,55 @@ static void write_numbers(const R* from, int64_t count, int64_t dtype, char* p) 
     });
 }
 
+// Four rows of four floats, turned: to[j·to_stride + i] = from[i·from_stride + j].
+SL_INLINE void transpose4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    typedef Vector<float, 4>::V Q;
+    const Q a = load_as<Q>(from), b = load_as<Q>(from + from_stride);
+    const Q c = load_as<Q>(from + 2 * from_stride), d = load_as<Q>(from + 3 * from_stride);
+    const Q ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Q cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    store(to, (Q)__builtin_shufflevector(ab0, cd0, 0, 1, 4, 5));
+    store(to + to_stride, (Q)__builtin_shufflevector(ab0, cd0, 2, 3, 6, 7));
+    store(to + 2 * to_stride, (Q)__builtin_shufflevector(ab1, cd1, 0, 1, 4, 5));
+    store(to + 3 * to_stride, (Q)__builtin_shufflevector(ab1, cd1, 2, 3, 6, 7));
+}
+
 // (channels, n) in memory, `step` numbers apart, to lanes: to[(v·n + s)·W + i] = from[((v·W + i)·n + s)·step], zero beyond the last.
 template <class R, class To>
 static void load_lanes(To* to, const R* from, int channels, int64_t n, int step = 1) {
     constexpr int W = Simd<R>::W;
-    for (int v = 0; v * W < channels; v++) {
-        for (int i = 0; i < W; i++) {
-            const int c = v * W + i;
-            To* lane = to + v * n * W + i;
-            if (c < channels)
-                for (int64_t s = 0; s < n; s++) lane[s * W] = To(from[(c * n + s) * step]);
-            else
-                for (int64_t s = 0; s < n; s++) lane[s * W] = 0;
-        }
+    for (int c = 0; c < (channels + W - 1) / W * W; c++) {
+        To* lane = to + c / W * n * W + c % W;
+        const R* row = from + c * n * step;
+        int64_t s = 0;
+        if constexpr (sizeof(R) == 4 && sizeof(To) == 4)
+            if (step == 1 && c % 4 == 0 && c + 4 <= channels && n >= 4) {
+                for (; s + 4 <= n; s += 4) transpose4(row + s, n, lane + s * W, W);
+                for (; s < n; s++)
+                    for (int i = 0; i < 4; i++) lane[s * W + i] = row[i * n + s];
+                c += 3;
+                continue;
+            }
+        for (; s < n; s++) lane[s * W] = c < channels ? To(row[s * step]) : To(0);
     }
 }
 template <class R>
 static void store_lanes(const R* from, R* to, int channels, int64_t n, int step = 1) {
     constexpr int W = Simd<R>::W;
-    for (int c = 0; c < channels; c++)
-        for (int64_t s = 0; s < n; s++) to[(c * n + s) * step] = from[((c / W) * n + s) * W + c % W];
+    for (int c = 0; c < channels; c++) {
+        const R* lane = from + c / W * n * W + c % W;
+        R* row = to + c * n * step;
+        int64_t s = 0;
+        if constexpr (sizeof(R) == 4)
+            if (step == 1 && c % 4 == 0 && c + 4 <= channels && n >= 4) {
+                for (; s + 4 <= n; s += 4) transpose4(lane + s * W, W, row + s, n);
+                for (; s < n; s++)
+                    for (int i = 0; i < 4; i++) row[i * n + s] = lane[s * W + i];
+                c += 3;
+                continue;
+            }
+        for (; s < n; s++) row[s * step] = lane[s * W];
+    }
 }
 
 // Where sequences lie: rows [batch row, start, stop], or every batch row whole.

@@ -18,10 +18,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from stateline.backends import load_native, native_problem  # noqa: E402
-from stateline.ops.causal_conv1d import cpu as conv  # noqa: E402
-from stateline.ops.rms_norm import cpu as norm  # noqa: E402
-from stateline.ops.selective_scan import cpu as scan  # noqa: E402
+from stateline.backends import load_native, native_problem
+from stateline.ops.causal_conv1d import cpu as conv
+from stateline.ops.rms_norm import cpu as norm
+from stateline.ops.selective_scan import cpu as scan
 
 pytestmark = pytest.mark.skipif(native_problem() is not None, reason=f"no C++ library: {native_problem()}")
 
@@ -41,7 +41,9 @@ def assert_near(got: Tensor | None, want: Tensor | None, bound: float, what: str
     assert (got is None) == (want is None), what
     if got is None or want is None or want.numel() == 0:
         return
-    assert torch.isfinite(torch.view_as_real(got) if got.is_complex() else got).all(), f"{what} has values that are not finite"
+    assert torch.isfinite(torch.view_as_real(got) if got.is_complex() else got).all(), (
+        f"{what} has values that are not finite"
+    )
     error = (wide(got) - want).abs().max() / want.abs().max().clamp_min(1e-3)
     assert error < bound, f"{what}: error {error:.2e}, bound {bound:.0e}"
 
@@ -89,7 +91,9 @@ def scan_oracle(u, dt, A, B, C, D, z, dt_bias, softplus, h0, segments, reverse):
     return ys, torch.stack(states) if states else zeros
 
 
-def scan_inputs(b=2, t=33, d=17, n=16, g=1, dtype=torch.float32, cx=False, const=(False, False), extras=True, sequences=None):
+def scan_inputs(
+    b=2, t=33, d=17, n=16, g=1, dtype=torch.float32, cx=False, const=(False, False), extras=True, sequences=None
+):
     torch.manual_seed(b + 10 * t + 100 * d + n)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     state = {torch.float32: torch.complex64, torch.float64: torch.complex128}[real] if cx else real
@@ -119,7 +123,9 @@ def check_scan(inputs, segments=None, reverse=False):
     names = ["u", "dt", "A", "B", "C", "D", "z", "dt_bias", "softplus", "initial"]
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     value = (want_y * dy.double()).sum() + (want_state * wide(dstate).conj()).sum().real
-    grads = iter(torch.autograd.grad(value, tensors, allow_unused=True) if value.requires_grad else [None] * len(tensors))
+    grads = iter(
+        torch.autograd.grad(value, tensors, allow_unused=True) if value.requires_grad else [None] * len(tensors)
+    )
     got = iter(scan.backward(dy, dstate, *inputs, table, reverse))
     for name, x in zip(names, inputs, strict=True):
         if name == "softplus":
@@ -139,7 +145,9 @@ def test_scan_widths(d, n):
     check_scan(scan_inputs(t=5, d=d, n=n))
 
 
-@pytest.mark.parametrize(("n", "dtype"), [(64, torch.float32), (256, torch.bfloat16), (256, torch.float64), (20, torch.float64)])
+@pytest.mark.parametrize(
+    ("n", "dtype"), [(64, torch.float32), (256, torch.bfloat16), (256, torch.float64), (20, torch.float64)]
+)
 def test_scan_many_states(n, dtype):
     check_scan(scan_inputs(b=1, t=3, d=9, n=n, dtype=dtype))
 
@@ -370,7 +378,9 @@ def test_rms_norm(dtype, shape, residual):
     grads = torch.autograd.grad((want * dy.double()).sum() + (sums * dh.double()).sum(), leaves)
     got = norm.backward(dy, dh, h, weight, 1e-3, dtype, residual)
     for name, mine, true in zip(("x", "weight", "residual"), got, (*grads, None)[:3], strict=True):
-        assert_near(mine, true, (BOUND[torch.float32] if name == "residual" else BOUND[dtype]) * 3, f"gradient of {name}")
+        assert_near(
+            mine, true, (BOUND[torch.float32] if name == "residual" else BOUND[dtype]) * 3, f"gradient of {name}"
+        )
 
 
 def test_rms_norm_rows_do_not_depend_on_each_other():
@@ -476,12 +486,26 @@ def test_half_precision_data_is_computed_in_float32():
 
 # ---- vector functions ----------------------------------------------------------------------------------------------------
 
-FUNCTIONS = ["exp2", "exp", "softplus", "sigmoid_of_softplus", "sigmoid", "silu", "silu_slope", "cos", "sin", "log1p", "bfloat16"]
+FUNCTIONS = [
+    "exp2",
+    "exp",
+    "softplus",
+    "sigmoid_of_softplus",
+    "sigmoid",
+    "silu",
+    "silu_slope",
+    "cos",
+    "sin",
+    "log1p",
+    "bfloat16",
+]
 
 
 def probe(function: str, x: Tensor) -> Tensor:
     out = torch.full_like(x, float("nan"))
-    record = (ctypes.c_int64 * 5)(FUNCTIONS.index(function), x.dtype == torch.float64, x.numel(), x.data_ptr(), out.data_ptr())
+    record = (ctypes.c_int64 * 5)(
+        FUNCTIONS.index(function), x.dtype == torch.float64, x.numel(), x.data_ptr(), out.data_ptr()
+    )
     assert load_native().sl_probe(record) == 0
     return out
 
@@ -531,11 +555,16 @@ def test_exponential_at_the_edges():
         for function in ("exp", "softplus", "sigmoid_of_softplus", "sigmoid", "silu", "silu_slope", "bfloat16"):
             assert probe(function, torch.tensor([nan, -nan], dtype=dtype)).isnan().all(), function
         assert probe("sigmoid", torch.tensor([inf, 1e30, 0.0], dtype=dtype)).tolist() == [1, 1, 0.5]
-        assert probe("softplus", torch.tensor([inf, 1e30], dtype=dtype)).tolist() == [inf, float(torch.tensor(1e30, dtype=dtype))]
+        assert probe("softplus", torch.tensor([inf, 1e30], dtype=dtype)).tolist() == [
+            inf,
+            float(torch.tensor(1e30, dtype=dtype)),
+        ]
 
 
 def test_bfloat16_rounds_to_nearest_even():
-    x = torch.cat([torch.randn(1000) * 10.0**e for e in (-30, -3, 0, 30)] + [torch.tensor([float("inf"), -float("inf")])])
+    x = torch.cat(
+        [torch.randn(1000) * 10.0**e for e in (-30, -3, 0, 30)] + [torch.tensor([float("inf"), -float("inf")])]
+    )
     ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, -0.0])
     x = torch.cat([x, ties])
     assert torch.equal(probe("bfloat16", x), x.bfloat16().float())
@@ -549,7 +578,9 @@ def test_bfloat16_rounds_to_nearest_even():
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     source = str(Path(scan.__file__).resolve().parents[3])
     env = {**os.environ, "PYTHONPATH": source + os.pathsep + os.environ.get("PYTHONPATH", ""), **environment}
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=60
+    )
 
 
 def other_instruction_sets() -> list[str]:
@@ -565,14 +596,18 @@ def test_other_instruction_sets(isa):
     """The same tests under every other instruction set that this machine runs."""
     if "STATELINE_ISA" in os.environ:
         pytest.skip("already inside such a run")
-    chosen = "widths or kinds or segments or taps or rms or edges or functions or nearest or step or lengths or guards"
+    chosen = "widths or kinds or groups or taps or rms or edges or functions or nearest or scan_step"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    result = subprocess.run(command, env={**os.environ, "STATELINE_ISA": isa}, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        command, env={**os.environ, "STATELINE_ISA": isa}, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stdout[-3000:]
     assert "[100%]" in result.stdout
 
 
-@pytest.mark.parametrize(("name", "why"), [("avx1024", "unknown"), ("neon" if os.uname().machine == "x86_64" else "avx2", "unknown")])
+@pytest.mark.parametrize(
+    ("name", "why"), [("avx1024", "unknown"), ("neon" if os.uname().machine == "x86_64" else "avx2", "unknown")]
+)
 def test_unusable_instruction_sets_are_refused(name, why):
     result = run_python("from stateline.backends import load_native; load_native()", STATELINE_ISA=name)
     assert result.returncode != 0
@@ -621,7 +656,9 @@ def test_library_links_nothing_of_torch_and_exports_only_its_interface():
     """One binary for every torch and Python; nothing compiled for a wide instruction set can leak out of it."""
     try:
         path = load_native()._name
-        symbols = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        symbols = subprocess.run(
+            ["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True
+        ).stdout
         needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
     except FileNotFoundError as missing:
         pytest.skip(f"needs binutils: {missing}")

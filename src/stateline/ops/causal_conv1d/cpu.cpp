@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int T = 32;       // steps in a tile
+constexpr int PITCH = pitch_of(T);
 constexpr int CB = 64;      // channels in a block
 constexpr int CHUNK = 256;  // steps in a task of the forward pass
 constexpr int64_t PARTS_OF_SEQUENCES = 32;
@@ -59,16 +60,16 @@ struct Conv {
     int64_t first;  // channel
     int channels, vectors, k, wide;
     R *weight, *bias;  // [v][k][W], [v][W]
-    R *x, *y;          // [v][T + k-1][W], [v][T][W]
+    R *x, *y;          // [v][T + k-1][W], [v][PITCH][W]
 
-    static size_t scratch_bytes(const Args& a) { return sizeof(R) * CB * size_t(2 * a.k + 1 + T + a.k + T) + 64 * 8; }
+    static size_t scratch_bytes(const Args& a) { return sizeof(R) * CB * size_t(2 * a.k + 1 + T + a.k + 2 + PITCH) + 64 * 8; }
 
     Conv(const Args& args, int64_t block, Arena& arena) : a(args), first(block * CB) {
         channels = int(a.d - first < CB ? a.d - first : CB);
         vectors = (channels + W - 1) / W;
         k = int(a.k), wide = T + k - 1;
         weight = arena.take<R>(size_t(k) * CB), bias = arena.take<R>(CB);
-        x = arena.take<R>(size_t(wide) * CB), y = arena.take<R>(T * CB);
+        x = arena.take<R>(size_t(wide) * CB), y = arena.take<R>(PITCH * CB);
         load_lanes(weight, (const R*)a.weight + first * k, channels, k);
         if (a.bias) load_lanes(bias, (const R*)a.bias + first, channels, 1);
     }
@@ -99,7 +100,7 @@ struct Conv {
             for (int r = 0; r < count; r++) {
                 V sum = start;
                 for (int j = 0; j < taps; j++) sum = fma(load(w + j * W), load(in + (r + j) * W), sum);
-                store(y + (v * T + r) * W, sum);
+                store(y + (v * PITCH + r) * W, sum);
             }
         }
     }
@@ -109,7 +110,7 @@ struct Conv {
     void activate(int count) const {
         if (!a.silu) return;
         for (int v = 0; v < vectors; v++)
-            for (int i = v * T * W; i < (v * T + count) * W; i += W) store(y + i, silu<R>(load(y + i)));
+            for (int i = v * PITCH * W; i < (v * PITCH + count) * W; i += W) store(y + i, silu<R>(load(y + i)));
     }
 
     // The last k-1 inputs, one at a time: they may lie partly in the initial state.
@@ -144,7 +145,7 @@ void forward_task(void* context, int64_t task) {
         conv.activate(count);
         const Rows y = a.rows(a.y);
         const Span at = span(segment, a.reverse, first);
-        store_tile(conv.y, T, 0, count, conv.channels, y.dtype, y.at(segment.row, at.token, conv.first), at.direction * y.time);
+        store_tile(conv.y, PITCH, 0, count, conv.channels, y.dtype, y.at(segment.row, at.token, conv.first), at.direction * y.time);
     }
     if (chunk == 0) conv.final_state(segment, sequence);
 }
@@ -154,13 +155,13 @@ struct Gradient : Conv<R> {
     typedef Conv<R> Base;
     using typename Base::V;
     using Base::a, Base::k, Base::vectors, Base::channels, Base::first, Base::W, Base::wide, Base::x, Base::y, Base::weight;
-    R *g, *dx;              // [v][T + k-1][W]: d loss / d (before silu), then that of the k-1 steps after the tile; [v][T][W]
+    R *g, *dx;              // [v][T + k-1][W]: d loss / d (before silu), then that of the k-1 steps after the tile; [v][PITCH][W]
     R *dweight, *dbias;     // [v][k][W], [v][W]
 
-    static size_t scratch_bytes(const Args& a) { return Base::scratch_bytes(a) + sizeof(R) * CB * size_t(2 * T + 3 * a.k) + 64 * 8; }
+    static size_t scratch_bytes(const Args& a) { return Base::scratch_bytes(a) + sizeof(R) * CB * size_t(T + PITCH + 3 * a.k) + 64 * 8; }
 
     Gradient(const Args& args, int64_t block, Arena& arena) : Base(args, block, arena) {
-        g = arena.take<R>(size_t(wide) * CB), dx = arena.take<R>(T * CB);
+        g = arena.take<R>(size_t(wide) * CB), dx = arena.take<R>(PITCH * CB);
         dweight = arena.take<R>(size_t(k) * CB), dbias = arena.take<R>(CB);
         __builtin_memset(dweight, 0, sizeof(R) * k * CB);
         __builtin_memset(dbias, 0, sizeof(R) * CB);
@@ -199,7 +200,7 @@ struct Gradient : Conv<R> {
                 V out = load(gv + r * W);
                 if (a.silu) {
                     V value, slope;
-                    silu<R>(load(y + (v * T + r) * W), value, slope);
+                    silu<R>(load(y + (v * PITCH + r) * W), value, slope);
                     out = out * slope;
                     store(gv + r * W, out);
                 }
@@ -214,18 +215,18 @@ struct Gradient : Conv<R> {
             for (int r = 0; r < count; r++) {
                 V total = V{};
                 for (int j = 0; j < k; j++) total = fma(load(w + j * W), load(gv + (r + k - 1 - j) * W), total);
-                store(dx + (v * T + r) * W, total);
+                store(dx + (v * PITCH + r) * W, total);
             }
         }
         for (int r = 0; r < count; r++)
             if (const R* extra = from_state(index, length, start + r)) add_row(r, extra);
         const Rows to = a.rows(a.dx);
-        store_tile(dx, T, 0, count, channels, to.dtype, to.at(segment.row, at.token, first), at.direction * to.time);
+        store_tile(dx, PITCH, 0, count, channels, to.dtype, to.at(segment.row, at.token, first), at.direction * to.time);
     }
 
     void add_row(int r, const R* extra) {
         for (int v = 0; v < vectors; v++) {
-            R* to = dx + (v * T + r) * W;
+            R* to = dx + (v * PITCH + r) * W;
             const int lanes = channels - v * W < W ? channels - v * W : W;
             store(to, load(to) + load_some<R>(extra + v * W, lanes));
         }
@@ -238,10 +239,10 @@ struct Gradient : Conv<R> {
                 V total = V{};
                 for (int j = 0; j <= i; j++)
                     total = fma(load(weight + (v * k + j) * W), load(g + (v * wide + T + i - j) * W), total);
-                store(dx + v * T * W, total);
+                store(dx + v * PITCH * W, total);
             }
             if (const R* extra = from_state(index, length, i - (k - 1))) add_row(0, extra);
-            store_rows(dx, T, 0, 1, channels, (R*)this->state_row((const char*)a.dinitial, index, i), 0);
+            store_rows(dx, PITCH, 0, 1, channels, (R*)this->state_row((const char*)a.dinitial, index, i), 0);
         }
     }
 };
@@ -307,7 +308,7 @@ void step_task(void* context, int64_t task) {
         load_tile(conv.x, conv.wide, last, 1, conv.channels, a.x.dtype, a.x.at(row, 0, conv.first), 0);
         conv.convolve_any(1);
         conv.activate(1);
-        store_tile(conv.y, T, 0, 1, conv.channels, a.y.dtype, a.rows(a.y).at(row, 0, conv.first), 0);
+        store_tile(conv.y, PITCH, 0, 1, conv.channels, a.y.dtype, a.rows(a.y).at(row, 0, conv.first), 0);
         store_rows(conv.x, conv.wide, 1, last, conv.channels, state, a.d);
     }
 }

@@ -26,7 +26,7 @@ struct Args {
     Array dy, dh, dx, dresidual;
     void* dweight;
 
-    double cost_us() const { return 2.5e-4 * double(rows) * double(d); }
+    double cost_us() const { return 6e-4 * double(rows) * double(d); }
     // At least 16 rows a part; a function of the number of rows alone.
     int64_t parts() const { return rows < 16 * PARTS ? (rows + 15) / 16 : PARTS; }
 };

@@ -5,6 +5,7 @@ namespace {
 
 struct Job {
     const Args& a;
+    int width;  // channels in a block
     int64_t blocks;
     int failed;
 };
@@ -13,12 +14,12 @@ template <class R, bool CX>
 void forward_task(void* context, int64_t task) {
     Job& job = *(Job*)context;
     const Args& a = job.a;
-    Arena arena = {(char*)sl_scratch(Scan<R, CX>::scratch_bytes(a))};
+    Arena arena = {(char*)sl_scratch(Scan<R, CX>::scratch_bytes(a, job.width))};
     if (!arena.memory) {
         job.failed = SL_NO_MEMORY;
         return;
     }
-    const Scan<R, CX> scan(a, block_at(a, task % job.blocks), arena);
+    const Scan<R, CX> scan(a, block_at(a, task % job.blocks, job.width), arena);
     const int64_t sequence = task / job.blocks;
     const Segment segment = a.segments()[sequence];
     scan.load_state(scan.h, a.initial ? a.initial + scan.state_offset(sequence) : nullptr);
@@ -42,12 +43,12 @@ template <class R, bool CX>
 void step_task(void* context, int64_t task) {
     Job& job = *(Job*)context;
     const Args& a = job.a;
-    Arena arena = {(char*)sl_scratch(Scan<R, CX>::scratch_bytes(a))};
+    Arena arena = {(char*)sl_scratch(Scan<R, CX>::scratch_bytes(a, job.width))};
     if (!arena.memory) {
         job.failed = SL_NO_MEMORY;
         return;
     }
-    const Scan<R, CX> scan(a, block_at(a, task), arena);
+    const Scan<R, CX> scan(a, block_at(a, task, job.width), arena);
     const Span at = {0, 1};
     for (int64_t row = 0; row < a.b; row++) {
         const int64_t slot = a.index ? a.index[row] : row;
@@ -65,8 +66,21 @@ void step_task(void* context, int64_t task) {
 
 typedef void (*Task)(void*, int64_t);
 
+// Wide blocks read long rows, each of which lies in a page of its own; narrow ones keep all threads busy. Results are the same.
+int best_width(const Args& a, int64_t tasks_per_block) {
+    int best = 64;
+    double least = 0;
+    for (int width = 64; width <= 512; width += 64) {
+        const int64_t tasks = block_count(a, width) * tasks_per_block, threads = a.threads < 1 ? 1 : a.threads;
+        const double cost = double((tasks + threads - 1) / threads) * (width + 32);  // 32: what a row costs, in channels
+        if (width == 64 || cost < least) best = width, least = cost;
+    }
+    return best;
+}
+
 int run(const Args& a, int64_t tasks_per_block, const Task (&tasks)[4]) {
-    Job job = {a, block_count(a), SL_OK};
+    const int width = best_width(a, tasks_per_block);
+    Job job = {a, width, block_count(a, width), SL_OK};
     sl_parallel(job.blocks * tasks_per_block, a.threads, a.cost_us(), tasks[2 * a.is_double + a.is_complex], &job);
     return job.failed;
 }

@@ -13,6 +13,9 @@ namespace {
 
 constexpr int64_t PARTS_OF_SEQUENCES = 32;
 
+// Channels in a block. A function of d alone, because it orders the sums over channels; wide ones read long rows.
+inline int block_width(const Args& a) { return a.d < 1024 ? 64 : a.d < 4096 ? 128 : 256; }
+
 struct Job {
     const Args& a;
     int64_t blocks, parts;
@@ -27,29 +30,31 @@ struct Gradient : Scan<R, CX> {
     using typename Base::V;
     using Base::a, Base::block, Base::n, Base::vectors, Base::W, Base::PARTS;
     Job& job;
+    int64_t number = 0;  // of the block
     // Lanes [v][n][W]: gradient that reaches the state from later steps; sums over time.
     R *g[2], *dA[2], *dBk[2], *dCk[2], *dD, *dbias;
-    // Tiles [v][T][W]: d loss / d (y before the gate), what dz needs, and the sums over states.
+    // Tiles [v][PITCH][W]: d loss / d (y before the gate), what dz needs, and the sums over states.
     R *dy, *dgate, *ddrive, *dstep;
     // One run of states of one vector: [T][NT][W]; sums over the block's vectors of the same shape.
     R *past[2], *decays[2], *sum_b[2], *sum_c[2];
 
     static constexpr int WIDE = 16;  // the longest run of states
     static size_t scratch_bytes(const Args& a) {
-        const size_t size = size_t(a.n) * CB, runs = size_t(T + 1) * WIDE * W;
-        return Base::scratch_bytes(a) + sizeof(R) * (8 * size + 2 * CB + 4 * T * CB + 8 * runs) + 64 * 32;
+        const int width = block_width(a);
+        const size_t size = size_t(a.n) * width, runs = size_t(T + 1) * WIDE * W;
+        return Base::scratch_bytes(a, width) + sizeof(R) * (8 * size + 2 * width + 4 * PITCH * width + 8 * runs) + 64 * 32;
     }
 
     Gradient(const Args& args, const Block& blk, Arena& arena, Job& j) : Base(args, blk, arena), job(j) {
-        const size_t size = size_t(n) * CB, runs = size_t(T + 1) * WIDE * W;
+        const size_t size = size_t(n) * blk.width, runs = size_t(T + 1) * WIDE * W;
         for (int p = 0; p < PARTS; p++) {
             R **const lanes[] = {&g[p], &dA[p], &dBk[p], &dCk[p]}, **const of_run[] = {&past[p], &decays[p], &sum_b[p], &sum_c[p]};
             for (R** x : lanes) *x = zeros(arena, size);
             for (R** x : of_run) *x = arena.take<R>(runs);
         }
-        dD = zeros(arena, CB), dbias = zeros(arena, CB);
+        dD = zeros(arena, blk.width), dbias = zeros(arena, blk.width);
         R** const tiles[] = {&dy, &dgate, &ddrive, &dstep};
-        for (R** x : tiles) *x = arena.take<R>(T * CB);
+        for (R** x : tiles) *x = arena.take<R>(PITCH * blk.width);
     }
     static R* zeros(Arena& arena, size_t count) {
         R* p = arena.take<R>(count);
@@ -102,7 +107,7 @@ struct Gradient : Scan<R, CX> {
         if (!a.z.data) return;
         this->load_rows_of(this->gate, a.z, row, at, count);
         for (int v = 0; v < vectors; v++)
-            for (int i = v * T * W; i < (v * T + count) * W; i += W) {
+            for (int i = v * PITCH * W; i < (v * PITCH + count) * W; i += W) {
                 V value, slope;
                 silu<R>(load(this->gate + i), value, slope);
                 const V x = load(dy + i);
@@ -172,7 +177,7 @@ struct Gradient : Scan<R, CX> {
     // One step of one state: with G = d loss / d h[t] (real and imaginary part), the chain rule as the comments say.
     template <int NT, bool KB, bool KC>
     void adjoint(const typename Base::Lanes& l, int v, int64_t s0, int count) {
-        const int64_t at_state = (v * n + s0) * W, at_tile = int64_t(v) * T * W;
+        const int64_t at_state = (v * n + s0) * W, at_tile = int64_t(v) * PITCH * W;
         V gr[NT], gi[NT];
         for (int s = 0; s < NT; s++) {
             gr[s] = load(g[0] + at_state + s * W);
@@ -233,23 +238,20 @@ struct Gradient : Scan<R, CX> {
     // The block's row of the buffer (block, b·t, n): lanes of [T][NT][W] added up.
     template <int NT>
     void add_lanes(R* const* sums, char* buffer, const Segment& segment, Span at, int count, int64_t s0) {
-        const int64_t index = this_block();
         for (int r = 0; r < count; r++) {
             const int64_t token = segment.row * a.t + at.token + at.direction * r;
-            R* to = (R*)buffer + ((index * a.b * a.t + token) * n + s0) * PARTS;
+            R* to = (R*)buffer + ((number * a.b * a.t + token) * n + s0) * PARTS;
             for (int s = 0; s < NT; s++)
                 for (int p = 0; p < PARTS; p++) to[s * PARTS + p] = sum_lanes<R>(load(sums[p] + (r * NT + s) * W));
         }
     }
-    int64_t number = 0;
-    int64_t this_block() const { return number; }
 
     void finish(int64_t row, Span at, int count) {
         for (int v = 0; v < vectors; v++) {
             const V skip = a.D ? load(this->D + v * W) : V{};
             V d_sum = V{}, bias_sum = V{};
             for (int r = 0; r < count; r++) {
-                const int i = (v * T + r) * W;
+                const int i = (v * PITCH + r) * W;
                 const V in = load(this->u + i), out = load(dy + i);
                 const V drive = n ? load(ddrive + i) : V{}, exponent = n ? load(dstep + i) : V{};
                 const V to_dt = fma(drive, in, exponent * splat(Base::LN2)) * load(this->slope + i);
@@ -296,13 +298,13 @@ void backward_task(void* context, int64_t task) {
         longest = s.stop - s.start > longest ? s.stop - s.start : longest;
     }
     typedef Gradient<R, CX> G;
-    const size_t checkpoints = size_t((longest + T - 1) / T) * a.n * CB * G::PARTS;
+    const size_t checkpoints = size_t((longest + T - 1) / T) * a.n * block_width(a) * G::PARTS;
     Arena arena = {(char*)sl_scratch(G::scratch_bytes(a) + sizeof(R) * checkpoints)};
     if (!arena.memory) {
         job.failed = SL_NO_MEMORY;
         return;
     }
-    G gradient(a, block_at(a, task % job.blocks), arena, job);
+    G gradient(a, block_at(a, task % job.blocks, block_width(a)), arena, job);
     gradient.number = task % job.blocks;
     R* saved = arena.take<R>(checkpoints);
     for (int64_t i = first; i < last; i++) gradient.sequence(i, saved);
@@ -325,7 +327,7 @@ void add_blocks(const Job& job, const char* buffer, const Output& out, int64_t s
         int64_t block = 0;
         for (int64_t group = 0; group < a.g; group++) {
             for (int64_t i = 0; i < width; i++) sum[i] = 0;
-            for (const int64_t end = block + blocks_in_group(a, group); block < end; block++) {
+            for (const int64_t end = block + blocks_in_group(a, group, block_width(a)); block < end; block++) {
                 const R* row = (const R*)buffer + (block * tokens + token) * width;
                 for (int64_t i = 0; i < width; i++) sum[i] += row[i];
             }
@@ -353,7 +355,7 @@ void add_parts(const char* from, void* to, int64_t parts, int64_t count) {
 
 template <class R, bool CX>
 int backward(const Args& a) {
-    Job job = {a, block_count(a), a.count < PARTS_OF_SEQUENCES ? a.count : PARTS_OF_SEQUENCES};
+    Job job = {a, block_count(a, block_width(a)), a.count < PARTS_OF_SEQUENCES ? a.count : PARTS_OF_SEQUENCES};
     if (job.parts < 1) job.parts = 1;
     const int64_t wide = a.d * a.n * (CX ? 2 : 1);
     const size_t token_sums = sizeof(R) * job.blocks * a.b * a.t * a.n * (CX ? 2 : 1);

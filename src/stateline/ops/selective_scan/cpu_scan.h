@@ -1,6 +1,6 @@
 // What the forward scan, its gradient and the decode step share: arguments, blocks of channels, tiles of steps.
 //
-// Work is cut into blocks of up to CB channels of one group, and segments into tiles of T steps. Within a tile everything that
+// Work is cut into blocks of channels of one group, and segments into tiles of T steps. Within a tile everything that
 // does not touch the state (dtype conversion, softplus, gate) is done first, for whole rows; the recurrence then runs one vector of
 // channels at a time over a few states that fit the registers. All arithmetic of a token is the same wherever it falls in a tile.
 // Suffixes: b batch, t time step, d channel, n state, g group.
@@ -10,8 +10,8 @@
 
 namespace {
 
-constexpr int T = 32;   // steps in a tile: a tile of every array stays in the second-level cache
-constexpr int CB = 64;  // channels in a block; also fixes the order of the sums over channels
+constexpr int T = 32;  // steps in a tile: a tile of every array stays in the second-level cache
+constexpr int PITCH = pitch_of(T);
 
 // B or C: per token (b, t, g, n) or, complex, (b, t, g, n, 2), the last dimensions adjacent; constant (d, n), contiguous.
 struct Projection {
@@ -53,23 +53,23 @@ struct Args {
 
 // Channels [first, first + count) of one group.
 struct Block {
-    int64_t group, first, in_group;
-    int count;
+    int64_t group, first;
+    int count, width;  // width: what a full block has
 };
 inline int64_t group_start(const Args& a, int64_t group) { return (group * a.d + a.g - 1) / a.g; }
-inline int64_t blocks_in_group(const Args& a, int64_t group) {
-    return (group_start(a, group + 1) - group_start(a, group) + CB - 1) / CB;
+inline int64_t blocks_in_group(const Args& a, int64_t group, int width) {
+    return (group_start(a, group + 1) - group_start(a, group) + width - 1) / width;
 }
-inline int64_t block_count(const Args& a) {
+inline int64_t block_count(const Args& a, int width) {
     int64_t total = 0;
-    for (int64_t k = 0; k < a.g; k++) total += blocks_in_group(a, k);
+    for (int64_t k = 0; k < a.g; k++) total += blocks_in_group(a, k, width);
     return total;
 }
-inline Block block_at(const Args& a, int64_t index) {
+inline Block block_at(const Args& a, int64_t index, int width) {
     int64_t group = 0;
-    while (index >= blocks_in_group(a, group)) index -= blocks_in_group(a, group++);
-    const int64_t first = group_start(a, group) + index * CB, end = group_start(a, group + 1);
-    return {group, first, index, int(end - first < CB ? end - first : CB)};
+    while (index >= blocks_in_group(a, group, width)) index -= blocks_in_group(a, group++, width);
+    const int64_t first = group_start(a, group) + index * width, end = group_start(a, group + 1);
+    return {group, first, int(end - first < width ? end - first : width), width};
 }
 
 // Calls f.operator()<NT>(s) for runs of NT states starting at s that cover all n. Wide runs save passes over the tile and need
@@ -98,23 +98,23 @@ struct Scan {
     // Parameters of the block in lanes, [v][n][W] or [v][W]. A2 is A in units of powers of two.
     R *A2, *A2_im, *D, *bias, *Bk[2], *Ck[2];
     double* turns;  // Im A in turns
-    // State of the block [v][n][W], and a tile of each input [v][T][W].
+    // State of the block [v][n][W], and a tile of each input [v][PITCH][W].
     R *h[2], *dt, *du, *u, *y, *slope, *gate;
     // A tile of B and C per token, [T][n]; C of a complex system already doubled (y = 2 Re).
     R *Bt[2], *Ct[2];
 
-    static size_t scratch_bytes(const Args& a) {
-        const size_t block = size_t(a.n) * CB;
-        return sizeof(R) * (10 * block + 6 * T * CB + 4 * T * (a.n + W) + 2 * CB) + 8 * block + 64 * 32;
+    static size_t scratch_bytes(const Args& a, int width) {
+        const size_t block = size_t(a.n) * width;
+        return sizeof(R) * (10 * block + 6 * PITCH * width + 4 * T * (a.n + W) + 2 * width) + 8 * block + 64 * 32;
     }
 
     Scan(const Args& args, const Block& blk, Arena& arena) : a(args), block(blk), vectors((blk.count + W - 1) / W), n(args.n) {
-        const size_t size = size_t(n) * CB;
+        const size_t size = size_t(n) * blk.width;
         A2 = arena.take<R>(size);
         A2_im = arena.take<R>(CX ? size : 0);
         turns = arena.take<double>(CX ? size : 0);
-        D = arena.take<R>(CB);
-        bias = arena.take<R>(CB);
+        D = arena.take<R>(blk.width);
+        bias = arena.take<R>(blk.width);
         for (int p = 0; p < PARTS; p++) {
             Bk[p] = arena.take<R>(a.constant_b ? size : 0);
             Ck[p] = arena.take<R>(a.constant_c ? size : 0);
@@ -123,7 +123,7 @@ struct Scan {
             Ct[p] = arena.take<R>(a.constant_c ? 0 : T * n + W);
         }
         R** const tiles[] = {&dt, &du, &u, &y, &slope, &gate};
-        for (R** tile : tiles) *tile = arena.take<R>(T * CB);
+        for (R** tile : tiles) *tile = arena.take<R>(PITCH * blk.width);
         load_parameters();
     }
 
@@ -176,10 +176,10 @@ struct Scan {
     int64_t state_offset(int64_t row) const { return row * state_bytes() + int64_t(sizeof(R)) * PARTS * block.first * n; }
 
     void load_rows_of(R* tile, const Rows& x, int64_t row, Span at, int count) const {
-        load_tile(tile, T, 0, count, block.count, x.dtype, x.at(row, at.token, block.first), at.direction * x.time);
+        load_tile(tile, PITCH, 0, count, block.count, x.dtype, x.at(row, at.token, block.first), at.direction * x.time);
     }
     void store_rows_of(const R* tile, const Rows& x, int64_t row, Span at, int count) const {
-        store_tile(tile, T, 0, count, block.count, x.dtype, x.at(row, at.token, block.first), at.direction * x.time);
+        store_tile(tile, PITCH, 0, count, block.count, x.dtype, x.at(row, at.token, block.first), at.direction * x.time);
     }
 
     // dt after bias and softplus (and its slope, if wanted), u and dt·u of `count` steps.
@@ -189,7 +189,7 @@ struct Scan {
         load_rows_of(u, a.u, row, at, count);
         for (int v = 0; v < vectors; v++) {
             const V shift = a.bias ? load(bias + v * W) : V{};
-            for (int i = v * T * W; i < (v * T + count) * W; i += W) {
+            for (int i = v * PITCH * W; i < (v * PITCH + count) * W; i += W) {
                 V x = load(dt + i);
                 if (a.bias) x += shift;
                 V size = x, steep = splat(R(1));
@@ -237,7 +237,7 @@ struct Scan {
     };
     Lanes lanes(int v, int64_t s) const {
         Lanes l = {};
-        const int64_t tile = int64_t(v) * T * W, at = (v * n + s) * W;
+        const int64_t tile = int64_t(v) * PITCH * W, at = (v * n + s) * W;
         l.dt = dt + tile, l.du = du + tile, l.y = y + tile;
         l.A2 = A2 + at, l.A2_im = A2_im + at, l.turns = turns + at, l.n = n;
         for (int p = 0; p < PARTS; p++) {
@@ -342,7 +342,7 @@ struct Scan {
         if (a.z.data) load_rows_of(gate, a.z, row, at, count);
         for (int v = 0; v < vectors; v++) {
             const V skip = a.D ? load(D + v * W) : V{};
-            for (int i = v * T * W; i < (v * T + count) * W; i += W) {
+            for (int i = v * PITCH * W; i < (v * PITCH + count) * W; i += W) {
                 V out = n ? load(y + i) : V{};
                 if (a.D) out = fma(skip, load(u + i), out);
                 if (a.z.data) out = out * silu<R>(load(gate + i));
