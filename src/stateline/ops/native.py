@@ -1,7 +1,7 @@
 """How tensors reach the C++ kernels: one packed record of pointers, strides and sizes for each call.
 
-The records are declared in the kernels' sources, field for field, eight bytes each. Tensors must outlive the call: keep them in
-a local variable.
+The records are declared in the kernels' sources, field for field, eight bytes each. Tensors must outlive the call: keep
+them in a local variable.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _kernel(name: str) -> Callable[[bytes], int]:
     kernel = getattr(load_native(), f"sl_{name}")
     kernel.restype = ctypes.c_int
     kernel.argtypes = [ctypes.c_char_p]
-    return kernel  # type: ignore[no-any-return]
+    return kernel
 
 
 @functools.cache
@@ -69,10 +69,12 @@ def parameter(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def optional_parameter(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`parameter`, or None."""
     return None if x is None else parameter(x, dtype)
 
 
 def pointer(x: Tensor | None) -> int:
+    """Address of a tensor, 0 if there is none."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -82,6 +84,7 @@ def rows(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def output(x: Tensor | None) -> tuple[int, int]:
+    """Fields of a contiguous result."""
     return ABSENT2 if x is None else (x.data_ptr(), DTYPES[x.dtype])
 
 

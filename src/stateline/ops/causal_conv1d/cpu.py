@@ -90,7 +90,8 @@ def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bo
         "causal_conv1d_step",
         (
             b, 1, d, k, 0, b, 0, torch.get_num_threads(), real == torch.float64, silu, *native.rows(x_in), w.data_ptr(),
-            native.pointer(shift), slots.data_ptr(), *native.output(y), 0, native.pointer(index), slots.shape[0], slots.stride(0),
+            native.pointer(shift), slots.data_ptr(), *native.output(y), 0, native.pointer(index), slots.shape[0],
+            slots.stride(0),
         ),
     )  # fmt: skip
     if not direct:

@@ -15,7 +15,7 @@ _BITS_OF_DOUBLE = struct.Struct("=d"), struct.Struct("=q")
 def _bits(x: float) -> int:
     """The bits of a double, to travel in a record of integers."""
     as_double, as_integer = _BITS_OF_DOUBLE
-    return as_integer.unpack(as_double.pack(x))[0]  # type: ignore[no-any-return]
+    return as_integer.unpack(as_double.pack(x))[0]
 
 
 def _plain(x: Tensor) -> Tensor:

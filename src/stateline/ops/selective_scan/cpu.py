@@ -116,7 +116,9 @@ def backward(
     dA, dD, dbias = sums(A, inputs.state_dtype), sums(D, inputs.real), sums(dt_bias, inputs.real)
     dinitial = sums(initial_state, inputs.state_dtype)
     fields = inputs.fields(where, native.pointer(start), native.ABSENT2, 0)
-    projections = (f for x in (dB, dC) for f in ((x.data_ptr(), native.DTYPES.get(x.dtype, 0)) if x is not None else (0, 0)))
+    projections = (
+        f for x in (dB, dC) for f in ((x.data_ptr(), native.DTYPES.get(x.dtype, 0)) if x is not None else (0, 0))
+    )
     native.call(
         "selective_scan_backward",
         (
@@ -143,11 +145,14 @@ def step(
     dt_softplus: bool,
     index: Tensor | None,
 ) -> Tensor:
-    """One token, in place. u, dt, z (b, d); B, C (b, g, n[, 2]) or (d, n); index (b) picks rows of state, negative: skip."""
+    """One token, in place. u, dt, z (b, d); B, C (b, g, n[, 2]) or (d, n).
+
+    index (b) picks rows of state, negative: skip.
+    """
     inputs = _Call(u, dt, A, B, C, D, z, dt_bias, dt_softplus)
     index = native.slots(index)
     y = native.empty(u.shape, native.out_dtype(u.dtype), index)
-    d, n = A.shape
+    n = A.shape[1]
     direct = state.dtype == inputs.state_dtype and state.stride()[1:] == (n, 1) and not state.is_conj()
     slots = state if direct else native.parameter(state, inputs.state_dtype)
     where = (0, u.shape[0], 0, torch.get_num_threads())
