@@ -77,6 +77,15 @@ SL_INLINE void with_dtype(int64_t dtype, F&& f) {
         f((double*)nullptr);
 }
 
+template <class P>
+struct PointeeOf;
+template <class T>
+struct PointeeOf<T*> {
+    typedef T type;
+};
+template <class P>
+using Pointee = typename PointeeOf<P>::type;
+
 // A tensor (b, t, d) whose channels are adjacent; strides in elements.
 struct Rows {
     char* data;

@@ -1,4 +1,4 @@
-"""Inputs, float64 oracles (loops that share no algorithm with the kernels) and comparisons for tests of the C++ kernels."""
+"""Inputs, comparisons and float64 oracles (loops that share no algorithm with the kernels) for tests of C++ kernels."""
 
 from __future__ import annotations
 

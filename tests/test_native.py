@@ -70,6 +70,22 @@ def test_scan_groups_and_segments(reverse, cx):
     check_scan([*inputs[:9], None], segments, reverse)
 
 
+def test_scan_mixed_dtypes():
+    """As autocast hands them over: every tensor may have a dtype of its own; y has u's."""
+    for dtypes in ((torch.bfloat16, torch.float32, torch.float32), (torch.float32, torch.bfloat16, torch.bfloat16)):
+        inputs = scan_inputs(t=35, d=21)
+        for i, dtype in zip((0, 1, 6), dtypes, strict=True):
+            inputs[i] = inputs[i].to(dtype)
+        same = [x.float() if i in (0, 1, 6) else x for i, x in enumerate(inputs)]
+        y, state = scan.forward(*inputs, None, False)
+        want_y, want_state = scan.forward(*same, None, False)
+        assert torch.equal(y, want_y.to(dtypes[0]))
+        assert torch.equal(state, want_state)
+        got = scan.backward(want_y, state, *inputs, None, False)
+        for mine, want in zip(got, scan.backward(want_y, state, *same, None, False), strict=True):
+            assert torch.equal(mine, want.to(mine.dtype))
+
+
 def test_scan_bare_and_strided():
     check_scan(scan_inputs(extras=False))
     inputs = scan_inputs(t=9, d=10, n=4, g=2)

@@ -182,23 +182,48 @@ struct Scan {
         store_tile(tile, PITCH, 0, count, block.count, x.dtype, x.at(row, at.token, block.first), at.direction * x.time);
     }
 
-    // dt after bias and softplus (and its slope, if wanted), u and dt·u of `count` steps.
+    template <class S>
+    V load_vector(int v, const S* p) const {
+        const int lanes = block.count - v * W;
+        return lanes >= W ? load_from<R>(p + v * W) : load_some<R>(p + v * W, lanes);
+    }
+
+    // dt after bias and softplus (and its slope, if wanted), u and dt·u of `count` steps, in one pass over rows.
+    template <bool SLOPE, class S>
+    void prepare_rows(int64_t row, Span at, int count) const {
+        const S *p = (const S*)a.dt.at(row, at.token, block.first), *q = (const S*)a.u.at(row, at.token, block.first);
+        const bool keep_u = SLOPE || a.D;
+        for (int r = 0; r < count; r++, p += at.direction * a.dt.time, q += at.direction * a.u.time)
+            for (int v = 0; v < vectors; v++) {
+                const int i = (v * PITCH + r) * W;
+                V x = load_vector(v, p);
+                const V in = load_vector(v, q);
+                if (a.bias) x += load(bias + v * W);
+                V size = x, steep = splat(R(1));
+                if (a.softplus) ::softplus<R>(x, size, steep);
+                store(dt + i, size);
+                store(du + i, size * in);
+                if (keep_u) store(u + i, in);
+                if (SLOPE) store(slope + i, steep);
+            }
+    }
     template <bool SLOPE>
     void prepare(int64_t row, Span at, int count) const {
+        if (a.dt.dtype == a.u.dtype)
+            return with_dtype(a.u.dtype, [&](auto* type) { prepare_rows<SLOPE, Pointee<decltype(type)>>(row, at, count); });
+        // Mixed dtypes are rare: convert both to R first, then do the same on the copies.
         load_rows_of(dt, a.dt, row, at, count);
         load_rows_of(u, a.u, row, at, count);
-        for (int v = 0; v < vectors; v++) {
-            const V shift = a.bias ? load(bias + v * W) : V{};
+        for (int v = 0; v < vectors; v++)
             for (int i = v * PITCH * W; i < (v * PITCH + count) * W; i += W) {
-                V x = load(dt + i);
-                if (a.bias) x += shift;
-                V size = x, steep = splat(R(1));
+                V x = load(dt + i), steep = splat(R(1));
+                if (a.bias) x += load(bias + v * W);
+                V size = x;
                 if (a.softplus) ::softplus<R>(x, size, steep);
                 store(dt + i, size);
                 store(du + i, size * load(u + i));
                 if (SLOPE) store(slope + i, steep);
             }
-        }
     }
 
     void load_projection(R* const* to, const Projection& x, int64_t row, Span at, int count, bool twice) const {
@@ -337,18 +362,32 @@ struct Scan {
         }
     }
 
-    // y ← (y + D u) · silu(z), and out to memory.
+    // (y + D u) · silu(z), straight to memory.
+    template <class S>
+    void finish_rows(int64_t row, Span at, int count) const {
+        const Rows to = a.rows(a.y);
+        S* p = (S*)to.at(row, at.token, block.first);
+        const S* q = a.z.data ? (const S*)a.z.at(row, at.token, block.first) : nullptr;
+        for (int r = 0; r < count; r++, p += at.direction * to.time)
+            for (int v = 0; v < vectors; v++) {
+                const int i = (v * PITCH + r) * W;
+                V out = n ? load(y + i) : V{};
+                if (a.D) out = fma(load(D + v * W), load(u + i), out);
+                if (q) out = out * silu<R>(load_vector(v, q + r * at.direction * a.z.time));
+                const int lanes = block.count - v * W;
+                lanes >= W ? store_to<R>(p + v * W, out) : store_some<R>(p + v * W, out, lanes);
+            }
+    }
     void finish(int64_t row, Span at, int count) const {
-        if (a.z.data) load_rows_of(gate, a.z, row, at, count);
-        for (int v = 0; v < vectors; v++) {
-            const V skip = a.D ? load(D + v * W) : V{};
+        if (!a.z.data || a.z.dtype == a.y.dtype)
+            return with_dtype(a.y.dtype, [&](auto* type) { finish_rows<Pointee<decltype(type)>>(row, at, count); });
+        load_rows_of(gate, a.z, row, at, count);
+        for (int v = 0; v < vectors; v++)
             for (int i = v * PITCH * W; i < (v * PITCH + count) * W; i += W) {
                 V out = n ? load(y + i) : V{};
-                if (a.D) out = fma(skip, load(u + i), out);
-                if (a.z.data) out = out * silu<R>(load(gate + i));
-                store(y + i, out);
+                if (a.D) out = fma(load(D + v * W), load(u + i), out);
+                store(y + i, out * silu<R>(load(gate + i)));
             }
-        }
         store_rows_of(y, a.rows(a.y), row, at, count);
     }
 };
