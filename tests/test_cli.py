@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripted import Scripted
 
 import stateline
 from stateline.cli import build_parser, main
@@ -175,6 +176,12 @@ def test_a_terminal_is_not_steered(run: Callable[..., str], monkeypatch: pytest.
     shown = run(*options)
     assert len(shown) == len(raw)
     assert all(c.isprintable() or c in "\n\t" for c in shown)
+
+
+def test_a_character_cut_short_is_shown_as_such(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stateline.interop.load", lambda *_, **__: Scripted("a😀".encode()))
+    assert run("generate", "x", "--model", "MODEL", "--max-tokens", "3") == "a\ufffd\n"
+    assert run("generate", "x", "--model", "MODEL", "--max-tokens", "5") == "a😀\n"
 
 
 def test_the_bundled_model_writes_at_once(run: Callable[..., str]) -> None:
@@ -355,7 +362,11 @@ def test_warnings_are_one_line(run: Callable[..., str], home: Path, capsys: pyte
 
 def test_ctrl_c_ends_an_endless_text(home: Path) -> None:
     command = [*COMMAND, "generate", "x", "--model", str(home), "--endless", "--stats"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job would inherit that it is ignored
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.read(50)  # it is writing
