@@ -38,7 +38,7 @@ struct Gradient : Scan<R, CX> {
     // One run of states of one vector: [T][NT][W]; sums over the block's vectors of the same shape.
     R *past[2], *decays[2], *sum_b[2], *sum_c[2];
 
-    static constexpr int WIDE = 16;  // the longest run of states
+    static constexpr int WIDE = 4;  // the longest run of states: what it keeps fits the first-level cache
     static size_t scratch_bytes(const Args& a) {
         const int width = block_width(a);
         const size_t size = size_t(a.n) * width, runs = size_t(T + 1) * WIDE * W;
@@ -92,7 +92,7 @@ struct Gradient : Scan<R, CX> {
         this->template prepare<true>(segment.row, at, count);
         this->load_projections(segment.row, at, count, true);
         through_gate(segment.row, at, count);
-        for_states<CX>(n, [&]<int NT>(int64_t s) {
+        for_states<WIDE>(n, [&]<int NT>(int64_t s) {
             if (a.constant_b)
                 a.constant_c ? run_of_states<NT, true, true>(segment, at, count, s) : run_of_states<NT, true, false>(segment, at, count, s);
             else

@@ -74,9 +74,9 @@ inline Block block_at(const Args& a, int64_t index, int width) {
 
 // Calls f.operator()<NT>(s) for runs of NT states starting at s that cover all n. Wide runs save passes over the tile and need
 // registers: 16 on 32 registers of AVX-512, 4 on the 16 of AVX2 and SSE.
-template <bool CX, class F>
+constexpr int WIDEST = SL_BYTES == 64 ? 16 : 4;
+template <int WIDE, class F>
 SL_INLINE void for_states(int64_t n, F&& f) {
-    constexpr int WIDE = CX ? 4 : SL_BYTES == 64 ? 16 : 4;
     int64_t s = 0;
     for (; s + WIDE <= n; s += WIDE) f.template operator()<WIDE>(s);
     if constexpr (WIDE > 4)
@@ -352,7 +352,7 @@ struct Scan {
     void advance_all(int count, const Ahead& next) const {
         for (int v = 0; v < vectors; v++) {
             prefetch(next, v);
-            for_states<CX>(n, [&]<int NT>(int64_t s) {
+            for_states<CX ? 4 : WIDEST>(n, [&]<int NT>(int64_t s) {
                 const Lanes l = lanes(v, s);
                 if (a.constant_b)
                     a.constant_c ? advance<NT, true, true, OUT>(l, count, s == 0) : advance<NT, true, false, OUT>(l, count, s == 0);
