@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*) $(wildcard src/stateline/ops/*/cpu.cpp)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*) $(wildcard src/stateline/ops/*/cpu*.cpp src/stateline/ops/*/*.h)
 
 .PHONY: help demo test test-full check bench docs data bundled clean
 

@@ -77,7 +77,6 @@ Pool* fresh_pool() {
 Pool* pool = nullptr;  // leaked on purpose
 bool forked = false;
 bool own_threads = false;
-pthread_once_t once = PTHREAD_ONCE_INIT;
 GompParallel gomp = nullptr;
 bool gomp_searched = false;
 
@@ -107,7 +106,8 @@ void after_fork() {
     forked = true;
 }
 
-void start() {
+// At load, not at the first call: a child may be forked in between, by a parent whose OpenMP threads it will not have.
+__attribute__((constructor)) void start() {
     pool = fresh_pool();
     pthread_atfork(nullptr, nullptr, after_fork);
 }
@@ -151,7 +151,6 @@ void make_key() { pthread_key_create(&scratch_key, free); }
 void sl_parallel(int64_t tasks, int64_t threads, double cost_us, void (*run)(void*, int64_t), void* context) {
     Job job = {run, context, tasks, 0};
     if (threads > tasks) threads = tasks;
-    pthread_once(&once, start);
     if (threads <= 1 || cost_us < SERIAL_US || pthread_mutex_trylock(&pool->callers)) return drain(&job);
     if (!gomp && !gomp_searched) {
         gomp = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));

@@ -38,8 +38,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, help="folder for everything; the package is left alone (default: runs/bundled, installed)")
-    add("--device", default="cpu", help="cpu, or cuda, where the reference back end runs")
-    add("--minutes", type=float, default=240.0, help="time to train; the learning rate follows it (default: 240)")
+    add("--device", help="cpu, or cuda, where the reference back end runs (default: cuda if there is one)")
+    add("--minutes", type=float, help="time to train; the learning rate follows it (default: 240, on a GPU 8)")
     add("--d-model", type=int, default=280)
     add("--n-layer", type=int, default=9)
     add("--context", type=int, default=None, help="bytes in a window (default: 1024 on a CPU, 512 on a GPU)")
@@ -52,7 +52,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--eval-bytes", type=int, default=16384, help="bytes that choose the checkpoint, of all validation documents")
     add("--seed", type=int, default=0)
     add("--finish", action="store_true", help="do not train on: store the best model so far and write its card")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.minutes = options.minutes or (8.0 if options.device.startswith("cuda") else 240.0)
+    return options
 
 
 def selection(out: Path, size: int) -> Path:

@@ -108,8 +108,9 @@ messages changed with time: this measures prediction of the future, which is har
 
 ## Recipe
 
-One command, `make bundled` (`python scripts/bundled.py`), which fetches the data, trains, takes the checkpoint that
-does best on validation, and writes this card.
+One command, `make bundled` (`python scripts/bundled.py`), which fetches the data, trains (on a GPU if there is one, by
+the settings below; on a CPU for hours, with smaller batches), takes the checkpoint that does best on validation, and
+writes this card. The clock ends the training, so another machine gives another model.
 
 | | |
 |---|---|

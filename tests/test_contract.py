@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -233,6 +234,8 @@ def test_explain_names_the_back_end_and_the_reason() -> None:
     assert choice.name == BACKENDS[-1]
     meta = backends.explain("selective_scan", torch.zeros(1, device="meta"))
     assert meta == backends.Choice("reference", {"cpu": "needs CPU tensors, these are on meta"})
+    with pytest.raises(ValueError, match="'nonsense' is no operation, expected one of causal_conv1d"):
+        backends.explain("nonsense")
     with pytest.raises(backends.BackendError, match="cannot run here"):
         backends.explain("selective_scan", torch.zeros(1, device="meta"), backend="cpu")
 
@@ -255,6 +258,29 @@ except stateline.backends.BackendError as error:
     print("refused", error)
 """
 
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_between_forward_and_backward_is_refused(backend: str) -> None:
+    """The state that a graph saved was written in place: autograd must see it."""
+    x = plain_scan()
+    x["dt"].requires_grad_()
+    y, _ = ops.selective_scan(**x, backend=backend)
+    token = {k: v.detach()[:, 0] if k in ("u", "dt", "z", "B", "C") else v for k, v in x.items()}
+    ops.selective_scan_step_(token.pop("initial_state"), **token, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="builds a foreign library with cc")
+FOREIGN = """
+import importlib.resources, pathlib
+real = importlib.resources.files
+import subprocess
+broken = pathlib.Path(sys.argv[1]); source = broken / "x.c"; source.write_text("int nothing(void) { return 0; }")
+subprocess.run(["cc", "-shared", "-o", str(broken / "_native.so"), str(source)], check=True)
+importlib.resources.files = lambda name: broken if name == "stateline" else real(name)
+"""
+
 BREAK = """
 import importlib.resources, pathlib
 real = importlib.resources.files
@@ -267,7 +293,8 @@ importlib.resources.files = lambda name: broken if name == "stateline" else real
     ("os.environ['STATELINE_DISABLE_NATIVE'] = '1'", "switched off"),
     (BREAK, "does not load"),
     (BREAK.replace("; (broken / \"_native.so\").write_bytes(b\"not a library\")", ""), "was not built"),
-], ids=["disabled", "broken", "absent"])  # fmt: skip
+    pytest.param(FOREIGN, "is not stateline's library", marks=needs_compiler),
+], ids=["disabled", "broken", "absent", "foreign"])  # fmt: skip
 def test_without_the_library_everything_works_and_says_so_once(prepare: str, reason: str, tmp_path: Any) -> None:
     code = WITHOUT.format(prepare=prepare)
     run = subprocess.run(

@@ -298,3 +298,27 @@ def test_library_links_nothing_of_torch_and_exports_only_its_interface():
     assert all(name.startswith("sl_") for name in names), names
     for foreign in ("torch", "omp", "python", "c10"):
         assert foreign not in needed
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded before", "loaded after"])
+def test_a_fork_before_the_first_call(loaded):
+    """The parent has used torch's threads, the child's first kernel must not wait for them."""
+    code = f"""
+        import os, signal, torch
+        from stateline import backends
+        from stateline.ops.selective_scan import cpu
+        torch.set_num_threads(2)
+        u, A, B = torch.rand(1, 300, 256), -torch.rand(256, 16), torch.rand(1, 300, 1, 16)
+        torch.rand(512, 512).add(1).sum()
+        if {loaded}:
+            backends.load_native()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            cpu.forward(u, u, A, B, B, None, None, None, False, None, None, False)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        print("done")
+    """
+    result = run_python(code)
+    assert result.stdout.strip() == "done", result.stderr

@@ -22,6 +22,13 @@ from stateline.checks import fail
 
 #: Fastest first. A name stays a string until an op needs it, so an absent back end costs nothing.
 BACKENDS = ("cpu", "reference")
+#: Operations that have back ends: the folders of `ops`.
+OPS = ("causal_conv1d", "rms_norm", "selective_scan")
+#: What `sl_layout` of a fitting library says.
+LAYOUT = 1
+REBUILD = "Reinstall stateline, or build it again."
+
+_forked = False
 
 
 class BackendError(RuntimeError):
@@ -55,6 +62,8 @@ def explain(op: str | Callable[..., object], *args: object, backend: str | None 
 
 def choose(op: str, device: str, backend: str | None = None) -> Choice:
     """The back end for `op` on a device type; a forced one is returned or refused, never replaced."""
+    if op.removesuffix("_step_") not in OPS:
+        raise fail("explain", f"{op!r} is no operation, expected one of {', '.join(OPS)}.")
     rejected: dict[str, str] = {}
     for name in BACKENDS:
         reason = _unavailable(name, device)
@@ -128,7 +137,25 @@ def load_native() -> ctypes.CDLL:
             raise BackendError(
                 f"the C++ library does not load: {error}. Reinstall stateline on this machine."
             ) from error
-    library.sl_isa_problem.restype = ctypes.c_char_p
-    if problem := library.sl_isa_problem().decode():
+    try:
+        layout = library.sl_layout()
+        library.sl_isa_problem.restype = ctypes.c_char_p
+        problem = library.sl_isa_problem().decode()
+        if _forked:  # OpenMP does not survive a fork
+            library.sl_use_own_threads(1)
+    except AttributeError as error:
+        raise BackendError(f"{path} is not stateline's library, or an old one ({error}). {REBUILD}") from error
+    if layout != LAYOUT:
+        raise BackendError(f"{path} has records of layout {layout}, this release {LAYOUT}. {REBUILD}")
+    if problem:
         raise BackendError(problem)
     return library
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

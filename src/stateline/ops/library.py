@@ -6,6 +6,7 @@ attached to a custom op make torch.func.jvp return zero tangents silently.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,15 +18,29 @@ LIBRARY = torch.library.Library("stateline", "DEF")
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define `stateline::<schema>`, run by `run` on CPU and CUDA tensors and by `fake` on shapes alone."""
+    mutable = "(a!)" in schema  # the step forms, which write into their first argument
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     for key in ("CPU", "CUDA"):
         # No gradient: an exported graph calls the raw op with parameters that want one, outside the Function.
-        LIBRARY.impl(name, torch.no_grad()(run), key)
+        LIBRARY.impl(name, torch.no_grad()(_counted(run) if mutable else run), key)
     torch.library.register_fake(f"stateline::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.stateline, name).default
-    if not op._schema.is_mutable:
+    if not mutable:
         torch.library.register_vmap(f"stateline::{name}", lambda info, dims, *args: _one_by_one(op, info, dims, args))
-    return op  # type: ignore[no-any-return]  # torch types it as Any
+    return op  # torch types it as Any
+
+
+def _counted(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, telling autograd that its first argument was written: C++ does so behind its back."""
+
+    @functools.wraps(run)
+    def counted(state: torch.Tensor, *args: Any) -> Any:
+        out = run(state, *args)
+        if not state.is_inference():
+            torch.autograd.graph.increment_version(state)
+        return out
+
+    return counted
 
 
 def _one_by_one(op: Callable[..., Any], info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:

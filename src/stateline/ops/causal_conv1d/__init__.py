@@ -65,7 +65,7 @@ def causal_conv1d(
         _check_state(OP, "initial_state", initial_state, x)
     checks.same_device(OP, {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state})
     run = _CausalConv1d.apply if differentiating() else _CausalConv1d.forward
-    return run(  # type: ignore[no-any-return]  # torch does not type apply
+    return run(  # torch does not type apply
         x, weight, bias, initial_state, segments.table, activation == "silu", bool(reverse), backend
     )
 
@@ -98,7 +98,7 @@ def causal_conv1d_step_(
     check_slots(STEP, sizes, state, index)
     checks.same_device(STEP, {"x": x, "weight": weight, "bias": bias, "state": state, "index": index})
     with torch.no_grad():
-        return _step(state, x, weight, bias, activation == "silu", index, backend)  # type: ignore[no-any-return]
+        return _step(state, x, weight, bias, activation == "silu", index, backend)
 
 
 def _check_taps(op: str, sizes: Sizes, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
@@ -124,7 +124,7 @@ def _check_state(op: str, name: str, state: Tensor, x: Tensor) -> None:
 
 def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *rest, backend = args
-    return backends.kernel(OP, x.device.type, backend).forward(x, *rest)  # type: ignore[no-any-return]
+    return backends.kernel(OP, x.device.type, backend).forward(x, *rest)
 
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -135,7 +135,7 @@ def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _run_step(state: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
-    return backends.kernel(OP, state.device.type, backend).step(state, *rest)  # type: ignore[no-any-return]
+    return backends.kernel(OP, state.device.type, backend).step(state, *rest)
 
 
 def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -169,11 +169,11 @@ class _CausalConv1d(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]  # setup_context form; spelled out, since compile does not take *args here
+    def forward(  # setup_context form; spelled out, since compile does not take *args here
         x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, table: Tensor | None, silu: bool,
         reverse: bool, backend: str | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return _forward(x, weight, bias, silu, initial_state, table, reverse, backend)  # type: ignore[no-any-return]
+        return _forward(x, weight, bias, silu, initial_state, table, reverse, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -182,7 +182,7 @@ class _CausalConv1d(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial_state, table = ctx.saved_tensors
         silu, reverse, backend = ctx.options
         grads = _backward(dy, dstate, x, weight, bias, silu, initial_state, table, reverse, backend)

@@ -62,7 +62,7 @@ def rms_norm(
     checks.choice(OP, "residual_dtype", residual_dtype, (None, *checks.REAL_DTYPES))
     checks.same_device(OP, {"x": x, "weight": weight, "residual": residual})
     run = _RMSNorm.apply if differentiating() else _RMSNorm.forward
-    return run(x, weight, residual, float(eps), residual_dtype or x.dtype, backend)  # type: ignore[no-any-return]
+    return run(x, weight, residual, float(eps), residual_dtype or x.dtype, backend)
 
 
 # ---- raw ops ---------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def rms_norm(
 
 def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *rest, backend = args
-    return backends.kernel(OP, x.device.type, backend).forward(x, *rest)  # type: ignore[no-any-return]
+    return backends.kernel(OP, x.device.type, backend).forward(x, *rest)
 
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -112,10 +112,10 @@ class _RMSNorm(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]  # setup_context form; spelled out, since compile does not take *args here
+    def forward(  # setup_context form; spelled out, since compile does not take *args here
         x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, residual_dtype: torch.dtype, backend: str | None
     ) -> tuple[Tensor, Tensor]:
-        return _forward(x, weight, residual, eps, residual_dtype, backend)  # type: ignore[no-any-return]
+        return _forward(x, weight, residual, eps, residual_dtype, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -125,7 +125,7 @@ class _RMSNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
         eps, x_dtype, residual_dtype, backend = ctx.options
         dx, dweight, dresidual = _backward(dy, dh, h, weight, eps, x_dtype, residual_dtype, backend)

@@ -94,7 +94,7 @@ def selective_scan(
     }
     checks.same_device(OP, given)
     run = _SelectiveScan.apply if differentiating() else _SelectiveScan.forward
-    return run(  # type: ignore[no-any-return]  # torch does not type apply
+    return run(  # torch does not type apply
         u, dt, A, B, C, D, z, dt_bias, initial_state, segments.table, bool(dt_softplus), bool(reverse), backend
     )
 
@@ -151,7 +151,7 @@ def selective_scan_step_(
     }
     checks.same_device(STEP, given)
     with torch.no_grad():
-        return _step(state, u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), index, backend)  # type: ignore[no-any-return]
+        return _step(state, u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), index, backend)
 
 
 def check_slots(op: str, sizes: Sizes, state: Tensor, index: Tensor | None) -> None:
@@ -212,7 +212,7 @@ def _projection(op: str, sizes: Sizes, name: str, x: Tensor, lead: str, A: Tenso
 
 def _run(u: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *rest, backend = args
-    return backends.kernel(OP, u.device.type, backend).forward(u, *rest)  # type: ignore[no-any-return]
+    return backends.kernel(OP, u.device.type, backend).forward(u, *rest)
 
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -223,7 +223,7 @@ def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _run_step(state: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
-    return backends.kernel(OP, state.device.type, backend).step(state, *rest)  # type: ignore[no-any-return]
+    return backends.kernel(OP, state.device.type, backend).step(state, *rest)
 
 
 def _fake(u: Tensor, dt: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -258,12 +258,12 @@ class _SelectiveScan(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]  # setup_context form; spelled out, since compile does not take *args here
+    def forward(  # setup_context form; spelled out, since compile does not take *args here
         u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, initial_state: Tensor | None, table: Tensor | None, dt_softplus: bool, reverse: bool,
         backend: str | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return _forward(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, table, reverse, backend)  # type: ignore[no-any-return]
+        return _forward(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, table, reverse, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -272,7 +272,7 @@ class _SelectiveScan(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, D, z, dt_bias, initial_state, table = ctx.saved_tensors
         dt_softplus, reverse, backend = ctx.options
         inputs = (u, dt, A, B, C, D, z, dt_bias)

@@ -315,13 +315,16 @@ void backward_task(void* context, int64_t task) {
 constexpr int64_t TOKENS = 64;
 
 template <class R>
-void add_blocks(const Job& job, const char* buffer, const Output& out, int64_t sequence, int64_t chunk) {
+void add_blocks(Job& job, const char* buffer, const Output& out, int64_t sequence, int64_t chunk) {
     const Args& a = job.a;
     const Segment segment = a.segments()[sequence];
     const int64_t width = a.n * (a.is_complex ? 2 : 1), tokens = a.b * a.t;
     const int64_t start = segment.start + chunk * TOKENS, stop = start + TOKENS < segment.stop ? start + TOKENS : segment.stop;
     R* sum = (R*)sl_scratch(sizeof(R) * width);
-    if (!sum) return;
+    if (!sum) {
+        job.failed = SL_NO_MEMORY;
+        return;
+    }
     for (int64_t t = start; t < stop; t++) {
         const int64_t token = segment.row * a.t + t;
         int64_t block = 0;
@@ -337,7 +340,7 @@ void add_blocks(const Job& job, const char* buffer, const Output& out, int64_t s
 }
 template <class R>
 void reduce_task(void* context, int64_t task) {
-    const Job& job = *(Job*)context;
+    Job& job = *(Job*)context;
     const int64_t chunks = (job.a.t + TOKENS - 1) / TOKENS;
     if (job.dBt) add_blocks<R>(job, job.dBt, job.a.dB, task / chunks, task % chunks);
     if (job.dCt) add_blocks<R>(job, job.dCt, job.a.dC, task / chunks, task % chunks);

@@ -12,6 +12,7 @@ The gradient is written out, from the last step to the first, so that the states
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -187,8 +188,8 @@ def step(
     def pick(x: Tensor | None, constant_dims: int = 0) -> Tensor | None:
         return x if x is None or keep is None or x.dim() == constant_dims else x[keep]
 
-    args = [with_time(pick(u)), with_time(pick(dt)), A, with_time(pick(B, 2), 2), with_time(pick(C, 2), 2)]
-    y, new = forward(*args, D, with_time(pick(z)), dt_bias, dt_softplus, state[rows], None, False)  # type: ignore[arg-type]
+    args: list[Any] = [with_time(pick(u)), with_time(pick(dt)), A, with_time(pick(B, 2), 2), with_time(pick(C, 2), 2)]
+    y, new = forward(*args, D, with_time(pick(z)), dt_bias, dt_softplus, state[rows], None, False)  # type: ignore[call-arg]
     state[rows] = new
     if keep is None:
         return y[:, 0]
