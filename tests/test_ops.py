@@ -21,6 +21,8 @@ from stateline.backends import native_problem
 
 #: Published bounds: largest error over largest value, against float64 on the same rounded inputs (docs/numerics.md).
 BOUND = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+#: The same for the state after a million steps that forget nothing: a float32 sum of a million terms.
+LONG_STREAM = 1e-3
 DTYPES = list(BOUND)
 BACKENDS = ["reference", "cpu"] if native_problem() is None else ["reference"]
 
@@ -396,4 +398,4 @@ def test_soak_of_a_million_steps(backend: str, scale: float) -> None:
         assert torch.isfinite(y).all()
         close("y", y, y64, torch.bfloat16)
     error = ((state.double() - exact).abs().max() / exact.abs().max()).item()
-    assert error < 2e-3 if scale < 1 else error < 2e-5
+    assert error < LONG_STREAM if scale < 1 else error < BOUND[torch.float32]
