@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from makers import contents
 from scripted import Scripted
 
 import stateline
@@ -239,8 +240,9 @@ def test_convert_replaces_only_when_forced_and_only_when_done(
     run: Callable[..., str], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "target"
-    target.mkdir()
-    (target / "precious").write_text("old")
+    run("convert", "MODEL", str(target), "--to", "mamba_ssm")
+    (target / "README.md").write_text("old")
+    before = contents(tmp_path)
     assert main(["convert", str(home), str(target)]) == 2
 
     def full(model: Any, path: Path, **_: Any) -> None:
@@ -251,10 +253,36 @@ def test_convert_replaces_only_when_forced_and_only_when_done(
     with monkeypatch.context() as patch:
         patch.setattr("stateline.interop.save", full)
         assert main(["convert", str(home), str(target), "--force"]) == 2
-    assert [p.name for p in tmp_path.rglob("*")] == ["target", "precious"]
+    assert contents(tmp_path) == before
+    rename = Path.rename
+
+    def stuck(source: Path, to: Path) -> Path:
+        if source.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stuck)
+        assert main(["convert", str(home), str(target), "--force"]) == 2
+    assert contents(tmp_path) == before
     run("convert", "MODEL", str(target), "--force")
-    assert not (target / "precious").exists()
+    assert sorted(p.name for p in target.iterdir()) == ["config.json", "model.safetensors"]
     stateline.load(target)
+
+
+@pytest.mark.parametrize(
+    "files", [["notes.txt"], ["config.json"], ["config.json", "model.safetensors", "thesis/text"]], ids=str
+)
+def test_convert_never_replaces_what_is_no_checkpoint(
+    home: Path, tmp_path: Path, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in files:
+        (tmp_path / "target" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "target" / name).write_text("precious")
+    before = contents(tmp_path)
+    assert main(["convert", str(home), str(tmp_path / "target"), "--force"]) == 2
+    assert "--force replaces checkpoints only" in capsys.readouterr().err
+    assert contents(tmp_path) == before
 
 
 def test_info_tells_sizes(run: Callable[..., str], home: Path) -> None:

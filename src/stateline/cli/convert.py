@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from stateline.cli.parser import DTYPES, Parser, UsageError, directory_of, new_parser, source_of
@@ -12,6 +13,10 @@ from stateline.cli.parser import DTYPES, Parser, UsageError, directory_of, new_p
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
 #: Files that belong to a checkpoint's tokenizer and go along.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+#: What a directory with a checkpoint may hold for --force to replace it; anything else there is somebody's work.
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+BESIDE = ("config.json", "*.index.json", "README.md", "vocab.json", "merges.txt", "tokenizer.model", *TOKENIZER_FILES)
+ASIDE = ".saving"  # of a save that was killed
 
 DESCRIPTION = "Write a model in another format; which one it comes in is found out by looking."
 EPILOG = """\
@@ -35,7 +40,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("target", metavar="OUT", help="a directory to make")
     parser.add_argument("--to", choices=FORMATS, default="stateline", help="(default: stateline)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it holds a checkpoint and nothing else")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"{target} exists; --force replaces it")
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file, expected a directory to make")
+    if target.exists():
+        check_replaceable(target)
     parent = target.absolute().parent
     if not parent.is_dir():
         raise UsageError(f"there is no directory {parent}")
@@ -59,11 +66,33 @@ def run(options: argparse.Namespace) -> int:
         made = Path(temporary) / "new"
         stateline.save(model, made, format=options.to, dtype=dtype)
         _copy_tokenizer(directory_of(options.source), made)
-        if target.exists():
-            target.rename(Path(temporary) / "old")
-        made.rename(target)
+        _swap(made, target, Path(temporary) / "old")
     print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {size_of(target) / 1e6:,.2f} MB")
     return 0
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise UsageError unless a directory is empty or holds a checkpoint and nothing but its files."""
+    names = {p.name for p in target.iterdir() if p.is_file()}
+    own = {name for name in names if any(fnmatchcase(name, pattern) for pattern in (*WEIGHTS, *BESIDE))}
+    strange = sorted({p.name for p in target.iterdir()} - own - {ASIDE})
+    whole = "config.json" in own and any(fnmatchcase(name, pattern) for name in own for pattern in WEIGHTS)
+    if strange or (own and not whole):
+        problem = f"holds {', '.join(strange[:4])}{', …' * (len(strange) > 4)}" if strange else "holds no checkpoint"
+        raise UsageError(f"{target} {problem}; --force replaces checkpoints only. Choose another OUT or empty it first")
+
+
+def _swap(made: Path, target: Path, old: Path) -> None:
+    """Put `made` in the place of `target`, which goes to `old`, or back if that fails."""
+    replaced = target.exists()
+    if replaced:
+        target.rename(old)
+    try:
+        made.rename(target)
+    except BaseException:
+        if replaced:
+            old.rename(target)
+        raise
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
