@@ -55,6 +55,27 @@ def test_round_trip_keeps_every_bit(tmp_path: Path, format: str, options: dict[s
     assert tied == model.config.tie_embeddings
 
 
+@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_saving_leaves_no_older_weights_for_a_loader_to_prefer(tmp_path: Path, format: str, sharded: bool) -> None:
+    stateline.save(small(), tmp_path, format)
+    kept = {p.name for p in tmp_path.iterdir()}
+    tensors, embedding = small().state_dict(), "backbone.embedding.weight"
+    tensors["backbone.embeddings.weight" if format == "huggingface" else embedding] = tensors.pop(embedding)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        stem, end = name.split(".")
+        file = f"{stem}-00001-of-00001.{end}" if sharded else name
+        store: Any = torch.save if end == "bin" else save_file
+        store({key: t.clone() for key, t in tensors.items()}, tmp_path / file)
+        if sharded:
+            (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file)}))
+    (tmp_path / "model.of.mine.safetensors").write_bytes(b"not of this checkpoint")
+    model, x = small(), ids()
+    stateline.save(model, tmp_path, format)
+    assert torch.equal(stateline.load(tmp_path)(x), model(x))
+    assert {p.name for p in tmp_path.iterdir()} == kept | {"model.of.mine.safetensors"}
+
+
 def test_every_option_survives_in_our_format_and_mamba_ssms(tmp_path: Path) -> None:
     model, x = small(d_intermediate=40, rms_norm=False, residual_in_fp32=False, pad_vocab_size_multiple=16), ids()
     for format in FORMATS[:2]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from stateline import checks
-from stateline.interop.weights import read_weights
+from stateline.interop.weights import read_weights, remove_others
 from stateline.models import LanguageModel, ModelConfig
 from stateline.models.checkpoint import HEAD, CheckpointError, assemble, read_json, share, weights, write_aside
 
@@ -81,7 +81,7 @@ def read_config(values: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model so that transformers' MambaForCausalLM reads it; whole or not at all.
+    """Write a model so that transformers' MambaForCausalLM reads it; other weights there go once these are written.
 
     Rows that only pad the embedding are left out. Raises ValueError for what transformers cannot express.
     """
@@ -99,6 +99,7 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
     write_aside(Path(directory), write, ["model.safetensors", "config.json"])
+    remove_others(Path(directory), "model.safetensors")
 
 
 def write_config(model: LanguageModel) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stateline import checks
-from stateline.interop.weights import read_weights
+from stateline.interop.weights import read_weights, remove_others
 from stateline.models import LanguageModel, ModelConfig
 from stateline.models.checkpoint import HEAD, CheckpointError, assemble, read_json, weights, write_aside
 
@@ -61,7 +61,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model so that mamba_ssm's `from_pretrained` reads it; whole or not at all."""
+    """Write a model so that mamba_ssm's `from_pretrained` reads it; other weights there go once these are written."""
     config = model.config
     if config.norm_eps != EPS:
         raise checks.fail(
@@ -78,3 +78,4 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
     write_aside(Path(directory), write, ["pytorch_model.bin", "config.json"])
+    remove_others(Path(directory), "pytorch_model.bin")

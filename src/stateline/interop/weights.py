@@ -11,6 +11,8 @@ from torch import Tensor
 from stateline.models.checkpoint import CheckpointError, read_json, read_safetensors
 
 FILES = ("model.safetensors", "pytorch_model.bin")
+#: Every name under which weights, their shards and their indices lie.
+PATTERNS = (*FILES, *(f"{name}.index.json" for name in FILES), "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 
 
 def read_weights(directory: Path) -> tuple[dict[str, Tensor], Path]:
@@ -22,6 +24,21 @@ def read_weights(directory: Path) -> tuple[dict[str, Tensor], Path]:
         if index.exists():
             return _read_shards(index), index
     raise CheckpointError(f"{directory} has no weights; expected {' or '.join(FILES)}. Copy the whole directory.")
+
+
+def remove_others(directory: Path, kept: str) -> None:
+    """Delete the weights that a save into `kept` replaces: a reader may prefer them. OSError names one that stays."""
+    for pattern in PATTERNS:
+        for path in directory.glob(pattern):
+            if path.name == kept:
+                continue
+            try:
+                path.unlink()
+            except OSError as error:
+                raise OSError(
+                    f"save: {directory / kept} is written, but {path} holds older weights and could not be removed:"
+                    f" {error.strerror}. Delete it, or readers may take it instead."
+                ) from error
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
