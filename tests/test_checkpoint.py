@@ -84,6 +84,40 @@ def test_versions_from_the_future_are_refused(tmp_path: Path) -> None:
         stateline.load(tmp_path)
 
 
+@pytest.mark.parametrize("where", ["header", "config.json"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metadata": [1]}, r"metadata is \[1\], expected an object"), ({"dtype": "load"}, "dtype is 'load', expected"),
+        ({"dtype": ["float32"]}, "dtype is"), ({"dtype": "int8"}, "dtype is 'int8'"), ({"model": [1]}, "no config"),
+        ({"model": 3}, "no configuration"), ({"version": [1]}, "version"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_records_name_their_file(tmp_path: Path, where: str, changes: dict[str, Any], message: str) -> None:
+    stateline.save(small(), tmp_path)
+    damaged = json.dumps({**json.loads((tmp_path / "config.json").read_text()), **changes})
+    tensors = load_file(tmp_path / "model.safetensors")
+    if where == "header":
+        (tmp_path / "config.json").unlink()
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"stateline": damaged})
+    else:
+        (tmp_path / "config.json").write_text(damaged)
+        save_file(tensors, tmp_path / "model.safetensors")
+    file = "model.safetensors" if where == "header" else where
+    with pytest.raises(CheckpointError, match=f"{file} .*{message}"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{not json", "[1, 2]", "null", "{}"])
+def test_damaged_headers_name_their_file(tmp_path: Path, text: str) -> None:
+    stateline.save(small(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"stateline": text})
+    with pytest.raises(CheckpointError, match=r"model.safetensors has a damaged header"):
+        stateline.load(tmp_path)
+
+
 # ---- full disks, kills and interrupts --------------------------------------------------------------------------------
 
 FULL_DISK = """

@@ -90,7 +90,8 @@ def load(
     """
     source = Path(directory)
     tensors, header = read_safetensors(source / WEIGHTS)
-    record: dict[str, Any] | None = json.loads(header[HEADER]) if HEADER in header else None
+    record = _read_header(header[HEADER], source / WEIGHTS) if HEADER in header else None
+    blame = source / (CONFIG if record is None else WEIGHTS)
     if (source / CONFIG).exists():
         beside = read_json(source / CONFIG)
         if record is not None and beside.get("model") != record.get("model"):
@@ -104,15 +105,36 @@ def load(
         raise CheckpointError(f"{source / CONFIG} is missing. Copy the whole directory.")
     if record.get("format") != FORMAT or record.get("version") != VERSION:
         got = f"format {record.get('format')!r} version {record.get('version')!r}"
-        raise CheckpointError(f"{source} has {got}, this release reads {FORMAT!r} version {VERSION}. Update stateline?")
-    try:
-        config = ModelConfig.from_dict(record["model"])
-        stored = getattr(torch, str(record.get("dtype", "float32")))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{source / CONFIG} is no configuration: {error}") from error
+        raise CheckpointError(f"{blame} has {got}, this release reads {FORMAT!r} version {VERSION}. Update stateline?")
+    config, stored, metadata = _read_record(record, blame)
     model = assemble(config, tensors, source / WEIGHTS, device=device, dtype=dtype or stored)
-    model.metadata = dict(record.get("metadata") or {})
+    model.metadata = metadata
     return model
+
+
+def _read_header(text: str, path: Path) -> dict[str, Any]:
+    """Our record as a file's header holds it; CheckpointError unless it is an object with something in it."""
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} has a damaged header: {error}. Copy or download it again.") from error
+    if not isinstance(record, dict) or not record:
+        raise CheckpointError(f"{path} has a damaged header: {text[:40]!r} is no record. Copy or download it again.")
+    return record
+
+
+def _read_record(record: dict[str, Any], path: Path) -> tuple[ModelConfig, torch.dtype, dict[str, Any]]:
+    """(configuration, dtype, metadata) of a record; CheckpointError names the file that holds it and the wrong part."""
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in checks.REAL_DTYPES}
+    dtype, metadata = record.get("dtype", "float32"), record.get("metadata")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise CheckpointError(f"{path} is damaged: dtype is {dtype!r}, expected one of {', '.join(dtypes)}.")
+    if not isinstance(metadata, dict | None):
+        raise CheckpointError(f"{path} is damaged: metadata is {metadata!r}, expected an object.")
+    try:
+        return ModelConfig.from_dict(record["model"]), dtypes[dtype], metadata or {}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no configuration: {error}") from error
 
 
 def plain(model: nn.Module) -> LanguageModel:
