@@ -169,13 +169,16 @@ def test_resume_of_a_finished_run_and_a_longer_one(text: Path) -> None:
 
 def test_fine_tuning_starts_from_given_weights(text: Path) -> None:
     first = train(tiny(text))
-    settings = {"d_model": None, "n_layer": None, "steps": 1, "lr": 1e-9, "eval_every": 0}
+    shape = {"d_model": None, "n_layer": None, "d_state": 16}
+    settings = {**shape, "steps": 1, "lr": 1e-9, "eval_every": 0}
     for source in (first.directory, first.directory / "model"):
         tuned = train(tiny(text, "tuned", init_from=source, overwrite=True, **settings))
         for name, value in first.model.state_dict().items():
             assert torch.allclose(tuned.model.state_dict()[name], value, atol=1e-6), name
     own = LanguageModel(ModelConfig(d_model=8, n_layer=1, vocab_size=256, ssm_cfg={"d_state": 4}))
-    assert train(tiny(text, "own", steps=1), model=own).model.config == own.config
+    assert train(tiny(text, "own", steps=1, **shape), model=own).model.config == own.config
+    with pytest.raises(ValueError, match="d_state is set, but model brings its own shape"):
+        train(tiny(text, "other", steps=1, **{**shape, "d_state": 4}), model=own)
     with pytest.raises(ValueError, match="both model and init_from bring weights"):
         train(tiny(text, "other", init_from=first.directory, **settings), model=own)
     with pytest.raises(ValueError, match="both model and resume bring weights"):

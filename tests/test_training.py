@@ -325,6 +325,10 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"size": "huge"}, ValueError, "size is 'huge', expected one of 'tiny'"),
     ({"size": "tiny", "d_model": 8, "n_layer": 1}, ValueError, "Give the size or the numbers"),
     ({"size": "tiny", "init_from": "bundled"}, ValueError, "init_from brings its own shape"),
+    *(
+        ({name: value, "init_from": "bundled"}, ValueError, f"{name} is set, but init_from brings its own shape")
+        for name, value in {"d_model": 64, "d_state": 8, "d_conv": 3, "expand": 3, "d_intermediate": 32}.items()
+    ),
     ({"dtype": "float16"}, ValueError, "dtype is 'float16', expected one of 'float32', 'bfloat16'"),
     ({"val_fraction": 0}, ValueError, "val_fraction is 0.0"),
     ({"seed": -1}, ValueError, "seed is -1"),
@@ -348,7 +352,7 @@ def test_bad_device_and_vocabulary(text: Path) -> None:
         train(tiny(text, device="quantum"))
     words = LanguageModel(ModelConfig(d_model=8, n_layer=1, vocab_size=300))
     with pytest.raises(ValueError, match="vocabulary has 300 entries, training reads bytes"):
-        train(tiny(text), model=words)
+        train(tiny(text, d_model=None, n_layer=None, d_state=16), model=words)
     assert not (text.parent / "run").exists()
     (text.parent / "file").write_text("")
     with pytest.raises(ValueError, match="is a file, expected a folder"):

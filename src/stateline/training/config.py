@@ -93,6 +93,12 @@ class ShapeConfig:
     expand: int = setting(2, "inner width, as a multiple of d_model", low=1)
     d_intermediate: int = setting(0, "width of a gated MLP after each Mamba block; 0 means none", low=0)
 
+    def refuse_beside(self, source: str) -> None:
+        """Raise ValueError if a shape is asked for although the weights come from `source`, whose shape counts."""
+        own = [info.name for info in dataclasses.fields(self) if getattr(self, info.name) != info.default]
+        if own:
+            raise ValueError(f"train: {own[0]} is set, but {source} brings its own shape. Drop one of the two.")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -418,8 +424,7 @@ def _check_together(config: TrainConfig) -> None:
         raise ValueError(f"train: steps is {budget.steps} and epochs is {budget.epochs:g}. Give one of the two.")
     if save.resume and save.overwrite:
         raise ValueError("train: resume and overwrite are both set. Resume continues a run, overwrite deletes it.")
-    own = [name for name in ("size", "d_model", "n_layer") if getattr(config.model, name) is not None]
-    if save.init_from and own:
-        raise ValueError(f"train: {own[0]} is set, but init_from brings its own shape. Drop one of the two.")
+    if save.init_from:
+        config.model.refuse_beside("init_from")
     if config.model.size and config.model.d_model and config.model.n_layer:
         raise ValueError("train: size, d_model and n_layer are all set. Give the size or the numbers.")

@@ -58,6 +58,8 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None) -> TrainRe
     if model is not None and (start or config.save.init_from):
         other = "resume" if start else "init_from"
         raise fail("train", f"both model and {other} bring weights.", "Give one of the two.")
+    if model is not None:
+        config.model.refuse_beside("model")
     cuda = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(config.seed)
