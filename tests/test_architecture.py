@@ -16,7 +16,20 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "stateline"
 
 #: A part may import the parts to its left, and itself.
-ORDER = ["checks", "backends", "state", "ops", "nn", "models", "generation", "training", "interop", "apps", "cli"]
+ORDER = [
+    "checks",
+    "files",
+    "backends",
+    "state",
+    "ops",
+    "nn",
+    "models",
+    "generation",
+    "training",
+    "interop",
+    "apps",
+    "cli",
+]
 CORE = {"torch", "numpy", "safetensors", "stateline"} | set(sys.stdlib_module_names)
 
 FILE_LINES = 500

@@ -161,7 +161,7 @@ def test_an_interrupt_leaves_the_old_checkpoint_whole(
         (tmp_path / ".saving" / "half").write_bytes(b"x")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_flush", interrupted)
+    monkeypatch.setattr(checkpoint, "flush", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stateline.save(small(), tmp_path, format)
     assert contents(tmp_path) == before

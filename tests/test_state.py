@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stateline import LanguageModel, ModelConfig
 from stateline import state as st
 
 
@@ -81,8 +86,6 @@ def test_file_gives_back_the_same_bits_to_the_same_model_only(tmp_path: Path) ->
 
 
 def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a saved state"):
         st.load(tmp_path / "other.safetensors", Toy())
@@ -95,3 +98,54 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
         st.load(tmp_path / "absent", Toy())
     with pytest.raises(ValueError, match="no directory"):
         st.save(random_state(1), tmp_path / "nowhere" / "s", Toy())
+
+
+def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    st.save(random_state(1), tmp_path / "s", Toy())
+    (tmp_path / "ordinary").touch()
+    assert (tmp_path / "s").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_files_are_flushed_before_they_take_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    monkeypatch.setattr(st, "flush", lambda path: events.append((path.name, (tmp_path / "s").exists())))
+    st.save(random_state(1), tmp_path / "s", Toy())
+    assert events == [("state", False), (tmp_path.name, True)]
+
+
+def test_a_file_without_a_fingerprint_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "s", metadata={"format": "stateline-state"})
+    with pytest.raises(ValueError, match="does not say which model it belongs to"):
+        st.load(tmp_path / "s", Toy())
+
+
+def test_the_same_weights_in_another_configuration_are_another_model(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"d_model": 8, "n_layer": 1, "vocab_size": 16}
+    model, other = (LanguageModel(ModelConfig(**sizes, norm_eps=eps)) for eps in (1e-5, 1e-3))
+    other.load_state_dict(model.state_dict())
+    st.save(model.init_state(1), tmp_path / "s", model)
+    st.load(tmp_path / "s", model)
+    with pytest.raises(ValueError, match="another model"):
+        st.load(tmp_path / "s", other)
+
+
+FULL_DISK = """
+import resource, sys, torch
+from stateline import state as st
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # no file may grow beyond 50 kB
+try:
+    st.save([torch.randn(1, 100_000)], sys.argv[1], torch.nn.Linear(1, 1))
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on the size of files are POSIX")
+def test_a_full_disk_leaves_the_old_state(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    st.save(random_state(1), path, Toy())
+    before = path.read_bytes()
+    told = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], check=True, capture_output=True, text=True)
+    assert f"state.save: {path} could not be written" in told.stdout
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]

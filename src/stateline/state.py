@@ -7,6 +7,7 @@ only the model it came from will accept.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,11 +21,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stateline.checks import fail
+from stateline.files import flush, share
 
 S = TypeVar("S")
 
 #: Values of each parameter that enter a model's fingerprint: enough to tell checkpoints apart, cheap at any size.
 SAMPLED = 64
+FORMAT = "stateline-state"
 
 
 def clone(state: S) -> S:
@@ -58,7 +61,7 @@ def stack(states: Sequence[S]) -> S:
     if any(other != spec for _, other in leaves):
         raise fail("state.stack", "the states have different structures.", "Stack states of one model only.")
     columns = zip(*(values for values, _ in leaves), strict=True)
-    return pytree.tree_unflatten([torch.cat(column) for column in columns], spec)  # type: ignore[no-any-return]
+    return pytree.tree_unflatten([torch.cat(column) for column in columns], spec)
 
 
 def num_bytes(state: Any) -> int:
@@ -67,18 +70,26 @@ def num_bytes(state: Any) -> int:
 
 
 def save(state: Any, path: str | Path, model: torch.nn.Module) -> None:
-    """Write a state to a safetensors file, whole or not at all, with the fingerprint of the model it belongs to."""
+    """Write a state to a safetensors file, whole or not at all, with the fingerprint of the model it belongs to.
+
+    Raises OSError if the disk is full or not writable; a file that was there is untouched.
+    """
     leaves = {f"{i:05d}{name}": x.detach().cpu().contiguous() for i, (name, x) in enumerate(_named(state))}
     target = Path(path)
     if not target.parent.is_dir():
         raise fail("state.save", f"there is no directory {target.parent}.", "Create it first.")
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
     try:
-        save_file(leaves, temporary, metadata={"format": "stateline-state", "fingerprint": fingerprint(model)})
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
+            made = Path(aside) / "state"
+            save_file(leaves, made, metadata={"format": FORMAT, "fingerprint": fingerprint(model)})
+            share(made)
+            flush(made)
+            os.replace(made, target)
+        flush(target.parent)
+    except (SafetensorError, OSError) as error:
+        raise fail(
+            "state.save", f"{target} could not be written: {error}.", "Is the disk full?", error=OSError
+        ) from error
 
 
 def load(path: str | Path, model: torch.nn.Module, *, device: torch.device | str | None = None) -> Any:
@@ -93,8 +104,10 @@ def load(path: str | Path, model: torch.nn.Module, *, device: torch.device | str
             values = {key: file.get_tensor(key) for key in sorted(file.keys())}
     except (SafetensorError, OSError) as error:
         raise fail("state.load", f"{path} cannot be read: {error}.") from error
-    if metadata.get("format") != "stateline-state":
+    if metadata.get("format") != FORMAT:
         raise fail("state.load", f"{path} is not a saved state.", "stateline.load reads models.")
+    if "fingerprint" not in metadata:
+        raise fail("state.load", f"{path} does not say which model it belongs to.", "Save the state again.")
     if metadata["fingerprint"] != fingerprint(model):
         raise fail("state.load", f"{path} was made by another model or other weights.", "Load the model that made it.")
     template = model.init_state(1)  # type: ignore[operator]  # the contract of layers and models
@@ -106,8 +119,14 @@ def load(path: str | Path, model: torch.nn.Module, *, device: torch.device | str
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A digest of parameter names, shapes and a sample of their values."""
+    """A digest of parameter names, shapes and a sample of their values, and of the model's configuration if it has one.
+
+    The configuration counts because two models with the same weights may still compute differently.
+    """
     digest = hashlib.sha256()
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.state_dict().items()):
         flat = parameter.detach().flatten()
         stride = max(1, flat.numel() // SAMPLED)
@@ -118,7 +137,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def _map(function: Callable[[Tensor], Tensor], state: S) -> S:
-    return pytree.tree_map_only(Tensor, function, state)  # type: ignore[no-any-return]
+    return pytree.tree_map_only(Tensor, function, state)
 
 
 def _named(state: Any) -> list[tuple[str, Tensor]]:

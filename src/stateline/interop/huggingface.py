@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from stateline import checks
+from stateline.files import share
 from stateline.interop.weights import read_weights, remove_others
 from stateline.models import LanguageModel, ModelConfig
-from stateline.models.checkpoint import HEAD, CheckpointError, assemble, read_json, share, weights, write_aside
+from stateline.models.checkpoint import HEAD, CheckpointError, assemble, read_json, weights, write_aside
 
 MODEL_TYPE = "mamba"
 OURS, THEIRS = "backbone.embedding.weight", "backbone.embeddings.weight"

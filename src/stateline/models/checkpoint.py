@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stateline import checks
+from stateline.files import flush, share
 from stateline.models.backbone import ModelConfig
 from stateline.models.language import LanguageModel
 from stateline.nn.precision import full_precision_names
@@ -221,13 +222,6 @@ def _misfits(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -
     return problems
 
 
-def share(path: Path) -> None:
-    """Give a file the permissions any new file gets; safetensors makes them private to the user."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by name, metadata) of a file; CheckpointError if it is missing or damaged."""
     if not path.is_file():
@@ -265,10 +259,10 @@ def write_aside(target: Path, write: Callable[[Path], None], names: list[str]) -
         aside.mkdir()
         write(aside)
         for name in names:
-            _flush(aside / name)
+            flush(aside / name)
         for name in names:
             os.replace(aside / name, target / name)
-        _flush(target)
+        flush(target)
     except (SafetensorError, OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         unchanged = "The checkpoint that was there is untouched." if existed else "Nothing was written."
         raise OSError(f"save: {target} could not be written: {error}. {unchanged} Is the disk full?") from error
@@ -276,14 +270,6 @@ def write_aside(target: Path, write: Callable[[Path], None], names: list[str]) -
         shutil.rmtree(aside, ignore_errors=True)
         if not existed and target.is_dir() and not any(target.iterdir()):
             target.rmdir()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stateline.checks import fail
+from stateline.files import flush
 from stateline.models import LanguageModel, checkpoint
 from stateline.training.config import SETTINGS_FILE, TrainConfig
 
@@ -178,7 +179,7 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def clean(root: Path) -> None:
@@ -265,15 +266,4 @@ def _set_random_state(tensors: dict[str, Tensor]) -> None:
 
 def _flush_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Ask the disk to keep a file's contents or a folder's entries."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders, and needs no flush of them
-        return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush(path)
