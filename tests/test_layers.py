@@ -362,6 +362,28 @@ def test_wrong_states_and_lengths_are_refused(layer: nn.Module) -> None:
         layer.init_state(-1)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inputs_of_another_width_or_dtype_are_named(compiled: bool) -> None:
+    layer = sl.Mamba(16)
+    forward = torch.compile(layer, backend="eager") if compiled else layer
+    state = layer.init_state(2)
+    for shape in ((2, 5, 8), (2, 16)):
+        with pytest.raises(ValueError, match=r"^Mamba: x has shape .*, expected \(b, t, d_model\)"):
+            layer(torch.randn(shape))
+    for shape in ((2, 8), (2, 1, 16)):
+        with pytest.raises(ValueError, match=r"^Mamba: x has shape .*, expected \(b, d_model\)"):
+            layer.step_(torch.randn(shape), state)
+    for wrong in (torch.float64, torch.bfloat16, torch.int64):
+        with pytest.raises(TypeError, match=r"^Mamba: x is .*, expected one of float32"):
+            layer(torch.ones(2, 5, 16, dtype=wrong))
+        with pytest.raises(TypeError, match=r"^Mamba: x is .*, expected one of float32"):
+            layer.step_(torch.ones(2, 16, dtype=wrong), state)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert forward(torch.ones(2, 5, 16, dtype=torch.float16)).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"^Mamba: x is float64"):
+            layer(torch.ones(2, 5, 16, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("norm", [sl.RMSNorm, sl.LayerNorm])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_norms_add_in_full_precision_and_round_once(norm: type[nn.Module], dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ from stateline.nn.mixer import Lengths, Mixer, zero_padding
 from stateline.nn.precision import keep_wide, wide
 
 OP = "Mamba"
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts between
 
 
 @dataclass
@@ -165,6 +166,7 @@ class Mamba(Mixer):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, MambaState]:
         """x (b, t, d_model) -> y (b, t, d_model), state; see Mixer."""
+        self._check(x, "b t d_model")
         where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
         u, z = self.in_proj(zero_padding(x, lengths)).chunk(2, dim=-1)
         u, conv = ops.causal_conv1d(
@@ -179,11 +181,21 @@ class Mamba(Mixer):
     @torch.no_grad()
     def step_(self, x: Tensor, state: MambaState) -> Tensor:
         """x (b, d_model) -> y (b, d_model), writing into `state`; no gradient."""
+        self._check(x, "b d_model")
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = ops.causal_conv1d_step_(state.conv, u, *self._taps(), activation="silu")
         dt, A, B, C = self._select(u)
         y = ops.selective_scan_step_(state.ssm, u, dt, A, B[:, None], C[:, None], z=z, **self._skip_and_bias(u))
         return self.out_proj(y)
+
+    def _check(self, x: Tensor, form: str) -> None:
+        """Raise unless x has the layer's width and dtype; autocast converts narrow floats by itself."""
+        sizes = checks.Sizes(OP)
+        sizes.bind("d_model", self.d_model, "the layer")
+        sizes.match("x", x, form)
+        own = self.conv1d.weight.dtype  # adapters and quantisation leave this one as it was
+        if x.dtype != own and not (x.dtype in NARROW and own in NARROW and torch.is_autocast_enabled(x.device.type)):
+            checks.dtype(OP, "x", x, (own,), "Convert x, or the layer, with .to(dtype).")
 
     def _taps(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
