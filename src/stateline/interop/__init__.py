@@ -51,7 +51,10 @@ def load(
 def save(
     model: LanguageModel, path: str | Path, format: str = "stateline", *, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a model to a directory as "stateline", "mamba_ssm" or "huggingface"; whole or not at all.
+    """Write a model to a directory as "stateline", "mamba_ssm" or "huggingface".
+
+    Every file is whole or not there. Ours changes in one rename; the others are two files, renamed one after the other,
+    and older weights beside them are removed.
 
     dtype: of the stored weights; None stores them as they are. Time constants are never rounded.
 
