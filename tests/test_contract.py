@@ -170,6 +170,7 @@ BAD_SCANS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"B": X["A"].double()}, TypeError, "B is float64, expected one of float32. A constant B has A's dtype"),
     ({"C": X["C"].repeat(1, 1, 5, 1)}, ValueError, r"C has shape \(2, 12, 5, 4\), .* g = 1 \(set by B\)"),
     ({"C": X["C"][:1]}, ValueError, r"C has shape .* b = 2"),
+    ({"B": X["B"][:, :, :0], "C": X["C"][:, :, :0]}, ValueError, "B has shape .*expected at least one group"),
     ({"D": X["D"].half()}, TypeError, "D is float16, expected one of float32. Keep D out of casts"),
     ({"initial_state": NAN_STATE}, TypeError, "initial_state is bfloat16.*does not drift"),
     ({"initial_state": X["initial_state"][:1]}, ValueError, r"n_seq = 2 \(set by the number of sequences\)"),
@@ -197,6 +198,12 @@ def test_bad_packing_gets_one_clear_error() -> None:
     for bounds in ([0, 5, 4, 12], [1, 12], [0, 11], []):
         with pytest.raises(ValueError, match="cu_seqlens"):
             ops.selective_scan(**one, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+
+
+def test_no_sequences_are_a_list_of_no_lengths() -> None:
+    none = {k: v[:0] if k in ("u", "dt", "B", "C", "z") else v for k, v in X.items() if k != "initial_state"}
+    y, state = ops.selective_scan(**none, lengths=[])
+    assert (y.shape, state.shape) == ((0, 12, 5), (0, 5, 4))
 
 
 TAPS = torch.zeros(3, 2, 4)

@@ -347,6 +347,16 @@ def test_configurations_of_no_known_format(tmp_path: Path, text: str, message: s
         stateline.load(tmp_path)
 
 
+def test_our_weights_alone_are_a_whole_checkpoint(tmp_path: Path) -> None:
+    """A kill between the renames of a first save leaves them without their config.json."""
+    model = small()
+    stateline.save(model, tmp_path)
+    (tmp_path / "config.json").unlink()
+    again = stateline.load(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again.backbone.embedding.weight, model.backbone.embedding.weight)
+
+
 def test_names_are_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"state-spaces/mamba-130m is no directory.*hf download"):

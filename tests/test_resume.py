@@ -265,6 +265,18 @@ def test_second_signal_stops_at_once() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_job_that_ignores_ctrl_c_goes_on_ignoring_it(text: Path) -> None:
+    """nohup, and a script's background jobs, start programs so."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_training_in_a_thread_leaves_signals_alone(text: Path) -> None:
     results: list[TrainResult] = []
     thread = threading.Thread(target=lambda: results.append(train(tiny(text, steps=1))))

@@ -78,6 +78,8 @@ def detect(path: str | Path) -> str:
             raise CheckpointError(f"{path} is a file. Give the directory that holds config.json and the weights.")
         hint = f" Or is it a model's name? Download it first, e.g. `hf download {path} --local-dir DIR`, and load DIR."
         raise CheckpointError(f"{path} is no directory.{hint if len(path.parts) <= 2 else ''}")
+    if not (path / checkpoint.CONFIG).exists() and checkpoint.is_complete(path / checkpoint.WEIGHTS):
+        return "stateline"  # a kill came between the renames of a first save
     config = checkpoint.read_json(path / checkpoint.CONFIG)
     if config.get("format") == checkpoint.FORMAT:
         return "stateline"

@@ -222,6 +222,15 @@ def _misfits(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -
     return problems
 
 
+def is_complete(path: Path) -> bool:
+    """Whether a file of weights is ours and holds its configuration; False too if it is missing or damaged."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return HEADER in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by name, metadata) of a file; CheckpointError if it is missing or damaged."""
     if not path.is_file():

@@ -33,6 +33,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is signal.SIG_IGN:  # nohup, or a script's background job: meant to go on
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -204,6 +204,8 @@ def _projection(op: str, sizes: Sizes, name: str, x: Tensor, lead: str, A: Tenso
     one_group = lead == "b t" and x.dim() == (4 if pair else 3)
     x = x.unsqueeze(2) if one_group else x
     sizes.match(name, x, f"{lead} g n{pair}", "Or give a constant (d, n). Were groups and states swapped?")
+    if sizes["g"] < 1:
+        raise checks.fail(op, f"{name} has shape {tuple(x.shape)}, expected at least one group.")
     return x
 
 
