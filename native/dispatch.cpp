@@ -22,6 +22,9 @@ enum Name {
 #define SL_PASTE_(a, b) a##_##b
 #define SL_PASTE(a, b) SL_PASTE_(a, b)
 #if defined(__x86_64__) || defined(__i386__)
+#define SL_NOW avx512bf16
+#include "kernels.def"
+#undef SL_NOW
 #define SL_NOW avx512
 #include "kernels.def"
 #undef SL_NOW
@@ -53,6 +56,11 @@ struct Isa {
 #define SL_ROW(name) SL_PASTE(sl_##name, SL_NOW),
 const Isa isas[] = {
 #if defined(__x86_64__) || defined(__i386__)
+#define SL_NOW avx512bf16
+    {"avx512bf16", {
+#include "kernels.def"
+    }},
+#undef SL_NOW
 #define SL_NOW avx512
     {"avx512", {
 #include "kernels.def"
@@ -82,9 +90,13 @@ const Isa isas[] = {
 bool runs_here([[maybe_unused]] const char* name) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_cpu_init();
-    if (!strcmp(name, "avx512"))
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!strncmp(name, "avx512", 6)) {
+        const bool plain = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        if (!strcmp(name, "avx512")) return plain;
+        return plain && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    }
     if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     return true;

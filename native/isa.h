@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #ifndef SL_ISA
-#error "SL_ISA must name the instruction set: base, avx2, avx512 or neon"
+#error "SL_ISA must name the instruction set: base, avx2, avx512, avx512bf16 or neon"
 #endif
 #define SL_JOIN_(a, b) a##_##b
 #define SL_JOIN(a, b) SL_JOIN_(a, b)

@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include <new>
 
@@ -174,6 +175,15 @@ void* sl_scratch(size_t bytes) {
     pthread_setspecific(scratch_key, memory);
     if (memory) scratch = {memory, bytes};
     return memory;
+}
+
+// Asks for large pages under memory that was not touched yet: weights that are read once a token otherwise spend a tenth of the time
+// on looking up pages. A refusal changes nothing but speed.
+SL_PUBLIC void sl_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096, start = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
+    if (end > start) madvise((void*)start, end - start, MADV_HUGEPAGE);
+#endif
 }
 
 // Hands over the address of GOMP_parallel where the loader's global scope does not show it.

@@ -30,7 +30,7 @@ struct Vector;
     struct Vector<E, N> {                                   \
         typedef E V __attribute__((vector_size(sizeof(E) * N))); \
     };
-#define SL_VECTORS(N) SL_VECTOR(uint16_t, N) SL_VECTOR(uint32_t, N) SL_VECTOR(float, N) SL_VECTOR(double, N)
+#define SL_VECTORS(N) SL_VECTOR(int8_t, N) SL_VECTOR(uint16_t, N) SL_VECTOR(uint32_t, N) SL_VECTOR(float, N) SL_VECTOR(double, N)
 SL_VECTORS(2) SL_VECTORS(4) SL_VECTORS(8) SL_VECTORS(16)
 
 typedef Simd<float>::V VF;
@@ -133,6 +133,33 @@ SL_INLINE R sum_lanes(typename Simd<R>::V x) {
     for (int w = Simd<R>::W / 2; w > 0; w /= 2)
         for (int i = 0; i < w; i++) lane[i] += lane[i + w];
     return lane[0];
+}
+
+// Sums over the lanes of as many vectors as there are lanes: lane i of the result is the sum of x[i]; x is spoiled.
+SL_INLINE VF sums_of_lanes(VF* x) {
+    constexpr int W = Simd<float>::W;
+#if SL_BYTES == 64
+    for (int i = 0; i < W; i += 4) {
+        const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)x[i], (__m512)x[i + 1]), _mm512_unpackhi_ps((__m512)x[i], (__m512)x[i + 1]));
+        const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)x[i + 2], (__m512)x[i + 3]),
+                                        _mm512_unpackhi_ps((__m512)x[i + 2], (__m512)x[i + 3]));
+        x[i] = (VF)_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    }
+    // Each of x[0], x[4], x[8], x[12] now has four parts of four sums.
+    const __m512 a = (__m512)x[0], b = (__m512)x[4], c = (__m512)x[8], d = (__m512)x[12];
+    const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+    return (VF)_mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+#elif SL_BYTES == 32
+    for (int i = 0; i < W; i += 4) x[i] = (VF)_mm256_hadd_ps(_mm256_hadd_ps((__m256)x[i], (__m256)x[i + 1]), _mm256_hadd_ps((__m256)x[i + 2], (__m256)x[i + 3]));
+    const __m256 a = (__m256)x[0], b = (__m256)x[4];
+    return (VF)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+#else
+    VF sums;
+    for (int i = 0; i < W; i++) sums[i] = sum_lanes<float>(x[i]);
+    return sums;
+#endif
 }
 
 // Lane by lane minimum of integers. (Compilers make three instructions of the ternary form.)

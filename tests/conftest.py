@@ -10,7 +10,7 @@ import torch
 
 torch.set_num_threads(1)
 
-# A script's background jobs inherit an ignored Ctrl-C; tests, and the processes they start, are to be interrupted by it.
+# A script's background jobs inherit an ignored Ctrl-C; tests, and the processes they start, do interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -227,7 +227,8 @@ def test_other_instruction_sets(isa):
     if "STATELINE_ISA" in os.environ:
         pytest.skip("already inside such a run")
     chosen = "widths or kinds or groups or taps or rms or edges or functions or nearest or scan_step"
-    files = [__file__, str(Path(__file__).with_name("test_native.py"))]
+    chosen += " or products_against or one_call or same_bits or nan_reaches"
+    files = [__file__, *(str(Path(__file__).with_name(f"test_{name}.py")) for name in ("native", "packed"))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen]
     result = subprocess.run(
         command, env={**os.environ, "STATELINE_ISA": isa}, capture_output=True, text=True, timeout=300

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stateline import state as state
     from stateline import training as training
     from stateline.generation import generate as generate
+    from stateline.generation.decode import prepare_for_decode as prepare_for_decode
     from stateline.interop import load as load
     from stateline.interop import save as save
     from stateline.models import LanguageModel as LanguageModel
@@ -31,6 +32,7 @@ _NAMES = {
     "ModelConfig": "models",
     "generate": "generation",
     "load": "interop",
+    "prepare_for_decode": "generation.decode",
     "save": "interop",
 }
 _MODULES = ("backends", "generation", "models", "nn", "ops", "state", "training")

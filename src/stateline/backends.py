@@ -23,7 +23,7 @@ from stateline.checks import fail
 #: Fastest first. A name stays a string until an op needs it, so an absent back end costs nothing.
 BACKENDS = ("cpu", "reference")
 #: Operations that have back ends: the folders of `ops`.
-OPS = ("causal_conv1d", "rms_norm", "selective_scan")
+OPS = ("causal_conv1d", "decode_token", "packed_linear", "rms_norm", "selective_scan")
 #: What `sl_layout` of a fitting library says.
 LAYOUT = 1
 REBUILD = "Reinstall stateline, or build it again."

@@ -139,10 +139,13 @@ def _read_record(record: dict[str, Any], path: Path) -> tuple[ModelConfig, torch
 
 
 def plain(model: nn.Module) -> LanguageModel:
-    """The LanguageModel itself, taken out of torch.compile's wrapper; TypeError for anything else."""
+    """The LanguageModel itself, taken out of torch.compile's wrapper; TypeError for anything else, or a packed one."""
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, LanguageModel):
         raise checks.fail("save", f"model is a {type(model).__name__}, expected a LanguageModel.", error=TypeError)
+    if not isinstance(model.backbone.embedding, nn.Embedding):
+        remedy = "Save the model it was prepared from, and prepare it again after loading."
+        raise checks.fail("save", "model is packed for decoding; its weights are rounded.", remedy, error=TypeError)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class LanguageModel(nn.Module):
             )
         self.config = config
         self.metadata: dict[str, Any] = {}
+        #: Does all of `step_` at once, where an engine put it (`generation.prepare_for_decode`).
+        self.token_step: Callable[[Tensor, ModelState], Tensor] | None = None
         self.backbone = Backbone(config, device=device, dtype=dtype)
         self.lm_head = nn.Linear(config.d_model, config.embedding_rows, bias=False, device=device, dtype=dtype)
         self.tie_weights()
@@ -92,6 +95,8 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def step_(self, input_ids: Tensor, state: ModelState) -> Tensor:
         """One token each: input_ids (b) -> logits (b, v), writing into `state`. No gradient: for engines."""
+        if self.token_step is not None:
+            return self.token_step(input_ids, state)
         return self._logits(self.backbone.step_(input_ids, state))
 
     def loss(

@@ -2,8 +2,20 @@
 
 from stateline.nn.block import Block, GatedMLP
 from stateline.nn.groups import param_groups
+from stateline.nn.linear import PackedEmbedding, PackedLinear
 from stateline.nn.mamba import Mamba, MambaState
 from stateline.nn.mixer import Mixer
 from stateline.nn.norm import LayerNorm, RMSNorm
 
-__all__ = ["Block", "GatedMLP", "LayerNorm", "Mamba", "MambaState", "Mixer", "RMSNorm", "param_groups"]
+__all__ = [
+    "Block",
+    "GatedMLP",
+    "LayerNorm",
+    "Mamba",
+    "MambaState",
+    "Mixer",
+    "PackedEmbedding",
+    "PackedLinear",
+    "RMSNorm",
+    "param_groups",
+]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class StepSize(nn.Linear):
     """A Linear that leaves its bias out: the scan adds it before softplus, in float32, which casts do not take away."""
 
     full_precision = ("bias",)
+    leaves_bias_out = True
 
     def __init__(
         self, rank: int, d_inner: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -210,18 +211,15 @@ class Mamba(Mixer):
         return {"D": self.D.to(full), "dt_bias": self._step_bias().to(full), "dt_softplus": True}
 
     def _step_bias(self) -> Tensor:
-        projection = self.dt_proj
-        if not isinstance(projection, StepSize):  # an adapter wraps it
-            inner = [m for m in projection.modules() if isinstance(m, StepSize)]
-            if len(inner) != 1:
-                raise checks.fail(
-                    OP,
-                    f"dt_proj was replaced by {type(projection).__name__}, which does not wrap the original.",
-                    "Its bias must reach the scan unrounded: exclude dt_proj from conversion, or wrap it.",
-                    error=TypeError,
-                )
-            projection = inner[0]
-        return projection.bias
+        found = [m for m in self.dt_proj.modules() if getattr(m, "leaves_bias_out", False)]  # an adapter may wrap it
+        if len(found) != 1:
+            raise checks.fail(
+                OP,
+                f"dt_proj was replaced by {type(self.dt_proj).__name__}, which does not wrap the original.",
+                "Its bias must reach the scan unrounded: exclude dt_proj from conversion, or wrap it.",
+                error=TypeError,
+            )
+        return cast(Tensor, found[0].bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mamba:
         if recurse:

@@ -1,7 +1,15 @@
 """Operations: each takes a state and gives one back, `y, state = op(…)`."""
 
 from stateline.ops.causal_conv1d import causal_conv1d, causal_conv1d_step_
+from stateline.ops.packed_linear import packed_linear
 from stateline.ops.rms_norm import rms_norm
 from stateline.ops.selective_scan import selective_scan, selective_scan_step_
 
-__all__ = ["causal_conv1d", "causal_conv1d_step_", "rms_norm", "selective_scan", "selective_scan_step_"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step_",
+    "packed_linear",
+    "rms_norm",
+    "selective_scan",
+    "selective_scan_step_",
+]

@@ -18,6 +18,7 @@ from stateline.backends import load_native
 
 #: As native/tile.h numbers them. Other dtypes are computed in float32.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+_BITS_OF_DOUBLE = struct.Struct("=d"), struct.Struct("=q")
 ABSENT2, ABSENT4 = (0, 0), (0, 0, 0, 0)
 
 _PROBLEMS = {
@@ -48,6 +49,19 @@ def call(name: str, fields: tuple[int, ...]) -> None:
     if status:
         error, what = _PROBLEMS[status]
         raise error(f"{name}: {what}.")
+
+
+def double_bits(x: float) -> int:
+    """The bits of a double, to travel in a record of integers."""
+    as_double, as_integer = _BITS_OF_DOUBLE
+    return as_integer.unpack(as_double.pack(x))[0]
+
+
+def large_pages(memory: Tensor) -> None:
+    """Ask for large pages under memory that was just allocated and not yet touched."""
+    advise = load_native().sl_large_pages
+    advise.restype, advise.argtypes = None, [ctypes.c_void_p, ctypes.c_int64]
+    advise(memory.data_ptr(), memory.numel() * memory.element_size())
 
 
 def data(x: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ def _packed(op: str, b: int, t: int, cu_seqlens: Tensor) -> Segments:
 
 
 def _whole_numbers(op: str, name: str, values: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=None if len(values) else torch.int64)
+    tensor = (
+        values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=None if len(values) else torch.int64)
+    )
     if tensor.dtype not in INTEGERS:
         raise fail(op, f"{name} is {tensor.dtype}, expected int32 or int64.", error=TypeError)
     return tensor.to(device=device, dtype=torch.int64)

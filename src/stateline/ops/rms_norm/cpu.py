@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
 from stateline.ops import native
-
-_BITS_OF_DOUBLE = struct.Struct("=d"), struct.Struct("=q")
-
-
-def _bits(x: float) -> int:
-    """The bits of a double, to travel in a record of integers."""
-    as_double, as_integer = _BITS_OF_DOUBLE
-    return as_integer.unpack(as_double.pack(x))[0]
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -25,7 +15,7 @@ def _plain(x: Tensor) -> Tensor:
 
 def _sizes(x: Tensor, double: bool, eps: float) -> tuple[int, int, int, int, int]:
     d = x.shape[-1]
-    return x.numel() // d if d else 0, d, torch.get_num_threads(), double, _bits(eps)
+    return x.numel() // d if d else 0, d, torch.get_num_threads(), double, native.double_bits(eps)
 
 
 def forward(

@@ -1,0 +1,144 @@
+"""Models prepared for decoding: matrices packed to 16, 8 or 4 bits, and a whole token in one native call.
+
+>>> import stateline
+>>> model = stateline.prepare_for_decode(stateline.load("bundled"), weights="int8")
+>>> text = "".join(stateline.generate(model, "My fellow citizens", max_tokens=8))
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from stateline import backends, checks
+from stateline.models import LanguageModel, ModelState
+from stateline.nn import Block, LayerNorm, Mamba, PackedEmbedding, PackedLinear
+from stateline.nn.linear import PackedMatrix, gather
+from stateline.ops.decode_token import Layer, Matrix, Network, Norm, decode_token_
+
+OP = "prepare_for_decode"
+LOG2E = 1.4426950408889634
+#: The format of each kind of matrix, by the last part of its name; others take the first. Step sizes decide how long a
+#: model remembers, and their matrix is small: they keep 16 bits. The head's errors reach every logit.
+FORMATS: dict[str, dict[str, str]] = {
+    "bf16": {"": "bf16"},
+    "int8": {"": "int8", "dt_proj": "bf16"},
+    "int4": {"": "int4", "dt_proj": "bf16", "x_proj": "int8", "lm_head": "int8"},
+}
+
+
+def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageModel:
+    """A copy of `model` whose Linears and embedding are packed, and whose `step_` is one native call; for inference.
+
+    Args:
+        weights: "bf16" halves float32; "int8" keeps a scale a row, "int4" a scale for 32 weights. Decay rates,
+            step-size biases, skips, convolutions, norms and states stay float32, as is all between the matrices.
+
+    `extend`, `step_`, `generate`, streams and states are used as before; a state of one form goes on in another of
+    the same model within the form's precision. Training, saving and casting need the model
+    itself. On the CPU, with the C++ library, for stacks of Mamba blocks `step_` is one call; elsewhere it goes layer by layer, and `explain` says why.
+
+    Raises ValueError for another name of weights, TypeError for what is no LanguageModel or is packed already.
+    """
+    checks.choice(OP, "weights", weights, tuple(FORMATS))
+    if not isinstance(model, LanguageModel):
+        raise checks.fail(OP, f"model is a {type(model).__name__}, expected a LanguageModel.", error=TypeError)
+    if any(isinstance(m, PackedLinear) for m in model.modules()):
+        raise checks.fail(OP, "model is packed already.", "Prepare the model as it was loaded.", error=TypeError)
+    formats = FORMATS[weights]
+    replaced: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            replaced[id(module)] = PackedLinear.pack(module, formats.get(name.rpartition(".")[2], formats[""]))
+    head = replaced[id(model.lm_head)].matrix
+    if not model.config.tie_embeddings:
+        head = PackedMatrix(model.backbone.embedding.weight.detach(), head.format)
+    replaced[id(model.backbone.embedding)] = PackedEmbedding(head)
+    packed: LanguageModel = copy.deepcopy(model, replaced).float().eval().requires_grad_(False)
+    if packed.backbone.norm_f.weight.device.type == "cpu":
+        gather([m for m in packed.modules() if isinstance(m, PackedMatrix)])
+    packed.token_step = None if explain(packed) else TokenStep(packed)
+    return packed
+
+
+def explain(model: LanguageModel) -> str | None:
+    """Why `step_` of a prepared model goes layer by layer; None if it is one native call."""
+    if (problem := backends.native_problem()) is not None:
+        return problem
+    if (device := model.backbone.norm_f.weight.device).type != "cpu":
+        return f"the model is on {device}, the native call needs the CPU"
+    for block in model.backbone.layers:
+        if not isinstance(block, Block) or type(block.mixer) is not Mamba:
+            return f"a block holds {type(getattr(block, 'mixer', block)).__name__}, the native call knows Mamba"
+        wrapped = [
+            n
+            for n, m in block.named_modules()
+            if n.endswith(("_proj", "fc1", "fc2")) and not isinstance(m, PackedLinear)
+        ]
+        if wrapped:
+            kind = type(block.get_submodule(wrapped[0])).__name__
+            return f"{wrapped[0]} is a {kind}, the native call needs plain matrices"
+    return None
+
+
+class TokenStep:
+    """`LanguageModel.step_` of a prepared model, as one call. A copy of the model gets one of its own."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.network: Network | None = None
+
+    @torch._dynamo.disable  # addresses mean nothing to a graph
+    def __call__(self, ids: Tensor, state: ModelState) -> Tensor:
+        """ids (b) -> logits (b, v), writing into `state`."""
+        if self.network is None:
+            self.network = network_of(self.model)
+        states = [(layer.conv, layer.ssm) for layer in state.layers]
+        return decode_token_(states, ids, self.network)[:, : self.model.config.vocab_size]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenStep:
+        return TokenStep(copy.deepcopy(self.model, memo))
+
+
+def network_of(model: LanguageModel) -> Network:
+    """What the native call reads of a prepared model."""
+    backbone = model.backbone
+    embedding, head = cast(PackedEmbedding, backbone.embedding), cast(PackedLinear, model.lm_head)
+    return Network(
+        vocabulary=model.config.vocab_size,
+        layers=tuple(_layer(block) for block in backbone.layers),
+        norm=_norm(backbone.norm_f),
+        eps=model.config.norm_eps,
+        embedding=_matrix(embedding.matrix, None),
+        head=_matrix(head.matrix, None),
+    )
+
+
+def _layer(block: Any) -> Layer:
+    mixer = block.mixer
+    linears = {name: _linear(getattr(mixer, name)) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
+    return Layer(
+        norm=_norm(block.norm),
+        **linears,
+        taps=mixer.conv1d.weight.squeeze(1).T.contiguous(),
+        conv_bias=mixer.conv1d.bias,
+        A2=(-torch.exp(mixer.A_log) * LOG2E).contiguous(),
+        D=mixer.D,
+        dt_bias=mixer.dt_proj.bias,
+        mlp=None if block.mlp is None else (_norm(block.norm2), _linear(block.mlp.fc1), _linear(block.mlp.fc2)),
+    )
+
+
+def _linear(linear: PackedLinear) -> Matrix:
+    return _matrix(linear.matrix, None if linear.leaves_bias_out else linear.bias)
+
+
+def _matrix(m: PackedMatrix, bias: Tensor | None) -> Matrix:
+    return Matrix(m.data, m.scales, bias, m.format, m.rows, m.columns)
+
+
+def _norm(norm: nn.Module) -> Norm:
+    return Norm(cast(Tensor, norm.weight), norm.bias if isinstance(norm, LayerNorm) else None)

@@ -1,0 +1,102 @@
+"""decode_token: one token through a whole Mamba-1 language model with packed matrices, in place, in one call.
+
+Letters: b sequences, d_model width, d inner channels, n state, r rank of the step size, k taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stateline import backends, checks
+
+OP = "decode_token"
+
+
+class Matrix(NamedTuple):
+    """A packed matrix (rows, columns) as `ops.packed_linear` takes it, with its bias (rows) or None."""
+
+    data: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    format: str
+    rows: int
+    columns: int
+
+
+class Norm(NamedTuple):
+    """RMSNorm's weight (d_model); with a bias, LayerNorm's."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A block: float32 tensors, contiguous, on the CPU.
+
+    norm; in_proj (2d, d_model), x_proj (r + 2n, d), dt_proj (d, r) without its bias, out_proj (d_model, d); taps
+    (k, d), oldest first; conv_bias (d) or None; A2 (d, n) = −exp(A_log)·log2(e); D, dt_bias (d); and
+    of a gated MLP, if any, norm2, fc1 (2 hidden, d_model), fc2 (d_model, hidden) with hidden a multiple of 128.
+    """
+
+    norm: Norm
+    in_proj: Matrix
+    x_proj: Matrix
+    dt_proj: Matrix
+    out_proj: Matrix
+    taps: Tensor
+    conv_bias: Tensor | None
+    A2: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    mlp: tuple[Norm, Matrix, Matrix] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A model: token ids are below `vocabulary`; blocks, final norm, the epsilon of all norms, embedding and head."""
+
+    vocabulary: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+    eps: float
+    embedding: Matrix
+    head: Matrix
+
+
+State = tuple[Tensor, Tensor]  # of a layer: convolution (b, k−1, d), scan (b, d, n)
+
+
+def decode_token_(states: Sequence[State], ids: Tensor, network: Network, *, backend: str | None = None) -> Tensor:
+    """Advance `states` by the tokens ids (b) in place and return logits (b, rows of the head), float32. No gradient.
+
+    Residual stream and all that is not packed are float32. A row's bits do not depend on the other rows.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came, before any state is touched.
+    """
+    checks.dtype(OP, "ids", ids, (torch.int32, torch.int64))
+    if ids.dim() != 1:
+        raise checks.fail(OP, f"ids has shape {tuple(ids.shape)}, expected (b,).")
+    if len(states) != len(network.layers):
+        raise checks.fail(OP, f"states has {len(states)} layers, the model {len(network.layers)}.")
+    for i, (layer, pair) in enumerate(zip(network.layers, states, strict=True)):
+        k, d = layer.taps.shape
+        for name, x, shape in zip(
+            ("conv", "ssm"), pair, ((ids.shape[0], k - 1, d), (ids.shape[0], *layer.A2.shape)), strict=True
+        ):
+            if x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous():
+                raise checks.fail(
+                    OP, f"layer {i}'s {name} state is {x.dtype} {tuple(x.shape)}, expected contiguous float32 {shape}."
+                )
+    if checks.can_read(ids) and ids.numel():
+        wrong = [i for i in ids.tolist() if not 0 <= i < network.vocabulary]
+        if wrong:
+            raise checks.fail(OP, f"token id {wrong[0]} is outside the vocabulary, 0 to {network.vocabulary - 1}.")
+    with torch.no_grad():
+        return backends.kernel(OP, ids.device.type, backend).step(states, ids.long().contiguous(), network)

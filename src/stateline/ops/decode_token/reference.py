@@ -1,0 +1,53 @@
+"""decode_token in PyTorch: the definition, a Mamba-1 model's step in float32 with packed products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stateline.ops.decode_token import Layer, Matrix, Network, Norm, State
+from stateline.ops.packed_linear import reference as packed
+from stateline.ops.packed_linear.pack import unpack_rows
+
+
+def step(states: Sequence[State], ids: Tensor, network: Network) -> Tensor:
+    """ids (b) -> logits (b, v), writing into states."""
+    e = network.embedding
+    x = unpack_rows(e.data, e.scales, e.format, ids, e.columns)
+    stream = torch.zeros_like(x)
+    for layer, (conv, ssm) in zip(network.layers, states, strict=True):
+        stream = stream + x
+        x = _mix(layer, _norm(stream, layer.norm, network.eps), conv, ssm)
+        if layer.mlp is not None:
+            norm, fc1, fc2 = layer.mlp
+            stream = stream + x
+            value, gate = _product(_norm(stream, norm, network.eps), fc1).chunk(2, dim=-1)
+            x = _product(value * F.silu(gate), fc2)
+    return _product(_norm(stream + x, network.norm, network.eps), network.head)
+
+
+def _mix(layer: Layer, x: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
+    """h ← exp(dt A) h + dt u B;  y = (C·h + D u) · silu(z), with u the convolution of the first half of in_proj."""
+    n = layer.A2.shape[1]
+    x, z = _product(x, layer.in_proj).chunk(2, dim=-1)
+    taps = torch.cat([conv, x[:, None]], 1)
+    conv.copy_(taps[:, 1:])
+    u = F.silu((taps * layer.taps).sum(1) + (0 if layer.conv_bias is None else layer.conv_bias))
+    dt, B, C = _product(u, layer.x_proj).split([layer.dt_proj.columns, n, n], dim=-1)
+    dt = F.softplus(_product(dt.contiguous(), layer.dt_proj) + layer.dt_bias, threshold=1e9)
+    ssm.copy_(torch.exp2(dt[..., None] * layer.A2) * ssm + (dt * u)[..., None] * B[:, None])
+    y = (ssm * C[:, None]).sum(-1) + layer.D * u
+    return _product(y * F.silu(z), layer.out_proj)
+
+
+def _norm(x: Tensor, norm: Norm, eps: float) -> Tensor:
+    if norm.bias is not None:
+        return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.weight
+
+
+def _product(x: Tensor, m: Matrix) -> Tensor:
+    return packed.forward(x, m.data, m.scales, m.bias, m.format, m.rows, m.columns)
