@@ -37,9 +37,10 @@ def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageM
         weights: "bf16" halves float32; "int8" keeps a scale a row, "int4" a scale for 32 weights. Decay rates,
             step-size biases, skips, convolutions, norms and states stay float32, as is all between the matrices.
 
-    `extend`, `step_`, `generate`, streams and states are used as before; a state of one form goes on in another of
-    the same model within the form's precision. Training, saving and casting need the model
-    itself. On the CPU, with the C++ library, for stacks of Mamba blocks `step_` is one call; elsewhere it goes layer by layer, and `explain` says why.
+    `extend`, `step_`, `generate`, streams and states are used as before; a state of one form goes on in another of the
+    same model within the form's precision. Training, saving and casting need the model itself. On the CPU, with the
+    C++ library, for stacks of Mamba blocks `step_` is one call; elsewhere it goes layer by layer, and `explain` says
+    why.
 
     Raises ValueError for another name of weights, TypeError for what is no LanguageModel or is packed already.
     """
