@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from stateline.cli.parser import DTYPES, Parser, UsageError, directory_of, new_parser, source_of
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
+PROGRAMS = ("export", "onnx")  # one file each, which runs and is not read back
 #: Files that belong to a checkpoint's tokenizer and go along.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 #: What a directory with a checkpoint may hold for --force to replace it; anything else there is somebody's work.
@@ -25,10 +27,15 @@ formats:
   mamba_ssm     config.json + pytorch_model.bin, for state-spaces/mamba
   huggingface   config.json + model.safetensors, for transformers' MambaForCausalLM
 
+programs, for running elsewhere; each takes ids and a state and gives logits and a state:
+  export        one file for torch.export.load, beside this package
+  onnx          one file for any ONNX runtime, without PyTorch; float32
+
 examples:
   stateline convert mamba-130m my-mamba
   stateline convert runs/book book-hf --to huggingface
   stateline convert bundled small --dtype bfloat16 --force
+  stateline convert bundled model.onnx --to onnx
 """
 
 
@@ -37,10 +44,11 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = new_parser(commands, "convert", DESCRIPTION, EPILOG, summary="write a model in another format")
     parser.set_defaults(run=run)
     parser.add_argument("source", metavar="IN", help='a directory, or "bundled"')
-    parser.add_argument("target", metavar="OUT", help="a directory to make")
-    parser.add_argument("--to", choices=FORMATS, default="stateline", help="(default: stateline)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it holds a checkpoint and nothing else")
+    parser.add_argument("target", metavar="OUT", help="a directory to make, or a file for programs")
+    parser.add_argument("--to", choices=(*FORMATS, *PROGRAMS), default="stateline", help="(default: stateline)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored; onnx: float32)")
+    replaced = "replace OUT if it holds a checkpoint and nothing else, or if it is a file and a program is made"
+    parser.add_argument("--force", action="store_true", help=replaced)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -48,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
     target = Path(options.target)
     if target.exists() and not options.force:
         raise UsageError(f"{target} exists; --force replaces it")
+    if options.to in PROGRAMS:
+        return _write_program(options, target)
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file, expected a directory to make")
     if target.exists():
@@ -68,6 +78,24 @@ def run(options: argparse.Namespace) -> int:
         _copy_tokenizer(directory_of(options.source), made)
         _swap(made, target, Path(temporary) / "old")
     print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {size_of(target) / 1e6:,.2f} MB")
+    return 0
+
+
+def _write_program(options: argparse.Namespace, target: Path) -> int:
+    """Export as asked: OUT is one file, which appears whole or not at all."""
+    if target.is_dir():
+        raise UsageError(f"{target} is a directory, expected a file to make")
+
+    import torch
+
+    import stateline
+    from stateline.interop import export_model
+
+    name = options.dtype or ("float32" if options.to == "onnx" else None)
+    model = stateline.load(source_of(options.source), dtype=None if name is None else getattr(torch, name))
+    print("tracing the model; this takes a little while", file=sys.stderr)
+    export_model(model, target, to=options.to)
+    print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {target.stat().st_size / 1e6:,.2f} MB")
     return 0
 
 

@@ -9,11 +9,14 @@ import torch
 
 from stateline import checks
 from stateline.interop import huggingface, mamba_ssm
+from stateline.interop.export import export_model, exported_program, load_exported
 from stateline.models import LanguageModel, checkpoint
 from stateline.models.checkpoint import CheckpointError
 from stateline.training.config import SETTINGS_FILE
 
-__all__ = ["CheckpointError", "FORMATS", "detect", "load", "save"]
+__all__ = [
+    "CheckpointError", "FORMATS", "detect", "export_model", "exported_program", "load", "load_exported", "save",
+]  # fmt: skip
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
 BUNDLED = "bundled"
