@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,8 @@ def load_exported(path: str | Path) -> ExportedProgram:
     source = Path(path).expanduser()
     if not source.is_file():
         raise checks.fail("load_exported", f"{source} is no file.")
+    if not zipfile.is_zipfile(source):  # as cut short
+        raise checks.fail("load_exported", f"{source} is no program, or damaged.", "Export the model again.")
     try:
         return torch.export.load(source)
     except (RuntimeError, ValueError, KeyError, OSError) as error:  # what torch raises depends on the damage

@@ -1,0 +1,106 @@
+"""torch.compile of the language model: one graph serves every batch and length, and computes what eager does."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from makers import small
+from test_layers import close
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from stateline import LanguageModel
+
+SIZES = [(2, 9), (3, 5), (2, 14), (5, 2)]
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor compiles C++ at run time")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def ids(b: int, t: int) -> Tensor:
+    return torch.randint(61, (b, t))
+
+
+def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
+    """The function compiled whole with free sizes, and the counter of its graphs (aot_eager: no code is generated)."""
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=counter), counter
+
+
+def optimiser(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def train(model: LanguageModel, loss: Callable[..., Tensor], batches: list[Tensor]) -> list[float]:
+    steps, losses = optimiser(model), []
+    for batch in batches:
+        steps.zero_grad()
+        value = loss(batch[:, :-1], batch[:, 1:])
+        value.backward()
+        steps.step()
+        losses.append(value.item())
+    return losses
+
+
+def test_training_is_eagers_and_no_length_compiles_again() -> None:
+    model, twin = small(n_layer=1).train(), small(n_layer=1).train()
+    twin.load_state_dict(model.state_dict())
+    fast, counter = compiled(model.loss)
+    batches = [ids(b, t) for b, t in SIZES for _ in range(2)]
+    got, want = train(model, fast, batches), train(twin, twin.loss, batches)
+    assert counter.frame_count == 1, "a new batch or length compiled again"
+    assert got == pytest.approx(want, rel=1e-5)
+    assert len(set(want)) == len(want), "training changed nothing"
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4), name  # Adam divides small gradients by their own size
+
+
+@torch.no_grad()
+def test_inference_is_eagers_and_no_length_compiles_again() -> None:
+    model = small(n_layer=1)
+    forward, first = compiled(model)
+    extend, second = compiled(model.extend)
+    step, third = compiled(model.step_)
+    for b, t in SIZES:
+        x, state = ids(b, t), model.init_state(b)
+        close(forward(x), model(x), torch.float32)
+        _, state = model.extend(x, state)
+        close(extend(x, state), model.extend(x, state), torch.float32)
+        _, twin = model.extend(x, model.init_state(b))
+        close(step(x[:, 0], state), model.step_(x[:, 0], twin), torch.float32)
+        close(state, twin, torch.float32)
+    assert [c.frame_count for c in (first, second, third)] == [1, 1, 1], "a new batch or length compiled again"
+
+
+@torch.no_grad()
+def test_lengths_and_packed_bounds_may_differ_from_call_to_call() -> None:
+    """Values of lengths and cu_seqlens are data, not constants of the graph."""
+    model = small(n_layer=1)
+    padded, first = compiled(lambda x, n: model.extend(x, lengths=n))
+    packed, second = compiled(lambda x, n: model.extend(x, cu_seqlens=n))
+    for t, n in ((9, 4), (12, 0), (7, 7)):
+        x, lengths, bounds = ids(2, t), torch.tensor([t, n]), torch.tensor([0, n, n, 2 * t])
+        close(padded(x, lengths), model.extend(x, lengths=lengths), torch.float32)
+        row = x.reshape(1, -1)
+        close(packed(row, bounds), model.extend(row, cu_seqlens=bounds), torch.float32)
+    assert (first.frame_count, second.frame_count) == (1, 1)
+
+
+@needs_compiler
+def test_inductor_trains() -> None:
+    """The default back end, whose generated code replaces everything around our operations, backward pass included."""
+    model, twin = small(n_layer=1).train(), small(n_layer=1).train()
+    twin.load_state_dict(model.state_dict())
+    batches = [ids(2, 8), ids(2, 8)]
+    got = train(model, torch.compile(model.loss, fullgraph=True), batches)
+    assert got == pytest.approx(train(twin, twin.loss, batches), rel=1e-5)
