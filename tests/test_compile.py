@@ -31,10 +31,20 @@ def ids(b: int, t: int) -> Tensor:
     return torch.randint(61, (b, t))
 
 
-def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
-    """The function compiled whole with free sizes, and the counter of its graphs (aot_eager: no code is generated)."""
-    counter = CompileCounterWithBackend("aot_eager")
-    return torch.compile(function, fullgraph=True, dynamic=True, backend=counter), counter
+def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
+    """The function compiled whole with free sizes (aot_eager: no code is generated), and the graphs made by each call.
+
+    The first call may make several: torch starts again where it learns that a number should stay symbolic.
+    """
+    counter, made = CompileCounterWithBackend("aot_eager"), []
+    fast = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+
+    def call(*args: Any) -> Any:
+        out = fast(*args)
+        made.append(int(counter.frame_count))
+        return out
+
+    return call, made
 
 
 def optimiser(model: nn.Module) -> torch.optim.Optimizer:
@@ -55,10 +65,10 @@ def train(model: LanguageModel, loss: Callable[..., Tensor], batches: list[Tenso
 def test_training_is_eagers_and_no_length_compiles_again() -> None:
     model, twin = small(n_layer=1).train(), small(n_layer=1).train()
     twin.load_state_dict(model.state_dict())
-    fast, counter = compiled(model.loss)
+    fast, made = compiled(model.loss)
     batches = [ids(b, t) for b, t in SIZES for _ in range(2)]
     got, want = train(model, fast, batches), train(twin, twin.loss, batches)
-    assert counter.frame_count == 1, "a new batch or length compiled again"
+    assert len(set(made)) == 1, "a new batch or length compiled again"
     assert got == pytest.approx(want, rel=1e-5)
     assert len(set(want)) == len(want), "training changed nothing"
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -79,7 +89,7 @@ def test_inference_is_eagers_and_no_length_compiles_again() -> None:
         _, twin = model.extend(x, model.init_state(b))
         close(step(x[:, 0], state), model.step_(x[:, 0], twin), torch.float32)
         close(state, twin, torch.float32)
-    assert [c.frame_count for c in (first, second, third)] == [1, 1, 1], "a new batch or length compiled again"
+    assert [len(set(made)) for made in (first, second, third)] == [1, 1, 1], "a new batch or length compiled again"
 
 
 @torch.no_grad()
@@ -93,9 +103,10 @@ def test_lengths_and_packed_bounds_may_differ_from_call_to_call() -> None:
         close(padded(x, lengths), model.extend(x, lengths=lengths), torch.float32)
         row = x.reshape(1, -1)
         close(packed(row, bounds), model.extend(row, cu_seqlens=bounds), torch.float32)
-    assert (first.frame_count, second.frame_count) == (1, 1)
+    assert (len(set(first)), len(set(second))) == (1, 1)
 
 
+@pytest.mark.full  # generating and compiling the backward pass takes most of a minute
 @needs_compiler
 def test_inductor_trains() -> None:
     """The default back end, whose generated code replaces everything around our operations, backward pass included."""
