@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from stateline import LanguageModel
 
-SIZES = [(2, 9), (3, 5), (2, 14), (5, 2)]
+SIZES = [(2, 9), (3, 5), (2, 14), (5, 3)]  # above 1 each: PyTorch makes a graph of its own for sizes of 1
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor compiles C++ at run time")
 
@@ -92,6 +92,7 @@ def test_inference_is_eagers_and_no_length_compiles_again() -> None:
     assert [len(set(made)) for made in (first, second, third)] == [1, 1, 1], "a new batch or length compiled again"
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_lengths_and_packed_bounds_may_differ_from_call_to_call() -> None:
     """Values of lengths and cu_seqlens are data, not constants of the graph."""

@@ -164,6 +164,7 @@ def test_the_file_is_valid_small_and_tells_nothing_of_this_machine(model: Langua
     assert json.loads(config) == model.config.to_dict()
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_large_models_keep_their_weights_beside(
     model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

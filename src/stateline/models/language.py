@@ -123,8 +123,8 @@ class LanguageModel(nn.Module):
         x = self.backbone(input_ids, lengths=lengths, cu_seqlens=cu_seqlens).flatten(0, 1)
         total = x.new_zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         again = torch.is_grad_enabled() and x.shape[0] > chunk  # a single chunk may as well be kept
-        for start in range(0, x.shape[0], chunk):
-            part, wanted = x[start : start + chunk], targets[start : start + chunk]
+        # split, not a range over tokens: a compiled graph then depends on the number of chunks, not on the length
+        for part, wanted in zip(x.split(chunk), targets.split(chunk), strict=True):
             if again:
                 total = total + checkpoint(self._chunk_loss, part, wanted, ignore_index, use_reentrant=False)
             else:
