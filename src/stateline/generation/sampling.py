@@ -1,7 +1,8 @@
 """Choosing the next token: logits (v,) in, an id and its log-probability out.
 
 Order of the steps, as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Logits are taken as
-float32 and weighed in float64 on the CPU whatever device made them, so a seed gives the same draw everywhere.
+float32 and weighed in float64 on the CPU whatever device made them, so a seed gives the same draw everywhere. Filters
+find their candidates in float32, where order is exact, and weigh only those; all of it runs on one thread.
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ from stateline import checks
 from stateline.checks import fail
 
 Floats = NDArray[np.float64]
+Singles = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+#: Probabilities are summed by blocks, and only the block that a draw falls in is searched.
+BLOCK = 256
+#: Top-p sums probabilities by levels of the logits, and sorts only the level in which they reach p.
+LEVELS = 4096
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,10 @@ class History:
         """The distinct ids in view."""
         return list(self._counts)
 
+    def recall(self) -> list[int]:
+        """What a new history of the same window must `see` to become equal to this one."""
+        return list(self._counts if self._window is None else self._recent)
+
 
 class Sampler:
     """Draws one sequence's tokens: a configuration, its random numbers and the tokens it has seen."""
@@ -147,31 +160,39 @@ def sample(
 
     Raises ValueError for NaN or +inf among the logits, and if none is above -inf.
     """
-    raw = logits.detach().to(device="cpu", dtype=torch.float32).numpy().astype(np.float64)
+    raw = _raw(logits)
     highest = _check(raw, step)
-    logz = highest + math.log(np.exp(raw - highest).sum())
+    logz = highest + math.log(np.exp(raw - highest).sum(dtype=np.float64))
     scores = _penalise(raw, config.repetition_penalty, history)
     if config.greedy:
         token = int(scores.argmax())
     else:
-        token = _draw(_weights(scores, config), generator)
-    return GeneratedToken(token, float(raw[token] - logz))
+        ids, weights = _weigh(scores, config)
+        place = _draw(weights, generator)
+        token = place if ids is None else int(ids[place])
+    return GeneratedToken(token, float(raw[token]) - logz)
 
 
 def distribution(logits: Tensor, config: SamplingConfig, history: History | None = None) -> Tensor:
     """The probabilities (v,), float64, that `sample` draws from."""
-    raw = logits.detach().to(device="cpu", dtype=torch.float32).numpy().astype(np.float64)
+    raw = _raw(logits)
     _check(raw, None)
     scores = _penalise(raw, config.repetition_penalty, history)
+    probabilities = np.zeros(scores.size)
     if config.greedy:
-        weights = np.zeros_like(scores)
-        weights[scores.argmax()] = 1.0
+        probabilities[scores.argmax()] = 1.0
     else:
-        weights = _weights(scores, config)
-    return torch.from_numpy(weights / weights.sum())
+        ids, weights = _weigh(scores, config)
+        probabilities[slice(None) if ids is None else ids] = weights / weights.sum()
+    return torch.from_numpy(probabilities)
 
 
-def _check(raw: Floats, step: int | None) -> float:
+def _raw(logits: Tensor) -> Singles:
+    values: Singles = logits.detach().to(device="cpu", dtype=torch.float32).numpy()
+    return values
+
+
+def _check(raw: Singles, step: int | None) -> float:
     """The highest logit, once it is certain that all can be compared."""
     highest = float(raw.max()) if raw.size else -math.inf
     if math.isfinite(highest):
@@ -186,45 +207,69 @@ def _check(raw: Floats, step: int | None) -> float:
     )
 
 
-def _penalise(raw: Floats, penalty: float, history: History | None) -> Floats:
+def _penalise(raw: Singles, penalty: float, history: History | None) -> Singles:
     if penalty == 1.0 or history is None:
         return raw
-    seen = [i for i in history.ids() if i < raw.size]
+    seen = np.fromiter(history.ids(), dtype=np.int64)
+    seen = seen[seen < raw.size]
     scores = raw.copy()
-    lately = scores[seen]
-    scores[seen] = np.where(lately > 0, lately / penalty, lately * penalty)
+    lately = raw[seen].astype(np.float64)
+    with np.errstate(over="ignore"):  # what falls below the range of float32 is ruled out
+        scores[seen] = np.minimum(np.where(lately > 0, lately / penalty, lately * penalty), LARGEST)
     return scores
 
 
-def _weights(scores: Floats, config: SamplingConfig) -> Floats:
-    """Unnormalised probabilities after temperature and filters; the most likely token weighs 1."""
+def _weigh(scores: Singles, config: SamplingConfig) -> tuple[Ids | None, Floats]:
+    """The ids left after temperature and filters (ascending; None: all) and their unnormalised probabilities."""
+    highest = float(scores.max())
+    ids: Ids | None = None
+    if 0 < config.top_k < scores.size:
+        ids = np.flatnonzero(scores >= _largest(scores, config.top_k))
+    elif config.min_p > 0.0 and config.top_p == 1.0:
+        lowest = highest + config.temperature * math.log(config.min_p)
+        ids = np.flatnonzero(scores >= lowest - 1e-5 * (1.0 + abs(lowest)))  # a little more: the rest is weighed below
+    left = scores if ids is None else scores[ids]
     with np.errstate(over="ignore"):  # a tiny temperature sends the others to -inf, as it should
-        scores = (scores - scores.max()) / config.temperature
-    weights: Floats = np.exp(scores)
-    if 0 < config.top_k < weights.size:
-        weights[scores < np.partition(scores, -config.top_k)[-config.top_k]] = 0.0
+        weights: Floats = np.exp((left.astype(np.float64) - highest) / config.temperature)
     if config.top_p < 1.0:
-        weights = _nucleus(weights, config.top_p)
+        ids, weights = _keep(ids, weights, _nucleus(left, weights, config.top_p))
     if config.min_p > 0.0:
-        weights[weights < config.min_p] = 0.0
-    return weights
+        ids, weights = _keep(ids, weights, np.flatnonzero(weights >= config.min_p))
+    return ids, weights
 
 
-def _nucleus(weights: Floats, top_p: float) -> Floats:
-    """The fewest largest weights that reach `top_p` of the total, the others 0."""
+def _keep(ids: Ids | None, weights: Floats, places: Ids) -> tuple[Ids, Floats]:
+    return places if ids is None else ids[places], weights[places]
+
+
+def _largest(scores: Singles, k: int) -> np.float32:
+    """The k-th largest score."""
+    return np.float32(torch.topk(torch.from_numpy(scores), k).values[-1].item())
+
+
+def _nucleus(scores: Singles, weights: Floats, top_p: float) -> Ids:
+    """Places, ascending, of the fewest largest weights that reach `top_p` of the total; of equals the first count."""
     total = weights.sum()
-    # All weights below this together are less than 1 - top_p of the total, so none is needed: sort only the others.
-    candidates = np.flatnonzero(weights >= (1.0 - top_p) * total / weights.size)
-    order = candidates[np.argsort(-weights[candidates], kind="stable")]  # equals by id, so that the cut is reproducible
-    last = int(np.searchsorted(weights[order].cumsum(), top_p * total))
-    kept = np.zeros_like(weights)
-    kept[order[: last + 1]] = weights[order[: last + 1]]
-    return kept
+    # All weights below this together are less than 1 - top_p of the total, so none is needed.
+    likely = np.flatnonzero(weights >= (1.0 - top_p) * total / weights.size)
+    depth = float(scores.max()) - scores[likely]
+    level = (depth * (LEVELS / max(float(depth.max()), 1e-30))).astype(np.int64)
+    mass = np.bincount(level, weights[likely]).cumsum()
+    last = min(int(np.searchsorted(mass, top_p * total)), mass.size - 1)
+    edge = likely[level == last]
+    edge = edge[np.argsort(-weights[edge], kind="stable")]
+    before = mass[last - 1] if last else 0.0
+    count = 1 + int(np.searchsorted(before + weights[edge].cumsum(), top_p * total))
+    return np.sort(np.concatenate([likely[level < last], edge[:count]]))
 
 
 def _draw(weights: Floats, generator: torch.Generator) -> int:
-    """Inverse transform: the first id whose cumulative weight exceeds u times the total; never one of weight 0."""
-    mass = weights.cumsum()
+    """Inverse transform: the first place whose cumulative weight exceeds u times the total; never one of weight 0."""
+    mass = np.add.reduceat(weights, np.arange(0, weights.size, BLOCK)).cumsum()
     u = torch.rand((), dtype=torch.float64, generator=generator).item()
-    below_total = np.nextafter(mass[-1], 0.0)  # u·total may round up to the total
-    return int(np.searchsorted(mass, min(u * mass[-1], below_total), side="right"))
+    target = min(u * mass[-1], np.nextafter(mass[-1], 0.0))  # u·total may round up to the total
+    block = int(np.searchsorted(mass, target, side="right"))
+    start, before = block * BLOCK, mass[block - 1] if block else 0.0
+    inside = weights[start : start + BLOCK]
+    place = int(np.searchsorted(before + inside.cumsum(), target, side="right"))
+    return start + min(place, int(np.flatnonzero(inside)[-1]))  # the block's sum may round above its cumulative one
