@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,22 +74,38 @@ def save(state: Any, path: str | Path, model: torch.nn.Module) -> None:
 
     Raises OSError if the disk is full or not writable; a file that was there is untouched.
     """
-    leaves = {f"{i:05d}{name}": x.detach().cpu().contiguous() for i, (name, x) in enumerate(_named(state))}
+    metadata = {"format": FORMAT, "fingerprint": fingerprint(model)}
+    write("state.save", path, named(state), metadata)
+
+
+def write(op: str, path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and metadata to a safetensors file, flushed, whole or not at all; errors speak as `op`.
+
+    Raises ValueError if the directory does not exist, OSError if the disk is full or not writable.
+    """
+    leaves = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     target = Path(path)
     if not target.parent.is_dir():
-        raise fail("state.save", f"there is no directory {target.parent}.", "Create it first.")
+        raise fail(op, f"there is no directory {target.parent}.", "Create it first.")
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
             made = Path(aside) / "state"
-            save_file(leaves, made, metadata={"format": FORMAT, "fingerprint": fingerprint(model)})
+            save_file(leaves, made, metadata=metadata)
             share(made)
             flush(made)
             os.replace(made, target)
         flush(target.parent)
     except (SafetensorError, OSError) as error:
-        raise fail(
-            "state.save", f"{target} could not be written: {error}.", "Is the disk full?", error=OSError
-        ) from error
+        raise fail(op, f"{target} could not be written: {error}.", "Is the disk full?", error=OSError) from error
+
+
+def read(op: str, path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, in order, and its metadata. Raises ValueError if it is none."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise fail(op, f"{path} cannot be read: {error}.") from error
 
 
 def load(path: str | Path, model: torch.nn.Module, *, device: torch.device | str | None = None) -> Any:
@@ -98,22 +114,40 @@ def load(path: str | Path, model: torch.nn.Module, *, device: torch.device | str
     `model` must have `init_state(batch)`; its structure is the state's. Raises ValueError if the file is no state, is
     damaged, or belongs to another model.
     """
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            values = {key: file.get_tensor(key) for key in sorted(file.keys())}
-    except (SafetensorError, OSError) as error:
-        raise fail("state.load", f"{path} cannot be read: {error}.") from error
+    values, metadata = read("state.load", path)
     if metadata.get("format") != FORMAT:
         raise fail("state.load", f"{path} is not a saved state.", "stateline.load reads models.")
     if "fingerprint" not in metadata:
         raise fail("state.load", f"{path} does not say which model it belongs to.", "Save the state again.")
     if metadata["fingerprint"] != fingerprint(model):
         raise fail("state.load", f"{path} was made by another model or other weights.", "Load the model that made it.")
+    return assemble("state.load", path, values, model, device=device)
+
+
+def named(state: Any) -> dict[str, Tensor]:
+    """A state's tensors by names that sort in their order."""
+    leaves = pytree.tree_flatten_with_path(state)[0]
+    return {f"{i:05d}{pytree.keystr(path)}": x for i, (path, x) in enumerate(leaves)}
+
+
+def assemble(
+    op: str,
+    path: str | Path,
+    values: Mapping[str, Tensor],
+    model: torch.nn.Module,
+    *,
+    device: torch.device | str | None = None,
+) -> Any:
+    """The state of `model` whose tensors `named` listed, read from `path`. Raises ValueError if they are not its."""
     template = model.init_state(1)  # type: ignore[operator]  # the contract of layers and models
-    names = [f"{i:05d}{name}" for i, (name, _) in enumerate(_named(template))]
-    if names != list(values):
-        raise fail("state.load", f"{path} holds {list(values)}, the model's state is {names}.")
+    expected = named(template)
+    if list(expected) != list(values):
+        raise fail(op, f"{path} holds {list(values)}, the model's state is {list(expected)}.")
+    for name, x in values.items():
+        own = expected[name]
+        if x.dtype != own.dtype or x.shape[1:] != own.shape[1:]:
+            got, wanted = (f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape[1:])}" for y in (x, own))
+            raise fail(op, f"{path} has {name} of {got} a sequence, the model's state is {wanted}.")
     home = device or next(model.parameters()).device
     return pytree.tree_unflatten([x.to(home) for x in values.values()], pytree.tree_flatten(template)[1])
 
@@ -138,7 +172,3 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 def _map(function: Callable[[Tensor], Tensor], state: S) -> S:
     return pytree.tree_map_only(Tensor, function, state)
-
-
-def _named(state: Any) -> list[tuple[str, Tensor]]:
-    return [(pytree.keystr(path), x) for path, x in pytree.tree_flatten_with_path(state)[0]]

@@ -134,6 +134,20 @@ class Sampler:
         self.see((token.id,))
         return token
 
+    def repeat(self, token: int, *, random: bool) -> None:
+        """Take note of a token that was drawn before, with a random number or without."""
+        if random:
+            _uniform(self.generator)
+        self.drawn += 1
+        self.see((token,))
+
+    def restore(self, drawn: int, random: Tensor, history: Iterable[int]) -> None:
+        """Go to where another sampler was: its count of draws, its generator's state, what its history recalls."""
+        self.drawn = drawn
+        self.generator.set_state(random)
+        self.history = History(self.config.repetition_window)
+        self.history.see(history)
+
 
 def new_generator(seed: int | None) -> torch.Generator:
     """An own source of random numbers on the CPU; torch's global one is neither read nor advanced."""
@@ -266,10 +280,14 @@ def _nucleus(scores: Singles, weights: Floats, top_p: float) -> Ids:
 def _draw(weights: Floats, generator: torch.Generator) -> int:
     """Inverse transform: the first place whose cumulative weight exceeds u times the total; never one of weight 0."""
     mass = np.add.reduceat(weights, np.arange(0, weights.size, BLOCK)).cumsum()
-    u = torch.rand((), dtype=torch.float64, generator=generator).item()
+    u = _uniform(generator)
     target = min(u * mass[-1], np.nextafter(mass[-1], 0.0))  # u·total may round up to the total
     block = int(np.searchsorted(mass, target, side="right"))
     start, before = block * BLOCK, mass[block - 1] if block else 0.0
     inside = weights[start : start + BLOCK]
     place = int(np.searchsorted(before + inside.cumsum(), target, side="right"))
     return start + min(place, int(np.flatnonzero(inside)[-1]))  # the block's sum may round above its cumulative one
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return torch.rand((), dtype=torch.float64, generator=generator).item()

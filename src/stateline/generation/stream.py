@@ -8,16 +8,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from stateline import checks
+from stateline import checks, state
 from stateline.checks import fail
+from stateline.generation.past import Event, Moment, Part, Past
 from stateline.generation.prompt import REMEDY, Prompt, pieces
 from stateline.generation.sampling import GeneratedToken, Sampler, SamplingConfig
+from stateline.generation.saved import Saved, read, write
 from stateline.generation.text import StopFilter, Utf8Decoder, stop_strings
 from stateline.generation.tokenizer import BYTES, ByteTokenizer, Tokenizer
 
@@ -35,7 +39,8 @@ class Stream:
     """One text in the making: what the model remembers, the token it has not seen yet, and the sampler.
 
     Feeding and generating may alternate at will: `feed` a prompt, take some `text`, feed more. Two calls for 20 tokens
-    give what one call for 40 gives. Memory stays the same however long the stream.
+    give what one call for 40 gives. Memory stays the same however long the stream. `save` and `load` carry it into
+    another process, `fork` copies it, `rollback` takes tokens back; what follows has the bits it would have had.
 
     state: the model's state after every token but the last (`stateline.state` copies, saves and forks it).
     pending: the last token's id, not yet given to the model; None before the first.
@@ -49,9 +54,15 @@ class Stream:
         sampling: SamplingConfig = DEFAULT,
         tokenizer: Tokenizer | None = None,
         chunk: int = CHUNK,
+        rollback: int = 0,
     ) -> None:
-        """`tokenizer`: None means bytes for a model of 256 ids, ids alone for others; `chunk`: prompt tokens a call."""
+        """A stream that has read nothing.
+
+        tokenizer: None means bytes for a model of 256 ids, ids alone for others.   chunk: prompt tokens a call.
+        rollback: how many of the latest tokens `rollback` can take back; that costs the memory of about ten states.
+        """
         checks.number("generate", "chunk", chunk, low=1, integer=True)
+        checks.number("Stream", "rollback", rollback, low=0, integer=True)
         self.model = model
         self.tokenizer = default_tokenizer(model, tokenizer)
         self.sampler = Sampler(sampling)
@@ -60,6 +71,9 @@ class Stream:
         self.pending: int | None = None
         self.length = 0
         self._chunk = chunk
+        self._held = ""
+        self._past = Past(rollback) if rollback else None
+        self._torn = False
 
     def feed(self, prompt: Prompt) -> None:
         """Let the model read a prompt, `chunk` tokens at a time; a file is read no faster than that.
@@ -72,11 +86,10 @@ class Stream:
         """The ids that `feed` would give to the model, in pieces; what lies in memory is checked at once."""
         return pieces(prompt, self.tokenizer, self.model.config.vocab_size, self._chunk)
 
-    def feed_pieces(self, lists: Iterator[list[int]]) -> None:
+    def feed_pieces(self, lists: Iterable[list[int]]) -> None:
         """Let the model read lists of ids that `read` made."""
         for ids in lists:
-            before = opening(self.tokenizer) if self.pending is None else [self.pending]
-            self._extend([*before, *ids])
+            self._take(ids if self.pending is not None else [*opening(self.tokenizer), *ids])
 
     def tokens(self, max_tokens: int | None = 256, *, ignore_end: bool = False) -> Iterator[GeneratedToken]:
         """Generate `max_tokens` tokens, or without end if None; an end-of-text id stops it and is not yielded.
@@ -98,22 +111,86 @@ class Stream:
         """Generate text in non-empty pieces, up to `max_tokens` tokens or a stop string, which is never part of it.
 
         Pieces hold whole characters; one that is cut short by `max_tokens` waits for the next call, or with `final`
-        comes out as U+FFFD. Stop strings are looked for within one call.
+        comes out as U+FFFD. Stop strings are looked for within one call; if the loop is left while text that may
+        become one is held back, the next call begins with that text.
         """
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise no_tokenizer()
         return self._text(tokenizer, self.tokens(max_tokens, ignore_end=ignore_end), stop_strings(stop), final)
 
+    def fork(self, *, seed: int | None = None) -> Stream:
+        """An independent copy that would write the same; with a `seed`, one that draws by other random numbers.
+
+        A copy with a new seed cannot be rolled back to before it was made.
+        """
+        self._check_whole("fork")
+        limit = self._past.limit if self._past else 0
+        config = self.sampler.config if seed is None else dataclasses.replace(self.sampler.config, seed=seed)
+        options: dict[str, Any] = {"tokenizer": self.tokenizer, "chunk": self._chunk, "rollback": limit}
+        copy = Stream(self.model, sampling=config, **options)
+        fresh = copy.sampler.generator
+        copy._return_to(self._moment())
+        if seed is not None:
+            copy.sampler.generator = fresh
+        elif self._past:
+            copy._past = self._past.copy()
+        return copy
+
+    def rollback(self, k: int) -> None:
+        """Take the last k tokens back: the stream is, to the bit, as if they had never been fed or drawn.
+
+        Random numbers, penalty history and incomplete characters go back too; text already handed out does not.
+        `rollback(0)` repairs a stream that was interrupted inside a token.
+
+        Raises ValueError if the stream does not reach back k tokens: `Stream(rollback=n)` keeps the last n revocable.
+        """
+        checks.number("rollback", "k", k, low=0, integer=True)
+        past = self._past
+        if past is None or k > past.reach:
+            why = f"Make it with Stream(model, rollback={max(k, 1)})." if not past or k > past.limit else ""
+            raise fail("rollback", f"{k} tokens asked, {past.reach if past else 0} can be taken back.", why)
+        if not past.parts:
+            return
+        part = past.back(k)
+        self._return_to(part.moment)
+        self._torn = False
+        for event in part.events:
+            self._redo(event)
+
+    def save(self, path: str | Path) -> None:
+        """Write all that decides the stream's future to a file, whole or not at all (a safetensors file, no code).
+
+        Raises OSError if the disk is full or not writable; a file that was there is then untouched.
+        """
+        self._check_whole("save")
+        past = self._past.parts if self._past else []
+        settings: dict[str, Any] = {"chunk": self._chunk, "rollback": self._past.limit if self._past else 0}
+        settings["sampling"] = dataclasses.asdict(self.sampler.config)
+        write(path, self.model, self.tokenizer, Saved(settings, [*past, Part(self._moment())]))
+
+    @classmethod
+    def load(cls, path: str | Path, model: LanguageModel, tokenizer: Tokenizer | None = None) -> Stream:
+        """The stream that `save` wrote; on the same machine it goes on with the same bits, in any process.
+
+        `model`, `tokenizer`: those it was made with. Raises ValueError, saying which, if the file is damaged, newer
+        than this version, or of another model, dtype or tokenizer; TypeError or ValueError as `Stream`.
+        """
+        tokenizer = default_tokenizer(model, tokenizer)
+        saved = read(path, model, tokenizer)
+        settings, (*parts, now) = dict(saved.settings), saved.parts
+        stream = cls(model, tokenizer=tokenizer, sampling=SamplingConfig(**settings.pop("sampling")), **settings)
+        stream._return_to(now.moment)
+        if stream._past:
+            stream._past.parts = parts
+        return stream
+
     def _tokens(self, max_tokens: int | None, end: int | None) -> Iterator[GeneratedToken]:
-        if self.pending is None:
-            self._extend(first_ids(self.tokenizer))
         count = 0
         while max_tokens is None or count < max_tokens:
-            logits = step(self.model, [self.pending], self.state, self.tokenizer)
-            token = self.sampler.draw(logits[0])
-            self.pending = token.id
-            self.length += 1
+            if self.pending is None:
+                self._take(first_ids(self.tokenizer))
+            token = self._draw()
             if token.id == end:
                 return
             yield token
@@ -122,25 +199,99 @@ class Stream:
     def _text(
         self, tokenizer: Tokenizer, tokens: Iterator[GeneratedToken], stops: tuple[str, ...], final: bool
     ) -> Iterator[str]:
-        waiting = StopFilter(stops)
+        waiting = StopFilter(stops, self._held)
         for token in tokens:
-            if piece := waiting.push(self.decoder.push(tokenizer.token_bytes(token.id))):
+            piece = waiting.push(self.decoder.push(tokenizer.token_bytes(token.id)))
+            self._hold(waiting.held)
+            if piece:
                 yield piece
             if waiting.stopped:
                 return
         last = waiting.push(self.decoder.flush()) if final else ""
-        if last := last + waiting.flush():
+        last += waiting.flush()
+        self._hold("")
+        if last:
             yield last
 
-    def _extend(self, ids: list[int]) -> None:
-        """Take in `ids`, which begin with the pending token if there is one; the last becomes pending."""
-        self.length += len(ids) - (self.pending is not None)
-        self.sampler.see(ids if self.pending is None else ids[1:])
-        if len(ids) > 1:
+    # ---- what changes a stream -------------------------------------------------------------------------------------
+
+    def _take(self, ids: list[int]) -> None:
+        """Take in new ids, of which the last becomes pending."""
+        self._check_whole("feed")
+        *ready, last = ids if self.pending is None else [self.pending, *ids]
+        before, after = self.state, self.state
+        if ready:
             with torch.inference_mode():
-                batch = torch.tensor([ids[:-1]], device=device_of(self.model))
-                _, self.state = self.model.extend(batch, self.state, last_only=True)
-        self.pending = ids[-1]
+                batch = torch.tensor([ready], device=device_of(self.model))
+                _, after = self.model.extend(batch, before, last_only=True)  # leaves `before` as it was
+        self._begin(copy=not ready)
+        self._torn = True
+        self._note(Event(ids, tail=self.decoder.pending, held=self._held))
+        self.state, self.pending = after, last
+        self.sampler.see(ids)
+        self.length += len(ids)
+        self._torn = False
+
+    def _draw(self) -> GeneratedToken:
+        """Give the pending token to the model and draw the next."""
+        self._check_whole("generate")
+        self._begin()
+        self._torn = True
+        logits = step(self.model, [self.pending], self.state, self.tokenizer)
+        token = self.sampler.draw(logits[0])
+        self._note(Event([token.id], True, not self.sampler.config.greedy, self.decoder.pending, self._held))
+        self.pending = token.id
+        self.length += 1
+        self._torn = False
+        return token
+
+    def _redo(self, event: Event) -> None:
+        """Let an event happen again, by the same calls of the model."""
+        if event.drawn:
+            self._begin()
+            self._note(event)
+            step(self.model, [self.pending], self.state, self.tokenizer)
+            self.pending = event.ids[0]
+            self.length += 1
+            self.sampler.repeat(event.ids[0], random=event.random)
+        else:
+            self._take(event.ids)
+        self.decoder.wait(event.tail)
+        self._hold(event.held)
+
+    def _begin(self, *, copy: bool = True) -> None:
+        """Before an event: keep a moment if one is due. Without `copy` the state is one that nobody will change."""
+        if self._past and self._past.due:
+            self._past.begin(self._moment(copy=copy))
+
+    def _note(self, event: Event) -> None:
+        if self._past:
+            self._past.note(event)
+
+    def _hold(self, text: str) -> None:
+        self._held = text
+        if self._past:
+            self._past.mark(self.decoder.pending, text)
+
+    def _moment(self, *, copy: bool = True) -> Moment:
+        with torch.inference_mode():
+            kept = state.clone(self.state) if copy else self.state
+        sampler = self.sampler
+        random, history = sampler.generator.get_state(), sampler.history.recall()
+        return Moment(kept, self.pending, self.length, sampler.drawn, random, history, self.decoder.pending, self._held)
+
+    def _return_to(self, moment: Moment) -> None:
+        with torch.inference_mode():
+            self.state = state.clone(moment.state)
+        self.pending, self.length, self._held = moment.pending, moment.length, moment.held
+        self.sampler.restore(moment.drawn, moment.random, moment.history)
+        self.decoder.wait(moment.tail)
+
+    def _check_whole(self, op: str) -> None:
+        if self._torn:
+            problem = "the stream was interrupted inside a token, so its state is neither before nor after it."
+            remedy = "Call rollback(0)." if self._past else "Load a saved one; Stream(rollback=1) could be repaired."
+            raise fail(op, problem, remedy)
 
 
 def generate(
@@ -203,10 +354,10 @@ def _fed(stream: Stream, ids: Iterator[list[int]], out: Iterator[T]) -> Iterator
 # ---- shared with batches ---------------------------------------------------------------------------------------------
 
 
-def step(model: LanguageModel, pending: Sequence[int | None], state: Any, tokenizer: Tokenizer | None) -> Tensor:
-    """Logits (b, v) after `pending`, one id a row; the state advances in place. Ids no tokenizer knows are left out."""
+def step(model: LanguageModel, pending: Sequence[int | None], memory: Any, tokenizer: Tokenizer | None) -> Tensor:
+    """Logits (b, v) after `pending`, one id a row; `memory` advances in place. Ids no tokenizer knows are left out."""
     with torch.inference_mode():
-        logits = model.step_(torch.tensor(pending, device=device_of(model)), state)
+        logits = model.step_(torch.tensor(pending, device=device_of(model)), memory)
         return logits[:, : vocabulary(model, tokenizer)]
 
 

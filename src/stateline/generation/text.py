@@ -22,6 +22,10 @@ class Utf8Decoder:
         """The bytes of an incomplete character (at most three)."""
         return self._decoder.getstate()[0]
 
+    def wait(self, data: bytes) -> None:
+        """Forget what is pending and wait for the rest of `data` instead, the `pending` of another time."""
+        self._decoder.setstate((data, 0))
+
     def push(self, data: bytes) -> str:
         """The text that `data` completes."""
         return self._decoder.decode(data)
@@ -38,29 +42,31 @@ class StopFilter:
 
     Of several stops the first to be completed counts (the longest, if they end together), so that the result does not
     depend on how the text is split. Only what could still become a stop is held back.
+
+    held: the text held back; given at the start, it comes before what is pushed.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], held: str = "") -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self.held = held
         self.stopped = False
 
     def push(self, text: str) -> str:
         """The text that is safe to show after `text`; "" once stopped."""
-        if self.stopped or not self._stops:
-            return "" if self.stopped else text
-        text = self._held + text
+        if self.stopped:
+            return ""
+        text = self.held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
+            self.stopped, self.held = True, ""
             return text[: min(found)[1]]
-        keep = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def flush(self) -> str:
         """The text held back, once no more can come."""
-        text, self._held = self._held, ""
+        text, self.held = self.held, ""
         return text
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from stateline import checks
@@ -15,6 +16,7 @@ from stateline.models.backbone import Backbone, ModelConfig, ModelState, check_i
 from stateline.nn.mixer import Lengths, padding
 
 INTEGERS = (torch.int32, torch.int64)
+Commit = int | Tensor | Callable[[Tensor], int | Tensor]
 
 
 class LanguageModel(nn.Module):
@@ -99,6 +101,32 @@ class LanguageModel(nn.Module):
             return self.token_step(input_ids, state)
         return self._logits(self.backbone.step_(input_ids, state))
 
+    @torch.no_grad()
+    def step_many(self, input_ids: Tensor, state: ModelState, commit: Commit) -> Tensor:
+        """Logits (b, k, v) of k tokens each, input_ids (b, k), after which `state` has advanced in place by fewer.
+
+        Args:
+            commit: how many of the k tokens the state takes in: 0 to k, for all rows or (b) one number a row; or a
+                function of the logits that says so, to keep of a guess what the model agrees with.
+
+        For forced tokens, speculation and looking ahead: the logits are those of `extend` with the k tokens, the state
+        is, to the bit, that of `extend` with the tokens committed (`lengths` where rows differ). Unless all k are, the
+        committed ones are read a second time, for a state of constant size keeps no trace of the tokens between.
+        No gradient. Raises ValueError or TypeError for counts outside 0 to k; then the state is unchanged.
+        """
+        logits, after = self.extend(input_ids, state)
+        b, k = input_ids.shape
+        counts = _counts(commit(logits) if callable(commit) else commit, b, k)
+        longest = max(counts, default=0)
+        if longest == 0:
+            return logits
+        if min(counts) < k:
+            lengths = None if min(counts) == longest else torch.tensor(counts, device=input_ids.device)
+            _, after = self.extend(input_ids[:, :longest], state, lengths=lengths, last_only=True)
+        for old, new in zip(pytree.tree_leaves(state), pytree.tree_leaves(after), strict=True):
+            old.copy_(new)
+        return logits
+
     def loss(
         self,
         input_ids: Tensor,
@@ -153,6 +181,20 @@ class LanguageModel(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         """(…, d_model) -> (…, v); rows that only pad the matrix are left out."""
         return self.lm_head(x)[..., : self.config.vocab_size]
+
+
+def _counts(commit: int | Tensor, b: int, k: int) -> list[int]:
+    """One number from 0 to k for each of b rows. Raises ValueError or TypeError for others."""
+    if isinstance(commit, Tensor):
+        checks.dtype("step_many", "commit", commit, INTEGERS, "It counts tokens.")
+        if commit.shape not in ((), (b,)):
+            raise checks.fail("step_many", f"commit has shape {tuple(commit.shape)}, expected (b,) with b = {b}.")
+        counts = commit.expand(b).tolist()
+    else:
+        counts = [commit] * b
+    for count in counts:
+        checks.number("step_many", "commit", count, low=0, high=k, integer=True)
+    return counts
 
 
 def _last(x: Tensor, lengths: Lengths | None, cu_seqlens: Tensor | None) -> Tensor:

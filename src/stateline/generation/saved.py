@@ -1,0 +1,129 @@
+"""The file of a stream: a safetensors file with its moments as tensors and the rest as JSON, under one checksum."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import stateline
+from stateline import state
+from stateline.checks import fail
+from stateline.generation.past import Event, Moment, Part
+from stateline.generation.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from stateline.models import LanguageModel
+
+FORMAT = "stateline-stream"
+VERSION = 1
+#: A text whose ids tell tokenizers apart that know the same tokens but merge them differently.
+PROBE = "The theory of naïve thermodynamics, 1234567 €, isn't   \n\tfinished; def f(x): return x**2 😀"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A stream as a file keeps it: its settings, its past, and its present as the last part, without events."""
+
+    settings: dict[str, Any]
+    parts: list[Part]
+
+
+def write(path: str | Path, model: LanguageModel, tokenizer: Tokenizer | None, saved: Saved) -> None:
+    """Write the file, whole or not at all. Raises as `state.write`."""
+    tensors: dict[str, Tensor] = {}
+    parts = []
+    for i, part in enumerate(saved.parts):
+        moment = {field.name: getattr(part.moment, field.name) for field in dataclasses.fields(Moment)}
+        for name, x in state.named(moment.pop("state")).items():
+            tensors[f"{i:03d}/state/{name}"] = x
+        tensors[f"{i:03d}/random"] = moment.pop("random")
+        tensors[f"{i:03d}/history"] = torch.tensor(moment.pop("history"), dtype=torch.int64)
+        events = [dataclasses.asdict(event) for event in part.events]
+        parts.append({"moment": _plain(moment), "events": [_plain(event) for event in events]})
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "package": stateline.__version__,
+        "model": state.fingerprint(model),
+        "dtype": _dtype(model),
+        "tokenizer": fingerprint(tokenizer),
+        "stream": json.dumps({"settings": saved.settings, "parts": parts}),
+    }
+    state.write("Stream.save", path, tensors, {**metadata, "checksum": _checksum(tensors, metadata)})
+
+
+def read(path: str | Path, model: LanguageModel, tokenizer: Tokenizer | None) -> Saved:
+    """What `write` wrote. Raises ValueError for a damaged, newer or foreign file, saying which."""
+    op = "Stream.load"
+    tensors, metadata = state.read(op, path)
+    if metadata.get("format") != FORMAT:
+        remedy = "state.load reads states, stateline.load models." if metadata else "Was it written by Stream.save?"
+        raise fail(op, f"{path} is not a saved stream.", remedy)
+    made = f"was written by stateline {metadata.get('package')}"
+    if metadata.get("version") != str(VERSION):
+        known = f"in format {metadata.get('version')}; this is {stateline.__version__}, which reads format {VERSION}."
+        raise fail(op, f"{path} {made} {known}", "Update stateline.")
+    if metadata.pop("checksum", None) != _checksum(tensors, metadata):
+        raise fail(op, f"{path} is damaged: its contents do not match its checksum.", "Take an earlier copy.")
+    if metadata["model"] != state.fingerprint(model):
+        raise fail(op, f"{path} was made by another model or other weights.", "Load the model that made it.")
+    if metadata["dtype"] != _dtype(model):
+        raise fail(op, f"{path} was made in {metadata['dtype']}, the model is in {_dtype(model)}.", "Convert it.")
+    if metadata["tokenizer"] != fingerprint(tokenizer):
+        raise fail(op, f"{path} was made with another tokenizer.", "Pass the one that it was made with.")
+    record = json.loads(metadata["stream"])
+    return Saved(record["settings"], [_part(path, model, tensors, i, part) for i, part in enumerate(record["parts"])])
+
+
+def fingerprint(tokenizer: Tokenizer | None) -> str:
+    """A digest of the bytes behind every id, the special ids, and how a sample text is cut; "ids" for none."""
+    if tokenizer is None:
+        return "ids"
+    digest = hashlib.sha256()
+    special = (tokenizer.vocab_size, tokenizer.start, tokenizer.end, tuple(tokenizer.prefix))
+    digest.update(repr((special, list(tokenizer.encode(PROBE)))).encode())
+    for token in range(tokenizer.vocab_size):
+        piece = tokenizer.token_bytes(token)
+        digest.update(len(piece).to_bytes(4, "little") + piece)
+    return digest.hexdigest()
+
+
+def _part(
+    path: str | Path, model: LanguageModel, tensors: Mapping[str, Tensor], i: int, record: dict[str, Any]
+) -> Part:
+    values = record["moment"]
+    start = f"{i:03d}/state/"
+    leaves = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
+    moment = Moment(
+        **{**values, "tail": bytes.fromhex(values["tail"])},
+        state=state.assemble("Stream.load", path, leaves, model),
+        random=tensors[f"{i:03d}/random"],
+        history=tensors[f"{i:03d}/history"].tolist(),
+    )
+    return Part(moment, [Event(**{**event, "tail": bytes.fromhex(event["tail"])}) for event in record["events"]])
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Bytes as hexadecimal digits, for JSON."""
+    return {name: x.hex() if isinstance(x, bytes) else x for name, x in values.items()}
+
+
+def _dtype(model: LanguageModel) -> str:
+    return ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in model.parameters()}))
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        values = x.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
