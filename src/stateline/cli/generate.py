@@ -16,10 +16,13 @@ from stateline.cli.parser import Parser, UsageError, add_model_options, director
 
 if TYPE_CHECKING:
     from stateline.generation import SamplingConfig, Stream
+    from stateline.training.signals import StopSignals
 
 MAX_TOKENS = 256
 #: Livelier than greedy, safer than the model's own distribution: the usual choice of text generators.
 TEMPERATURE = 0.8
+#: Fields of SamplingConfig that are flags.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_window", "seed")
 
 DESCRIPTION = "Continue a prompt with a model's text, streamed to the terminal."
 EPILOG = """\
@@ -30,10 +33,17 @@ examples:
   stateline generate --prompt-file book.txt --max-tokens 100     a prompt of any size, in constant memory
   cat notes.txt | stateline generate --prompt-file -
   stateline generate "We" --endless | head -c 1000000            as long as you let it
+  stateline generate "We" --endless --save-stream day.stream     until Ctrl-C, which saves
+  stateline generate --load-stream day.stream --save-stream day.stream --endless     go on, byte for byte
+  stateline generate "But now" --load-stream day.stream          go on from another text
   stateline generate --batch "One" "Two" "Three"                 one JSON object a line
   stateline generate --batch --prompt-file prompts.txt           one prompt a line
 
 An empty prompt starts from a newline. The same --seed gives the same text.
+
+With --save-stream the text is not at its end: characters and stop strings that are cut short wait in the file, and no
+newline is added unless to a terminal, so that the outputs put together are what one run would have written. A loaded
+stream keeps its own sampling, random numbers included: a flag that asks for another is refused.
 """
 
 
@@ -53,6 +63,9 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     either.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"(default: {MAX_TOKENS})")
     either.add_argument("--endless", action="store_true", help="go on until interrupted, past any end of text")
     length.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    kept = parser.add_argument_group("days on end")
+    kept.add_argument("--save-stream", metavar="FILE", help="keep the stream when the text ends, Ctrl-C included")
+    kept.add_argument("--load-stream", metavar="FILE", help="go on with a kept stream; a prompt is fed to it first")
     _add_sampling(parser)
     add_model_options(parser)
 
@@ -60,21 +73,15 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which tokens")
     heat = group.add_mutually_exclusive_group()
-    heat.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=f"(default: {TEMPERATURE})")
-    heat.add_argument("--greedy", action="store_true", help="always the most likely token")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="from the K most likely only")
-    group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="from the fewest that hold this probability"
+    heat.add_argument("--temperature", type=float, metavar="T", help=f"(default: {TEMPERATURE})")
+    heat.add_argument(
+        "--greedy", dest="temperature", action="store_const", const=0.0, help="always the most likely token"
     )
-    group.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="at least P times as likely as the likeliest"
-    )
-    group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids recent tokens"
-    )
-    group.add_argument(
-        "--repetition-window", type=int, default=64, metavar="N", help="recent means the last N (default: 64)"
-    )
+    group.add_argument("--top-k", type=int, metavar="K", help="from the K most likely only")
+    group.add_argument("--top-p", type=float, metavar="P", help="from the fewest that hold this probability")
+    group.add_argument("--min-p", type=float, metavar="P", help="at least P times as likely as the likeliest")
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 avoids recent tokens")
+    group.add_argument("--repetition-window", type=int, metavar="N", help="recent means the last N (default: 64)")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
 
 
@@ -91,44 +98,99 @@ def run(options: argparse.Namespace) -> int:
     return _batch(options, sampling) if options.batch else _single(options, sampling)
 
 
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling settings that the command line names."""
+    return {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+
+
 def _sampling(options: argparse.Namespace) -> SamplingConfig:
     from stateline.generation import SamplingConfig
 
-    return SamplingConfig(
-        temperature=0.0 if options.greedy else options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        repetition_window=options.repetition_window,
-        seed=options.seed,
-    )
+    return SamplingConfig(**{"temperature": TEMPERATURE, **_asked(options)})
 
 
 def _single(options: argparse.Namespace, sampling: SamplingConfig) -> int:
-    from stateline.generation import Stream, load_tokenizer
+    from stateline.training.signals import StopSignals
 
     prompt = _prompt(options)
+    _check_target(options.save_stream)
+    stream = _open(options, sampling)
+    if options.save_stream is None:
+        _write(stream, prompt, options, StopSignals())  # not entered: Ctrl-C ends at once
+        return 0
+    with StopSignals() as stop:
+        try:
+            left = _write(stream, prompt, options, stop)
+        except BrokenPipeError:
+            stream.save(options.save_stream)
+            raise
+        stream.save(options.save_stream)
+    if stop:
+        raise KeyboardInterrupt(f"{left}go on with --load-stream {options.save_stream}")
+    return 0
+
+
+def _open(options: argparse.Namespace, sampling: SamplingConfig) -> Stream:
+    """A new stream, or the one to go on with, which must be sampled as asked."""
+    from stateline.generation import Stream, load_tokenizer
+
+    path = None if options.load_stream is None else _existing(options.load_stream)
     model = load_model(options)
     tokenizer = load_tokenizer(directory_of(options.model), model.config.vocab_size)
-    stream = Stream(model, sampling=sampling, tokenizer=tokenizer)
-    started = time.perf_counter()
-    stream.feed(prompt)
-    read, read_at = stream.length, time.perf_counter()
+    if path is None:
+        return Stream(model, sampling=sampling, tokenizer=tokenizer)
+    stream = Stream.load(path, model, tokenizer)
+    for name, value in _asked(options).items():
+        own = getattr(stream.sampler.config, name)
+        if own != value:
+            flag = name.replace("_", "-")
+            raise UsageError(f"the stream in {path} was begun with {flag} {own}, not {value}; it keeps its sampling")
+    return stream
+
+
+def _write(stream: Stream, prompt: Any, options: argparse.Namespace, stop: StopSignals) -> str:
+    """Feed the prompt and write the text, until `stop`; what a stop left unread is returned as a remark."""
+    started, before = time.perf_counter(), stream.length
+    pieces = stream.read(prompt)
+    while not stop and (ids := next(pieces, None)):
+        stream.feed_pieces([ids])
+    read, read_at, drawn = stream.length - before, time.perf_counter(), stream.sampler.drawn
+    if stop:
+        return f"stopped after {read:,} tokens of the prompt, the rest is yours to give; "
     if options.echo:
         _show(prompt.decode("utf-8", "replace"))
     length = None if options.endless else options.max_tokens
+    ends = options.save_stream is None or sys.stdout.isatty()
+    final = options.save_stream is None
     try:
-        for piece in stream.text(length, stop=options.stop, ignore_end=options.endless, final=True):
+        for piece in stream.text(length, stop=options.stop, ignore_end=options.endless, final=final):
             _show(piece)
-        _show("\n")
+            if stop:
+                break
+        _show("\n" if ends else "")
     except (KeyboardInterrupt, ValueError):  # an interrupted text still ends its line, before any complaint
         _show("\n")
         raise
     finally:
         if options.stats:
-            _report(stream, (read, read_at - started), time.perf_counter() - read_at)
-    return 0
+            made = stream.sampler.drawn - drawn
+            _report(stream, (read, read_at - started), (made, time.perf_counter() - read_at))
+    return ""
+
+
+def _check_target(name: str | None) -> None:
+    """Complain before any work about a place that a stream cannot be saved in, and about files that are no streams."""
+    from stateline.generation.saved import is_stream
+
+    if name is None:
+        return
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise UsageError(f"--save-stream {name}: there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--save-stream {name}: nothing can be written in {path.parent}")
+    if path.is_dir() or (path.exists() and not is_stream(path)):
+        raise UsageError(f"--save-stream {name} exists and is no saved stream; it is not replaced")
 
 
 def _prompt(options: argparse.Namespace) -> Any:
@@ -146,8 +208,9 @@ def _prompt(options: argparse.Namespace) -> Any:
 def _batch(options: argparse.Namespace, sampling: SamplingConfig) -> int:
     from stateline.generation import generate_batch, load_tokenizer
 
-    if options.endless:
-        raise UsageError("--endless goes with one prompt, not with --batch")
+    for flag in ("endless", "save_stream", "load_stream"):
+        if getattr(options, flag):
+            raise UsageError(f"--{flag.replace('_', '-')} goes with one prompt, not with --batch")
     prompts = _prompts(options)
     model = load_model(options)
     tokenizer = load_tokenizer(directory_of(options.model), model.config.vocab_size)
@@ -216,11 +279,11 @@ def _show(text: str) -> None:
     sys.stdout.flush()
 
 
-def _report(stream: Stream, prompt: tuple[int, float], took: float) -> None:
+def _report(stream: Stream, prompt: tuple[int, float], text: tuple[int, float]) -> None:
+    """Print how many tokens were read and made, each with its seconds."""
     from stateline import state
 
-    read, reading = prompt
-    made = stream.sampler.drawn
+    (read, reading), (made, took) = prompt, text
     print(
         f"prompt {read:,} tokens in {reading:.2f} s ({read / max(reading, 1e-9):,.0f} tokens/s) · "
         f"generated {made:,} tokens in {took:.2f} s ({made / max(took, 1e-9):,.0f} tokens/s) · "

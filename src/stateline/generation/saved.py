@@ -83,6 +83,16 @@ def read(path: str | Path, model: LanguageModel, tokenizer: Tokenizer | None) ->
     return Saved(record["settings"], [_part(path, model, tensors, i, part) for i, part in enumerate(record["parts"])])
 
 
+def is_stream(path: str | Path) -> bool:
+    """Whether a file is a stream's, of any version. Raises OSError if it cannot be opened."""
+    with Path(path).open("rb"):
+        pass
+    try:
+        return state.read("Stream.load", path)[1].get("format") == FORMAT
+    except ValueError:  # no safetensors file
+        return False
+
+
 def fingerprint(tokenizer: Tokenizer | None) -> str:
     """A digest of the bytes behind every id, the special ids, and how a sample text is cut; "ids" for none."""
     if tokenizer is None:

@@ -114,6 +114,8 @@ class LanguageModel(nn.Module):
         committed ones are read a second time, for a state of constant size keeps no trace of the tokens between.
         No gradient. Raises ValueError or TypeError for counts outside 0 to k; then the state is unchanged.
         """
+        if state is None:
+            raise checks.fail("step_many", "state is None, expected one to advance.", "Make it with init_state.")
         logits, after = self.extend(input_ids, state)
         b, k = input_ids.shape
         counts = _counts(commit(logits) if callable(commit) else commit, b, k)
