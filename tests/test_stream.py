@@ -174,7 +174,7 @@ def test_foreign_files_are_refused_by_name(model: LanguageModel, tmp_path: Path)
     with pytest.raises(ValueError, match="was made with another tokenizer"):
         Stream.load(path, model, foreign)
     state.save(stream.state, tmp_path / "state", model)
-    with pytest.raises(ValueError, match="is not a saved stream. state.load reads states"):
+    with pytest.raises(ValueError, match=r"is not a saved stream\. state.load reads states"):
         Stream.load(tmp_path / "state", model)
     (tmp_path / "text").write_text("no tensors at all")
     for name in ("text", "absent"):
@@ -314,7 +314,7 @@ def test_rollback_again_and_again(model: LanguageModel) -> None:
     stream.rollback(10)
     assert ids(stream, 30) == whole[30:]
     with pytest.raises(
-        ValueError, match=r"rollback: 31 tokens asked, 30 can be taken back. Make it with .*rollback=31"
+        ValueError, match=r"rollback: 31 tokens asked, 30 can be taken back. Make.*rollback=31"
     ):
         stream.rollback(31)
     with pytest.raises(ValueError, match="1 tokens asked, 0 can be taken back"):

@@ -20,7 +20,7 @@ from stateline import checks, state
 from stateline.checks import fail
 from stateline.generation.past import Event, Moment, Part, Past
 from stateline.generation.prompt import REMEDY, Prompt, pieces
-from stateline.generation.sampling import GeneratedToken, Sampler, SamplingConfig
+from stateline.generation.sampling import GeneratedToken, Sampler, SamplingConfig, new_generator
 from stateline.generation.saved import Saved, read, write
 from stateline.generation.text import StopFilter, Utf8Decoder, stop_strings
 from stateline.generation.tokenizer import BYTES, ByteTokenizer, Tokenizer
@@ -129,10 +129,9 @@ class Stream:
         config = self.sampler.config if seed is None else dataclasses.replace(self.sampler.config, seed=seed)
         options: dict[str, Any] = {"tokenizer": self.tokenizer, "chunk": self._chunk, "rollback": limit}
         copy = Stream(self.model, sampling=config, **options)
-        fresh = copy.sampler.generator
         copy._return_to(self._moment())
         if seed is not None:
-            copy.sampler.generator = fresh
+            copy.sampler.generator = new_generator(seed)
         elif self._past:
             copy._past = self._past.copy()
         return copy
