@@ -57,8 +57,9 @@ FLAGS = {
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "generate": [
         "--batch", "--batch-size", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy", "--help",
-        "--max-tokens", "--min-p", "--model", "--prompt-file", "--repetition-penalty", "--repetition-window", "--seed",
-        "--stats", "--stop", "--temperature", "--threads", "--top-k", "--top-p", "-h",
+        "--load-stream", "--max-tokens", "--min-p", "--model", "--prompt-file", "--repetition-penalty",
+        "--repetition-window", "--save-stream", "--seed", "--stats",
+        "--stop", "--temperature", "--threads", "--top-k", "--top-p", "-h",
     ],
     "info": ["--debug", "--help", "--json", "-h"],
 }  # fmt: skip

@@ -69,34 +69,39 @@ import sys, torch
 torch.set_num_threads(1)
 import stateline
 from stateline.generation import Stream
-stream = Stream.load(sys.argv[1], stateline.load(sys.argv[2]))
-if sys.argv[3]:
-    stream.feed(sys.argv[3])
-sys.stdout.buffer.write("".join(stream.text(40)).encode())
-print(repr([t for t in stream.tokens(5)]), stream.length, stream.sampler.drawn)
+model = stateline.load(sys.argv[1])
+for path, more in zip(sys.argv[2::2], sys.argv[3::2]):
+    stream = Stream.load(path, model)
+    if more:
+        stream.feed(more)
+    said = "".join(stream.text(40))
+    stream.rollback(11)
+    print(repr((said, list(stream.tokens(5)), stream.length, stream.sampler.drawn)))
 """
 
 
-@pytest.mark.parametrize(("more", "before"), [("", 21), (" and then the rest", 0)])
-def test_another_process_continues_to_the_bit(model: LanguageModel, tmp_path: Path, more: str, before: int) -> None:
-    """In the middle of a text (and of a character, see below) or of a prompt that is fed in parts."""
+def test_another_process_continues_to_the_bit(model: LanguageModel, tmp_path: Path) -> None:
+    """In the middle of a text, of a prompt that is fed in parts, of a character."""
     stateline.save(model, tmp_path / "model")
-    stream = Stream(model, sampling=SAMPLING, rollback=20)
-    stream.feed("The first part")
-    said = "".join(stream.text(before))
-    stream.save(tmp_path / "stream")
-    out = subprocess.run(
-        [sys.executable, "-c", CONTINUE, str(tmp_path / "stream"), str(tmp_path / "model"), more],
-        capture_output=True,
-        check=True,
-        timeout=120,
-    ).stdout
-    if more:
-        stream.feed(more)
-    rest = "".join(stream.text(40))
-    assert out.startswith(rest.encode())
-    assert out[len(rest.encode()) :].decode() == f"{list(stream.tokens(5))!r} {stream.length} {stream.sampler.drawn}\n"
-    assert len(set(said + rest)) > 10  # a text that depends on little shows little
+    expected, arguments = [], [str(tmp_path / "model")]
+    for i, (begin, before, more) in enumerate([("The first", 21, ""), ("In two", 0, " parts"), ("né", 1, b"\xf0\x9f")]):
+        stream = Stream(model, sampling=SAMPLING, rollback=20)
+        stream.feed(begin)
+        "".join(stream.text(before))
+        if i == 2:
+            stream.feed(more)
+            stream.decoder.push(b"\xf0\x9f")
+        stream.save(tmp_path / str(i))
+        if i == 1:
+            stream.feed(more)
+        said = "".join(stream.text(40))
+        stream.rollback(11)
+        expected.append(repr((said, list(stream.tokens(5)), stream.length, stream.sampler.drawn)))
+        arguments += [str(tmp_path / str(i)), str(more) if i == 1 else ""]
+    command = [sys.executable, "-c", CONTINUE, *arguments]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert out.splitlines() == expected
+    assert len(set(expected[0])) > 10  # a text that depends on little shows little
 
 
 def test_a_file_keeps_everything(model: LanguageModel, tmp_path: Path) -> None:
@@ -168,9 +173,8 @@ def test_foreign_files_are_refused_by_name(model: LanguageModel, tmp_path: Path)
     with pytest.raises(ValueError, match="was made in float32, the model is in float64"):
         Stream.load(path, make().double())
     foreign: Any = SimpleNamespace(
-        vocab_size=256, start=10, end=None, prefix=(), encode=list, token_bytes=lambda i: bytes([255 - i])
+        vocab_size=256, start=10, end=None, prefix=(), encode=str.encode, token_bytes=lambda i: bytes([255 - i])
     )
-    foreign.encode = lambda text: list(text.encode())
     with pytest.raises(ValueError, match="was made with another tokenizer"):
         Stream.load(path, model, foreign)
     state.save(stream.state, tmp_path / "state", model)
@@ -262,8 +266,8 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(ACTIONS, min_size=1, max_size=7), st.integers(1, 40), st.data())
+@settings(max_examples=20, deadline=None)
+@given(st.lists(ACTIONS, min_size=1, max_size=5), st.integers(1, 40), st.data())
 def test_rolled_back_is_never_happened(actions: list[tuple[str, Any]], limit: int, data: st.DataObject) -> None:
     """Against a stream that stopped where the other went back to, whatever led there."""
     model = MODEL
@@ -313,9 +317,7 @@ def test_rollback_again_and_again(model: LanguageModel) -> None:
     stream.rollback(10)
     stream.rollback(10)
     assert ids(stream, 30) == whole[30:]
-    with pytest.raises(
-        ValueError, match=r"rollback: 31 tokens asked, 30 can be taken back. Make.*rollback=31"
-    ):
+    with pytest.raises(ValueError, match=r"rollback: 31 tokens asked, 30 can be taken back. Make.*rollback=31"):
         stream.rollback(31)
     with pytest.raises(ValueError, match="1 tokens asked, 0 can be taken back"):
         Stream(model).rollback(1)
@@ -329,7 +331,7 @@ def test_rollback_again_and_again(model: LanguageModel) -> None:
 def test_the_way_back_is_bounded(model: LanguageModel, limit: int) -> None:
     stream = Stream(model, sampling=SAMPLING, rollback=limit, chunk=64)
     most = 0
-    for _ in range(12):
+    for _ in range(3):
         stream.feed("x" * 150)
         for _ in itertools.islice(stream.tokens(None), 60):
             assert stream._past is not None

@@ -73,10 +73,10 @@ def read(path: str | Path, model: LanguageModel, tokenizer: Tokenizer | None) ->
         raise fail(op, f"{path} {made} {known}", "Update stateline.")
     if metadata.pop("checksum", None) != _checksum(tensors, metadata):
         raise fail(op, f"{path} is damaged: its contents do not match its checksum.", "Take an earlier copy.")
+    if metadata["dtype"] != _dtype(model):
+        raise fail(op, f"{path} was made in {metadata['dtype']}, the model is in {_dtype(model)}.", "Load it so.")
     if metadata["model"] != state.fingerprint(model):
         raise fail(op, f"{path} was made by another model or other weights.", "Load the model that made it.")
-    if metadata["dtype"] != _dtype(model):
-        raise fail(op, f"{path} was made in {metadata['dtype']}, the model is in {_dtype(model)}.", "Convert it.")
     if metadata["tokenizer"] != fingerprint(tokenizer):
         raise fail(op, f"{path} was made with another tokenizer.", "Pass the one that it was made with.")
     record = json.loads(metadata["stream"])
