@@ -270,11 +270,13 @@ def _nucleus(scores: Singles, weights: Floats, top_p: float) -> Ids:
     level = (depth * (LEVELS / max(float(depth.max()), 1e-30))).astype(np.int64)
     mass = np.bincount(level, weights[likely]).cumsum()
     last = min(int(np.searchsorted(mass, top_p * total)), mass.size - 1)
-    edge = likely[level == last]
-    edge = edge[np.argsort(-weights[edge], kind="stable")]
+    edge = np.flatnonzero(level == last)
+    edge = edge[np.argsort(-weights[likely[edge]], kind="stable")]
     before = mass[last - 1] if last else 0.0
-    count = 1 + int(np.searchsorted(before + weights[edge].cumsum(), top_p * total))
-    return np.sort(np.concatenate([likely[level < last], edge[:count]]))
+    count = 1 + int(np.searchsorted(before + weights[likely[edge]].cumsum(), top_p * total))
+    kept = level < last
+    kept[edge[:count]] = True
+    return likely[kept]
 
 
 def _draw(weights: Floats, generator: torch.Generator) -> int:
