@@ -6,12 +6,16 @@ import argparse
 
 from stateline.cli.parser import Parser, new_parser
 
-DESCRIPTION = "Train a byte-level Mamba language model on a text file or a folder of them."
+DESCRIPTION = """\
+Train a Mamba language model on your text: files, folders or JSON lines, plain or compressed, as bytes or through a
+tokenizer. Ctrl-C saves and stops; --resume goes on with the same bits."""
 EPILOG = """\
 examples:
   stateline train book.txt                                  checkpoints and samples go to runs/book
   stateline train letters/ --out runs/letters --steps 2000  a folder; Ctrl-C saves and stops
   stateline train letters/ --out runs/letters --resume      go on from the last checkpoint
+  stateline train big.jsonl.zst --tokenizer bpe:8192        learns a tokenizer and prepares the data by itself
+  stateline train corpus-tokens --out runs/corpus           on what stateline tokenize made
   stateline generate "Dear" --model runs/letters            let it write
 """
 

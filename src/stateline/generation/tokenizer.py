@@ -91,6 +91,8 @@ class JsonTokenizer:
             self._library = Library.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for anything wrong with the file
             raise fail("tokenizer", f"{path} cannot be read: {error}.") from error
+        self._library.no_truncation()  # some files carry what suited one use: a text is never cut or filled up
+        self._library.no_padding()
         self.vocab_size: int = self._library.get_vocab_size(with_added_tokens=True)
         self._special = dict(self._library.get_added_tokens_decoder())
         self._byte_level = self._reads_bytes(path)
@@ -103,6 +105,19 @@ class JsonTokenizer:
         """Ids of a text, without special ones; bytes are read as UTF-8."""
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
         return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of many texts at once, on all cores; a special token that a text spells out is ordinary text there."""
+        self._library.encode_special_tokens = True
+        try:
+            encoded = self._library.encode_batch(texts, add_special_tokens=False)
+        finally:
+            self._library.encode_special_tokens = False
+        return [row.ids for row in encoded]
+
+    def token(self, token: int) -> str:
+        """How the vocabulary writes an id."""
+        return str(self._library.id_to_token(token))
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one id; b"" for special ids and for ids that the vocabulary leaves unused."""
@@ -156,11 +171,17 @@ def load_tokenizer(directory: str | Path | None, vocab_size: int) -> Tokenizer:
             f"the model has {vocab_size} ids and {where}.",
             "Put the tokenizer.json it was trained with next to its weights, or pass ids and take generate_tokens.",
         )
-    tokenizer = JsonTokenizer(path, start=_special(path.parent, "bos"), end=_special(path.parent, "eos"))
+    tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
         problem = f"{path} has {tokenizer.vocab_size} ids, the model {vocab_size}."
         raise fail("tokenizer", problem, "They do not belong together.")
     return tokenizer
+
+
+def read_tokenizer(path: Path, *, end: str | None = None) -> JsonTokenizer:
+    """A tokenizer.json with the special ids that files beside it name; `end`: the end of text if they name none."""
+    special = _special(path.parent, "eos")
+    return JsonTokenizer(path, start=_special(path.parent, "bos"), end=end if special is None else special)
 
 
 def _special(directory: Path, name: str) -> str | int | None:

@@ -1,4 +1,4 @@
-"""Training byte-level language models: data, the loop, and checkpoints that survive anything.
+"""Training language models: data, the loop, and checkpoints that survive anything.
 
 >>> from stateline.training import TrainConfig, train
 >>> config = TrainConfig.of(path="book.txt", out="runs/book", size="tiny", steps=200)

@@ -49,8 +49,8 @@ class DataConfig:
 
     path: str = setting(
         "",
-        "text to learn: a file, or a folder searched for --pattern, in sorted order; read as bytes, files joined with "
-        "a newline where they lack one",
+        "text to learn: a .txt or .jsonl file, plain or compressed (.gz, .zst), a folder searched for --pattern, in "
+        "sorted order, or what stateline tokenize made",
         positional=True,
         resume="free",  # the text may have moved; its contents are compared instead
     )
@@ -62,7 +62,8 @@ class DataConfig:
     )
     val_fraction: float = setting(
         0.05,
-        "share of PATH's tail kept for validation, at most 256 KiB, cut at the next blank line, line or character",
+        "share of PATH's tail kept for validation, at most 256 KiB, cut at the next blank line, line or character "
+        "(with a tokenizer: at the next document or token)",
         above=0,
         high=0.5,
     )
@@ -70,7 +71,29 @@ class DataConfig:
         "*.txt", "which files of a folder to read, for example '*.md' or '*'", resume="free", metavar="GLOB"
     )
     force_binary: bool = setting(False, "read files even if they are not UTF-8 text", resume="free")
-    context: int = setting(256, "window length in bytes: how far gradients flow, starting from an empty state", low=1)
+    tokenizer: str | None = setting(
+        None,
+        "bytes, a tokenizer.json, or bpe:N, which learns N ids from PATH (default: that of --init-from or of a "
+        "prepared data set, else bytes)",
+        resume="free",  # a resumed run has its own; the data set is compared instead
+        metavar="NAME",
+    )
+    text_field: str = setting("text", "which field of JSON lines holds the text", resume="free", metavar="NAME")
+    document_separator: str | None = setting(
+        None, r"what stands between documents of a text file, e.g. '\n\n\n'; left out", resume="free", metavar="TEXT"
+    )
+    cache: str | None = setting(
+        None, "where prepared data sets are kept, for several runs (default: the run's folder)",
+        resume="free", metavar="DIR",
+    )  # fmt: skip
+    packing: str = setting(
+        "stream",
+        "stream: windows run over the joined text; documents: nothing flows from one document into the next",
+        choices=("stream", "documents"),
+    )
+    context: int = setting(
+        256, "window length in tokens, bytes without a tokenizer: how far gradients flow, from an empty state", low=1
+    )
     batch_size: int = setting(8, "windows in one forward pass", low=1)
     accumulate: int = setting(1, "forward passes whose gradients one step adds up (a batch too big for memory)", low=1)
 

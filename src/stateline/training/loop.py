@@ -1,4 +1,4 @@
-"""The training loop: AdamW on next-byte prediction, resumable bit for bit at any step boundary."""
+"""The training loop: AdamW on next-token prediction, resumable bit for bit at any step boundary."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from stateline.training.resume import Position, TrainingError
 from stateline.training.sample import default_prompt, printable, sample_text
 from stateline.training.schedule import Schedule, make_schedule
 from stateline.training.signals import Interrupted, StopSignals
-
-VOCABULARY = 256  # bytes
+from stateline.training.text import TokenText
+from stateline.training.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig, *, model: LanguageModel | None = None) -> TrainResult:
-    """Train a byte-level language model; the best one is at `result.directory / "model"`, readable by `stateline.load`.
+    """Train a language model on text; the best one is at `result.directory / "model"`, readable by `stateline.load`.
 
     `model` gives the starting weights instead of `config.save.init_from`; it is trained in place. Everything is checked
     before anything is written. Raises ValueError for settings or text that cannot work, TrainingError if the loss stops
@@ -49,10 +49,13 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None) -> TrainRe
     """
     device = _device(config.device)
     if config.data.path:  # the run must be resumable from any folder
-        places = {k: str(Path(v).resolve()) for k, v in (("path", config.data.path), ("val", config.data.val)) if v}
-        config = config.replace(**places)
-    data = load_data(config.data)
-    windows = Windows(data.train, config.data.context, config.seed)
+        config = config.replace(**_places(config))
+    _refuse_occupied(config)
+    source = _source(config)
+    data = load_data(
+        config.data, home=config.directory, model=source, resumed=config.save.resume, progress=config.report.progress
+    )
+    windows = Windows(data.train, config.data.context, config.seed, apart=config.data.packing == "documents")
     schedule = make_schedule(config, windows.per_epoch)
     start = _start(config, data)
     if model is not None and (start or config.save.init_from):
@@ -63,11 +66,11 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None) -> TrainRe
     cuda = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(config.seed)
-        model = (model or _model(config, start)).to(device)
-        _check_vocabulary(model)
+        model = (model or _model(config, start, data.vocabulary)).to(device)
+        _check_vocabulary(model, data.vocabulary)
         with resume.locked(config.directory):
             if config.save.overwrite:
-                resume.remove_run(config.directory)
+                resume.remove_run(config.directory, keep_prepared=data.lies_in(config.directory))
             resume.clean(config.directory)
             share = schedule.progress(start.position.step, start.position.elapsed) if start else 0.0
             with StopSignals() as stop, Reporter(config.report.progress, share) as reporter:
@@ -122,6 +125,7 @@ class _Run:
             self.log.rewind(start.position.step)
         self.session = time.perf_counter() - self.position.elapsed
         with resume.saving(self.root, "the settings"):
+            self.data.vocabulary.save(self.root)
             resume.write_atomically(self.root / SETTINGS_FILE, self.config.to_json())
         self._announce(start)
 
@@ -136,25 +140,27 @@ class _Run:
         if position.best_step != position.step:
             model = checkpoint.load(self.root / resume.MODEL, device=self.device)
         best = position.best_bpb
-        if len(whole) > self.config.report.eval_bytes:
-            best = bits_per_byte(model, whole, autocast=self.autocast, stop=lambda: bool(self.stop))
+        if whole.num_bytes > self.config.report.eval_bytes:
+            best = self._score(model, whole)
             self._leave_if_asked()
         assert best is not None
         model.eval()
-        judged = f"{best:.3f} bits per byte on {quantity(len(whole))} validation bytes"
+        judged = f"{best:.3f} bits per byte on {quantity(whole.num_bytes)} validation bytes"
         self.reporter.say(f"Best: {judged} (step {position.best_step})")
         self.reporter.say(f"Saved in {self.root}. Try: stateline generate --model {shlex.quote(str(self.root))} 'Once'")
         return TrainResult(model, best, self.root, position.step, self._tokens(), position.elapsed)
 
     def _step(self) -> None:
-        """One optimiser step over `accumulate` batches of equal size, so that the mean of their losses is exact."""
+        """One optimiser step over `accumulate` batches, weighted by their targets, so that the mean loss is exact."""
         data, position, begun = self.config.data, self.position, time.perf_counter()
         rate = self.schedule.learning_rate(position.step, position.elapsed)
         loss = torch.zeros((), device=self.device)
-        for part in range(data.accumulate):
-            inputs, targets = self.windows.batch(position.windows + part * data.batch_size, data.batch_size)
+        firsts = (position.windows + part * data.batch_size for part in range(data.accumulate))
+        batches = [self.windows.fetch(first, data.batch_size) for first in firsts]
+        total = max(1, sum(batch.count for batch in batches))
+        for batch in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast is not None):
-                share = self.model.loss(inputs.to(self.device), targets.to(self.device)) / data.accumulate
+                share = batch.loss(self.model, self.device) / (total / max(1, batch.count))
             share.backward()
             loss += share.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf)
@@ -170,9 +176,11 @@ class _Run:
         now = time.perf_counter()
         position.elapsed = now - self.session
         speed = data.batch_size * data.accumulate * data.context / (now - begun)
-        self.meter.update(nats / math.log(2), speed)
+        wide = sum(self.data.train.count(batch.targets) for batch in batches)
+        bits = nats / math.log(2) * (total / max(1, wide))  # a byte; exactly that of a token where tokens are bytes
+        self.meter.update(bits, speed)
         if position.step % self.config.report.log_every == 0:
-            self._record(bpb=nats / math.log(2), lr=rate, grad_norm=norm_value, tokens_per_s=speed)
+            self._record(bpb=bits, lr=rate, grad_norm=norm_value, tokens_per_s=speed)
         self.reporter.show(self.meter, self._label(), self.schedule.progress(position.step, position.elapsed))
 
     def _boundary(self) -> bool:
@@ -191,8 +199,7 @@ class _Run:
         return done
 
     def _evaluate(self) -> None:
-        text = self.data.val.section(0, min(len(self.data.val), self.config.report.eval_bytes))
-        bits = bits_per_byte(self.model, text, autocast=self.autocast, stop=lambda: bool(self.stop))
+        bits = self._score(self.model, self.data.val.head(self.config.report.eval_bytes))
         if bits is None:
             return
         position = self.position
@@ -204,10 +211,16 @@ class _Run:
             self._save_model()
         self._record(val_bpb=bits)
 
+    def _score(self, model: LanguageModel, text: TokenText) -> float | None:
+        return bits_per_byte(
+            model, text, apart=self.windows.apart, autocast=self.autocast, stop=lambda: bool(self.stop)
+        )
+
     def _sample(self) -> None:
-        report = self.config.report
-        prompt = report.sample_prompt or default_prompt(self.data.val)
-        text = sample_text(self.model, prompt, report.sample_bytes, self.config.seed, lambda: bool(self.stop))
+        report, tokenizer = self.config.report, self.data.vocabulary.tokenizer
+        prompt = report.sample_prompt or default_prompt(self.data.val, tokenizer)
+        seed, size = self.config.seed, report.sample_bytes
+        text = sample_text(self.model, prompt, size, seed, lambda: bool(self.stop), tokenizer)
         if self.stop:
             return
         self.position.sampled = self.position.step
@@ -226,7 +239,7 @@ class _Run:
         position = self.position
         about = {"step": position.step, "tokens": self._tokens(), "val_bpb": position.best_bpb}
         with resume.saving(self.root, "the best model"):
-            resume.save_model(self.model, self.root / resume.MODEL, about)
+            resume.save_model(self.model, self.root / resume.MODEL, about, self.root)
 
     def _leave_if_asked(self) -> None:
         if not self.stop:
@@ -264,7 +277,10 @@ class _Run:
         say = self.reporter.say
         parameters = quantity(self.model.num_parameters())
         say(f"Mamba {size}, {parameters} parameters, {self.config.dtype} on {self.device}, writing to {self.root}")
-        say(f"Text: {quantity(len(self.data.train))} bytes to learn, {quantity(len(self.data.val))} to validate")
+        text, vocabulary = self.data.train, self.data.vocabulary
+        tokens = "" if vocabulary.is_bytes else f" ({quantity(len(text))} tokens of {vocabulary.size} ids)"
+        validation = quantity(self.data.val.num_bytes)
+        say(f"Text: {quantity(text.num_bytes)} bytes{tokens} to learn, {validation} to validate")
         length = " or ".join([f"{steps} steps"] * bool(steps) + [clock(seconds or 0)] * bool(seconds))
         passes = f", {steps * per_step / len(self.data.train):.1f} passes over the text" if steps else ""
         say(f"Plan: {length}, {quantity(per_step)} tokens a step{passes}")
@@ -273,19 +289,24 @@ class _Run:
             say(f"Resumed at step {start.position.step} from {start.path}{changed}")
 
 
-def _start(config: TrainConfig, data: TextData) -> _Start | None:
-    """The checkpoint to continue from, if asked; refuses to continue another run, or to disturb one unasked."""
+def _refuse_occupied(config: TrainConfig) -> None:
+    """Refuse to disturb a run unasked; before anything is prepared in its folder."""
     root = config.directory
     if root.exists() and not root.is_dir():
         raise fail("train", f"{root} is a file, expected a folder to write to.", "Choose another --out.")
     last = resume.newest(root)
-    if not config.save.resume:
-        if resume.holds_run(root) and not config.save.overwrite:
-            how = "--resume to continue it" if last else "--out to choose another folder"
-            raise fail("train", f"{root} already holds a run.", f"Use {how}, or --overwrite to delete it and start.")
-        return None
-    if last is None:
+    if config.save.resume and last is None:
         raise fail("train", f"{root} holds no checkpoint to resume from.", "Start the run without --resume.")
+    if resume.holds_run(root) and not (config.save.resume or config.save.overwrite):
+        how = "--resume to continue it" if last else "--out to choose another folder"
+        raise fail("train", f"{root} already holds a run.", f"Use {how}, or --overwrite to delete it and start.")
+
+
+def _start(config: TrainConfig, data: TextData) -> _Start | None:
+    """The checkpoint to continue from, if asked; refuses to continue another run."""
+    last = resume.newest(config.directory)
+    if not config.save.resume or last is None:
+        return None
     position, old, digest = resume.read_about(last)
     wrong = differences(old, config, "fixed")
     if digest != data.digest:
@@ -297,32 +318,58 @@ def _start(config: TrainConfig, data: TextData) -> _Start | None:
     return _Start(last, position, differences(old, config, "free"))
 
 
-def _model(config: TrainConfig, start: _Start | None) -> LanguageModel:
+def _places(config: TrainConfig) -> dict[str, str]:
+    """The settings that name files, as absolute paths."""
+    data = config.data
+    named = {"path": data.path, "val": data.val, "cache": data.cache}
+    if data.tokenizer and data.tokenizer != "bytes" and not data.tokenizer.startswith("bpe:"):
+        named["tokenizer"] = data.tokenizer
+    return {name: str(Path(place).expanduser().resolve()) for name, place in named.items() if place}
+
+
+def _source(config: TrainConfig) -> Path | None:
+    """The folder of the weights that a run starts from: those of the checkpoint it resumes, or of --init-from."""
+    if config.save.resume:
+        last = resume.newest(config.directory)
+        return last / resume.MODEL if last else None
+    if not config.save.init_from:
+        return None
+    source = Path(config.save.init_from)
+    if config.save.init_from == "bundled":
+        return Path(str(files("stateline") / "bundled" / "model"))
+    return source / resume.MODEL if (source / resume.MODEL).is_dir() else source  # a run's folder, or a model's
+
+
+def _model(config: TrainConfig, start: _Start | None, vocabulary: Vocabulary) -> LanguageModel:
     if start:
         return resume.load_model(start.path)
-    if not config.save.init_from:
+    source = _source(config)
+    if source is None:
         shape, (d_model, n_layer) = config.model, config.shape
         return LanguageModel(
             ModelConfig(
                 d_model=d_model,
                 n_layer=n_layer,
-                vocab_size=VOCABULARY,
+                vocab_size=vocabulary.size,
                 d_intermediate=shape.d_intermediate,
                 ssm_cfg={"d_state": shape.d_state, "d_conv": shape.d_conv, "expand": shape.expand},
             )
         )
-    source = Path(config.save.init_from)
-    if config.save.init_from == "bundled":
-        source = Path(str(files("stateline") / "bundled" / "model"))
-    elif (source / resume.MODEL).is_dir():  # a run's folder
-        source = source / resume.MODEL
     return checkpoint.load(source)
 
 
-def _check_vocabulary(model: LanguageModel) -> None:
-    if model.config.vocab_size != VOCABULARY:
-        problem = f"the model's vocabulary has {model.config.vocab_size} entries, training reads bytes ({VOCABULARY})."
-        raise fail("train", problem, "Start from a byte-level model, or from none.")
+def _check_vocabulary(model: LanguageModel, vocabulary: Vocabulary) -> None:
+    """Refuse a model of other ids than the text's, and note which they are."""
+    size, known = model.config.vocab_size, model.metadata.get("tokenizer_sha256", vocabulary.fingerprint)
+    reads = f"bytes ({vocabulary.size})" if vocabulary.is_bytes else str(vocabulary)
+    if size != vocabulary.size if vocabulary.is_bytes else size < vocabulary.size:
+        problem = f"the model's vocabulary has {size} entries, training reads {reads}."
+        raise fail("train", problem, "Start from a model of the same vocabulary, or from none.")
+    if known != vocabulary.fingerprint:
+        problem = f"the model was made for the tokenizer {known[:12]}, training reads {reads}."
+        raise fail("train", problem, "Put that tokenizer.json beside the model, or start from none.")
+    if not vocabulary.is_bytes:
+        model.metadata["tokenizer_sha256"] = vocabulary.fingerprint
 
 
 def _device(name: str) -> torch.device:

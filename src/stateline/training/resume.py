@@ -35,7 +35,11 @@ from stateline.models import LanguageModel, checkpoint
 from stateline.training.config import SETTINGS_FILE, TrainConfig
 
 CHECKPOINTS, MODEL, METRICS, LATEST, LOCK = "checkpoints", "model", "metrics.jsonl", "latest", ".lock"
-_TEMPORARY = ".tmp-"
+#: What a run that does not read bytes keeps beside its settings and its models.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+#: Where a run keeps what it had to prepare of its text.
+PREPARED = "data"
+TEMPORARY = ".tmp-"
 
 
 class TrainingError(RuntimeError):
@@ -73,9 +77,9 @@ def holds_run(root: Path) -> bool:
     return any((root / name).exists() for name in (SETTINGS_FILE, CHECKPOINTS, MODEL, METRICS))
 
 
-def remove_run(root: Path) -> None:
-    """Delete a run's own files and nothing else in its folder."""
-    for name in (CHECKPOINTS, MODEL, METRICS, SETTINGS_FILE):
+def remove_run(root: Path, *, keep_prepared: bool = False) -> None:
+    """Delete a run's own files and nothing else in its folder; `keep_prepared` spares the data prepared there."""
+    for name in (CHECKPOINTS, MODEL, METRICS, SETTINGS_FILE, *TOKENIZER_FILES, *[PREPARED] * (not keep_prepared)):
         path = root / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -97,11 +101,11 @@ def save(
     name = f"step-{position.step:08d}"
     with saving(root, f"checkpoint {name}"):
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{_TEMPORARY}{name}"
+        temporary = folder / f"{TEMPORARY}{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
-            save_model(model, temporary / MODEL, {"step": position.step, "val_bpb": position.val_bpb})
+            save_model(model, temporary / MODEL, {"step": position.step, "val_bpb": position.val_bpb}, root)
             save_file(_optimizer_tensors(model, optimizer) | _random_state(), temporary / "optimizer.safetensors")
             (temporary / "training.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
             _flush_tree(temporary)
@@ -118,8 +122,15 @@ def save(
     return folder / name
 
 
-def save_model(model: LanguageModel, folder: Path, about: dict[str, Any]) -> None:
-    """Write weights in our format, with a word on where they come from; draws no random numbers of the run's."""
+def save_model(model: LanguageModel, folder: Path, about: dict[str, Any], root: Path) -> None:
+    """Write weights in our format, with a word on where they come from, and the tokenizer of the run in `root`.
+
+    Draws no random numbers of the run's.
+    """
+    for name in TOKENIZER_FILES:
+        if (root / name).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / name, (root / name).read_text(encoding="utf-8"))
     with torch.random.fork_rng(devices=[]):
         checkpoint.save(model, folder, metadata=model.metadata | {"training": about})
 
@@ -170,7 +181,7 @@ def saving(root: Path, what: str) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's contents so that a reader, or a crash, sees the old or the new, never a part."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -184,12 +195,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 def clean(root: Path) -> None:
     """Remove what a killed process left half written. Call with the lock held."""
-    for leftover in (root / CHECKPOINTS).glob(f"{_TEMPORARY}*"):
+    for leftover in (root / CHECKPOINTS).glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[None]:
+def locked(root: Path, doing: str = "training into") -> Iterator[None]:
     """Hold a run's folder (made if needed) against a second process; a killed process releases it by dying.
 
     Raises ValueError if another process holds it or the folder cannot be written.
@@ -202,7 +213,7 @@ def locked(root: Path) -> Iterator[None]:
         raise fail("train", f"{root} cannot be written: {error.strerror}.", remedy) from error
     try:
         if not _try_lock(handle):
-            raise fail("train", f"another process is training into {root}.", "Wait for it, or choose another --out.")
+            raise fail("train", f"another process is {doing} {root}.", "Wait for it, or choose another --out.")
         yield
     finally:
         os.close(handle)
@@ -236,7 +247,7 @@ def _steps(folder: Path) -> list[Path]:
 def _move_aside(path: Path) -> None:
     """Take a folder out of sight in one step; `clean` deletes it, now or after a crash."""
     if path.exists():
-        aside = path.with_name(f"{_TEMPORARY}old-{path.name}")
+        aside = path.with_name(f"{TEMPORARY}old-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
 

@@ -7,16 +7,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stateline.training.data import ByteText
+from stateline.training.text import TokenText
 
 if TYPE_CHECKING:
+    from stateline.generation import Tokenizer
     from stateline.models import LanguageModel
 
 #: A default prompt is the start of the validation text, up to a space within so many bytes.
 PROMPT_BYTES = 24
 
 
-def sample_text(model: LanguageModel, prompt: str, max_bytes: int, seed: int, stop: Callable[[], bool]) -> str:
+def sample_text(
+    model: LanguageModel,
+    prompt: str,
+    max_bytes: int,
+    seed: int,
+    stop: Callable[[], bool],
+    tokenizer: Tokenizer | None = None,
+) -> str:
     """The prompt and its continuation. The global random state and the model's mode come back as they were."""
     from stateline.generation import SamplingConfig, generate
 
@@ -26,18 +34,20 @@ def sample_text(model: LanguageModel, prompt: str, max_bytes: int, seed: int, st
     sampling = SamplingConfig(temperature=0.8, seed=seed)
     try:
         with torch.random.fork_rng(devices=[]):
-            for piece in generate(model, prompt, max_tokens=max_bytes, sampling=sampling):
+            for piece in generate(model, prompt, max_tokens=max_bytes, sampling=sampling, tokenizer=tokenizer):
                 pieces.append(piece)
-                if stop():
+                if stop() or len("".join(pieces[1:]).encode()) >= max_bytes:
                     break
     finally:
         model.train(training)
     return "".join(pieces)
 
 
-def default_prompt(text: ByteText) -> str:
+def default_prompt(text: TokenText, tokenizer: Tokenizer | None = None) -> str:
     """How a text begins: whole words, about PROMPT_BYTES long."""
-    head = text.read(0, min(len(text), PROMPT_BYTES)).tobytes().decode(errors="ignore").lstrip()
+    ids = text.read(0, min(len(text), PROMPT_BYTES))
+    raw = ids.tobytes() if tokenizer is None else b"".join(map(tokenizer.token_bytes, ids.tolist()))[:PROMPT_BYTES]
+    head = raw.decode(errors="ignore").lstrip()
     words = head.rsplit(maxsplit=1)
     return (words[0] if len(words) > 1 else head) or "The"
 
