@@ -62,6 +62,10 @@ FLAGS = {
         "--stop", "--temperature", "--threads", "--top-k", "--top-p", "-h",
     ],
     "info": ["--debug", "--help", "--json", "-h"],
+    "tokenize": [
+        "--debug", "--document-separator", "--force-binary", "--help", "--json", "--out", "--overwrite", "--pattern",
+        "--progress", "--text-field", "--tokenizer", "-h",
+    ],
 }  # fmt: skip
 TRAIN_FLAGS = {"--out", "--steps", "--minutes", "--size", "--context", "--batch-size", "--seed", "--resume", "--config"}
 
@@ -69,12 +73,12 @@ TRAIN_FLAGS = {"--out", "--steps", "--minutes", "--size", "--context", "--batch-
 def test_commands_and_flags_are_frozen() -> None:
     """A flag that goes breaks scripts: this list changes on purpose only, with a line in the changelog."""
     commands = next(a for a in build_parser()._actions if a.dest == "command").choices
-    assert sorted(commands) == ["convert", "explain", "generate", "info", "train"]  # type: ignore[arg-type]
+    assert sorted(commands) == ["convert", "explain", "generate", "info", "tokenize", "train"]  # type: ignore[arg-type]
     for name, flags in FLAGS.items():
         assert sorted(commands[name]._option_string_actions) == flags, name  # type: ignore[index, call-overload]
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["convert"], ["info"], ["explain"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["tokenize"], ["generate"], ["convert"], ["info"], ["explain"]])
 def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([*command, "--help"])
@@ -90,9 +94,9 @@ def test_help_and_version_come_without_torch() -> None:
     code = """
 import sys
 from stateline.cli import main
-for arguments in (["--help"], ["generate", "--help"], ["train", "--help"], ["--version"], ["nonsense"]):
+for command in ("--help", "generate --help", "train --help", "tokenize --help", "--version", "nonsense"):
     try:
-        main(arguments)
+        main(command.split())
     except SystemExit:
         pass
 print("torch" in sys.modules)

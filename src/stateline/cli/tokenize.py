@@ -11,9 +11,9 @@ from stateline.cli.parser import Parser, new_parser
 DESCRIPTION = """\
 Prepare text for training: read, tokenize and store it once, as shards that are memory-mapped, for any number of runs.
 
-`stateline train` does this by itself where it has to (compressed files, JSON lines, tokenizers); do it yourself to share
-the result between runs or machines. Text is streamed, so its size does not matter. Ctrl-C keeps what is done, and the
-same command goes on from there; once all is done, it has nothing to do."""
+`stateline train` does this by itself where it has to (compressed files, JSON lines, tokenizers); do it yourself to
+share the result between runs or machines. Text is streamed, so its size does not matter. Ctrl-C keeps what is done, and
+the same command goes on from there; once all is done, it has nothing to do."""
 EPILOG = """\
 what is read:
   a .txt file (or any other text), a folder searched for --pattern, JSON lines (.jsonl: one object with a text a line),
