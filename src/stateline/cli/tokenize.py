@@ -35,10 +35,11 @@ examples:
 
 
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
-    """Define the subcommand; its options are added once it is chosen."""
+    """Define the subcommand."""
     summary = "prepare text as token shards for training"
-    parser = new_parser(commands, "tokenize", DESCRIPTION, EPILOG, later=_add_options, summary=summary)
+    parser = new_parser(commands, "tokenize", DESCRIPTION, EPILOG, summary=summary)
     parser.set_defaults(run=run)
+    _add_options(parser)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
