@@ -12,47 +12,26 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
 import stateline
+from stateline.apps.evaluate import Document, EvalConfig, Evaluator
 from stateline.models import LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "data" / "sotu"
 FIGURES = Path(__file__).with_name("compressors.json")
-CHUNK = 1024  # bytes of every document read at once
+CHUNK = 4096
 PROMPT, SAMPLE_BYTES, SEED = "My fellow citizens", 400, 1
 
 
-@torch.no_grad()
 def bits_per_byte(model: LanguageModel, text: bytes, chunk: int = CHUNK) -> float:
-    """Bits per byte of a text of documents, one a line; documents are read side by side, `chunk` bytes at a time."""
-    documents = text.splitlines(keepends=True)
-    device = next(model.parameters()).device
-    sizes = torch.tensor([len(document) for document in documents])
-    ids = torch.zeros(len(documents), int(sizes.max()) + 1, dtype=torch.int64)
-    for row, document in zip(ids, documents, strict=True):
-        row[: len(document) + 1] = torch.frombuffer(bytearray(b"\n" + document), dtype=torch.uint8)
-    state = model.eval().init_state(len(documents), device=device)
-    nats = 0.0
-    for start in range(0, int(sizes.max()), chunk):
-        lengths = (sizes - start).clamp(0, chunk)
-        rows = lengths.nonzero()[:, 0]  # documents that have ended are left out, not merely skipped
-        if len(rows) < len(sizes):
-            sizes, ids, lengths = sizes[rows], ids[rows], lengths[rows]
-            state = stateline.state.index(state, rows.to(device))
-        stop = start + int(lengths.max())
-        inputs, targets = ids[:, start:stop].to(device), ids[:, start + 1 : stop + 1].to(device)
-        logits, state = model.extend(inputs, state, lengths=lengths.to(device))
-        valid = torch.arange(stop - start, device=device) < lengths.to(device)[:, None]
-        nats += float(F.cross_entropy(logits[valid].float(), targets[valid], reduction="sum"))
-    return nats / math.log(2) / len(text)
+    """Bits per byte of a text of documents, one a line; `chunk` bytes are read at once."""
+    evaluator = Evaluator(model, config=EvalConfig(chunk=chunk))
+    evaluator.run(Document.of(line, "corpus") for line in text.splitlines(keepends=True))
+    return evaluator.report().total.bits_per_byte
 
 
 def compressors() -> dict[str, float]:

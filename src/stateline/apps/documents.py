@@ -50,7 +50,12 @@ class Corpus:
 
     @classmethod
     def of(
-        cls, paths: Iterable[str | Path], *, lines: bool = False, field: str = "text", limit: int | None = None
+        cls,
+        paths: Iterable[str | Path] | str | Path,
+        *,
+        lines: bool = False,
+        field: str = "text",
+        limit: int | None = None,
     ) -> Corpus:
         """The files that paths name; a folder stands for its .txt, .jsonl and .ndjson files, sorted.
 

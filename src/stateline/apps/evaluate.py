@@ -1,7 +1,7 @@
 """Bits per byte and perplexity of a model on texts, with how sure the figures are.
 
-Every byte counts. A document's first token is predicted from the vocabulary's start id (a newline for bytes); where there
-is none, it is charged as a uniform guess, log₂ of the vocabulary's size.
+Every byte counts. A document's first token is predicted from the vocabulary's start id (a newline for bytes); where
+there is none, it is charged as a uniform guess, log₂ of the vocabulary's size.
 
 >>> import stateline
 >>> from stateline.apps.evaluate import Document, Evaluator
@@ -65,7 +65,9 @@ class EvalConfig:
         for name, modes in (("context", MODES[1:]), ("stride", MODES[2:])):
             value, used = getattr(self, name), self.mode in modes
             if used and value is None:
-                raise checks.fail("eval", f"mode {self.mode!r} needs {name}, in tokens.", "E.g. context 1024, stride 512.")
+                raise checks.fail(
+                    "eval", f"mode {self.mode!r} needs {name}, in tokens.", "E.g. context 1024, stride 512."
+                )
             if not used and value is not None:
                 others = " and ".join(map(repr, modes))
                 raise checks.fail("eval", f"{name} goes with mode {others}, the mode is {self.mode!r}.")

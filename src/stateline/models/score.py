@@ -67,8 +67,8 @@ def score(
     """Every span's tokens after its first, in order, each predicted from all of its span before it.
 
     A state is carried from chunk to chunk, and short spans are packed side by side, so that neither long spans nor many
-    of them cost memory or speed, and no figure depends on `chunk`. Put the model in evaluation mode first. `autocast` is
-    the dtype of matrix products. Ends early once `stop()` is true.
+    of them cost memory or speed, and no figure depends on `chunk`. Put the model in evaluation mode first. `autocast`
+    is the dtype of matrix products. Ends early once `stop()` is true.
     """
     device = next(model.parameters()).device
     carried: Any = None
@@ -76,7 +76,7 @@ def score(
         if stop():
             return
         rows = [torch.from_numpy(span.tokens.read(a, b + 1).astype("int64")).to(device) for span, a, b in pieces]
-        span, last, end = pieces[-1]
+        span, _, end = pieces[-1]
         with torch.no_grad(), torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
             logits, carried = _extend(model, rows, carried)
             carried = states.index(carried, len(rows) - 1) if end < span.stop - 1 else None
@@ -102,7 +102,7 @@ def _extend(model: LanguageModel, rows: list[Tensor], carried: Any) -> tuple[Ten
 
 
 def _batches(spans: Iterable[Span], chunk: int) -> Iterator[list[tuple[Span, int, int]]]:
-    """Lists of (span, start, stop) of inputs, `chunk` of them together; only a list's last span may go on in the next."""
+    """Lists of (span, start, stop) of inputs, `chunk` of them together; only the last span may go on in the next."""
     batch: list[tuple[Span, int, int]] = []
     room = chunk
     for span in spans:
