@@ -11,10 +11,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from stateline.cli import convert, eval, explain, generate, info, tokenize, train
+from stateline.cli import bench, convert, eval, explain, generate, info, tokenize, train
 from stateline.cli.parser import Parser, UsageError, new_parser
 
-COMMANDS = (train, tokenize, generate, eval, convert, info, explain)
+COMMANDS = (train, tokenize, generate, eval, bench, convert, info, explain)
 
 #: What a user's input can cause; anything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
