@@ -1,7 +1,8 @@
 """What a machine can do, and what share of it a model gets: speeds of a language model on a CPU beside its limits.
 
 Reading a prompt is bound by arithmetic, writing token by token by memory: each step reads every weight once. So the
-machine's matrix rate and read bandwidth are measured first, and every speed is told as a share of the one that bounds it.
+machine's matrix rate and read bandwidth are measured first, and every speed is told as a share of the one that bounds
+it. A model that fits into the processor's caches may get more than the bandwidth of memory.
 """
 
 from __future__ import annotations
@@ -103,12 +104,12 @@ def convert(model: LanguageModel, way: str) -> Any:
 def median_seconds(run: Callable[[], object], seconds: float) -> float:
     """The median time of a call: warm-up, then as many turns as fit in `seconds`, FEWEST to MOST of them.
 
-    A call that takes longer than `seconds` by itself is timed once more, no oftener.
+    A call that takes longer than FEWEST times `seconds` by itself is timed once more, no oftener.
     """
     began = time.perf_counter()
     run()
     first = time.perf_counter() - began
-    turns = 1 if first > seconds else int(min(MOST, max(FEWEST, seconds / max(first, 1e-9))))
+    turns = 1 if first > FEWEST * seconds else int(min(MOST, max(FEWEST, seconds / max(first, 1e-9))))
     times = []
     gc.disable()
     try:

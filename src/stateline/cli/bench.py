@@ -13,7 +13,7 @@ from stateline.cli.explain import machine
 from stateline.cli.parser import Parser, directory_of, new_parser, positive, source_of
 
 if TYPE_CHECKING:
-    from stateline.apps.bench import Effort, Limits, Row
+    from stateline.apps.bench import Effort, Row
     from stateline.models import LanguageModel
 
 DESCRIPTION = "Measure this machine's processor and what a model makes of it: reading, writing, size, quality."

@@ -13,7 +13,7 @@ from stateline import checks
 from stateline.files import share
 from stateline.interop.weights import read_weights, remove_others
 from stateline.models import LanguageModel, ModelConfig
-from stateline.models.checkpoint import HEAD, CheckpointError, assemble, read_json, weights, write_aside
+from stateline.models.checkpoint import HEAD, MISFIT, CheckpointError, assemble, read_json, weights, write_aside
 
 MODEL_TYPE = "mamba"
 OURS, THEIRS = "backbone.embedding.weight", "backbone.embeddings.weight"
@@ -71,7 +71,7 @@ def read_config(values: dict[str, Any], path: Path) -> ModelConfig:
     mixer = {name: values.get(key, default) for name, (key, default) in MIXER_KEYS.items()}
     try:
         config = ModelConfig(**ours, ssm_cfg={"layer": "Mamba1", **mixer}, pad_vocab_size_multiple=1)
-    except (TypeError, ValueError) as error:
+    except MISFIT as error:
         raise CheckpointError(f"{path} describes a model that is not supported: {error}") from error
     inner = int(mixer["expand"] * config.d_model)
     if values.get("intermediate_size", inner) != inner:

@@ -11,7 +11,7 @@ import torch
 from stateline import checks
 from stateline.interop.weights import read_weights, remove_others
 from stateline.models import LanguageModel, ModelConfig
-from stateline.models.checkpoint import HEAD, CheckpointError, assemble, read_json, weights, write_aside
+from stateline.models.checkpoint import HEAD, MISFIT, CheckpointError, assemble, read_json, weights, write_aside
 
 EPS = 1e-5  # mamba_ssm's norms have no other, and its configuration no field for it
 
@@ -56,7 +56,7 @@ def read_config(path: Path) -> ModelConfig:
         values["ssm_cfg"] = {key: v for key, v in values["ssm_cfg"].items() if key != "use_fast_path"}
     try:
         return ModelConfig(**values, norm_eps=EPS)
-    except (TypeError, ValueError) as error:
+    except MISFIT as error:
         raise CheckpointError(f"{path} describes a model that is not supported: {error}") from error
 
 

@@ -33,6 +33,9 @@ WEIGHTS = "model.safetensors"
 HEADER = "stateline"  # the key of our record among a safetensors file's metadata
 ASIDE = ".saving"
 HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
+LAYERS = "backbone.layers."
+#: What a configuration with impossible values raises: wrong ones, and sizes that no machine can count.
+MISFIT = (TypeError, ValueError, OverflowError, RuntimeError, MemoryError)
 
 
 class CheckpointError(ValueError):
@@ -117,7 +120,7 @@ def _read_header(text: str, path: Path) -> dict[str, Any]:
     """Our record as a file's header holds it; CheckpointError unless it is an object with something in it."""
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged header: {error}. Copy or download it again.") from error
     if not isinstance(record, dict) or not record:
         raise CheckpointError(f"{path} has a damaged header: {text[:40]!r} is no record. Copy or download it again.")
@@ -134,7 +137,7 @@ def _read_record(record: dict[str, Any], path: Path) -> tuple[ModelConfig, torch
         raise CheckpointError(f"{path} is damaged: metadata is {metadata!r}, expected an object.")
     try:
         return ModelConfig.from_dict(record["model"]), dtypes[dtype], metadata or {}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, *MISFIT) as error:
         raise CheckpointError(f"{path} is no configuration: {error}") from error
 
 
@@ -202,7 +205,16 @@ def assemble(
             raise CheckpointError(
                 f"{source}: tie_embeddings is true, yet {HEAD} differs from the embedding. Set it to false."
             )
-    problems = _misfits(expected_shapes(config), tensors)
+    held = len({name[len(LAYERS) :].partition(".")[0] for name in tensors if name.startswith(LAYERS)})
+    if config.n_layer > held:  # before as many are built as a damaged file may ask for
+        raise CheckpointError(f"{source} does not fit its configuration: n_layer is {config.n_layer}, it holds {held}.")
+    try:
+        expected = expected_shapes(config)
+    except MISFIT as error:
+        raise CheckpointError(
+            f"{source} does not fit its configuration, whose sizes are impossible: {error}"
+        ) from error
+    problems = _misfits(expected, tensors)
     if problems:
         raise CheckpointError(f"{source} does not fit its configuration:\n  " + "\n  ".join(problems))
     model = _blank(config, dtype).to_empty(device=device or "cpu")
@@ -249,7 +261,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object a JSON file holds; CheckpointError if it is missing, damaged or no object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # JSON and encoding errors are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # JSON and encoding errors are ValueErrors
         raise CheckpointError(f"{path} cannot be read: {error}. Copy or download it again.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object. Copy or download it again.")
