@@ -145,9 +145,11 @@ def assemble(
         raise fail(op, f"{path} holds {list(values)}, the model's state is {list(expected)}.")
     for name, x in values.items():
         own = expected[name]
-        if x.dtype != own.dtype or x.shape[1:] != own.shape[1:]:
+        if x.dtype != own.dtype or x.dim() != own.dim() or x.shape[1:] != own.shape[1:]:
             got, wanted = (f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape[1:])}" for y in (x, own))
             raise fail(op, f"{path} has {name} of {got} a sequence, the model's state is {wanted}.")
+    if len({len(x) for x in values.values()}) > 1:
+        raise fail(op, f"{path} is damaged: its parts have different numbers of rows.", "Save it again.")
     home = device or next(model.parameters()).device
     return pytree.tree_unflatten([x.to(home) for x in values.values()], pytree.tree_flatten(template)[1])
 

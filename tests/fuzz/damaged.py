@@ -35,7 +35,9 @@ class Loader:
         self.sound = files[file]
 
     def check(self, folder: Path, data: bytes) -> str:
-        """ "loaded" or "refused"; AssertionError if the error does not name the file. Others pass through."""
+        """ "loaded" or "refused". AssertionError if the complaint names no file; undocumented errors pass through."""
+        for path in folder.iterdir():
+            path.unlink()
         for name, content in self.files.items():
             (folder / name).write_bytes(data if name == self.file else content)
         try:
@@ -43,9 +45,8 @@ class Loader:
                 warnings.simplefilter("ignore")
                 self.load(folder)
         except DOCUMENTED as error:
-            named = [str(folder / name) for name in self.files]
-            assert any(path in str(error) for path in named), f"{self.name}: the file is not named: {error!r}"
-            assert not isinstance(error, UnicodeError), f"{self.name}: {error!r}"
+            if isinstance(error, UnicodeError) or not any(str(folder / name) in str(error) for name in self.files):
+                raise AssertionError(f"{self.name}: the file is not named: {error!r}") from error
             return "refused"
         return "loaded"
 

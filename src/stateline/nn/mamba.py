@@ -141,6 +141,7 @@ class Mamba(Mixer):
         checks.choice(OP, "dt_init", dt_init, ("random", "constant"))
         if self.A_log.device.type == "meta":  # where loaders build models: nothing to fill, whatever size a file claims
             return
+        # computed on the CPU, so that a seed gives the same values on every device
         rates = torch.arange(1, self.d_state + 1, dtype=self.A_log.dtype, device="cpu")
         self.A_log.copy_(rates.log().expand(self.d_inner, -1))
         bound = int(self.dt_rank) ** -0.5 * dt_scale
