@@ -53,7 +53,12 @@ def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 # ---- help and flags --------------------------------------------------------------------------------------------------
 
 FLAGS = {
+    "bench": ["--debug", "--help", "--json", "--model", "--quick", "--threads", "-h"],
     "convert": ["--debug", "--dtype", "--force", "--help", "--to", "-h"],
+    "eval": [
+        "--context", "--debug", "--device", "--dtype", "--field", "--help", "--json", "--limit", "--lines", "--mode",
+        "--stride", "--threads", "-h",
+    ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "generate": [
         "--batch", "--batch-size", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy", "--help",
@@ -73,12 +78,15 @@ TRAIN_FLAGS = {"--out", "--steps", "--minutes", "--size", "--context", "--batch-
 def test_commands_and_flags_are_frozen() -> None:
     """A flag that goes breaks scripts: this list changes on purpose only, with a line in the changelog."""
     commands = next(a for a in build_parser()._actions if a.dest == "command").choices
-    assert sorted(commands) == ["convert", "explain", "generate", "info", "tokenize", "train"]  # type: ignore[arg-type]
+    names = ["bench", "convert", "eval", "explain", "generate", "info", "tokenize", "train"]
+    assert sorted(commands) == names  # type: ignore[arg-type]
     for name, flags in FLAGS.items():
         assert sorted(commands[name]._option_string_actions) == flags, name  # type: ignore[index, call-overload]
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["tokenize"], ["generate"], ["convert"], ["info"], ["explain"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["tokenize"], ["generate"], ["eval"], ["bench"], ["convert"], ["info"], ["explain"]]
+)
 def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([*command, "--help"])
@@ -94,7 +102,8 @@ def test_help_and_version_come_without_torch() -> None:
     code = """
 import sys
 from stateline.cli import main
-for command in ("--help", "generate --help", "train --help", "tokenize --help", "--version", "nonsense"):
+commands = ("generate", "train", "tokenize", "eval", "bench")
+for command in ("--help", *(f"{name} --help" for name in commands), "--version", "nonsense"):
     try:
         main(command.split())
     except SystemExit:

@@ -79,10 +79,10 @@ class Row:
 
 
 def prepare() -> Callable[..., Any] | None:
-    """The function that keeps a model's weights for decoding in fewer bits, if this release has one."""
-    from stateline import generation
+    """`stateline.prepare_for_decode(model, weights)`, which keeps weights in fewer bits, if this release has it."""
+    import stateline
 
-    return getattr(generation, "prepare_for_decode", None)
+    return getattr(stateline, "prepare_for_decode", None)
 
 
 def ways() -> list[str]:

@@ -211,9 +211,8 @@ def assemble(
     try:
         expected = expected_shapes(config)
     except MISFIT as error:
-        raise CheckpointError(
-            f"{source} does not fit its configuration, whose sizes are impossible: {error}"
-        ) from error
+        reason = str(error).partition("\n")[0]  # torch adds its own stack
+        raise CheckpointError(f"{source} does not fit its configuration, of impossible sizes: {reason}") from error
     problems = _misfits(expected, tensors)
     if problems:
         raise CheckpointError(f"{source} does not fit its configuration:\n  " + "\n  ".join(problems))
