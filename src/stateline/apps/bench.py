@@ -160,7 +160,7 @@ def measure(model: LanguageModel, way: str, machine: Limits, effort: Effort) -> 
     """(what was measured, the row so far), figure by figure, of a float32 model."""
     kept = convert(model, way)
     size = weight_bytes(kept)
-    row = Row(way, round(size / 1e6, 1))
+    row = Row(way, round(size / 1e6, 3))
     flops = 2 * sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
     rate = machine.rates["float32" if way == "float32" else "bfloat16"]
     read = size if model.config.tie_embeddings else size - _embedding_bytes(kept)
