@@ -93,12 +93,12 @@ def test_windows_and_sliding_windows_against_naive_loops(context: int, stride: i
 
 def test_more_context_is_more_information(tmp_path: Path) -> None:
     """On the bundled model: windows cost most, sliding windows less, whole documents least."""
-    text = (Path(stateline.__file__).parent / "bundled" / "excerpt" / "test.txt").read_bytes()[:1500]
+    text = (Path(stateline.__file__).parent / "bundled" / "excerpt" / "test.txt").read_bytes()[:400]
     (tmp_path / "text.txt").write_bytes(text)
     model = stateline.load("bundled")
-    configs = [EvalConfig(), EvalConfig("sliding", 64, 32), EvalConfig("window", 64)]
+    configs = [EvalConfig(), EvalConfig("sliding", 32, 16), EvalConfig("window", 32)]
     bits = [evaluate(model, [tmp_path], config=config).total.bits_per_byte for config in configs]
-    assert 1.4 < bits[0] < bits[1] < bits[2] < 2
+    assert 1 < bits[0] < bits[1] < bits[2] < 3
 
 
 @pytest.mark.parametrize("start", [None, 0])
