@@ -184,12 +184,12 @@ def test_a_token_in_one_call_is_the_reference_the_layers_and_extend(name: str, w
     network, ids = network_of(packed), torch.randint(VOCABULARY, (3, 12))
     whole = packed(ids)
     one, layers, reference = packed.init_state(3), packed.init_state(3), packed.init_state(3)
-    pairs = [(layer.conv, layer.ssm) for layer in reference.layers]
+    tensors = [x for layer in reference.layers for x in (layer.conv, layer.ssm)]
     for t in range(ids.shape[1]):
         y = packed.step_(ids[:, t], one)
         near(y, whole[:, t], 5e-4)
         near(y, packed._logits(packed.backbone.step_(ids[:, t], layers)), 5e-4)
-        near(y, decode_token_(pairs, ids[:, t], network, backend="reference")[:, :VOCABULARY], 5e-3)
+        near(y, decode_token_(tensors, ids[:, t], network, backend="reference")[:, :VOCABULARY], 5e-3)
     for a, b in zip(one.layers, layers.layers, strict=True):
         near(a.ssm, b.ssm, 5e-4)
         near(a.conv, b.conv, 5e-4)

@@ -92,12 +92,11 @@ class TokenStep:
         self.model = model
         self.network: Network | None = None
 
-    @torch._dynamo.disable  # addresses mean nothing to a graph
     def __call__(self, ids: Tensor, state: ModelState) -> Tensor:
         """ids (b) -> logits (b, v), writing into `state`."""
         if self.network is None:
             self.network = network_of(self.model)
-        states = [(layer.conv, layer.ssm) for layer in state.layers]
+        states = [x for layer in state.layers for x in (layer.conv, layer.ssm)]
         return decode_token_(states, ids, self.network)[:, : self.model.config.vocab_size]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenStep:

@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def step_(self, input_ids: Tensor, state: ModelState) -> Tensor:
         """One token each: input_ids (b) -> logits (b, v), writing into `state`. No gradient: for engines."""
-        if self.token_step is not None:
+        if self.token_step is not None and not torch.compiler.is_compiling():  # a graph takes the layers one by one
             return self.token_step(input_ids, state)
         return self._logits(self.backbone.step_(input_ids, state))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stateline.ops import native
-from stateline.ops.decode_token import Layer, Matrix, Network, Norm, State
+from stateline.ops.decode_token import Layer, Matrix, Network, Norm
 from stateline.ops.packed_linear.cpu import fields as matrix_fields
 
 NO_MATRIX = (0,) * 6
@@ -18,20 +19,18 @@ NO_MATRIX = (0,) * 6
 _known: WeakKeyDictionary[Network, tuple[tuple[int, ...], tuple[int, ...], Tensor]] = WeakKeyDictionary()
 
 
-def step(states: Sequence[State], ids: Tensor, network: Network) -> Tensor:
+def step(states: Sequence[Tensor], ids: Tensor, network: Network) -> Tensor:
     """ids (b) -> logits (b, v), writing into states."""
     if network not in _known:
         _known[network] = _describe(network)
     sizes, matrices, table = _known[network]
     b = ids.shape[0]
     logits = torch.empty(b, network.head.rows)
-    flat = [x for pair in states for x in pair]
-    addresses = torch.tensor([x.data_ptr() for x in flat], dtype=torch.int64)
+    addresses = array("q", [x.data_ptr() for x in states])
     where = (b, *sizes[:-1], torch.get_num_threads(), sizes[-1], table.data_ptr())
-    native.call("decode_token", (*where, *matrices, ids.data_ptr(), addresses.data_ptr(), logits.data_ptr()))
-    written = [x for x in flat if not x.is_inference()]
-    if written:
-        torch.autograd.graph.increment_version(written)
+    native.call("decode_token", (*where, *matrices, ids.data_ptr(), addresses.buffer_info()[0], logits.data_ptr()))
+    if not states[0].is_inference():
+        torch.autograd.graph.increment_version([x for x in states if not x.is_inference()])
     return logits
 
 

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stateline.ops.decode_token import Layer, Matrix, Network, Norm, State
+from stateline.ops.decode_token import Layer, Matrix, Network, Norm
 from stateline.ops.packed_linear import reference as packed
 from stateline.ops.packed_linear.pack import unpack_rows
 
 
-def step(states: Sequence[State], ids: Tensor, network: Network) -> Tensor:
+def step(states: Sequence[Tensor], ids: Tensor, network: Network) -> Tensor:
     """ids (b) -> logits (b, v), writing into states."""
     e = network.embedding
     x = unpack_rows(e.data, e.scales, e.format, ids, e.columns)
     stream = torch.zeros_like(x)
-    for layer, (conv, ssm) in zip(network.layers, states, strict=True):
+    for layer, conv, ssm in zip(network.layers, states[::2], states[1::2], strict=True):
         stream = stream + x
         x = _mix(layer, _norm(stream, layer.norm, network.eps), conv, ssm)
         if layer.mlp is not None:
