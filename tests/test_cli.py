@@ -57,14 +57,14 @@ FLAGS = {
     "convert": ["--debug", "--dtype", "--force", "--help", "--to", "-h"],
     "eval": [
         "--context", "--debug", "--device", "--dtype", "--field", "--help", "--json", "--limit", "--lines", "--mode",
-        "--stride", "--threads", "-h",
+        "--stride", "--threads", "--weights", "-h",
     ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "generate": [
         "--batch", "--batch-size", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy", "--help",
         "--load-stream", "--max-tokens", "--min-p", "--model", "--prompt-file", "--repetition-penalty",
         "--repetition-window", "--save-stream", "--seed", "--stats",
-        "--stop", "--temperature", "--threads", "--top-k", "--top-p", "-h",
+        "--stop", "--temperature", "--threads", "--top-k", "--top-p", "--weights", "-h",
     ],
     "info": ["--debug", "--help", "--json", "-h"],
     "tokenize": [
@@ -238,6 +238,17 @@ def test_convert_keeps_the_model(run: Callable[..., str], home: Path, tmp_path: 
     ids = torch.randint(256, (2, 9))
     torch.testing.assert_close(stateline.load(back)(ids), stateline.load(home)(ids), rtol=0, atol=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "there"]  # nothing is left over
+
+
+def test_weights_are_packed_on_request(run: Callable[..., str], home: Path) -> None:
+    import stateline
+
+    packed = stateline.prepare_for_decode(stateline.load(home), "int8")
+    sampling = stateline.generation.SamplingConfig(temperature=0)
+    expected = "".join(stateline.generate(packed, "abc", max_tokens=9, sampling=sampling))
+    out = run("generate", "abc", "--model", "MODEL", "--greedy", "--max-tokens", "9", "--weights", "int8")
+    assert out.rstrip("\n") == expected.rstrip("\n")
+    assert main(["generate", "abc", "--model", str(home), "--weights", "int8", "--dtype", "bfloat16"]) == 2
 
 
 def test_convert_dtype_and_tokenizer(run: Callable[..., str], home: Path, tmp_path: Path) -> None:

@@ -214,6 +214,15 @@ def test_a_sequence_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_thre
     assert torch.equal(results[0][4:5], results[2])
 
 
+@needs_native
+@pytest.mark.parametrize("weights", FORMATS)
+@torch.no_grad()
+def test_a_prompt_has_the_same_bits_alone_and_in_a_batch(weights: str) -> None:
+    packed = prepare_for_decode(model_of("odd"), weights)
+    ids = torch.randint(VOCABULARY, (7, 40))
+    assert torch.equal(packed(ids)[3:4], packed(ids[3:4]))
+
+
 @pytest.mark.parametrize(("weights", "bound"), [("bf16", 0.02), ("int8", 0.04), ("int4", 0.5)])
 def test_packing_loses_what_its_bits_lose(weights: str, bound: float) -> None:
     model = model_of("plain")

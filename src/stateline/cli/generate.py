@@ -29,7 +29,7 @@ EPILOG = """\
 examples:
   stateline generate "My fellow citizens"
   stateline generate "Once upon" --model runs/book --max-tokens 500 --seed 1 --echo
-  stateline generate "The year" --greedy --stop "." --stats
+  stateline generate "The year" --greedy --stop "." --stats --weights int8
   stateline generate --prompt-file book.txt --max-tokens 100     a prompt of any size, in constant memory
   cat notes.txt | stateline generate --prompt-file -
   stateline generate "We" --endless | head -c 1000000            as long as you let it

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Later = Callable[[argparse.ArgumentParser], None]
 
+WEIGHTS = ("bf16", "int8", "int4")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -61,15 +62,17 @@ def new_parser(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype, --threads."""
+    """--device, --dtype, --weights, --threads."""
     group = parser.add_argument_group("where it runs")
     group.add_argument("--device", help='e.g. "cpu", "cuda:0" (default: cpu)')
-    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    bits = group.add_mutually_exclusive_group()
+    bits.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    bits.add_argument("--weights", choices=WEIGHTS, help="pack the matrices to so many bits: faster token by token")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
 
 
 def load_model(options: argparse.Namespace) -> LanguageModel:
-    """The model that `options.model`, with --device, --dtype and --threads, asks for."""
+    """The model that `options.model`, with --device, --dtype, --weights and --threads, asks for."""
     import torch
 
     import stateline
@@ -79,7 +82,8 @@ def load_model(options: argparse.Namespace) -> LanguageModel:
     if options.device is not None:
         check_device(options.device)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return stateline.load(source_of(options.model), device=options.device, dtype=dtype)
+    model = stateline.load(source_of(options.model), device=options.device, dtype=dtype)
+    return model if options.weights is None else stateline.prepare_for_decode(model, options.weights)
 
 
 def check_device(name: str) -> None:
