@@ -1,4 +1,4 @@
-"""The cases that a release is judged by: scan, block, long context, import, and a language model of 130M parameters.
+"""The cases that a release is judged by: the machine's limits, import, scan, block, long context.
 
 A case makes its candidates when asked; the others are compared with the first. b batch, t time, d channel, n state.
 """
@@ -40,12 +40,12 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Every case, cheapest first."""
+    yield from limits()
     yield from imports()
     yield from scans()
     yield from lengths()
     yield from blocks()
     yield from long_context()
-    yield from model_130m()
 
 
 def scan_inputs(b: int, t: int, d: int, n: int) -> dict[str, Tensor]:
@@ -156,6 +156,25 @@ def long_context() -> Iterator[Case]:
     yield Case("language model extend", f"b1 t{chunk} d256 layers4", "float32", make, chunk, lambda: dict(memory))
 
 
+def limits() -> Iterator[Case]:
+    """What the machine itself can do; other figures mean little without."""
+    numbers = 2**27
+
+    def read(_: bool) -> dict[str, Work]:
+        x = torch.ones(numbers)
+        return {"torch": x.sum}
+
+    yield Case("limit: reading memory", "512 MiB", "float32", read, extra=lambda: {"bytes": 4 * numbers})
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def product(_: bool, dtype: torch.dtype = dtype) -> dict[str, Work]:
+            a = torch.randn(2048, 2048).to(dtype)
+            return {"torch": lambda: a @ a}
+
+        name = str(dtype).removeprefix("torch.")
+        yield Case("limit: matrix product", "2048³", name, product, extra=lambda: {"operations": 2 * 2048**3})
+
+
 def imports() -> Iterator[Case]:
     """Fresh processes, in turns."""
 
@@ -171,35 +190,3 @@ def imports() -> Iterator[Case]:
         }
 
     yield Case("process", "start to exit", "", make)
-
-
-def model_130m() -> Iterator[Case]:
-    """The 130M Mamba-1 shape, random weights: reading a prompt of 2,048 tokens, and writing one token after another."""
-    config = ModelConfig(d_model=768, n_layer=24, vocab_size=50277)
-    t = 2048
-
-    def prefill(with_peers: bool, dtype: torch.dtype) -> dict[str, Work]:
-        model = LanguageModel(config).to(dtype).eval()
-        ids = torch.randint(config.vocab_size, (1, t))
-        work = {OURS: without_grad(lambda: model.extend(ids, None, last_only=True))}
-        peer = peers.language_model(768, 24, 50280) if with_peers else None
-        if peer is not None:
-            work["transformers"] = without_grad(lambda: peer(ids, use_cache=True, logits_to_keep=1))
-        return work
-
-    def decode(with_peers: bool, dtype: torch.dtype) -> dict[str, Work]:
-        model = LanguageModel(config).to(dtype).eval()
-        state, token = model.init_state(1), torch.tensor([5])
-        work: dict[str, Work] = {OURS: lambda: model.step_(token, state)}
-        peer = peers.language_model(768, 24, 50280) if with_peers else None
-        if peer is not None:
-            with torch.no_grad():
-                cache = peer(torch.full((1, 16), 5), use_cache=True).cache_params
-            work["transformers"] = without_grad(lambda: peer(token[:, None], cache_params=cache, use_cache=True))
-        return work
-
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        beside = dtype == torch.float32  # the peer's own figure, once
-        yield Case("130M prefill", f"b1 t{t}", name, lambda p, d=dtype, b=beside: prefill(p and b, d), t)
-        yield Case("130M decode", "b1", name, lambda p, d=dtype, b=beside: decode(p and b, d), 1)

@@ -20,7 +20,7 @@ from stateline import backends
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 2.0  # spent on each candidate of a case, warm-up aside
 FEWEST, MOST = 3, 200  # turns
-PEERS = ("transformers", "mambapy")
+PEERS = ("transformers", "mambapy", "llama-cpp-python")
 
 Work = Callable[[], object]
 

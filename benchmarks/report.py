@@ -45,18 +45,26 @@ def read(path: Path) -> list[Row]:
 def table(rows: list[Row]) -> str:
     """One line a candidate, a case's name once."""
     lines = [
-        "| case | candidate | median ms | least ms | ratio | tokens/s |",
+        "| case | candidate | median ms | least ms | ratio | tokens/s, or rate |",
         "|---|---|---:|---:|---:|---:|",
     ]
     before = None
     for row in rows:
         case = f"{row['op']}, {row['shape']} {row['dtype']}".strip()
-        speed = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""
+        speed = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else rate(row)
         ratio = f"{row['ratio']:,.2f}" if "ratio" in row else "1"
         shown = "" if case == before else case
         lines.append(f"| {shown} | {row['by']} | {row['ms_p50']:,.2f} | {row['ms_min']:,.2f} | {ratio} | {speed} |")
         before = case
     return "\n".join(lines)
+
+
+def rate(row: Row) -> str:
+    """What a limit of the machine amounts to."""
+    for key, unit in (("bytes", "GB/s"), ("operations", "GFLOP/s")):
+        if key in row:
+            return f"{row[key] / row['ms_p50'] / 1e6:,.0f} {unit}"
+    return ""
 
 
 def memory(rows: list[Row]) -> str:

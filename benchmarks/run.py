@@ -5,7 +5,8 @@
     python -m benchmarks.run --only scan --only import   # cases whose name has one of these
 
 `benchmarks.report` makes docs/performance.md of such a file, `benchmarks.plot` a picture of time against length. On a
-busy machine look at ms_min and at the ratios, which are taken in turns. Peers: pip install transformers mambapy.
+busy machine look at ms_min and at the ratios, which are taken in turns. Peers: pip install
+transformers mambapy llama-cpp-python gguf.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases, cases_ops, measure
+from benchmarks import cases, cases_130m, cases_ops, measure
 
 
 def rows(case: cases.Case, with_peers: bool, seconds: float) -> Iterator[dict[str, Any]]:
@@ -45,6 +46,13 @@ def operations() -> Iterator[cases.Case]:
             yield cases.Case(name, shape, dtype, lambda _, run=run: {cases.OURS: run})
 
 
+def everything() -> Iterator[cases.Case]:
+    """Every case there is."""
+    yield from cases.cases()
+    yield from cases_130m.model_130m()
+    yield from operations()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases with this in their name")
@@ -58,11 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     about = measure.provenance()
     chosen = [
         case
-        for case in (*cases.cases(), *operations())
+        for case in everything()
         if not options.only or any(text.lower() in case.op.lower() for text in options.only)
     ]
     if not chosen:
-        known = sorted({case.op for case in (*cases.cases(), *operations())})
+        known = sorted({case.op for case in everything()})
         print(f"benchmarks: no case has {options.only} in its name; there are: {', '.join(known)}", file=sys.stderr)
         return 2
     for case in chosen:
