@@ -68,7 +68,7 @@ static void unpack_row(const Packed& w, int64_t row, float* to) {
 struct Token {
     const Args& a;
     Phase* phases;
-    float *x, *stream, *h, *xz, *u, *select, *y, *mlp;
+    float *x, *stream[2], *z, *u, *select, *y, *mlp;
     int finished;  // some thread saw the last phase done; one without memory leaves the work to the others
 };
 
@@ -78,6 +78,8 @@ struct Worker {
     const Args& a;
     Phase* phase;
     char* prepared;   // rows of x as the phase's matrix reads them
+    float* h;         // (d_model) a normalised row
+    int current = 0;  // the stream to read
 
     template <class F>
     void run(int64_t chunks, F&& chunk) {
@@ -102,55 +104,72 @@ struct Worker {
         return each < MOST_R ? MOST_R : each / MOST_R * MOST_R;
     }
 
-    // out[i · stride + row] = (w · from row i) + bias, all rows of w, as one phase.
-    void multiply(const Packed& w, const float* from, int64_t from_stride, float* out, int64_t stride) {
-        const int64_t each = w.blocks() < 8 * a.threads ? 1 : blocks_of_chunk(w.blocks());
+    // One phase: sink(i, block, rows, sums) for all rows of w times what `prepare_x` made of each sequence, 16 at a time, with bias.
+    template <class P, class F>
+    void product_phase(const Packed& w, P&& prepare_x, F&& sink) {
+        const int64_t blocks = w.blocks(), each = blocks < 8 * a.threads ? 1 : blocks_of_chunk(blocks);
         bool ready = false;
-        run((w.blocks() + each - 1) / each, [&](int64_t i) {
-            if (!ready) ready = true, prepare_all(w, from, from_stride);
-            const int64_t first = i * each, last = first + each < w.blocks() ? first + each : w.blocks();
-            product(w, first, last, prepared, w.x_bytes(), a.b, [&](int64_t m, int64_t block, float* sums) {
-                add_bias(w, block, sums);
-                const int64_t rows = w.rows - block * LANES < LANES ? w.rows - block * LANES : LANES;
-                __builtin_memcpy(out + m * stride + block * LANES, sums, sizeof(float) * rows);
+        run((blocks + each - 1) / each, [&](int64_t chunk) {
+            if (!ready) ready = true, prepare_x(chunk == 0);
+            const int64_t first = chunk * each, last = first + each < blocks ? first + each : blocks;
+            product(w, first, last, prepared, w.x_bytes(), a.b, [&](int64_t i, int64_t block, float* sums) {
+                const int64_t row = block * LANES, rows = w.rows - row < LANES ? w.rows - row : LANES;
+                if (w.bias)
+                    for (int64_t j = 0; j < rows; j++) sums[j] += w.bias[row + j];
+                sink(i, row, rows, sums);
             });
         });
     }
     void prepare_all(const Packed& w, const float* from, int64_t stride) {
         for (int64_t i = 0; i < a.b; i++) prepare(w, from + i * stride, prepared + i * w.x_bytes());
     }
-    static void add_bias(const Packed& w, int64_t block, float* sums) {
-        if (!w.bias) return;
-        const int64_t row = block * LANES;
-        for (int64_t i = 0; i < LANES && row + i < w.rows; i++) sums[i] += w.bias[row + i];
+    // to[i · stride + row] = (w · from row i) + bias.
+    void multiply(const Packed& w, const float* from, int64_t from_stride, float* to, int64_t stride) {
+        product_phase(w, [&](bool) { prepare_all(w, from, from_stride); },
+                      [&](int64_t i, int64_t row, int64_t rows, const float* sums) {
+                          __builtin_memcpy(to + i * stride + row, sums, sizeof(float) * rows);
+                      });
     }
-
-    // stream += x; h = norm(stream).
-    void normalise(const Norm& norm, bool first) {
-        run(a.b, [&](int64_t i) {
-            float *s = t.stream + i * wide(a.d_model), *h = t.h + i * wide(a.d_model);
-            const float* x = t.x + i * wide(a.d_model);
-            const int64_t n = a.d_model;
-            VF sums = {}, squares = {};
-            for (int64_t c = 0; c < wide(n); c += W) {  // padded with zeros
-                const VF v = first ? load(x + c) : load(s + c) + load(x + c);
-                store(s + c, v);
-                sums += v;
-                squares = fma(v, v, squares);
+    // The same, of norm(stream + x). Every thread that takes part normalises for itself, which costs less than to wait for one; the
+    // first chunk's leaves the sum in the other stream, which nobody reads before the next phase.
+    template <class F>
+    void normalised_product(const Norm& norm, const Packed& w, F&& sink) {
+        const int64_t width = wide(a.d_model);
+        const float* old = t.stream[current];
+        float* next = t.stream[current ^= 1];
+        product_phase(w, [&](bool first) {
+            for (int64_t i = 0; i < a.b; i++) {
+                normalise(norm, old + i * width, t.x + i * width, first ? next + i * width : nullptr);
+                prepare(w, h, prepared + i * w.x_bytes());
             }
-            float mean = 0, square = sum_lanes<float>(squares) / float(n);
-            if (norm.bias) {
-                mean = sum_lanes<float>(sums) / float(n);
-                VF spread = {};
-                for (int64_t c = 0; c < n; c += W) {
-                    const VF v = c + W <= n ? load(s + c) - splat(mean) : centred_tail(s + c, int(n - c), mean);
-                    spread = fma(v, v, spread);
-                }
-                square = sum_lanes<float>(spread) / float(n);
+        }, sink);
+    }
+    // h = norm(stream + x); the sum goes to `keep` if there is one. All rows are padded with zeros.
+    void normalise(const Norm& norm, const float* stream, const float* x, float* keep) {
+        const int64_t n = a.d_model;
+        VF sums = {}, squares = {};
+        for (int64_t c = 0; c < wide(n); c += W) {
+            const VF v = load(stream + c) + load(x + c);
+            store(h + c, v);
+            if (keep) store(keep + c, v);
+            sums += v;
+            squares = fma(v, v, squares);
+        }
+        float mean = 0, square = sum_lanes<float>(squares) / float(n);
+        if (norm.bias) {
+            mean = sum_lanes<float>(sums) / float(n);
+            VF spread = {};
+            for (int64_t c = 0; c < n; c += W) {
+                const VF v = c + W <= n ? load(h + c) - splat(mean) : centred_tail(h + c, int(n - c), mean);
+                spread = fma(v, v, spread);
             }
-            const float scale = 1.0f / __builtin_sqrtf(square + float(a.eps));
-            for (int64_t c = 0; c < n; c++) h[c] = (s[c] - mean) * scale * norm.weight[c] + (norm.bias ? norm.bias[c] : 0.0f);
-        });
+            square = sum_lanes<float>(spread) / float(n);
+        }
+        const float scale = 1.0f / __builtin_sqrtf(square + float(a.eps));
+        if (norm.bias)
+            for (int64_t c = 0; c < n; c++) h[c] = (h[c] - mean) * scale * norm.weight[c] + norm.bias[c];
+        else
+            for (int64_t c = 0; c < n; c++) h[c] = h[c] * scale * norm.weight[c];
     }
     static VF centred_tail(const float* p, int lanes, float mean) {
         float full[W] = {};
@@ -158,29 +177,29 @@ struct Worker {
         return load(full);
     }
 
-    // u = silu(convolution of the first half of xz), and the state moves on by one.
-    void convolve(const Layer& l, float* state) {
-        const int64_t each = 128;
-        run((a.d + each - 1) / each, [&](int64_t chunk) {
-            const int64_t first = chunk * each, last = first + each < a.d ? first + each : a.d;
-            for (int64_t i = 0; i < a.b; i++) {
-                float *memory = state + i * (a.k - 1) * a.d, *u = t.u + i * wide(a.d);
-                const float* x = t.xz + i * wide(2 * a.d);
-                for (int64_t c = first; c < last; c += W) {
-                    const int lanes = int(last - c < W ? last - c : W);
-                    auto read = [&](const float* p) { return lanes == W ? load(p) : load_some<float>(p, lanes); };
-                    auto write = [&](float* p, VF v) { lanes == W ? store(p, v) : store_some<float>(p, v, lanes); };
-                    VF sum = l.conv_bias ? read(l.conv_bias + c) : VF{};
-                    const VF newest = read(x + c);
-                    for (int64_t j = 0; j + 1 < a.k; j++) {
-                        sum = fma(read(l.taps + j * a.d + c), read(memory + j * a.d + c), sum);
-                        write(memory + j * a.d + c, j + 2 < a.k ? read(memory + (j + 1) * a.d + c) : newest);
-                    }
-                    sum = fma(read(l.taps + (a.k - 1) * a.d + c), newest, sum);
-                    write(u + c, silu<float>(sum));
-                }
-            }
+    // in_proj, and as its rows come: u = silu(convolution) of the first d, whose state moves on by one, and z of the others.
+    void enter(const Layer& l, float* state) {
+        normalised_product(l.norm, l.in_proj, [&](int64_t i, int64_t row, int64_t rows, const float* sums) {
+            const int64_t inner = row >= a.d ? 0 : row + rows <= a.d ? rows : a.d - row;
+            if (inner) convolve(l, row, inner, sums, state + i * (a.k - 1) * a.d + row, t.u + i * wide(a.d) + row);
+            __builtin_memcpy(t.z + i * wide(a.d) + row + inner - a.d, sums + inner, sizeof(float) * (rows - inner));
         });
+    }
+    void convolve(const Layer& l, int64_t c, int64_t count, const float* newest, float* memory, float* u) const {
+        for (int64_t first = 0; first < count; first += W) {
+            const int lanes = int(count - first < W ? count - first : W);
+            auto read = [&](const float* p) { return lanes == W ? load(p) : load_some<float>(p, lanes); };
+            auto write = [&](float* p, VF v) { lanes == W ? store(p, v) : store_some<float>(p, v, lanes); };
+            const int64_t at = c + first;
+            VF sum = l.conv_bias ? read(l.conv_bias + at) : VF{};
+            const VF x = load(newest + first);
+            for (int64_t j = 0; j + 1 < a.k; j++) {
+                float* m = memory + j * a.d + first;
+                sum = fma(read(l.taps + j * a.d + at), read(m), sum);
+                write(m, j + 2 < a.k ? read(m + a.d) : x);
+            }
+            write(u + first, silu<float>(fma(read(l.taps + (a.k - 1) * a.d + at), x, sum)));
+        }
     }
 
     // Step sizes, the recurrence and the gate: y = (C·h + D u) · silu(z).
@@ -191,7 +210,7 @@ struct Worker {
             if (!ready) ready = true, prepare_all(l.dt_proj, t.select, width);
             const int64_t first = chunk * each, last = first + each < blocks ? first + each : blocks;
             product(l.dt_proj, first, last, prepared, l.dt_proj.x_bytes(), a.b, [&](int64_t i, int64_t block, float* dt) {
-                const float *select = t.select + i * width, *z = t.xz + i * wide(2 * a.d) + a.d;
+                const float *select = t.select + i * width, *z = t.z + i * wide(a.d);
                 const int64_t c = block * LANES, count = a.d - c < LANES ? a.d - c : LANES;
                 advance(l, c, count, dt, t.u + i * wide(a.d) + c, z + c, select + a.r, select + a.r + a.n,
                         state + (i * a.d + c) * a.n, t.y + i * wide(a.d) + c);
@@ -243,37 +262,32 @@ struct Worker {
     // exp2 may lose a NaN; a product with it does not.
     static VF decayed(VF exponent, VF h, VF input) { return fma(exponent == exponent ? exp2(exponent) : exponent, h, input); }
 
-    // value · silu(gate) of fc1's two halves.
-    void gate_mlp() {
-        run(a.b, [&](int64_t i) {
-            float* value = t.mlp + i * wide(2 * a.hidden);
-            for (int64_t c = 0; c < a.hidden; c += W) {  // hidden is a multiple of 128
-                const VF v = load(value + c), g = load(value + a.hidden + c);
-                store(value + c, v * silu<float>(g));
-            }
+    // fc2(value · silu(gate)) of fc1's halves; hidden is a multiple of 128.
+    void mlp(const Layer& l) {
+        const int64_t width = wide(2 * a.hidden);
+        normalised_product(l.norm2, l.fc1, [&](int64_t i, int64_t row, int64_t rows, const float* sums) {
+            __builtin_memcpy(t.mlp + i * width + row, sums, sizeof(float) * rows);
         });
+        run(a.b, [&](int64_t i) {
+            float* value = t.mlp + i * width;
+            for (int64_t c = 0; c < a.hidden; c += W) store(value + c, load(value + c) * silu<float>(load(value + a.hidden + c)));
+        });
+        multiply(l.fc2, t.mlp, width, t.x, wide(a.d_model));
     }
 
     void whole_token() {
         run(a.b, [&](int64_t i) { unpack_row(a.embedding, a.ids[i], t.x + i * wide(a.d_model)); });
-        const int64_t model = wide(a.d_model), inner = wide(a.d);
         for (int64_t i = 0; i < a.layers; i++) {
             const Layer& l = a.layer[i];
-            normalise(l.norm, i == 0);
-            multiply(l.in_proj, t.h, model, t.xz, wide(2 * a.d));
-            convolve(l, a.states[i][0]);
-            multiply(l.x_proj, t.u, inner, t.select, wide(a.r + 2 * a.n));
+            enter(l, a.states[i][0]);
+            multiply(l.x_proj, t.u, wide(a.d), t.select, wide(a.r + 2 * a.n));
             scan(l, a.states[i][1]);
-            multiply(l.out_proj, t.y, inner, t.x, model);
-            if (l.norm2.weight) {
-                normalise(l.norm2, false);
-                multiply(l.fc1, t.h, model, t.mlp, wide(2 * a.hidden));
-                gate_mlp();
-                multiply(l.fc2, t.mlp, wide(2 * a.hidden), t.x, model);
-            }
+            multiply(l.out_proj, t.y, wide(a.d), t.x, wide(a.d_model));
+            if (l.norm2.weight) mlp(l);
         }
-        normalise(a.norm, a.layers == 0);
-        multiply(a.head, t.h, model, a.logits, a.head.rows);
+        normalised_product(a.norm, a.head, [&](int64_t i, int64_t row, int64_t rows, const float* sums) {
+            __builtin_memcpy(a.logits + i * a.head.rows + row, sums, sizeof(float) * rows);
+        });
     }
 };
 
@@ -289,9 +303,10 @@ int64_t widest_x(const Args& a) {
 
 void work(void* context, int64_t) {
     Token& t = *(Token*)context;
-    char* memory = (char*)sl_scratch(t.a.b * widest_x(t.a));
+    const int64_t prepared = t.a.b * widest_x(t.a);
+    char* memory = (char*)sl_scratch(prepared + sizeof(float) * wide(t.a.d_model));
     if (!memory) return;
-    Worker worker = {t, t.a, t.phases, memory};
+    Worker worker = {t, t.a, t.phases, memory, (float*)(memory + prepared)};
     worker.whole_token();
     __atomic_store_n(&t.finished, 1, __ATOMIC_RELAXED);
 }
@@ -301,8 +316,8 @@ void work(void* context, int64_t) {
 SL_KERNEL(decode_token) {
     const Args& a = *(const Args*)args;
     if (!a.b) return SL_OK;
-    const int64_t phases = 2 + a.layers * 10 + 1, model = wide(a.d_model), inner = wide(a.d);
-    const int64_t floats = a.b * (3 * model + wide(2 * a.d) + 2 * inner + wide(a.r + 2 * a.n) + wide(2 * a.hidden)) + 64;
+    const int64_t phases = 2 + a.layers * 7, model = wide(a.d_model), inner = wide(a.d);
+    const int64_t floats = a.b * (3 * model + 3 * inner + wide(a.r + 2 * a.n) + wide(2 * a.hidden)) + 64;
     const size_t bytes = sizeof(Phase) * phases + sizeof(float) * floats;
     char* memory = nullptr;
     if (posix_memalign((void**)&memory, 128, bytes)) return SL_NO_MEMORY;
@@ -311,8 +326,8 @@ SL_KERNEL(decode_token) {
     Token t = {a, arena.take<Phase>(phases)};
     float* p = arena.take<float>(floats);
     auto take = [&](int64_t width) { float* here = p; p += a.b * width; return here; };
-    t.x = take(model), t.stream = take(model), t.h = take(model), t.xz = take(wide(2 * a.d));
-    t.u = take(inner), t.y = take(inner), t.select = take(wide(a.r + 2 * a.n)), t.mlp = take(wide(2 * a.hidden));
+    t.x = take(model), t.stream[0] = take(model), t.stream[1] = take(model);
+    t.z = take(inner), t.u = take(inner), t.y = take(inner), t.select = take(wide(a.r + 2 * a.n)), t.mlp = take(wide(2 * a.hidden));
     sl_parallel(a.threads, a.threads, 1e9, work, &t);
     free(memory);
     return t.finished ? SL_OK : SL_NO_MEMORY;
