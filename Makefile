@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*) $(wildcard src/stateline/ops/*/cpu*.cpp src/stateline/ops/*/*.h)
 
-.PHONY: help demo test test-full check bench docs data bundled clean
+.PHONY: help demo test test-full check bench performance docs data bundled clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
@@ -42,6 +42,12 @@ check: $(VENV)/dev  ## lint, format, types, architecture
 
 bench: $(VENV)/dev  ## measure this machine: one JSON line a case
 	@$(BIN)/python -m benchmarks.run
+
+performance: $(VENV)/dev  ## measure beside the peers (llama.cpp is built: minutes) and write docs/performance.md
+	@$(PIP) -e ".[peers]"
+	@rm -f build/performance.jsonl && mkdir -p build
+	@$(BIN)/python -m benchmarks.run --peers --out build/performance.jsonl
+	@$(BIN)/python -m benchmarks.report build/performance.jsonl
 
 docs: $(VENV)/docs  ## build the documentation into site/
 	@$(BIN)/mkdocs build --strict

@@ -426,3 +426,15 @@ def test_step_many_refuses_other_counts(model: LanguageModel, commit: Any, messa
     with pytest.raises((ValueError, TypeError), match=f"step_many: {message}"):
         model.step_many(torch.randint(256, (3, 5)), memory, commit)
     assert not any(x.any() for x in leaves(memory))
+
+
+def test_a_streams_state_takes_gradients(model: LanguageModel) -> None:
+    """States are values: one that came from generating serves training too."""
+    stream = Stream(model, sampling=SamplingConfig(temperature=0))
+    stream.feed(b"abc")
+    next(iter(stream.tokens(2)))
+    logits, _ = model.extend(torch.tensor([[1, 2]]), stream.state)
+    logits.sum().backward()
+    gradient = model.backbone.layers[0].mixer.in_proj.weight.grad  # type: ignore[union-attr]
+    assert gradient is not None
+    model.zero_grad(set_to_none=True)

@@ -145,7 +145,7 @@ def _write(
                 alive.append(at)
         if len(alive) < len(rows):
             rows = [rows[at] for at in alive]
-            with torch.inference_mode():
+            with torch.no_grad():
                 memory = state.index(memory, alive)
 
 
@@ -154,14 +154,14 @@ def _read(model: LanguageModel, tokenizer: Tokenizer, rows: list[_Row]) -> Any:
     memory = [model.init_state(1) for _ in rows]
     while ready := {i: ids for i, row in enumerate(rows) if (ids := row.next_ids(tokenizer))}:
         lengths = [len(ids) for ids in ready.values()]
-        with torch.inference_mode():
+        with torch.no_grad():
             padded = [ids + [0] * (max(lengths) - len(ids)) for ids in ready.values()]
             batch = torch.tensor(padded, device=device_of(model))
             known = torch.tensor(lengths, device=batch.device)
             _, after = model.extend(batch, state.stack([memory[i] for i in ready]), lengths=known, last_only=True)
             for at, i in enumerate(ready):
                 memory[i] = state.index(after, at)
-    with torch.inference_mode():
+    with torch.no_grad():
         return state.stack(memory)
 
 

@@ -220,7 +220,7 @@ class Stream:
         *ready, last = ids if self.pending is None else [self.pending, *ids]
         before, after = self.state, self.state
         if ready:
-            with torch.inference_mode():
+            with torch.no_grad():
                 batch = torch.tensor([ready], device=device_of(self.model))
                 _, after = self.model.extend(batch, before, last_only=True)  # leaves `before` as it was
         self._begin(copy=not ready)
@@ -273,14 +273,14 @@ class Stream:
             self._past.mark(self.decoder.pending, text)
 
     def _moment(self, *, copy: bool = True) -> Moment:
-        with torch.inference_mode():
+        with torch.no_grad():
             kept = state.clone(self.state) if copy else self.state
         sampler = self.sampler
         random, history = sampler.generator.get_state(), sampler.history.recall()
         return Moment(kept, self.pending, self.length, sampler.drawn, random, history, self.decoder.pending, self._held)
 
     def _return_to(self, moment: Moment) -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             self.state = state.clone(moment.state)
         self.pending, self.length, self._held = moment.pending, moment.length, moment.held
         self.sampler.restore(moment.drawn, moment.random, moment.history)
@@ -355,7 +355,7 @@ def _fed(stream: Stream, ids: Iterator[list[int]], out: Iterator[T]) -> Iterator
 
 def step(model: LanguageModel, pending: Sequence[int | None], memory: Any, tokenizer: Tokenizer | None) -> Tensor:
     """Logits (b, v) after `pending`, one id a row; `memory` advances in place. Ids no tokenizer knows are left out."""
-    with torch.inference_mode():
+    with torch.no_grad():
         logits = model.step_(torch.tensor(pending, device=device_of(model)), memory)
         return logits[:, : vocabulary(model, tokenizer)]
 
