@@ -26,8 +26,8 @@ $ make performance
 
 Candidates of a case take turns in one process, so a busy machine slows all of them alike: the ratios say more than the
 milliseconds. A ratio is the time of a candidate over that of the first one of its case; above 1 means slower.
-`torch loop` is the scan that anyone writes by hand first. Every candidate finds the caches full of the others' data: alone, what
-fits into them runs faster.
+`torch loop` is the scan that anyone writes by hand first. Every candidate finds the caches full of
+the others' data: alone, what fits into them runs faster.
 """
 
 LINEAR = "A scan does the same work for every step, so on a quiet machine twice the length takes twice the time.\n"
