@@ -12,9 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stateline.training.arguments import add_arguments as add_arguments
+    from stateline.training.arguments import from_arguments as from_arguments
     from stateline.training.config import TrainConfig as TrainConfig
-    from stateline.training.config import add_arguments as add_arguments
-    from stateline.training.config import from_arguments as from_arguments
     from stateline.training.data import ByteText as ByteText
     from stateline.training.data import load_data as load_data
     from stateline.training.evaluate import bits_per_byte as bits_per_byte
@@ -29,9 +29,9 @@ _NAMES = {
     "TrainConfig": "config",
     "TrainResult": "loop",
     "TrainingError": "loop",
-    "add_arguments": "config",
+    "add_arguments": "arguments",
     "bits_per_byte": "evaluate",
-    "from_arguments": "config",
+    "from_arguments": "arguments",
     "load_data": "data",
     "train": "loop",
 }

@@ -1,18 +1,13 @@
 """Every setting of a training run: one dataclass a subject, validated when made, and the source of the command line.
 
-A field's metadata holds its help text, bounds and unit, so that `--help`, error messages and checks say the same thing.
+`settings` says what a setting is and checks one; `arguments` makes the command line of them and reads files.
 This module imports no torch: `stateline train --help` answers at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import math
-import os
-import tomllib
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +15,8 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from stateline.training.settings import Info, checked, setting, settings_of
 
 #: Width and depth of the named sizes: (d_model, n_layer). Parameters at 256 bytes of vocabulary, state 16, expand 2.
 SIZES = {
@@ -32,15 +29,6 @@ SIZES = {
 
 #: A run's settings, in its folder: what --resume reads.
 SETTINGS_FILE = "run.json"
-
-
-def setting(default: Any, help: str, **rules: Any) -> Any:
-    """A dataclass field with its help text and rules.
-
-    Rules: low, high, above, below (bounds of numbers), choices, metavar, positional, resume: "fixed" (a resumed
-    run must have the same value), "free" (it may change) or "mode" (says how to start; never stored).
-    """
-    return field(default=default, metadata={"help": help, "resume": "fixed", **rules})
 
 
 @dataclass(frozen=True)
@@ -221,10 +209,10 @@ class TrainConfig:
     seed: int = setting(0, "fixes weights, order of the text and samples", low=0, high=2**63 - 1)
 
     def __post_init__(self) -> None:
-        for group, settings in _layout().items():
+        for group, settings in layout().items():
             owner = getattr(self, group) if group else self
             for name, info in settings.items():
-                object.__setattr__(owner, name, _checked(name, getattr(owner, name), info))
+                object.__setattr__(owner, name, checked(name, getattr(owner, name), info))
         _check_together(self)
 
     @classmethod
@@ -237,41 +225,41 @@ class TrainConfig:
         """Read flat names, or groups of them as `to_dict` writes. Raises ValueError for unknown keys."""
         flat: dict[str, Any] = {}
         for key, value in values.items():
-            if key not in _layout() or not key:
+            if key not in layout() or not key:
                 flat[key] = value
             elif not isinstance(value, Mapping):
                 raise ValueError(f"train: {key} is {value!r}, expected a table of settings.")
             else:
                 for name, inner in value.items():
-                    if name not in _layout()[key]:
-                        raise ValueError(f"train: unknown setting {key}.{name}; {key} has {', '.join(_layout()[key])}.")
+                    if name not in layout()[key]:
+                        raise ValueError(f"train: unknown setting {key}.{name}; {key} has {', '.join(layout()[key])}.")
                     flat[name] = inner
         return cls.of(**flat)
 
     def replace(self, **settings: Any) -> TrainConfig:
         """A copy with some settings changed, by flat name."""
         for name in settings:
-            if name not in _places():
-                close = get_close_matches(name, _places(), 1)
-                hint = f"Did you mean {close[0]}?" if close else f"Settings: {', '.join(sorted(_places()))}."
+            if name not in places():
+                close = get_close_matches(name, places(), 1)
+                hint = f"Did you mean {close[0]}?" if close else f"Settings: {', '.join(sorted(places()))}."
                 raise ValueError(f"train: unknown setting {name!r}. {hint}")
         changes: dict[str, Any] = {}
-        for group in _layout():
-            mine = {name: value for name, value in settings.items() if _places()[name] == group}
+        for group in layout():
+            mine = {name: value for name, value in settings.items() if places()[name] == group}
             changes |= ({group: dataclasses.replace(getattr(self, group), **mine)} if mine else {}) if group else mine
         return dataclasses.replace(self, **changes)
 
     def flat(self) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
         """Every setting as (name, value, field), groups in order."""
-        for group, settings in _layout().items():
+        for group, settings in layout().items():
             for name, info in settings.items():
                 yield name, getattr(getattr(self, group) if group else self, name), info.field
 
     def to_dict(self) -> dict[str, Any]:
         """Groups of plain values for JSON, without the settings that only say how to start."""
         values = {name: value for name, value, info in self.flat() if info.metadata["resume"] != "mode"}
-        grouped = {g: {n: values[n] for n in names if n in values} for g, names in _layout().items() if g}
-        return grouped | {name: values[name] for name in _layout()[""]}
+        grouped = {g: {n: values[n] for n in names if n in values} for g, names in layout().items() if g}
+        return grouped | {name: values[name] for name in layout()[""]}
 
     def to_json(self) -> str:
         """`to_dict` as text."""
@@ -301,143 +289,18 @@ def differences(old: TrainConfig, new: TrainConfig, kind: str) -> list[str]:
     return lines
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser every setting, grouped, with help; what the user leaves out is left out of the namespace."""
-    parser.add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS,
-        help="read settings from a .json or .toml file, such as a run's run.json; flags win over it",
-    )  # fmt: skip
-    for group, settings in _layout().items():
-        section = parser.add_argument_group(_title(group))
-        for name, info in settings.items():
-            rules = info.field.metadata
-            options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(info)}
-            if info.type is bool:
-                section.add_argument(_flag(name), action="store_true", **options)
-                continue
-            metavar = {int: "N", float: "X"}.get(info.type, name.upper())
-            options |= {"type": info.type, "choices": rules.get("choices")}
-            options["metavar"] = None if rules.get("choices") else rules.get("metavar", metavar)
-            if rules.get("positional"):
-                section.add_argument(name, nargs="?", **options)
-            else:
-                section.add_argument(_flag(name), **options)
-
-
-def from_arguments(namespace: argparse.Namespace) -> TrainConfig:
-    """The configuration a parsed command line asks for.
-
-    Order of precedence: flags, --config, then under --resume the run's own settings, then defaults. Raises ValueError.
-    """
-    flags = {name: value for name, value in vars(namespace).items() if name in _places()}
-    if file := getattr(namespace, "config", None):
-        flags = _flatten(read_file(file)) | flags
-    if not flags.get("resume"):
-        return TrainConfig.of(**flags)
-    if not flags.get("out") and not flags.get("path"):
-        raise ValueError("train: --resume needs --out DIR, the folder of the run to continue.")
-    home = TrainConfig.of(**{k: v for k, v in flags.items() if k in ("out", "path")}).directory
-    settings = home / SETTINGS_FILE
-    if not settings.is_file():
-        raise ValueError(f"train: there is no run in {home} to resume (no {SETTINGS_FILE}). Start it without --resume.")
-    return TrainConfig.from_dict(read_file(settings)).replace(**({"out": str(home)} | flags))
-
-
-def read_file(path: str | Path) -> dict[str, Any]:
-    """Settings from a JSON or TOML file. Raises ValueError naming the file and what is wrong."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"train: {path} cannot be read as settings: {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"train: {path} holds {type(values).__name__}, expected a table of settings.")
-    return values
-
-
-@dataclass(frozen=True)
-class _Info:
-    """A setting's field with its type, None stripped."""
-
-    field: dataclasses.Field[Any]
-    type: type
-    optional: bool
-
-
 @cache
-def _layout() -> dict[str, dict[str, _Info]]:
+def layout() -> dict[str, dict[str, Info]]:
     """Group → name → field; the group "" is TrainConfig itself."""
     groups = [f.name for f in dataclasses.fields(TrainConfig) if "help" not in f.metadata]
     hints = typing.get_type_hints(TrainConfig)
-    return {g: _settings_of(hints[g]) for g in groups} | {"": _settings_of(TrainConfig)}
-
-
-def _settings_of(cls: type) -> dict[str, _Info]:
-    hints = typing.get_type_hints(cls)
-    found = {}
-    for info in dataclasses.fields(cls):
-        if "help" in info.metadata:
-            hint = hints[info.name]
-            optional = isinstance(hint, types.UnionType)
-            kinds = [t for t in typing.get_args(hint) if t is not type(None)] if optional else [hint]
-            found[info.name] = _Info(info, kinds[0], optional)
-    return found
+    return {g: settings_of(hints[g]) for g in groups} | {"": settings_of(TrainConfig)}
 
 
 @cache
-def _places() -> dict[str, str]:
+def places() -> dict[str, str]:
     """Setting → its group. Names are unique across groups, so that flags need no prefixes."""
-    return {name: group for group, settings in _layout().items() for name in settings}
-
-
-def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    given = TrainConfig.from_dict(values)
-    named = {n for key, value in values.items() for n in (value if isinstance(value, Mapping) else [key])}
-    return {name: value for name, value, _ in given.flat() if name in named}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _title(group: str) -> str:
-    cls = type(getattr(TrainConfig(), group)) if group else TrainConfig
-    return (cls.__doc__ or "").splitlines()[0]
-
-
-def _help(info: _Info) -> str:
-    rules, default = info.field.metadata, info.field.default
-    shown = "" if default is None or info.type is bool or rules.get("positional") else f" (default: {default})"
-    return (rules["help"] + shown).replace("%", "%%")
-
-
-def _checked(name: str, value: Any, info: _Info) -> Any:
-    """The value, as its field's type; raises TypeError or ValueError naming the setting, the rule and the value."""
-    rules: Mapping[str, Any] = info.field.metadata
-    kind: Any = info.type
-    if value is None and info.optional:
-        return None
-    if kind is str and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        expected = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
-        raise TypeError(f"train: {name} is {value!r}, expected {expected}.")
-    if "choices" in rules and value not in rules["choices"]:
-        raise ValueError(f"train: {name} is {value!r}, expected one of {', '.join(map(repr, rules['choices']))}.")
-    if kind in (int, float):
-        words = [f"{word} {rules[key]:g}" for key, word in _BOUNDS.items() if key in rules]
-        inside = rules.get("low", -math.inf) <= value <= rules.get("high", math.inf)
-        strictly = rules.get("above", -math.inf) < value < rules.get("below", math.inf)
-        if not (math.isfinite(value) and inside and strictly):
-            rule = " and ".join(words) or "that is finite"
-            raise ValueError(f"train: {name} is {value!r}, expected a number {rule}.")
-    return value
-
-
-_BOUNDS = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+    return {name: group for group, settings in layout().items() for name in settings}
 
 
 def _check_together(config: TrainConfig) -> None:

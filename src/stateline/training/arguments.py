@@ -1,0 +1,92 @@
+"""Where settings come from: the command line, generated from the dataclasses of `config`, and files.
+
+This module imports no torch: `stateline train --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stateline.training.config import SETTINGS_FILE, TrainConfig, layout, places
+from stateline.training.settings import Info
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser every setting, grouped, with help; what the user leaves out is left out of the namespace."""
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS,
+        help="read settings from a .json or .toml file, such as a run's run.json; flags win over it",
+    )  # fmt: skip
+    for group, settings in layout().items():
+        section = parser.add_argument_group(_title(group))
+        for name, info in settings.items():
+            rules = info.field.metadata
+            options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(info)}
+            if info.type is bool:
+                section.add_argument(_flag(name), action="store_true", **options)
+                continue
+            metavar = {int: "N", float: "X"}.get(info.type, name.upper())
+            options |= {"type": info.type, "choices": rules.get("choices")}
+            options["metavar"] = None if rules.get("choices") else rules.get("metavar", metavar)
+            if rules.get("positional"):
+                section.add_argument(name, nargs="?", **options)
+            else:
+                section.add_argument(_flag(name), **options)
+
+
+def from_arguments(namespace: argparse.Namespace) -> TrainConfig:
+    """The configuration a parsed command line asks for.
+
+    Order of precedence: flags, --config, then under --resume the run's own settings, then defaults. Raises ValueError.
+    """
+    flags = {name: value for name, value in vars(namespace).items() if name in places()}
+    if file := getattr(namespace, "config", None):
+        flags = _flatten(read_file(file)) | flags
+    if not flags.get("resume"):
+        return TrainConfig.of(**flags)
+    if not flags.get("out") and not flags.get("path"):
+        raise ValueError("train: --resume needs --out DIR, the folder of the run to continue.")
+    home = TrainConfig.of(**{k: v for k, v in flags.items() if k in ("out", "path")}).directory
+    settings = home / SETTINGS_FILE
+    if not settings.is_file():
+        raise ValueError(f"train: there is no run in {home} to resume (no {SETTINGS_FILE}). Start it without --resume.")
+    return TrainConfig.from_dict(read_file(settings)).replace(**({"out": str(home)} | flags))
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Settings from a JSON or TOML file. Raises ValueError naming the file and what is wrong."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"train: {path} cannot be read as settings: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"train: {path} holds {type(values).__name__}, expected a table of settings.")
+    return values
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    given = TrainConfig.from_dict(values)
+    named = {n for key, value in values.items() for n in (value if isinstance(value, Mapping) else [key])}
+    return {name: value for name, value, _ in given.flat() if name in named}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _title(group: str) -> str:
+    cls = type(getattr(TrainConfig(), group)) if group else TrainConfig
+    return (cls.__doc__ or "").splitlines()[0]
+
+
+def _help(info: Info) -> str:
+    rules, default = info.field.metadata, info.field.default
+    shown = "" if default is None or info.type is bool or rules.get("positional") else f" (default: {default})"
+    return (rules["help"] + shown).replace("%", "%%")
