@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stateline import checks
 from stateline.nn import Block, GatedMLP, LayerNorm, Mamba, Mixer, RMSNorm
@@ -106,13 +107,18 @@ torch.export.register_dataclass(ModelState, serialized_type_name="stateline.mode
 
 
 class Backbone(nn.Module):
-    """Token ids (b, t) -> normalised hidden vectors (b, t, d_model): everything of a model but its head."""
+    """Token ids (b, t) -> normalised hidden vectors (b, t, d_model): everything of a model but its head.
+
+    checkpoint_activations: keep only what goes into each block, and compute the block again in the backward pass: the
+        same numbers from less memory and more time. An attribute, set at will; no part of the configuration.
+    """
 
     def __init__(
         self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         norm_class = RMSNorm if config.rms_norm else LayerNorm
 
@@ -154,7 +160,7 @@ class Backbone(nn.Module):
         x, lengths = self._embed(input_ids, lengths)
         residual = None
         for block in self._blocks():
-            x, residual = block(x, residual, lengths=lengths, cu_seqlens=cu_seqlens)
+            x, residual = self._run(block, x, residual, lengths=lengths, cu_seqlens=cu_seqlens)
         return zero_padding(self.norm_f(x, residual)[0], lengths)
 
     def extend(
@@ -171,7 +177,7 @@ class Backbone(nn.Module):
         residual = None
         after = []
         for block, given in zip(self._blocks(), before, strict=True):
-            x, residual, new = block.extend(x, residual, given, lengths=lengths, cu_seqlens=cu_seqlens)
+            x, residual, new = self._run(block.extend, x, residual, given, lengths=lengths, cu_seqlens=cu_seqlens)
             after.append(new)
         return zero_padding(self.norm_f(x, residual)[0], lengths), ModelState(after)
 
@@ -183,6 +189,11 @@ class Backbone(nn.Module):
         for block, given in zip(self._blocks(), self._layer_states(state), strict=True):
             x, residual = block.step_(x, residual, given)
         return self.norm_f(x, residual)[0]
+
+    def _run(self, block: Callable[..., Any], *given: Any, **where: Any) -> Any:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, *given, use_reentrant=False, **where)
+        return block(*given, **where)
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.layers))
