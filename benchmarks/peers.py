@@ -50,3 +50,21 @@ def language_model(d_model: int, n_layer: int, vocab_size: int) -> Any:
 
     shape = {"hidden_size": d_model, "num_hidden_layers": n_layer, "state_size": 16, "vocab_size": vocab_size}
     return MambaForCausalLM(MambaConfig(**shape)).eval()
+
+
+def mambapy_language_model(
+    d_model: int, n_layer: int, vocab_size: int
+) -> tuple[nn.Module, Callable[..., Tensor]] | None:
+    """mambapy's model of that shape, its output matrix tied as ours is, and its loss (ids, targets) -> scalar."""
+    if not find_spec("mambapy"):
+        return None
+    from mambapy.lm import LM
+    from mambapy.mamba import MambaConfig
+
+    model = LM(MambaConfig(d_model=d_model, n_layers=n_layer, d_state=16), vocab_size)
+    model.lm_head.weight = model.embedding.weight
+
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+
+    return model, loss

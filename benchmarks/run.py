@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases, cases_130m, cases_ops, measure
+from benchmarks import cases, cases_130m, cases_ops, cases_training, measure
 
 
 def rows(case: cases.Case, with_peers: bool, seconds: float) -> Iterator[dict[str, Any]]:
@@ -50,6 +50,7 @@ def everything() -> Iterator[cases.Case]:
     """Every case there is."""
     yield from cases.cases()
     yield from cases_130m.model_130m()
+    yield from cases_training.training()
     yield from operations()
 
 
