@@ -18,7 +18,7 @@ $(VENV)/core: $(SOURCES)
 
 $(VENV)/dev: $(VENV)/core
 	@echo "adding what tests and checks need"
-	@$(PIP) -e ".[test,train,check,hf,onnx,bench]"
+	@$(PIP) -e ".[test,train,lora,check,hf,onnx,bench]"
 	@touch $@
 
 $(VENV)/docs: $(VENV)/dev

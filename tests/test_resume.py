@@ -41,9 +41,10 @@ TINY: dict[str, Any] = {
     "progress": "off", "device": "cpu", "eval_every": 4, "sample_every": 6, "sample_bytes": 4, "save_every": 5,
 }  # fmt: skip
 
-#: Processes that fork from one with torch already imported: seconds less a run than fresh interpreters.
+#: Processes that fork from one with torch already imported: seconds less a run than fresh interpreters. The first
+#: optimiser imports torch._dynamo.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["stateline.training.loop", "stateline.generation"])
+FORKS.set_forkserver_preload(["stateline.training.loop", "stateline.generation", "torch._dynamo"])
 
 
 def child(settings: dict[str, Any], output: str, file_limit: int = 0) -> None:

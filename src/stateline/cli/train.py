@@ -17,6 +17,8 @@ examples:
   stateline train big.jsonl.zst --tokenizer bpe:8192        learns a tokenizer and prepares the data by itself
   stateline train corpus-tokens --out runs/corpus           on what stateline tokenize made
   stateline generate "Dear" --model runs/letters            let it write
+  stateline train tales.txt --init-from bundled --lora 8    fine-tune: adapters only, merged when saved
+  stateline train big.txt --schedule wsd --ema 0.999 --checkpoint-activations
 """
 
 
@@ -35,7 +37,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train as asked."""
+    import stateline
     from stateline import training
 
-    training.train(training.from_arguments(options))
+    training.train(training.from_arguments(options), load=stateline.load)
     return 0

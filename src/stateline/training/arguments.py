@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tomllib
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser every setting, grouped, with help; what the user leaves out is left out of the namespace."""
     parser.add_argument(
         "--config", metavar="FILE", default=argparse.SUPPRESS,
-        help="read settings from a .json or .toml file, such as a run's run.json; flags win over it",
+        help="read settings from a .json, .toml or .yaml file, such as a run's run.json; flags win over it",
     )  # fmt: skip
     for group, settings in layout().items():
         section = parser.add_argument_group(_title(group))
@@ -59,16 +61,38 @@ def from_arguments(namespace: argparse.Namespace) -> TrainConfig:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Settings from a JSON or TOML file. Raises ValueError naming the file and what is wrong."""
+    """Settings from a JSON, TOML or YAML file. Raises ValueError naming the file and what is wrong."""
     path = Path(path)
+    readers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": _read_yaml, ".yml": _read_yaml}
     try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        values = readers.get(path.suffix.lower(), json.loads)(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"train: {path} cannot be read as settings: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"train: {path} holds {type(values).__name__}, expected a table of settings.")
     return values
+
+
+def _read_yaml(text: str) -> Any:
+    """YAML, safely, with the numbers and truth values of version 1.2: 3e-4 is a number, and off is a word."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise ValueError("it needs pyyaml, which is not installed: pip install 'stateline[train]'") from error
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
+            first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in ("bool", "float", "timestamp")]
+            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$|[-+]?\.(inf|nan)$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|false|True|False)$"), list("tfTF"))
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,9 @@ SIZES = {
     "large": (768, 24),  # 90 million: a GPU, and text by the gigabyte
 }
 
+#: Default peak learning rate by what is trained: new weights, given ones, or adapters beside given ones.
+PEAK_LR = {"new": 3e-3, "init_from": 3e-4, "lora": 1e-3}
+
 #: A run's settings, in its folder: what --resume reads.
 SETTINGS_FILE = "run.json"
 
@@ -115,9 +118,29 @@ class ShapeConfig:
 class OptimConfig:
     """optimiser"""
 
-    lr: float = setting(3e-3, "peak learning rate of AdamW", above=0)
-    min_lr_ratio: float = setting(
-        0.1, "learning rate at the end, as a share of the peak (cosine between)", low=0, high=1
+    lr: float | None = setting(
+        None,
+        "peak learning rate of AdamW (default: 0.003; with --init-from 0.0003, so that little is forgotten; with "
+        "--lora 0.001)",
+        above=0,
+    )
+    schedule: str = setting(
+        "cosine",
+        "learning rate after warm-up: cosine falls all the way; wsd stays at the peak, then falls over the last "
+        "--decay-share of the run; constant stays",
+        choices=("cosine", "wsd", "constant"),
+    )
+    decay_share: float | None = setting(
+        None, "share of the run in which wsd falls (default: 0.2)", above=0, high=1, resume="free"
+    )
+    decay_form: str | None = setting(
+        None,
+        "how wsd falls: linear, cosine, or sqrt, which is 1 − √x (default: linear)",
+        choices=("linear", "cosine", "sqrt"),
+        resume="free",
+    )
+    min_lr_ratio: float | None = setting(
+        None, "learning rate at the end of cosine and wsd, as a share of the peak (default: 0.1)", low=0, high=1
     )
     warmup_steps: int | None = setting(
         None, "linear warm-up (default: a twentieth of the steps, at most 200; 20 under --minutes alone)", low=0
@@ -126,6 +149,67 @@ class OptimConfig:
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", low=0, below=1)
     weight_decay: float = setting(0.1, "weight decay of the matrices (norms, biases, A, D and dt have none)", low=0)
     clip: float = setting(1.0, "largest norm of the gradient; 0 means no clipping", low=0)
+    ema: float = setting(
+        0.0,
+        "keep a running mean of the weights with this decay, e.g. 0.999, for validation, samples and the saved model; "
+        "0 means none",
+        low=0,
+        below=1,
+    )
+    checkpoint_activations: bool = setting(
+        False,
+        "compute each block again in the backward pass instead of keeping what it computed: same numbers, less memory, "
+        "about a third more time",
+        resume="free",
+    )
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """low-rank adapters (LoRA)"""
+
+    lora: int = setting(
+        0,
+        "train adapters of this rank beside frozen weights, e.g. 8; the saved model has them merged (needs peft); "
+        "0 trains all weights",
+        low=0,
+        metavar="RANK",
+    )
+    lora_alpha: float | None = setting(
+        None, "adapters are scaled by this over the rank (default: twice the rank)", above=0
+    )
+    lora_targets: str | None = setting(
+        None,
+        "which Linears get one, by the last part of their name, separated by commas (default: all of the blocks')",
+        metavar="NAMES",
+    )
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """when to stop before the end"""
+
+    patience: int = setting(
+        0, "stop after so many validations in a row without a better result; 0 means never", low=0, resume="free"
+    )
+    min_delta: float = setting(
+        0.0, "bits per byte that --patience asks for before it calls a result better", low=0, resume="free"
+    )
+    on_spike: str = setting(
+        "stop",
+        "what a loss far above the recent ones means: skip leaves that step's update out; stop and skip both end a run "
+        "whose loss stays there for 5 steps; ignore goes on. A loss that is not a number always ends the run",
+        choices=("stop", "skip", "ignore"),
+        resume="free",
+    )
+    spike_mads: float = setting(
+        10.0,
+        "a spike lies this many median absolute deviations above the median (one such deviation is taken to be at "
+        "least 1% of the median)",
+        above=0,
+        resume="free",
+    )
+    spike_window: int = setting(100, "over how many recent losses these are taken", low=10, resume="free")
 
 
 @dataclass(frozen=True)
@@ -155,6 +239,9 @@ class ReportConfig:
         None, "how samples begin (default: as the validation text does)", resume="free", metavar="TEXT"
     )
     log_every: int = setting(10, "steps between lines of metrics.jsonl", low=1, resume="free")
+    tensorboard: bool = setting(
+        False, "write the figures of metrics.jsonl for TensorBoard too, to OUT/tensorboard", resume="free"
+    )
     progress: str = setting(
         "auto",
         "bar (needs tqdm), lines, or off; auto takes the bar on a terminal, lines elsewhere",
@@ -178,7 +265,10 @@ class SaveConfig:
     )
     keep: int = setting(2, "how many of the newest checkpoints to keep", low=1, resume="free")
     init_from: str | None = setting(
-        None, "start from these weights: 'bundled', a model folder or a training run (fine-tuning)", metavar="MODEL"
+        None,
+        "start from these weights (fine-tuning): 'bundled', a training run, or a model folder in any format that "
+        "`stateline info` reads",
+        metavar="MODEL",
     )
     resume: bool = setting(
         False, "continue the run in --out; its settings are kept, PATH may be left out", resume="mode"
@@ -197,7 +287,9 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ShapeConfig = field(default_factory=ShapeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     dtype: str = setting(
@@ -272,6 +364,12 @@ class TrainConfig:
         return self.model.d_model or d_model, self.model.n_layer or n_layer
 
     @property
+    def peak_lr(self) -> float:
+        """The peak learning rate, a default one looked up."""
+        kind = "lora" if self.adapters.lora else "init_from" if self.save.init_from else "new"
+        return self.optim.lr or PEAK_LR[kind]
+
+    @property
     def directory(self) -> Path:
         """Where the run is written."""
         return Path(self.save.out) if self.save.out else Path("runs") / (Path(self.data.path).resolve().stem or "text")
@@ -305,7 +403,7 @@ def places() -> dict[str, str]:
 
 def _check_together(config: TrainConfig) -> None:
     """Rules that involve more than one setting."""
-    budget, save = config.budget, config.save
+    budget, save, optim, guard = config.budget, config.save, config.optim, config.guard
     if budget.steps and budget.epochs:
         raise ValueError(f"train: steps is {budget.steps} and epochs is {budget.epochs:g}. Give one of the two.")
     if save.resume and save.overwrite:
@@ -314,3 +412,15 @@ def _check_together(config: TrainConfig) -> None:
         config.model.refuse_beside("init_from")
     if config.model.size and config.model.d_model and config.model.n_layer:
         raise ValueError("train: size, d_model and n_layer are all set. Give the size or the numbers.")
+    for name in ("decay_share", "decay_form"):
+        if optim.schedule != "wsd" and getattr(optim, name) is not None:
+            raise ValueError(f"train: {name} is set, but schedule is {optim.schedule!r}. It belongs to schedule 'wsd'.")
+    if optim.schedule == "constant" and optim.min_lr_ratio is not None:
+        raise ValueError("train: min_lr_ratio is set, but schedule is 'constant', which does not fall. Drop one.")
+    for name in ("lora_alpha", "lora_targets"):
+        if getattr(config.adapters, name) is not None and not config.adapters.lora:
+            raise ValueError(f"train: {name} is set, but lora is 0. Give a rank with --lora.")
+    if guard.patience and not config.report.eval_every:
+        raise ValueError(f"train: patience is {guard.patience}, but eval_every is 0, so nothing is validated. Set it.")
+    if guard.min_delta and not guard.patience:
+        raise ValueError("train: min_delta is set, but patience is 0. Give the number of validations to wait for.")

@@ -5,26 +5,40 @@ from __future__ import annotations
 import math
 import shlex
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from stateline.checks import fail
-from stateline.models import LanguageModel, ModelConfig, checkpoint
+from stateline.models import LanguageModel, checkpoint
 from stateline.nn import param_groups
-from stateline.training import resume
-from stateline.training.config import SETTINGS_FILE, TrainConfig, differences
+from stateline.training import adapters, board, resume
+from stateline.training.config import SETTINGS_FILE, TrainConfig
 from stateline.training.data import TextData, Windows, load_data
+from stateline.training.ema import Ema
 from stateline.training.evaluate import bits_per_byte
+from stateline.training.guard import SPIKES_IN_A_ROW, diverged, exhausted, spike_bound, watch_loss, watch_validation
 from stateline.training.progress import Meter, MetricsLog, Reporter, clock, quantity
 from stateline.training.resume import Position, TrainingError
 from stateline.training.sample import default_prompt, printable, sample_text
 from stateline.training.schedule import Schedule, make_schedule
 from stateline.training.signals import Interrupted, StopSignals
+from stateline.training.start import (
+    Loader,
+    Start,
+    device_of,
+    find_start,
+    initial_model,
+    prepared,
+    refuse_occupied,
+    settled,
+    source,
+)
 from stateline.training.text import TokenText
-from stateline.training.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -39,57 +53,74 @@ class TrainResult:
     seconds: float
 
 
-def train(config: TrainConfig, *, model: LanguageModel | None = None) -> TrainResult:
+def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Loader | None = None) -> TrainResult:
     """Train a language model on text; the best one is at `result.directory / "model"`, readable by `stateline.load`.
 
-    `model` gives the starting weights instead of `config.save.init_from`; it is trained in place. Everything is checked
-    before anything is written. Raises ValueError for settings or text that cannot work, TrainingError if the loss stops
-    being finite or a checkpoint cannot be saved, Interrupted (a KeyboardInterrupt) once Ctrl-C or SIGTERM has led to a
-    checkpoint. The caller's random state is left as it was.
+    Everything is checked before anything is written. The caller's random state is left as it was.
+
+    Args:
+        model: the starting weights, instead of `config.save.init_from`; it is trained in place (with `config.adapters`
+            it keeps its adapters; the result's model has them merged).
+        load: reads what `init_from` names; `stateline.load` knows every format, the default our own and "bundled".
+
+    Raises:
+        ValueError: settings or text that cannot work.
+        TrainingError: the loss is no number or has left its bounds, or a checkpoint cannot be saved.
+        Interrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM came, and a checkpoint was made.
     """
-    device = _device(config.device)
-    if config.data.path:  # the run must be resumable from any folder
-        config = config.replace(**_places(config))
-    _refuse_occupied(config)
-    source = _source(config)
+    device = device_of(config.device)
+    if config.report.tensorboard:
+        board.require()
+    config = settled(config)
+    refuse_occupied(config)
     data = load_data(
-        config.data, home=config.directory, model=source, resumed=config.save.resume, progress=config.report.progress
+        config.data,
+        home=config.directory,
+        model=source(config),
+        resumed=config.save.resume,
+        progress=config.report.progress,
     )
     windows = Windows(data.train, config.data.context, config.seed, apart=config.data.packing == "documents")
     schedule = make_schedule(config, windows.per_epoch)
-    start = _start(config, data)
+    start = find_start(config, data)
     if model is not None and (start or config.save.init_from):
         other = "resume" if start else "init_from"
         raise fail("train", f"both model and {other} bring weights.", "Give one of the two.")
     if model is not None:
         config.model.refuse_beside("model")
+    if config.adapters.lora and not (start or model or config.save.init_from):
+        raise fail("train", "lora adapts given weights, and none are given.", "Name a model with --init-from.")
     cuda = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(config.seed)
-        model = (model or _model(config, start, data.vocabulary)).to(device)
-        _check_vocabulary(model, data.vocabulary)
+        model = model or initial_model(config, start, data.vocabulary, load)
+        model = prepared(model, config, data.vocabulary).to(device)
         with resume.locked(config.directory):
             if config.save.overwrite:
                 resume.remove_run(config.directory, keep_prepared=data.lies_in(config.directory))
             resume.clean(config.directory)
             share = schedule.progress(start.position.step, start.position.elapsed) if start else 0.0
-            with StopSignals() as stop, Reporter(config.report.progress, share) as reporter:
-                run = _Run(config, model, data, windows, schedule, stop, reporter)
+            log = MetricsLog(
+                config.directory / resume.METRICS,
+                config.directory / resume.BOARD if config.report.tensorboard else None,
+            )
+            with StopSignals() as stop, Reporter(config.report.progress, share) as reporter, log:
+                run = _Run(config, model, data, windows, schedule, _Session(stop, reporter, log))
                 run.begin(start)
                 return run.finish()
 
 
 @dataclass(frozen=True)
-class _Start:
-    """The checkpoint a run continues from."""
+class _Session:
+    """What one session has of its own: who may stop it, and whom it tells."""
 
-    path: Path
-    position: Position
-    changed: list[str]
+    stop: StopSignals
+    reporter: Reporter
+    log: MetricsLog
 
 
 class _Run:
-    """One session of a run. What decides the weights is in `model`, `optimizer`, `position` and the settings alone."""
+    """One session of a run. What decides the weights is in `model`, `optimizer`, `ema`, `position` and the settings."""
 
     def __init__(
         self,
@@ -98,35 +129,45 @@ class _Run:
         data: TextData,
         windows: Windows,
         schedule: Schedule,
-        stop: StopSignals,
-        reporter: Reporter,
+        session: _Session,
     ) -> None:
         self.config, self.model, self.data, self.windows = config, model, data, windows
-        self.schedule, self.stop, self.reporter = schedule, stop, reporter
+        self.schedule, self.stop, self.reporter, self.log = schedule, session.stop, session.reporter, session.log
         self.root = config.directory
         self.device = next(model.parameters()).device
         optim = config.optim
+        groups = [
+            group | {"params": [p for p in group["params"] if p.requires_grad]}
+            for group in param_groups(model, optim.weight_decay)
+        ]
         self.optimizer = torch.optim.AdamW(
-            param_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True
+            [group for group in groups if group["params"]],
+            lr=schedule.peak,
+            betas=(optim.beta1, optim.beta2),
+            fused=True,
         )
+        self.ema = Ema(model, optim.ema) if optim.ema else None
         self.autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
-        self.log = MetricsLog(self.root / resume.METRICS)
         self.meter = Meter()
         self.position = Position()
         self.saved: int | None = None  # the step of the newest checkpoint
         self.session = time.perf_counter()
 
-    def begin(self, start: _Start | None) -> None:
-        """Take up a checkpoint, or write a new run's settings; say what is about to happen."""
+    def begin(self, start: Start | None) -> None:
+        """Take up a checkpoint, or write down what a new run is; say what is about to happen."""
         if start:
             self.position = start.position
-            resume.load(start.path, self.model, self.optimizer, self.device)
+            resume.load(start.path, self.model, self.optimizer, self.device, self.ema)
             self.saved = start.position.step
-            self.log.rewind(start.position.step)
-        self.session = time.perf_counter() - self.position.elapsed
         with resume.saving(self.root, "the settings"):
             self.data.vocabulary.save(self.root)
             resume.write_atomically(self.root / SETTINGS_FILE, self.config.to_json())
+        if self.config.adapters.lora and not start:
+            with resume.saving(self.root, "the frozen weights"):
+                resume.save_model(adapters.without(self.model, merged=False), self.root / resume.BASE, {}, self.root)
+        with resume.saving(self.root, resume.METRICS):
+            self.log.rewind(self.position.step)
+        self.session = time.perf_counter() - self.position.elapsed
         self._announce(start)
 
     def finish(self) -> TrainResult:
@@ -137,7 +178,7 @@ class _Run:
         self.reporter.show(self.meter, self._label(), 1.0, last=True)
         position, whole = self.position, self.data.val
         model = self.model
-        if position.best_step != position.step:
+        if position.best_step != position.step or self.ema or self.config.adapters.lora:
             model = checkpoint.load(self.root / resume.MODEL, device=self.device)
         best = position.best_bpb
         if whole.num_bytes > self.config.report.eval_bytes:
@@ -167,9 +208,13 @@ class _Run:
         nats, norm_value = float(loss), float(norm)
         if not (math.isfinite(nats) and math.isfinite(norm_value)):
             self._not_finite(nats, norm_value)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        spike = self._judge(nats)
+        if spike != "skipped":
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update(position.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         position.step += 1
         position.windows += data.batch_size * data.accumulate
@@ -179,9 +224,26 @@ class _Run:
         wide = sum(self.data.train.count(batch.targets) for batch in batches)
         bits = nats / math.log(2) * (total / max(1, wide))  # a byte; exactly that of a token where tokens are bytes
         self.meter.update(bits, speed)
-        if position.step % self.config.report.log_every == 0:
-            self._record(bpb=bits, lr=rate, grad_norm=norm_value, tokens_per_s=speed)
+        if spike or position.step % self.config.report.log_every == 0:
+            told = {"spike": spike} if spike else {}
+            self._record(bpb=bits, lr=rate, grad_norm=norm_value, tokens_per_s=speed, **told)
         self.reporter.show(self.meter, self._label(), self.schedule.progress(position.step, position.elapsed))
+
+    def _judge(self, nats: float) -> str | None:
+        """Whether a step's loss is a spike: "kept" or "skipped" is what becomes of it. Ends a run that has diverged."""
+        guard, watched = self.config.guard, self.position.watched
+        bound = spike_bound(watched, guard)
+        if not watch_loss(watched, nats, guard):
+            return None
+        if diverged(watched):
+            other = ", or --resume with --on-spike skip, or ignore if this is right" * (guard.on_spike != "skip")
+            self._give_up(
+                f"after {self.position.step} steps the loss is {nats:g}, above {bound:g} for {SPIKES_IN_A_ROW} steps "
+                "in a row: it has left what the steps before it would allow (--spike-mads)",
+                f"Start again with a lower --lr{other}",
+            )
+        watched.skipped += guard.on_spike == "skip"
+        return "skipped" if guard.on_spike == "skip" else "kept"
 
     def _boundary(self) -> bool:
         """Between two steps: validate, sample and save where due, leave if asked. True at the end of the run."""
@@ -191,15 +253,35 @@ class _Run:
         if (done or _due(position.step, report.eval_every)) and position.evaluated != position.step:
             self._evaluate()
             self._leave_if_asked()
+        done = self._out_of_patience(done)
         if _due(position.step, report.sample_every) and position.sampled != position.step:
             self._sample()
             self._leave_if_asked()
-        if done or _due(position.step, self.config.save.save_every):
+        if done or (_due(position.step, self.config.save.save_every) and not position.watched.spikes):
             self._save()
         return done
 
+    def _out_of_patience(self, done: bool) -> bool:
+        watched = self.position.watched
+        if done or not exhausted(watched, self.config.guard):
+            return done
+        self.reporter.say(
+            f"Stopping early: {watched.stale} validations without a result better than {watched.mark:.3f}"
+        )
+        return True
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """While entered, the model has the weights that are judged, sampled from and saved."""
+        if self.ema is None:
+            yield
+        else:
+            with self.ema.applied():
+                yield
+
     def _evaluate(self) -> None:
-        bits = self._score(self.model, self.data.val.head(self.config.report.eval_bytes))
+        with self._shown():
+            bits = self._score(self.model, self.data.val.head(self.config.report.eval_bytes))
         if bits is None:
             return
         position = self.position
@@ -209,6 +291,7 @@ class _Run:
         if position.best_bpb is None or bits < position.best_bpb:
             position.best_bpb, position.best_step = bits, position.step
             self._save_model()
+        watch_validation(position.watched, bits, self.config.guard)
         self._record(val_bpb=bits)
 
     def _score(self, model: LanguageModel, text: TokenText) -> float | None:
@@ -220,7 +303,8 @@ class _Run:
         report, tokenizer = self.config.report, self.data.vocabulary.tokenizer
         prompt = report.sample_prompt or default_prompt(self.data.val, tokenizer)
         seed, size = self.config.seed, report.sample_bytes
-        text = sample_text(self.model, prompt, size, seed, lambda: bool(self.stop), tokenizer)
+        with self._shown():
+            text = sample_text(self.model, prompt, size, seed, lambda: bool(self.stop), tokenizer)
         if self.stop:
             return
         self.position.sampled = self.position.step
@@ -232,14 +316,15 @@ class _Run:
             return
         if self.position.best_step is None:
             self._save_model()
-        resume.save(self.root, self.position, self.model, self.optimizer, self.config, self.data.digest)
+        resume.save(self.root, self.position, self.model, self.optimizer, self.config, self.data.digest, self.ema)
         self.saved = self.position.step
 
     def _save_model(self) -> None:
         position = self.position
         about = {"step": position.step, "tokens": self._tokens(), "val_bpb": position.best_bpb}
-        with resume.saving(self.root, "the best model"):
-            resume.save_model(self.model, self.root / resume.MODEL, about, self.root)
+        with resume.saving(self.root, "the best model"), self._shown():
+            plain = adapters.without(self.model) if self.config.adapters.lora else self.model
+            resume.save_model(plain, self.root / resume.MODEL, about, self.root)
 
     def _leave_if_asked(self) -> None:
         if not self.stop:
@@ -251,12 +336,15 @@ class _Run:
         raise Interrupted(f"Stopped by {self.stop.received}. {saved} Continue with: {again}", self.root)
 
     def _not_finite(self, loss: float, norm: float) -> None:
+        self._give_up(
+            f"after {self.position.step} steps the loss is {loss:g}, the norm of its gradient {norm:g}",
+            f"Start again with a lower --lr (it is {self.schedule.peak:g}) or a longer --warmup-steps",
+        )
+
+    def _give_up(self, problem: str, remedy: str) -> NoReturn:
         last = resume.newest(self.root)
         good = f"The last good checkpoint is {last}" if last else "No checkpoint was saved yet"
-        raise TrainingError(
-            f"train: after {self.position.step} steps the loss is {loss:g}, the norm of its gradient {norm:g}. {good}. "
-            f"Start again with a lower --lr (it is {self.config.optim.lr:g}) or a longer --warmup-steps."
-        )
+        raise TrainingError(f"train: {problem}. {good}. {remedy}.")
 
     def _record(self, **figures: float | str) -> None:
         position = self.position
@@ -270,13 +358,18 @@ class _Run:
         total = f"/{self.schedule.steps}" if self.schedule.steps else ""
         return f"step {self.position.step}{total}"
 
-    def _announce(self, start: _Start | None) -> None:
+    def _announce(self, start: Start | None) -> None:
         data, steps, seconds = self.config.data, self.schedule.steps, self.schedule.seconds
         size = f"{self.model.config.d_model} × {self.model.config.n_layer}"
         per_step = data.batch_size * data.accumulate * data.context
         say = self.reporter.say
         parameters = quantity(self.model.num_parameters())
+        if self.config.adapters.lora:
+            learnt = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            parameters += f" ({quantity(learnt)} of them adapters, which alone are trained)"
         say(f"Mamba {size}, {parameters} parameters, {self.config.dtype} on {self.device}, writing to {self.root}")
+        if self.config.save.init_from and not start:
+            say(f"From {self.config.save.init_from}, at a peak learning rate of {self.schedule.peak:g}")
         text, vocabulary = self.data.train, self.data.vocabulary
         tokens = "" if vocabulary.is_bytes else f" ({quantity(len(text))} tokens of {vocabulary.size} ids)"
         validation = quantity(self.data.val.num_bytes)
@@ -287,101 +380,6 @@ class _Run:
         if start:
             changed = f"; changed since: {', '.join(start.changed)}" if start.changed else ""
             say(f"Resumed at step {start.position.step} from {start.path}{changed}")
-
-
-def _refuse_occupied(config: TrainConfig) -> None:
-    """Refuse to disturb a run unasked; before anything is prepared in its folder."""
-    root = config.directory
-    if root.exists() and not root.is_dir():
-        raise fail("train", f"{root} is a file, expected a folder to write to.", "Choose another --out.")
-    last = resume.newest(root)
-    if config.save.resume and last is None:
-        raise fail("train", f"{root} holds no checkpoint to resume from.", "Start the run without --resume.")
-    if resume.holds_run(root) and not (config.save.resume or config.save.overwrite):
-        how = "--resume to continue it" if last else "--out to choose another folder"
-        raise fail("train", f"{root} already holds a run.", f"Use {how}, or --overwrite to delete it and start.")
-
-
-def _start(config: TrainConfig, data: TextData) -> _Start | None:
-    """The checkpoint to continue from, if asked; refuses to continue another run."""
-    last = resume.newest(config.directory)
-    if not config.save.resume or last is None:
-        return None
-    position, old, digest = resume.read_about(last)
-    wrong = differences(old, config, "fixed")
-    if digest != data.digest:
-        wrong.append("the text: its contents or its split differ from what the run was started with")
-    if wrong:
-        listed = "".join(f"\n  {line}" for line in wrong)
-        problem = f"{last} was made with other settings:{listed}\n"
-        raise fail("train", problem, "Drop these changes, or start a new run.")
-    return _Start(last, position, differences(old, config, "free"))
-
-
-def _places(config: TrainConfig) -> dict[str, str]:
-    """The settings that name files, as absolute paths."""
-    data = config.data
-    named = {"path": data.path, "val": data.val, "cache": data.cache}
-    if data.tokenizer and data.tokenizer != "bytes" and not data.tokenizer.startswith("bpe:"):
-        named["tokenizer"] = data.tokenizer
-    return {name: str(Path(place).expanduser().resolve()) for name, place in named.items() if place}
-
-
-def _source(config: TrainConfig) -> Path | None:
-    """The folder of the weights that a run starts from: those of the checkpoint it resumes, or of --init-from."""
-    if config.save.resume:
-        last = resume.newest(config.directory)
-        return last / resume.MODEL if last else None
-    if not config.save.init_from:
-        return None
-    source = Path(config.save.init_from)
-    if config.save.init_from == "bundled":
-        return Path(str(files("stateline") / "bundled" / "model"))
-    return source / resume.MODEL if (source / resume.MODEL).is_dir() else source  # a run's folder, or a model's
-
-
-def _model(config: TrainConfig, start: _Start | None, vocabulary: Vocabulary) -> LanguageModel:
-    if start:
-        return resume.load_model(start.path)
-    source = _source(config)
-    if source is None:
-        shape, (d_model, n_layer) = config.model, config.shape
-        return LanguageModel(
-            ModelConfig(
-                d_model=d_model,
-                n_layer=n_layer,
-                vocab_size=vocabulary.size,
-                d_intermediate=shape.d_intermediate,
-                ssm_cfg={"d_state": shape.d_state, "d_conv": shape.d_conv, "expand": shape.expand},
-            )
-        )
-    return checkpoint.load(source)
-
-
-def _check_vocabulary(model: LanguageModel, vocabulary: Vocabulary) -> None:
-    """Refuse a model of other ids than the text's, and note which they are."""
-    size, known = model.config.vocab_size, model.metadata.get("tokenizer_sha256", vocabulary.fingerprint)
-    reads = f"bytes ({vocabulary.size})" if vocabulary.is_bytes else str(vocabulary)
-    if size != vocabulary.size if vocabulary.is_bytes else size < vocabulary.size:
-        problem = f"the model's vocabulary has {size} entries, training reads {reads}."
-        raise fail("train", problem, "Start from a model of the same vocabulary, or from none.")
-    if known != vocabulary.fingerprint:
-        problem = f"the model was made for the tokenizer {known[:12]}, training reads {reads}."
-        raise fail("train", problem, "Put that tokenizer.json beside the model, or start from none.")
-    if not vocabulary.is_bytes:
-        model.metadata["tokenizer_sha256"] = vocabulary.fingerprint
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise fail("train", f"device {name!r} cannot be used: {reason}.", "Use --device cpu.") from error
-    return device
 
 
 def _due(step: int, every: int) -> bool:

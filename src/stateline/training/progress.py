@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from stateline.checks import fail
+from stateline.training.board import Board
 
 #: Seconds between lines where there is no bar.
 LINE_SECONDS = 5.0
@@ -92,19 +93,35 @@ class Reporter:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, appended; after a resume it never holds a step twice."""
+    """metrics.jsonl: one JSON object a line, appended; after a resume it never holds a step twice.
 
-    def __init__(self, path: Path) -> None:
+    board: a folder to keep the same figures in for TensorBoard, or None. Call `rewind` first.
+    """
+
+    def __init__(self, path: Path, board: Path | None = None) -> None:
         self.path = path
+        self._folder = board
+        self._board: Board | None = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._board is not None:
+            self._board.close()
 
     def write(self, **record: Any) -> None:
         """Append one record. Numbers are rounded to 6 significant digits."""
         tidy = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(tidy, ensure_ascii=False) + "\n")
+        if self._board is not None:
+            self._board.write(tidy)
 
     def rewind(self, step: int) -> None:
-        """Drop records after `step`, and a line that a crash cut short."""
+        """Drop records after `step`, and a line that a crash cut short; then TensorBoard's are made again."""
         kept = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []:
             try:
@@ -116,6 +133,8 @@ class MetricsLog:
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)
+        if self._folder is not None:
+            self._board = Board(self._folder, self.path)
 
 
 def clock(seconds: float) -> str:

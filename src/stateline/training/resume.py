@@ -5,8 +5,11 @@ A run's folder:
     run.json                       the settings (config.py)
     model/                         the best model so far, in our format: what `stateline.load(folder)` reads
     metrics.jsonl                  one line a record
+    tensorboard/                   the same for TensorBoard, if asked for
+    base/                          under LoRA, the frozen weights
     checkpoints/latest             the name of the newest checkpoint
-    checkpoints/step-00000250/     model/, optimizer.safetensors, training.json
+    checkpoints/step-00000250/     model/ (adapters.safetensors under LoRA), optimizer.safetensors, training.json, and
+                                   ema.safetensors if there is a running mean
 
 A checkpoint is built in a hidden folder beside its place, flushed to disk, and renamed; then `latest` is replaced.
 """
@@ -20,7 +23,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +35,18 @@ from torch import Tensor
 from stateline.checks import fail
 from stateline.files import flush
 from stateline.models import LanguageModel, checkpoint
+from stateline.training import adapters
 from stateline.training.config import SETTINGS_FILE, TrainConfig
+from stateline.training.ema import Ema
+from stateline.training.guard import Watched
 
 CHECKPOINTS, MODEL, METRICS, LATEST, LOCK = "checkpoints", "model", "metrics.jsonl", "latest", ".lock"
 #: What a run that does not read bytes keeps beside its settings and its models.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 #: Where a run keeps what it had to prepare of its text.
 PREPARED = "data"
+BASE, BOARD = "base", "tensorboard"
+OPTIMIZER, ADAPTERS, EMA = "optimizer.safetensors", "adapters.safetensors", "ema.safetensors"
 TEMPORARY = ".tmp-"
 
 
@@ -58,6 +66,11 @@ class Position:
     val_bpb: float | None = None
     best_bpb: float | None = None
     best_step: int | None = None
+    watched: Watched = field(default_factory=Watched)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.watched, dict):  # as JSON has it
+            self.watched = Watched(**self.watched)
 
 
 def newest(root: Path) -> Path | None:
@@ -79,7 +92,8 @@ def holds_run(root: Path) -> bool:
 
 def remove_run(root: Path, *, keep_prepared: bool = False) -> None:
     """Delete a run's own files and nothing else in its folder; `keep_prepared` spares the data prepared there."""
-    for name in (CHECKPOINTS, MODEL, METRICS, SETTINGS_FILE, *TOKENIZER_FILES, *[PREPARED] * (not keep_prepared)):
+    results = (CHECKPOINTS, MODEL, METRICS, BASE, BOARD)
+    for name in (*results, SETTINGS_FILE, *TOKENIZER_FILES, *[PREPARED] * (not keep_prepared)):
         path = root / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -94,6 +108,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     digest: str,
+    ema: Ema | None = None,
 ) -> Path:
     """Write a checkpoint, whole or not at all, and drop those beyond `config.save.keep`. Returns its folder."""
     about = {"position": asdict(position), "config": config.to_dict(), "data": digest, "torch": torch.__version__}
@@ -105,8 +120,13 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
-            save_model(model, temporary / MODEL, {"step": position.step, "val_bpb": position.val_bpb}, root)
-            save_file(_optimizer_tensors(model, optimizer) | _random_state(), temporary / "optimizer.safetensors")
+            if adapters.present(model):
+                save_file(adapters.learnt(model), temporary / ADAPTERS)
+            else:
+                save_model(model, temporary / MODEL, {"step": position.step, "val_bpb": position.val_bpb}, root)
+            if ema is not None:
+                save_file(ema.means, temporary / EMA)
+            save_file(_optimizer_tensors(model, optimizer) | _random_state(), temporary / OPTIMIZER)
             (temporary / "training.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
             _flush_tree(temporary)
             _move_aside(folder / name)
@@ -128,25 +148,36 @@ def save_model(model: LanguageModel, folder: Path, about: dict[str, Any], root: 
     Draws no random numbers of the run's.
     """
     for name in TOKENIZER_FILES:
-        if (root / name).is_file():
+        if "tokenizer_sha256" in model.metadata and (root / name).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / name, (root / name).read_text(encoding="utf-8"))
     with torch.random.fork_rng(devices=[]):
         checkpoint.save(model, folder, metadata=model.metadata | {"training": about})
 
 
+def weights(path: Path) -> Path:
+    """The folder of a checkpoint's weights, and tokenizer; under LoRA the frozen ones."""
+    return path.parents[1] / BASE if (path / ADAPTERS).is_file() else path / MODEL
+
+
 def load_model(path: Path) -> LanguageModel:
-    """A checkpoint's weights, on the CPU. Raises ValueError if they are damaged."""
+    """A checkpoint's weights, under LoRA the frozen ones, on the CPU. Raises ValueError if they are damaged."""
     try:
-        return checkpoint.load(path / MODEL)
+        return checkpoint.load(weights(path))
     except checkpoint.CheckpointError as error:
         raise _damaged(path, error) from error
 
 
-def load(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Put a checkpoint's optimiser and random state in place; the weights were loaded with the model."""
+def load(
+    path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, device: torch.device, ema: Ema | None = None
+) -> None:
+    """Put a checkpoint's optimiser, adapters, mean and random state in place; the weights came with the model."""
     try:
-        tensors = load_file(path / "optimizer.safetensors", device=str(device))
+        if adapters.present(model):
+            adapters.load(model, load_file(path / ADAPTERS, device=str(device)))
+        if ema is not None:
+            ema.load(load_file(path / EMA, device=str(device)))
+        tensors = load_file(path / OPTIMIZER, device=str(device))
         for name, parameter in model.named_parameters():
             prefix = f"{name}:"
             entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

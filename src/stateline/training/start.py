@@ -1,0 +1,148 @@
+"""What a run starts from: a folder that is free or holds its checkpoint, a device, and a model fit to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from stateline.checks import fail
+from stateline.models import LanguageModel, ModelConfig, checkpoint
+from stateline.training import adapters, resume
+from stateline.training.config import TrainConfig, differences
+from stateline.training.data import TextData
+from stateline.training.resume import Position
+from stateline.training.vocabulary import Vocabulary
+
+#: The name of the model that ships.
+BUNDLED = "bundled"
+#: Reads the model that `init_from` names.
+Loader = Callable[[str], LanguageModel]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint a run continues from."""
+
+    path: Path
+    position: Position
+    changed: list[str]
+
+
+def refuse_occupied(config: TrainConfig) -> None:
+    """Refuse to disturb a run unasked; before anything is prepared in its folder."""
+    root = config.directory
+    if root.exists() and not root.is_dir():
+        raise fail("train", f"{root} is a file, expected a folder to write to.", "Choose another --out.")
+    last = resume.newest(root)
+    if config.save.resume and last is None:
+        raise fail("train", f"{root} holds no checkpoint to resume from.", "Start the run without --resume.")
+    if resume.holds_run(root) and not (config.save.resume or config.save.overwrite):
+        how = "--resume to continue it" if last else "--out to choose another folder"
+        raise fail("train", f"{root} already holds a run.", f"Use {how}, or --overwrite to delete it and start.")
+
+
+def find_start(config: TrainConfig, data: TextData) -> Start | None:
+    """The checkpoint to continue from, if asked; refuses to continue another run."""
+    last = resume.newest(config.directory)
+    if not config.save.resume or last is None:
+        return None
+    position, old, digest = resume.read_about(last)
+    wrong = differences(old, config, "fixed")
+    if digest != data.digest:
+        wrong.append("the text: its contents or its split differ from what the run was started with")
+    if wrong:
+        listed = "".join(f"\n  {line}" for line in wrong)
+        problem = f"{last} was made with other settings:{listed}\n"
+        raise fail("train", problem, "Drop these changes, or start a new run.")
+    return Start(last, position, differences(old, config, "free"))
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """The settings with defaults looked up and absolute paths: the run can be resumed from any folder."""
+    data, save = config.data, config.save
+    named = {"path": data.path, "val": data.val, "cache": data.cache}
+    if data.tokenizer and data.tokenizer != "bytes" and not data.tokenizer.startswith("bpe:"):
+        named["tokenizer"] = data.tokenizer
+    if save.init_from and save.init_from != BUNDLED and Path(save.init_from).expanduser().exists():
+        named["init_from"] = save.init_from  # what is not there keeps its name, for the loader to refuse
+    places = {name: str(Path(place).expanduser().resolve()) for name, place in named.items() if place}
+    return config.replace(lr=config.peak_lr, **places)
+
+
+def source(config: TrainConfig) -> Path | None:
+    """The folder of the weights that a run starts from: those of the checkpoint it resumes, or of --init-from."""
+    if config.save.resume and (last := resume.newest(config.directory)):
+        return resume.weights(last)
+    return _folder(config.save.init_from) if config.save.init_from else None
+
+
+def initial_model(
+    config: TrainConfig, start: Start | None, vocabulary: Vocabulary, load: Loader | None
+) -> LanguageModel:
+    """A checkpoint's model, the one that --init-from names, or a new one, on the CPU. `load` as in `train`."""
+    if start:
+        return resume.load_model(start.path)
+    if config.save.init_from:
+        return load(config.save.init_from) if load else checkpoint.load(_folder(config.save.init_from))
+    shape, (d_model, n_layer) = config.model, config.shape
+    return LanguageModel(
+        ModelConfig(
+            d_model=d_model,
+            n_layer=n_layer,
+            vocab_size=vocabulary.size,
+            d_intermediate=shape.d_intermediate,
+            ssm_cfg={"d_state": shape.d_state, "d_conv": shape.d_conv, "expand": shape.expand},
+        )
+    )
+
+
+def prepared(model: LanguageModel, config: TrainConfig, vocabulary: Vocabulary) -> LanguageModel:
+    """The model as it is trained: float32 at least, with adapters if asked, and with room for its activations."""
+    _check_vocabulary(model, vocabulary)
+    if adapters.present(model):
+        raise fail("train", "model has adapters already.", "Give a plain one, such as an earlier result's model.")
+    if model.backbone.embedding.weight.dtype.itemsize < torch.float32.itemsize:
+        model.float()  # steps smaller than half precision can hold would be lost
+    if config.adapters.lora:
+        adapters.add(model, config.adapters)
+    model.backbone.checkpoint_activations = config.optim.checkpoint_activations
+    return model
+
+
+def device_of(name: str) -> torch.device:
+    """The device that --device names. Raises ValueError if it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise fail("train", f"device {name!r} cannot be used: {reason}.", "Use --device cpu.") from error
+    return device
+
+
+def _folder(name: str) -> Path:
+    """Where the model of that name lies: the bundled one, a run's best one, or the folder itself."""
+    if name == BUNDLED:
+        return Path(str(files("stateline") / BUNDLED / "model"))
+    folder = Path(name).expanduser()
+    return folder / resume.MODEL if (folder / resume.MODEL).is_dir() else folder
+
+
+def _check_vocabulary(model: LanguageModel, vocabulary: Vocabulary) -> None:
+    """Refuse a model of other ids than the text's, and note which they are."""
+    size, known = model.config.vocab_size, model.metadata.get("tokenizer_sha256", vocabulary.fingerprint)
+    reads = f"bytes ({vocabulary.size})" if vocabulary.is_bytes else str(vocabulary)
+    if size != vocabulary.size if vocabulary.is_bytes else size < vocabulary.size:
+        problem = f"the model's vocabulary has {size} entries, training reads {reads}."
+        raise fail("train", problem, "Start from a model of the same vocabulary, or from none.")
+    if known != vocabulary.fingerprint:
+        problem = f"the model was made for the tokenizer {known[:12]}, training reads {reads}."
+        raise fail("train", problem, "Put that tokenizer.json beside the model, or start from none.")
+    if not vocabulary.is_bytes:
+        model.metadata["tokenizer_sha256"] = vocabulary.fingerprint
