@@ -324,7 +324,11 @@ class TrainConfig:
             else:
                 for name, inner in value.items():
                     if name not in layout()[key]:
-                        raise ValueError(f"train: unknown setting {key}.{name}; {key} has {', '.join(layout()[key])}.")
+                        close = get_close_matches(name, layout()[key], 1)
+                        hint = (
+                            f". Did you mean {key}.{close[0]}?" if close else f"; {key} has {', '.join(layout()[key])}."
+                        )
+                        raise ValueError(f"train: unknown setting {key}.{name}{hint}")
                     flat[name] = inner
         return cls.of(**flat)
 

@@ -363,11 +363,11 @@ class _Run:
         size = f"{self.model.config.d_model} × {self.model.config.n_layer}"
         per_step = data.batch_size * data.accumulate * data.context
         say = self.reporter.say
-        parameters = quantity(self.model.num_parameters())
+        parameters = f"{quantity(self.model.num_parameters())} parameters"
         if self.config.adapters.lora:
             learnt = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             parameters += f" ({quantity(learnt)} of them adapters, which alone are trained)"
-        say(f"Mamba {size}, {parameters} parameters, {self.config.dtype} on {self.device}, writing to {self.root}")
+        say(f"Mamba {size}, {parameters}, {self.config.dtype} on {self.device}, writing to {self.root}")
         if self.config.save.init_from and not start:
             say(f"From {self.config.save.init_from}, at a peak learning rate of {self.schedule.peak:g}")
         text, vocabulary = self.data.train, self.data.vocabulary
