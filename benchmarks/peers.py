@@ -55,16 +55,18 @@ def language_model(d_model: int, n_layer: int, vocab_size: int) -> Any:
 def mambapy_language_model(
     d_model: int, n_layer: int, vocab_size: int
 ) -> tuple[nn.Module, Callable[..., Tensor]] | None:
-    """mambapy's model of that shape, its output matrix tied as ours is, and its loss (ids, targets) -> scalar."""
+    """mambapy's blocks between an embedding and a tied output matrix, and its loss (ids, targets) -> scalar."""
     if not find_spec("mambapy"):
         return None
-    from mambapy.lm import LM
-    from mambapy.mamba import MambaConfig
+    from mambapy.mamba import Mamba, MambaConfig, RMSNorm  # its own LM needs einops as well
 
-    model = LM(MambaConfig(d_model=d_model, n_layers=n_layer, d_state=16), vocab_size)
-    model.lm_head.weight = model.embedding.weight
+    embedding = nn.Embedding(vocab_size, d_model)
+    model = nn.Sequential(
+        embedding, Mamba(MambaConfig(d_model=d_model, n_layers=n_layer, d_state=16)), RMSNorm(d_model)
+    )
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+        logits = nn.functional.linear(model(ids), embedding.weight)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     return model, loss
