@@ -49,7 +49,7 @@ def survive(text: Path, kills: int, seed: int, **settings: Any) -> list[int]:
     root, random_source, reached = text.parent / "run", random.Random(seed), [0]
     slow = {**SETTINGS, **settings}
     for attempt in range(kills + 1):
-        how = {"resume": True} if reached[-1] else {"overwrite": True}
+        how = {"resume": True} if (root / "run.json").exists() else {}
         run = Child(text, **slow, **how)
         if attempt == kills:
             run.process.join(300)

@@ -88,7 +88,8 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
         raise fail("train", f"both model and {other} bring weights.", "Give one of the two.")
     if model is not None:
         config.model.refuse_beside("model")
-    if config.adapters.lora and not (start or model or config.save.init_from):
+    given = model is not None
+    if config.adapters.lora and not (start or given or config.save.init_from):
         raise fail("train", "lora adapts given weights, and none are given.", "Name a model with --init-from.")
     cuda = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
@@ -98,6 +99,8 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
         with resume.locked(config.directory):
             if config.save.overwrite:
                 resume.remove_run(config.directory, keep_prepared=data.lies_in(config.directory))
+            elif config.save.resume and not start:
+                resume.remove_results(config.directory)
             resume.clean(config.directory)
             share = schedule.progress(start.position.step, start.position.elapsed) if start else 0.0
             log = MetricsLog(
@@ -106,7 +109,7 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
             )
             with StopSignals() as stop, Reporter(config.report.progress, share) as reporter, log:
                 run = _Run(config, model, data, windows, schedule, _Session(stop, reporter, log))
-                run.begin(start)
+                run.begin(start, given)
                 return run.finish()
 
 
@@ -153,18 +156,26 @@ class _Run:
         self.saved: int | None = None  # the step of the newest checkpoint
         self.session = time.perf_counter()
 
-    def begin(self, start: Start | None) -> None:
-        """Take up a checkpoint, or write down what a new run is; say what is about to happen."""
+    def begin(self, start: Start | None, given: bool) -> None:
+        """Take up a checkpoint, or write down what a new run is; say what is about to happen.
+
+        given: the weights are a caller's, which no setting names, so they are saved at once. A run whose settings are
+        there can be resumed: they are written last.
+        """
         if start:
             self.position = start.position
             resume.load(start.path, self.model, self.optimizer, self.device, self.ema)
             self.saved = start.position.step
         with resume.saving(self.root, "the settings"):
             self.data.vocabulary.save(self.root)
-            resume.write_atomically(self.root / SETTINGS_FILE, self.config.to_json())
         if self.config.adapters.lora and not start:
             with resume.saving(self.root, "the frozen weights"):
                 resume.save_model(adapters.without(self.model, merged=False), self.root / resume.BASE, {}, self.root)
+        if given:
+            self._save()
+        with resume.saving(self.root, "the settings"):
+            resume.write_atomically(self.root / SETTINGS_FILE, self.config.to_json())
+            (self.root / resume.CHECKPOINTS).mkdir(exist_ok=True)
         with resume.saving(self.root, resume.METRICS):
             self.log.rewind(self.position.step)
         self.session = time.perf_counter() - self.position.elapsed
@@ -380,6 +391,8 @@ class _Run:
         if start:
             changed = f"; changed since: {', '.join(start.changed)}" if start.changed else ""
             say(f"Resumed at step {start.position.step} from {start.path}{changed}")
+        elif self.config.save.resume:
+            say("No checkpoint was made before the run stopped: starting it again")
 
 
 def _due(step: int, every: int) -> bool:

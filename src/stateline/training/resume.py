@@ -90,10 +90,27 @@ def holds_run(root: Path) -> bool:
     return any((root / name).exists() for name in (SETTINGS_FILE, CHECKPOINTS, MODEL, METRICS))
 
 
+def never_saved(root: Path) -> bool:
+    """Whether a run has begun and has not made its first checkpoint; not if its checkpoints were deleted."""
+    folder = root / CHECKPOINTS
+    deleted = (folder / LATEST).exists() or ((root / MODEL).exists() and not folder.exists())
+    return (root / SETTINGS_FILE).is_file() and not deleted and newest(root) is None
+
+
 def remove_run(root: Path, *, keep_prepared: bool = False) -> None:
     """Delete a run's own files and nothing else in its folder; `keep_prepared` spares the data prepared there."""
-    results = (CHECKPOINTS, MODEL, METRICS, BASE, BOARD)
-    for name in (*results, SETTINGS_FILE, *TOKENIZER_FILES, *[PREPARED] * (not keep_prepared)):
+    _remove(root, CHECKPOINTS)
+    remove_results(root)
+    _remove(root, SETTINGS_FILE, *TOKENIZER_FILES, *[PREPARED] * (not keep_prepared))
+
+
+def remove_results(root: Path) -> None:
+    """Delete what a run has learnt and reported; its settings, tokenizer and prepared data stay."""
+    _remove(root, MODEL, METRICS, BASE, BOARD, CHECKPOINTS)
+
+
+def _remove(root: Path, *names: str) -> None:
+    for name in names:
         path = root / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -206,7 +223,8 @@ def saving(root: Path, what: str) -> Iterator[None]:
         last = newest(root)
         good = f"The last good checkpoint is {last}" if last else "No checkpoint was saved before"
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        remedy = f"Free some space in {root}, then --resume." if full else "Then --resume continues from it."
+        again = "--resume" if last or never_saved(root) else "start again with --overwrite"
+        remedy = f"Free some space in {root}, then {again}." if full else f"Once that is mended, {again}."
         raise TrainingError(f"train: {what} could not be saved: {str(error).rstrip('.?')}. {good}. {remedy}") from error
 
 

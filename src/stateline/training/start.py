@@ -12,7 +12,8 @@ import torch
 from stateline.checks import fail
 from stateline.models import LanguageModel, ModelConfig, checkpoint
 from stateline.training import adapters, resume
-from stateline.training.config import TrainConfig, differences
+from stateline.training.arguments import read_file
+from stateline.training.config import SETTINGS_FILE, TrainConfig, differences
 from stateline.training.data import TextData
 from stateline.training.resume import Position
 from stateline.training.vocabulary import Vocabulary
@@ -37,28 +38,34 @@ def refuse_occupied(config: TrainConfig) -> None:
     root = config.directory
     if root.exists() and not root.is_dir():
         raise fail("train", f"{root} is a file, expected a folder to write to.", "Choose another --out.")
-    last = resume.newest(root)
-    if config.save.resume and last is None:
+    last, never_saved = resume.newest(root), resume.never_saved(root)
+    if config.save.resume and never_saved:
+        settings = root / SETTINGS_FILE
+        _refuse_changes(settings, TrainConfig.from_dict(read_file(settings)), config)
+    elif config.save.resume and last is None:
         raise fail("train", f"{root} holds no checkpoint to resume from.", "Start the run without --resume.")
     if resume.holds_run(root) and not (config.save.resume or config.save.overwrite):
-        how = "--resume to continue it" if last else "--out to choose another folder"
+        how = "--resume to continue it" if last or never_saved else "--out to choose another folder"
         raise fail("train", f"{root} already holds a run.", f"Use {how}, or --overwrite to delete it and start.")
 
 
 def find_start(config: TrainConfig, data: TextData) -> Start | None:
-    """The checkpoint to continue from, if asked; refuses to continue another run."""
+    """The checkpoint to continue from, if asked and if there is one; refuses to continue another run."""
     last = resume.newest(config.directory)
     if not config.save.resume or last is None:
         return None
     position, old, digest = resume.read_about(last)
-    wrong = differences(old, config, "fixed")
-    if digest != data.digest:
-        wrong.append("the text: its contents or its split differ from what the run was started with")
+    other = "the text: its contents or its split differ from what the run was started with"
+    _refuse_changes(last, old, config, *[other] * (digest != data.digest))
+    return Start(last, position, differences(old, config, "free"))
+
+
+def _refuse_changes(place: Path, old: TrainConfig, new: TrainConfig, *others: str) -> None:
+    wrong = [*differences(old, new, "fixed"), *others]
     if wrong:
         listed = "".join(f"\n  {line}" for line in wrong)
-        problem = f"{last} was made with other settings:{listed}\n"
+        problem = f"{place} was made with other settings:{listed}\n"
         raise fail("train", problem, "Drop these changes, or start a new run.")
-    return Start(last, position, differences(old, config, "free"))
 
 
 def settled(config: TrainConfig) -> TrainConfig:
@@ -74,7 +81,7 @@ def settled(config: TrainConfig) -> TrainConfig:
 
 
 def source(config: TrainConfig) -> Path | None:
-    """The folder of the weights that a run starts from: those of the checkpoint it resumes, or of --init-from."""
+    """The folder of the weights that a run starts from: those of the checkpoint it resumes, else of --init-from."""
     if config.save.resume and (last := resume.newest(config.directory)):
         return resume.weights(last)
     return _folder(config.save.init_from) if config.save.init_from else None
