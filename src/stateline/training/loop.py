@@ -33,6 +33,7 @@ from stateline.training.start import (
     device_of,
     find_start,
     initial_model,
+    named_model,
     prepared,
     refuse_occupied,
     settled,
@@ -73,28 +74,29 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
         board.require()
     config = settled(config)
     refuse_occupied(config)
-    data = load_data(
-        config.data,
-        home=config.directory,
-        model=source(config),
-        resumed=config.save.resume,
-        progress=config.report.progress,
-    )
-    windows = Windows(data.train, config.data.context, config.seed, apart=config.data.packing == "documents")
-    schedule = make_schedule(config, windows.per_epoch)
-    start = find_start(config, data)
-    if model is not None and (start or config.save.init_from):
-        other = "resume" if start else "init_from"
-        raise fail("train", f"both model and {other} bring weights.", "Give one of the two.")
-    if model is not None:
-        config.model.refuse_beside("model")
     given = model is not None
-    if config.adapters.lora and not (start or given or config.save.init_from):
+    if given and (config.save.resume or config.save.init_from):
+        other = "resume" if config.save.resume else "init_from"
+        raise fail("train", f"both model and {other} bring weights.", "Give one of the two.")
+    if given:
+        config.model.refuse_beside("model")
+    if config.adapters.lora and not (given or config.save.resume or config.save.init_from):
         raise fail("train", "lora adapts given weights, and none are given.", "Name a model with --init-from.")
     cuda = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
+        model = model or named_model(config, load)
+        data = load_data(
+            config.data,
+            home=config.directory,
+            model=source(config),
+            resumed=config.save.resume,
+            progress=config.report.progress,
+        )
+        windows = Windows(data.train, config.data.context, config.seed, apart=config.data.packing == "documents")
+        schedule = make_schedule(config, windows.per_epoch)
+        start = find_start(config, data)
         torch.manual_seed(config.seed)
-        model = model or initial_model(config, start, data.vocabulary, load)
+        model = model or initial_model(config, start, data.vocabulary)
         model = prepared(model, config, data.vocabulary).to(device)
         with resume.locked(config.directory):
             if config.save.overwrite:

@@ -16,7 +16,7 @@ from stateline.training.arguments import read_file
 from stateline.training.config import SETTINGS_FILE, TrainConfig, differences
 from stateline.training.data import TextData
 from stateline.training.resume import Position
-from stateline.training.vocabulary import Vocabulary
+from stateline.training.vocabulary import Vocabulary, beside
 
 #: The name of the model that ships.
 BUNDLED = "bundled"
@@ -87,14 +87,23 @@ def source(config: TrainConfig) -> Path | None:
     return _folder(config.save.init_from) if config.save.init_from else None
 
 
-def initial_model(
-    config: TrainConfig, start: Start | None, vocabulary: Vocabulary, load: Loader | None
-) -> LanguageModel:
-    """A checkpoint's model, the one that --init-from names, or a new one, on the CPU. `load` as in `train`."""
+def named_model(config: TrainConfig, load: Loader | None) -> LanguageModel | None:
+    """What --init-from names, on the CPU, unless a checkpoint is resumed; `load` as in `train`.
+
+    Raises ValueError, before any text is prepared, if nothing says what its ids are.
+    """
+    folder, name = source(config), config.save.init_from
+    if folder is None or not name or (config.save.resume and resume.newest(config.directory)):
+        return None
+    model = load(name) if load else checkpoint.load(folder)
+    _check_size(model, beside(folder))
+    return model
+
+
+def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabulary) -> LanguageModel:
+    """A checkpoint's model, or a new one, on the CPU."""
     if start:
         return resume.load_model(start.path)
-    if config.save.init_from:
-        return load(config.save.init_from) if load else checkpoint.load(_folder(config.save.init_from))
     shape, (d_model, n_layer) = config.model, config.shape
     return LanguageModel(
         ModelConfig(
@@ -143,13 +152,23 @@ def _folder(name: str) -> Path:
 
 def _check_vocabulary(model: LanguageModel, vocabulary: Vocabulary) -> None:
     """Refuse a model of other ids than the text's, and note which they are."""
-    size, known = model.config.vocab_size, model.metadata.get("tokenizer_sha256", vocabulary.fingerprint)
-    reads = f"bytes ({vocabulary.size})" if vocabulary.is_bytes else str(vocabulary)
-    if size != vocabulary.size if vocabulary.is_bytes else size < vocabulary.size:
-        problem = f"the model's vocabulary has {size} entries, training reads {reads}."
-        raise fail("train", problem, "Start from a model of the same vocabulary, or from none.")
+    _check_size(model, vocabulary)
+    known = model.metadata.get("tokenizer_sha256", vocabulary.fingerprint)
     if known != vocabulary.fingerprint:
-        problem = f"the model was made for the tokenizer {known[:12]}, training reads {reads}."
+        problem = f"the model was made for the tokenizer {known[:12]}, training reads {vocabulary}."
         raise fail("train", problem, "Put that tokenizer.json beside the model, or start from none.")
     if not vocabulary.is_bytes:
         model.metadata["tokenizer_sha256"] = vocabulary.fingerprint
+
+
+def _check_size(model: LanguageModel, vocabulary: Vocabulary) -> None:
+    size, own = model.config.vocab_size, "Start from another model"
+    if vocabulary.is_bytes:
+        own = "Put the model's own tokenizer.json beside its weights"
+    if size != vocabulary.size if vocabulary.is_bytes else size < vocabulary.size:
+        reads = f"bytes ({vocabulary.size})" if vocabulary.is_bytes else str(vocabulary)
+        raise fail(
+            "train",
+            f"the model's vocabulary has {size} entries, training reads {reads}.",
+            f"{own}, or start from none.",
+        )

@@ -143,7 +143,8 @@ def require_same(own: Vocabulary, spec: str | None, owner: str, *, learnt: bool 
     same = learnt and own.size <= (size or 0) if asked is None else asked.fingerprint == own.fingerprint
     if not same:
         problem = f"tokenizer is {spec!r}, but {owner} has its own: {own}."
-        raise fail("train", problem, "A model only understands its own ids: drop --tokenizer.")
+        beside_it = ", or put the model's own tokenizer.json beside its weights" * own.is_bytes
+        raise fail("train", problem, f"A model only understands its own ids: drop --tokenizer{beside_it}.")
 
 
 def learn(texts: Iterable[str], size: int) -> Vocabulary:
