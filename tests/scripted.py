@@ -33,14 +33,14 @@ class Scripted(nn.Module):
         self, ids: Tensor, before: Tensor, *, lengths: Any = None, last_only: bool = False
     ) -> tuple[None, Tensor]:
         assert last_only
-        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
         self.read.append(tuple(ids.shape))
         after = before.clone()
         after[:, 0] = torch.where(before[:, 0] < 0, ids[:, 0], before[:, 0])
         return None, after
 
     def step_(self, ids: Tensor, memory: Tensor) -> Tensor:
-        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
         self.stepped.append(len(ids))
         memory[:, 0] = torch.where(memory[:, 0] < 0, ids, memory[:, 0])
         logits = torch.full((len(ids), self.config.vocab_size), -10.0)
