@@ -1,6 +1,8 @@
 # `make demo` and `make test` set everything up by themselves in .venv; the rest builds on them.
 PYTHON ?= python3
 VENV   := .venv
+# Files side by side on up to four processors; each process computes on one thread.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*) $(wildcard src/stateline/ops/*/cpu*.cpp src/stateline/ops/*/*.h)
@@ -29,10 +31,10 @@ demo: $(VENV)/core  ## set up, generate from the bundled model, train a small on
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/dev  ## set up and run the tests (minutes)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 test-full: $(VENV)/dev  ## the large grids too
-	@$(BIN)/python -m pytest -m "not gpu"
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
 check: $(VENV)/dev  ## lint, format, types, architecture
 	@$(BIN)/ruff check .
