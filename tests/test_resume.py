@@ -190,57 +190,6 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in ("elapsed_s", "tokens_per_s")} for line in lines]
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C at step 0", "full disk"])
-def test_a_run_without_a_checkpoint_is_resumed_from_its_start(
-    text: Path, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    straight = train(tiny(text, "straight"))
-    with monkeypatch.context() as patch:
-        if how == "full disk":  # at step 5, after the best model of step 4
-
-            def full(*_: Any) -> None:
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-            patch.setattr(resume, "save_file", full)
-            with pytest.raises(TrainingError, match=r"No checkpoint was saved before. Free some space in .*--resume"):
-                train(tiny(text))
-            assert (text.parent / "run" / "model").is_dir()
-        patch.setattr(loop._Run, "_announce", lambda *_: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(Interrupted, match=r"Nothing was learnt yet. Continue with: .*--resume"):
-            train(tiny(text, resume=how == "full disk"))
-    assert not (text.parent / "run" / "model").exists(), "the early best model is dropped"
-    with pytest.raises(ValueError, match=r"already holds a run.*--resume to continue it"):
-        train(tiny(text))
-    with pytest.raises(ValueError, match=r"run.json was made with other settings:\n  lr: 0.01 → 0.5\n"):
-        train(tiny(text, resume=True, lr=0.5))
-    resumed = train(tiny(text, resume=True))
-    assert resumed.best_bpb == straight.best_bpb
-    assert_same_bits(straight.directory, resumed.directory)
-    assert records(resumed.directory) == records(straight.directory)
-
-
-def test_a_given_model_is_not_lost_before_the_first_checkpoint(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting names it, so it could not be had again."""
-    shape = {"d_model": None, "n_layer": None, "d_state": 16}
-    own = LanguageModel(ModelConfig(d_model=8, n_layer=1, vocab_size=256, ssm_cfg={"d_state": 4}))
-    before = {name: value.clone() for name, value in own.state_dict().items()}
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_announce", lambda *_: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(Interrupted):
-            train(tiny(text, **shape), model=own)
-    straight = train(tiny(text, "straight", **shape), model=own)
-    assert not torch.equal(own.state_dict()["backbone.embedding.weight"], before["backbone.embedding.weight"])
-    assert train(tiny(text, resume=True, **shape)).best_bpb == straight.best_bpb
-
-
-def test_a_model_whose_checkpoints_were_deleted_is_kept(text: Path) -> None:
-    root = train(tiny(text, steps=3)).directory
-    shutil.rmtree(root / "checkpoints")
-    with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
-        train(tiny(text, steps=6, resume=True))
-    assert (root / "model" / "model.safetensors").is_file()
-
-
 def test_old_checkpoints_are_dropped(text: Path) -> None:
     train(tiny(text, keep=3, save_every=2))
     folder = text.parent / "run" / "checkpoints"

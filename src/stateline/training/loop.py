@@ -36,6 +36,7 @@ from stateline.training.start import (
     named_model,
     prepared,
     refuse_occupied,
+    replaces_source,
     settled,
     source,
 )
@@ -111,7 +112,7 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
             )
             with StopSignals() as stop, Reporter(config.report.progress, share) as reporter, log:
                 run = _Run(config, model, data, windows, schedule, _Session(stop, reporter, log))
-                run.begin(start, given)
+                run.begin(start, once=given or replaces_source(config))
                 return run.finish()
 
 
@@ -158,10 +159,10 @@ class _Run:
         self.saved: int | None = None  # the step of the newest checkpoint
         self.session = time.perf_counter()
 
-    def begin(self, start: Start | None, given: bool) -> None:
+    def begin(self, start: Start | None, *, once: bool) -> None:
         """Take up a checkpoint, or write down what a new run is; say what is about to happen.
 
-        given: the weights are a caller's, which no setting names, so they are saved at once. A run whose settings are
+        once: the initial weights cannot be had again, so they are saved at once. A run whose settings are
         there can be resumed: they are written last.
         """
         if start:
@@ -173,7 +174,7 @@ class _Run:
         if self.config.adapters.lora and not start:
             with resume.saving(self.root, "the frozen weights"):
                 resume.save_model(adapters.without(self.model, merged=False), self.root / resume.BASE, {}, self.root)
-        if given:
+        if once and not start:
             self._save()
         with resume.saving(self.root, "the settings"):
             resume.write_atomically(self.root / SETTINGS_FILE, self.config.to_json())

@@ -87,6 +87,12 @@ def source(config: TrainConfig) -> Path | None:
     return _folder(config.save.init_from) if config.save.init_from else None
 
 
+def replaces_source(config: TrainConfig) -> bool:
+    """Whether a run overwrites the one whose weights it starts from."""
+    folder = _folder(config.save.init_from) if config.save.init_from else None
+    return config.save.overwrite and folder is not None and folder.is_relative_to(config.directory.resolve())
+
+
 def named_model(config: TrainConfig, load: Loader | None) -> LanguageModel | None:
     """What --init-from names, on the CPU, unless a checkpoint is resumed; `load` as in `train`.
 
