@@ -77,6 +77,15 @@ def memory(rows: list[Row]) -> str:
     return ""
 
 
+def peaks(rows: list[Row]) -> str:
+    """What a training step adds to the memory of a process that holds the model, where it was measured."""
+    for row in rows:
+        if found := row.get("peak_mb_by"):
+            said = ", ".join(f"{name} {value:,.0f} MB" for name, value in found.items())
+            return f"\nMost memory that a training step adds, each in a process of its own: {said}.\n"
+    return ""
+
+
 def sources(rows: list[Row]) -> str:
     """Machines, versions and commits the rows come from."""
     seen = []
@@ -97,7 +106,7 @@ def render(rows: list[Row]) -> str:
     """The page."""
     lengths = [row for row in rows if row["op"].endswith(" length")]
     main = [row for row in rows if row not in lengths]
-    parts = [HEAD, "## Figures\n", table(main), memory(rows)]
+    parts = [HEAD, "## Figures\n", table(main), memory(rows), peaks(rows)]
     if lengths:
         parts += [
             "## Time against length\n",
