@@ -48,6 +48,7 @@ def survive(text: Path, kills: int, seed: int, **settings: Any) -> list[int]:
     """Train to the end through `kills` kills at random moments; returns where each attempt had got to."""
     root, random_source, reached = text.parent / "run", random.Random(seed), [0]
     slow = {**SETTINGS, **settings}
+    stride = max(1, 2 * (STEPS - 10) // kills)  # so that the kills are over before the run is
     for attempt in range(kills + 1):
         how = {"resume": True} if (root / "run.json").exists() else {}
         run = Child(text, **slow, **how)
@@ -55,8 +56,9 @@ def survive(text: Path, kills: int, seed: int, **settings: Any) -> list[int]:
             run.process.join(300)
             assert run.process.exitcode == 0, run.text()
         else:
-            if random_source.random() < 0.8:  # else while it starts
-                run.wait_for_step(min(STEPS - 1, reached[-1] + random_source.randint(1, 9)))
+            target = reached[-1] + random_source.randint(1, stride)
+            if target < STEPS - 1 and random_source.random() < 0.8:  # else while it starts
+                run.wait_for_step(target)
             time.sleep(random_source.uniform(0, 0.03))
             run.kill(signal.SIGKILL)
         reached.append(check_what_is_there(root))
@@ -65,7 +67,7 @@ def survive(text: Path, kills: int, seed: int, **settings: Any) -> list[int]:
 
 def check_the_end(text: Path, reached: list[int], **settings: Any) -> None:
     """Bits, metrics and data of a run that was killed are those of one that was not."""
-    straight = train(tiny(text, "straight", **SETTINGS, **settings))
+    straight = train(tiny(text, "straight", **(SETTINGS | settings)))
     root = text.parent / "run"
     assert_same_bits(straight.directory, root)
     ends = [resume.newest(folder) for folder in (straight.directory, root)]
