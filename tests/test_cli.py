@@ -330,6 +330,7 @@ def test_explain_names_back_ends_and_reasons(run: Callable[..., str]) -> None:
     assert told["machine"]["threads"] == torch.get_num_threads()
     shown = run("explain", "selective_scan", "--device", "cuda")
     assert "selective_scan  reference" in shown
+    assert "not gpu: " in shown
     assert "not cpu: needs CPU tensors" in shown
     absent = shell("explain", "rms_norm", env={**os.environ, "STATELINE_DISABLE_NATIVE": "1"})
     assert absent.returncode == 0

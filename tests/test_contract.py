@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,11 +241,81 @@ def test_explain_names_the_back_end_and_the_reason() -> None:
     choice = backends.explain(ops.selective_scan, torch.zeros(1))
     assert choice.name == BACKENDS[-1]
     meta = backends.explain("selective_scan", torch.zeros(1, device="meta"))
-    assert meta == backends.Choice("reference", {"cpu": "needs CPU tensors, these are on meta"})
+    wrong = {"gpu": "needs CUDA tensors, these are on meta", "cpu": "needs CPU tensors, these are on meta"}
+    assert meta == backends.Choice("reference", wrong)
     with pytest.raises(ValueError, match="'nonsense' is no operation, expected one of causal_conv1d"):
         backends.explain("nonsense")
-    with pytest.raises(backends.BackendError, match="cannot run here"):
-        backends.explain("selective_scan", torch.zeros(1, device="meta"), backend="cpu")
+    for backend in ("cpu", "gpu"):
+        with pytest.raises(backends.BackendError, match=f"backend='{backend}' cannot run here: needs C"):
+            backends.explain("selective_scan", torch.zeros(1, device="meta"), backend=backend)
+    with pytest.raises(backends.BackendError, match="needs CUDA tensors, these are on cpu"):
+        ops.causal_conv1d(torch.ones(1, 3, 1), torch.ones(1, 2), backend="gpu")
+
+
+@pytest.fixture
+def cuda_and(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object], None]]:
+    """Pretends that there is a CUDA device, and that importing a GPU back end gives the module, or raises the error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    backends.gpu_problem.cache_clear()
+
+    def found(result: object) -> None:
+        def load(op: str, backend: str) -> object:
+            if backend == "gpu" and isinstance(result, Exception):
+                raise result
+            return result if backend == "gpu" else (op, backend)
+
+        monkeypatch.setattr(backends, "_module", load)
+
+    yield found
+    backends.gpu_problem.cache_clear()
+
+
+def test_the_gpu_back_end_is_chosen_by_device_and_dtype(cuda_and: Callable[[object], None]) -> None:
+    kernels = SimpleNamespace(DTYPES=frozenset({torch.float32, torch.bfloat16}))
+    cuda_and(kernels)
+    assert backends.choose("rms_norm", "cuda", dtype=torch.bfloat16) == backends.Choice("gpu")
+    assert backends.kernel("rms_norm", "cuda", None, torch.float32) is kernels
+    assert backends.choose("rms_norm", "cpu", dtype=torch.bfloat16).name != "gpu"
+    double = backends.choose("rms_norm", "cuda", dtype=torch.float64)
+    assert double.name == "reference"
+    assert double.rejected["gpu"] == "float64 is not covered by its GPU kernels, only bfloat16, float32."
+    with pytest.raises(backends.BackendError, match=r"backend='gpu' cannot run here: float64 is not covered"):
+        backends.kernel("rms_norm", "cuda", "gpu", torch.float64)
+    backends._say_slow_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="slow reference: float64 is not covered"):
+        assert backends.kernel("rms_norm", "cuda", None, torch.float64) == ("rms_norm", "reference")
+    backends._say_slow_once.cache_clear()
+
+
+def test_a_gpu_back_end_without_its_package_says_which(cuda_and: Callable[[object], None]) -> None:
+    cuda_and(ModuleNotFoundError("No module named 'triton'", name="triton"))
+    assert (
+        backends.choose("rms_norm", "cuda").rejected["gpu"]
+        == "needs triton, which is not installed. pip install triton"
+    )
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("gone", name="stateline.ops.gone"), SyntaxError("broken")])
+def test_a_broken_gpu_back_end_raises_in_full(cuda_and: Callable[[object], None], error: Exception) -> None:
+    cuda_and(error)
+    with pytest.raises(type(error), match=error.msg):
+        backends.choose("rms_norm", "cuda")
+
+
+def test_an_op_without_gpu_kernels_says_so() -> None:
+    backends.gpu_problem.cache_clear()
+    assert backends.gpu_problem("decode_token") == "GPU kernels of decode_token are not part of this release."
+
+
+def test_the_precision_of_a_scan_is_that_of_its_a(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(backends, "_unavailable", lambda name, op, device, dtype: seen.append(dtype))
+    u, A = torch.zeros(1, 2, 3), torch.zeros(3, 4, dtype=torch.complex64)
+    backends.explain(ops.selective_scan, u, u, A)
+    backends.explain(ops.selective_scan, u)
+    backends.explain(ops.causal_conv1d, u.bfloat16(), u)
+    assert seen == [torch.complex64, torch.float32, torch.bfloat16]
 
 
 WITHOUT = """
@@ -313,6 +384,6 @@ def test_without_the_library_everything_works_and_says_so_once(prepare: str, rea
     assert run.returncode == 0, run.stderr
     said, explained, refused = run.stdout.splitlines()
     assert said.startswith("1 stateline runs on its slow reference")
-    assert explained.startswith("reference; not cpu: ")
+    assert explained.startswith("reference; not gpu: needs CUDA tensors, these are on cpu; not cpu: ")
     assert refused.startswith("refused")
     assert all(reason in line for line in (said, explained, refused))

@@ -1,7 +1,8 @@
 """Which code runs an operation: chosen by device and dtype, or forced by `backend=`, and always explained.
 
-reference   PyTorch, the definition; any device, any dtype
+gpu         Triton kernels (module `ops.<op>.gpu`); CUDA tensors of the dtypes the module names
 cpu         C++ with vector instructions, loaded through ctypes; CPU tensors
+reference   PyTorch, the definition; any device, any dtype
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ import ctypes
 import functools
 import importlib
 import importlib.resources
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from stateline.checks import fail
 
 #: Fastest first. A name stays a string until an op needs it, so an absent back end costs nothing.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("gpu", "cpu", "reference")
 #: Operations that have back ends: the folders of `ops`.
 OPS = ("causal_conv1d", "decode_token", "packed_linear", "rms_norm", "selective_scan")
+#: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
+DECIDES = {"selective_scan": 2}
 #: What `sl_layout` of a fitting library says.
 LAYOUT = 1
 REBUILD = "Reinstall stateline, or build it again."
@@ -50,49 +55,83 @@ class Choice:
 def explain(op: str | Callable[..., object], *args: object, backend: str | None = None) -> Choice:
     """Say which back end `op` would use for these arguments, and why not the others.
 
-    `op`: an operation or its name. `args`: its tensors; the first decides the device (none: the CPU).
+    `op`: an operation or its name. `args`: its tensors, in its order; device and dtype decide (none: the CPU).
 
     >>> explain("selective_scan").name in BACKENDS
     True
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
     tensor = next((a for a in args if isinstance(a, Tensor)), None)
-    return choose(name, "cpu" if tensor is None else tensor.device.type, backend)
+    if tensor is None:
+        return choose(name, "cpu", backend)
+    decisive = args[DECIDES[name]] if len(args) > DECIDES.get(name, len(args)) else tensor
+    dtype = decisive.dtype if isinstance(decisive, Tensor) else tensor.dtype
+    return choose(name, tensor.device.type, backend, dtype)
 
 
-def choose(op: str, device: str, backend: str | None = None) -> Choice:
-    """The back end for `op` on a device type; a forced one is returned or refused, never replaced."""
-    if op.removesuffix("_step_") not in OPS:
+def choose(op: str, device: str, backend: str | None = None, dtype: torch.dtype | None = None) -> Choice:
+    """The back end for `op` on a device type; a forced one is returned or refused, never replaced.
+
+    `dtype`: what the op computes in, as `explain` finds it; None asks about the device alone.
+    """
+    name = op.removesuffix("_step_")
+    if name not in OPS:
         raise fail("explain", f"{op!r} is no operation, expected one of {', '.join(OPS)}.")
     rejected: dict[str, str] = {}
-    for name in BACKENDS:
-        reason = _unavailable(name, device)
-        if backend is None:
-            if reason is None:
-                return Choice(name, rejected)
-            rejected[name] = reason
-        elif backend == name:
-            if reason is None:
-                return Choice(name)
+    for candidate in BACKENDS:
+        if backend is not None and backend != candidate:
+            continue
+        reason = _unavailable(candidate, name, device, dtype)
+        if reason is None:
+            return Choice(candidate, rejected)
+        if backend is not None:
             raise BackendError(f"{op}: backend={backend!r} cannot run here: {reason}")
+        rejected[candidate] = reason
     raise fail(op, f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))} or None.")
 
 
-def _unavailable(name: str, device: str) -> str | None:
-    """Why a back end cannot serve tensors of this device type, or None if it can."""
+def _unavailable(name: str, op: str, device: str, dtype: torch.dtype | None) -> str | None:
+    """Why a back end cannot serve `op` on tensors of this device type and dtype, or None if it can."""
+    if name == "gpu":
+        return gpu_problem(op, dtype) if device == "cuda" else f"needs CUDA tensors, these are on {device}"
     if name == "cpu":
         return native_problem() if device == "cpu" else f"needs CPU tensors, these are on {device}"
     return None
 
 
-def kernel(op: str, device: str, backend: str | None) -> ModuleType:
-    """The module that holds `forward`, `backward` and `step` of `op` for this device.
+@functools.cache
+def gpu_problem(op: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why `op` has no GPU kernel for CUDA tensors of `dtype` here, or None if it has.
 
-    Warns once per process when the CPU library is missing and the slow reference stands in.
+    A back end's module imports what it needs (Triton) and names the dtypes it computes in, `DTYPES`; a module that is
+    there and does not load for any other reason raises in full.
     """
-    choice = choose(op, device, backend)
-    if backend is None and device == "cpu" and choice.name == "reference":
-        _say_slow_once(choice.rejected["cpu"])
+    if importlib.util.find_spec(f"stateline.ops.{op}.gpu") is None:
+        return f"GPU kernels of {op} are not part of this release."
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device."
+    try:
+        module = _module(op, "gpu")
+    except ModuleNotFoundError as error:
+        if (error.name or "stateline").partition(".")[0] == "stateline":
+            raise
+        return f"needs {error.name}, which is not installed. pip install {error.name}"
+    if dtype is not None and dtype not in module.DTYPES:
+        covered = ", ".join(sorted(str(d).removeprefix("torch.") for d in module.DTYPES))
+        return f"{str(dtype).removeprefix('torch.')} is not covered by its GPU kernels, only {covered}."
+    return None
+
+
+def kernel(op: str, device: str, backend: str | None, dtype: torch.dtype | None = None) -> ModuleType:
+    """The module that holds `forward`, `backward` and `step` of `op` for this device and dtype.
+
+    Warns once for each reason when the slow reference stands in for a faster back end.
+    """
+    choice = choose(op, device, backend, dtype)
+    if backend is None and choice.name == "reference":
+        faster = {"cpu": "cpu", "cuda": "gpu"}.get(device)
+        if faster is not None:
+            _say_slow_once(choice.rejected[faster])
     return _module(op, choice.name)
 
 

@@ -58,6 +58,8 @@ def machine() -> dict[str, Any]:
     """What decides how fast things run here."""
     import os
     import platform
+    from importlib.metadata import version
+    from importlib.util import find_spec
 
     import torch
 
@@ -74,6 +76,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "native library": "loaded" if problem is None else f"absent: {problem}",
         "instructions": _isa() if problem is None else "none",
+        "triton": version("triton") if find_spec("triton") else "absent",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 

@@ -124,18 +124,18 @@ def _check_state(op: str, name: str, state: Tensor, x: Tensor) -> None:
 
 def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *rest, backend = args
-    return backends.kernel(OP, x.device.type, backend).forward(x, *rest)
+    return backends.kernel(OP, x.device.type, backend, x.dtype).forward(x, *rest)
 
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rest, backend = args
-    grads = backends.kernel(OP, dy.device.type, backend).backward(dy, *rest)
+    grads = backends.kernel(OP, dy.device.type, backend, rest[1].dtype).backward(dy, *rest)
     return tuple(or_empty(g, dy) for g in grads)
 
 
 def _run_step(state: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
-    return backends.kernel(OP, state.device.type, backend).step(state, *rest)
+    return backends.kernel(OP, state.device.type, backend, state.dtype).step(state, *rest)
 
 
 def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ def packed_linear(
             A row's result does not depend on the others.
         data, scales: what `pack(weight, format)` gave for a weight (rows, columns).   bias: (rows) float32.
         format: "bf16", "int8" or "int4".
-        backend: "cpu" or "reference" forces one, None chooses.
+        backend: "gpu", "cpu" or "reference" forces one, None chooses.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -73,7 +73,7 @@ def packed_linear(
 
 def _run(x: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
-    return backends.kernel(OP, x.device.type, backend).forward(x, *rest)
+    return backends.kernel(OP, x.device.type, backend, x.dtype).forward(x, *rest)
 
 
 def _fake(x: Tensor, data: Tensor, scales: Tensor, bias: Any, format: str, rows: int, *_: Any) -> Tensor:

@@ -31,7 +31,7 @@ def rms_norm(
         x: (…, d).   weight: (d).   residual: (…, d), or None for h = x.
         eps: added to the mean square, > 0.
         residual_dtype: dtype of the returned h; x's if None. float32 keeps a deep residual stream exact under bfloat16.
-        backend: "cpu" or "reference" forces one, None chooses.
+        backend: "gpu", "cpu" or "reference" forces one, None chooses.
 
     Returns:
         y (…, d) in x's dtype, rounded once, and h (…, d).
@@ -70,12 +70,12 @@ def rms_norm(
 
 def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *rest, backend = args
-    return backends.kernel(OP, x.device.type, backend).forward(x, *rest)
+    return backends.kernel(OP, x.device.type, backend, x.dtype).forward(x, *rest)
 
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rest, backend = args
-    grads = backends.kernel(OP, dy.device.type, backend).backward(dy, *rest)
+    grads = backends.kernel(OP, dy.device.type, backend, dy.dtype).backward(dy, *rest)
     return tuple(or_empty(g, dy) for g in grads)
 
 

@@ -50,7 +50,7 @@ def selective_scan(
         lengths: (b) valid tokens a row; the rest is skipped, at the end of rows or, `padding_side="left"`, their start.
         cu_seqlens: (n_seq + 1) bounds of sequences packed along time in a batch of 1.
         reverse: run time backwards; the state enters after the last valid token and leaves before the first.
-        backend: "cpu" or "reference" forces one, None chooses.
+        backend: "gpu", "cpu" or "reference" forces one, None chooses.
 
     Returns:
         y (b, t, d) in u's dtype, 0 at padding, and the state (n_seq, d, n) in A's precision.
@@ -214,18 +214,18 @@ def _projection(op: str, sizes: Sizes, name: str, x: Tensor, lead: str, A: Tenso
 
 def _run(u: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *rest, backend = args
-    return backends.kernel(OP, u.device.type, backend).forward(u, *rest)
+    return backends.kernel(OP, u.device.type, backend, rest[1].dtype).forward(u, *rest)
 
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rest, backend = args
-    grads = backends.kernel(OP, dy.device.type, backend).backward(dy, *rest)
+    grads = backends.kernel(OP, dy.device.type, backend, rest[3].dtype).backward(dy, *rest)
     return tuple(or_empty(g, dy) for g in grads)
 
 
 def _run_step(state: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
-    return backends.kernel(OP, state.device.type, backend).step(state, *rest)
+    return backends.kernel(OP, state.device.type, backend, state.dtype).step(state, *rest)
 
 
 def _fake(u: Tensor, dt: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
