@@ -1,0 +1,249 @@
+"""causal_conv1d in Triton: a program walks a run of time for a block of channels, a tile of unrolled steps at a time.
+
+All rows of a tile are loaded before the first is used, so that many loads are in flight; taps slide through registers.
+A step needs its k-1 predecessors, the gradient its k-1 successors too: neighbouring tiles load those rows twice, out of
+the cache. Gradients of taps and bias leave as one partial sum a program and are added in one fixed order.
+
+Suffixes: s step of a sequence, running forwards or backwards through memory; j tap; c channels of a program.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _place(table, tiles, index, t, runs, RUN: tl.constexpr, REVERSE: tl.constexpr):
+    """Of program `index`: sequence, batch row, its first step, number of steps, place of step 0, whether it is one."""
+    if table is None:
+        sequence = index // runs
+        first = (index % runs) * RUN
+        row, start, stop = sequence.to(tl.int64), 0, t
+        exists = True
+    else:
+        sequence = tl.load(tiles + 2 * index)
+        first = tl.load(tiles + 2 * index + 1).to(tl.int32) * RUN
+        exists = sequence >= 0
+        row = tl.load(table + 3 * sequence, mask=exists, other=0)
+        start = tl.load(table + 3 * sequence + 1, mask=exists, other=0).to(tl.int32)
+        stop = tl.load(table + 3 * sequence + 2, mask=exists, other=0).to(tl.int32)
+    origin = stop - 1 if REVERSE else start
+    return sequence.to(tl.int64), row, first, stop - start, origin, exists
+
+
+@triton.jit
+def _at(base, stride: tl.constexpr, origin, s, c, REVERSE: tl.constexpr):
+    """Where step s of a sequence lies; later ones are a constant away."""
+    time = origin - s if REVERSE else origin + s
+    return base + time.to(tl.int64) * stride + c
+
+
+@triton.jit
+def _input(
+    at, stride: tl.constexpr, i: tl.constexpr, s0, length, initial, c, live, d: tl.constexpr,
+    K: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Input of step s0 + i, given where s0 lies; those before step 0 come from the initial state, in float32."""
+    s = s0 + i
+    value = tl.load(at + (-i if REVERSE else i) * stride, mask=live & (s >= 0) & (s < length), other=0.0)
+    if initial is not None:
+        before = tl.load(initial + (K - 1 + s) * d + c, mask=live & (s < 0) & (s >= 1 - K), other=0.0)
+        value = tl.where(s < 0, before, value.to(tl.float32))
+    return value
+
+
+@triton.jit
+def _channels(block, d: tl.constexpr, C: tl.constexpr):
+    """Channels of a block, and which exist: all of them where C divides d, known before the kernel runs."""
+    c = block * C + tl.arange(0, C)
+    if d % C == 0:
+        live = tl.full((C,), True, tl.int1)
+    else:
+        live = c < d
+    return c, live
+
+
+@triton.jit
+def _taps(weight, stride_d, stride_k, c, live, K: tl.constexpr):
+    taps = ()
+    for j in tl.static_range(K):
+        taps = taps + (tl.load(weight + c * stride_d + j * stride_k, mask=live, other=0.0).to(tl.float32),)
+    return taps
+
+
+@triton.jit(do_not_specialize=("t", "blocks", "runs"))
+def forward(
+    x, weight, bias, initial, table, tiles, y, state, t, blocks, runs, x_b, w_d, w_k,
+    d: tl.constexpr, x_t: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """y and the last state; one program a run and block of channels."""
+    program = tl.program_id(0)
+    sequence, row, first, length, origin, exists = _place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
+    if exists:
+        c, live = _channels(program % blocks, d, C)
+        taps = _taps(weight, w_d, w_k, c, live, K)
+        shift = tl.zeros((C,), tl.float32)
+        if bias is not None:
+            shift = tl.load(bias + c, mask=live, other=0.0).to(tl.float32)
+        x = x + row * x_b
+        y = y + row * t * d
+        if initial is not None:
+            initial = initial + sequence * (K - 1) * d
+        for done in range(0, RUN, TILE):
+            s0 = first + done
+            x_at = _at(x, x_t, origin, s0, c, REVERSE)
+            y_at = _at(y, d, origin, s0, c, REVERSE)
+            rows = ()
+            for i in tl.static_range(K - 1):
+                rows = rows + (_input(x_at, x_t, i - (K - 1), s0, length, initial, c, live, d, K, REVERSE),)
+            for i in tl.static_range(TILE):
+                rows = rows + (_input(x_at, x_t, i, s0, length, None, c, live, d, K, REVERSE),)
+            for i in tl.static_range(TILE):
+                out = shift
+                for j in tl.static_range(K):
+                    out += taps[j] * rows[i + j].to(tl.float32)
+                if SILU:
+                    out = out * tl.sigmoid(out)
+                where = y_at + (-i if REVERSE else i) * d
+                tl.store(where, out.to(y.dtype.element_ty), mask=live & (s0 + i < length))
+        if (first + RUN >= length) & (K > 1):
+            kept = state + sequence * (K - 1) * d + c
+            tail = _at(x, x_t, origin, length - (K - 1), c, REVERSE)
+            for i in tl.static_range(K - 1):
+                last = _input(tail, x_t, i, length - (K - 1), length, initial, c, live, d, K, REVERSE)
+                tl.store(kept + i * d, last.to(tl.float32), mask=live)
+
+
+@triton.jit
+def _slope(out, dy, SILU: tl.constexpr):
+    """Gradient of what goes into the activation."""
+    dy = dy.to(tl.float32)
+    if SILU:
+        gate = tl.sigmoid(out)
+        dy = dy * gate * (1 + out * (1 - gate))
+    return dy
+
+
+@triton.jit
+def _start_gradient(
+    dinitial, dstate, x, dy, initial, taps, shift, origin, length, c, live,
+    d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The initial state's gradient, from the first k-1 steps."""
+    x_at = _at(x, x_t, origin, 0, c, REVERSE)
+    dy_at = _at(dy, dy_t, origin, 0, c, REVERSE)
+    rows, slopes = (), ()
+    for i in tl.static_range(K - 1):
+        rows = rows + (_input(x_at, x_t, i - (K - 1), 0, length, initial, c, live, d, K, REVERSE),)
+    for i in tl.static_range(K - 1):
+        rows = rows + (_input(x_at, x_t, i, 0, length, None, c, live, d, K, REVERSE),)
+        given = tl.load(dy_at + (-i if REVERSE else i) * dy_t, mask=live & (i < length), other=0.0)
+        out = shift
+        for j in tl.static_range(K):
+            out += taps[j] * rows[i + j].to(tl.float32)
+        slopes = slopes + (_slope(out, given, SILU),)
+        grad = tl.load(dstate + (i - length) * d + c, mask=live & (i >= length), other=0.0).to(tl.float32)
+        for j in tl.static_range(i + 1):
+            grad += taps[j] * slopes[i - j]
+        tl.store(dinitial + i * d + c, grad, mask=live)
+
+
+@triton.jit(do_not_specialize=("t", "blocks", "runs"))
+def backward(
+    x, weight, bias, initial, table, tiles, dy, dstate, dx, dinitial, partial, t, blocks, runs, x_b, dy_b, w_d, w_k,
+    d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr,
+    K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """dx, the initial state's gradient, and this program's sums for taps and bias, (program, k + 1, d)."""
+    program = tl.program_id(0)
+    sequence, row, first, length, origin, exists = _place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
+    c, live = _channels(program % blocks, d, C)
+    taps = _taps(weight, w_d, w_k, c, live, K)
+    shift = tl.zeros((C,), tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + c, mask=live, other=0.0).to(tl.float32)
+    sums = ()
+    for _ in tl.static_range(K + (bias is not None)):
+        sums = sums + (tl.zeros((C,), tl.float32),)
+    x = x + row * x_b
+    dy = dy + row * dy_b
+    dx = dx + row * t * d
+    dstate = dstate + sequence * (K - 1) * d
+    if initial is not None:
+        initial = initial + sequence * (K - 1) * d
+    if not exists:
+        length *= 0
+    for done in range(0, RUN, TILE):
+        s0 = first + done
+        x_at = _at(x, x_t, origin, s0, c, REVERSE)
+        dy_at = _at(dy, dy_t, origin, s0, c, REVERSE)
+        dx_at = _at(dx, d, origin, s0, c, REVERSE)
+        left = s0 - (length - (K - 1))  # place of step s0 in the last state
+        dstate_at = dstate + left * d + c
+        rows, given = (), ()
+        for i in tl.static_range(K - 1):
+            rows = rows + (_input(x_at, x_t, i - (K - 1), s0, length, initial, c, live, d, K, REVERSE),)
+        for i in tl.static_range(TILE + K - 1):
+            rows = rows + (_input(x_at, x_t, i, s0, length, None, c, live, d, K, REVERSE),)
+            where = dy_at + (-i if REVERSE else i) * dy_t
+            given = given + (tl.load(where, mask=live & (s0 + i < length), other=0.0),)
+        slopes = ()
+        for i in tl.static_range(TILE + K - 1):
+            out = shift
+            for j in tl.static_range(K):
+                out += taps[j] * rows[i + j].to(tl.float32)
+            slope = _slope(out, given[i], SILU)
+            slopes = slopes + (slope,)
+            if i < TILE:
+                added = ()
+                for j in tl.static_range(K):
+                    added = added + (sums[j] + slope * rows[i + j].to(tl.float32),)
+                if bias is not None:
+                    added = added + (sums[K] + slope,)
+                sums = added
+            if i >= K - 1:
+                n = i - (K - 1)
+                inside = live & (s0 + n < length)
+                grad = tl.load(dstate_at + n * d, mask=inside & (left + n >= 0), other=0.0).to(tl.float32)
+                for j in tl.static_range(K):
+                    grad += taps[j] * slopes[i - j]
+                tl.store(dx_at + (-n if REVERSE else n) * d, grad.to(dx.dtype.element_ty), mask=inside)
+    partial += (program // blocks).to(tl.int64) * len(sums) * d + c
+    for j in tl.static_range(len(sums)):
+        tl.store(partial + j * d, sums[j], mask=live)
+    if dinitial is not None:
+        if exists & (first == 0) & (K > 1):
+            dinitial += sequence * (K - 1) * d
+            _start_gradient(
+                dinitial, dstate, x, dy, initial, taps, shift, origin, length, c, live, d, x_t, dy_t, K, SILU, REVERSE
+            )
+
+
+@triton.jit
+def step(
+    state, x, weight, bias, index, y, x_b, w_d, w_k, state_b,
+    d: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """One token, in place: one program a row and block of channels."""
+    row = tl.program_id(0).to(tl.int64)
+    c, live = _channels(tl.program_id(1), d, C)
+    slot = row
+    if index is not None:
+        slot = tl.load(index + row).to(tl.int64)
+    taps = _taps(weight, w_d, w_k, c, live, K)
+    taken = live & (slot >= 0)
+    token = tl.load(x + row * x_b + c, mask=taken, other=0.0).to(tl.float32)
+    out = taps[K - 1] * token
+    if bias is not None:
+        out += tl.load(bias + c, mask=live, other=0.0).to(tl.float32)
+    state += slot * state_b + c
+    kept = ()
+    for i in tl.static_range(K - 1):
+        kept = kept + (tl.load(state + i * d, mask=taken, other=0.0),)
+        out += taps[i] * kept[i]
+    for i in tl.static_range(K - 2):
+        tl.store(state + i * d, kept[i + 1], mask=taken)
+    if K > 1:
+        tl.store(state + (K - 2) * d, token, mask=taken)
+    if SILU:
+        out = out * tl.sigmoid(out)
+    tl.store(y + row * d + c, tl.where(slot >= 0, out, 0.0).to(y.dtype.element_ty), mask=live)

@@ -1,0 +1,24 @@
+"""What GPU kernels of several operations share, in Triton."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=("count",))
+def reduce(partial, out, last, count, d, K: tl.constexpr, J: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):
+    """Sums over `count` of (count, J, d), in an order that depends on `count` alone: out (d, K), last (d) or None."""
+    j = tl.program_id(1)
+    c = tl.program_id(0) * C + tl.arange(0, C)
+    live = c < d
+    total = tl.zeros((ROWS, C), tl.float32)
+    first = 0
+    while first < count:  # not a range: the interpreter's numbers are no indices
+        rows = first + tl.arange(0, ROWS)
+        where = partial + (rows[:, None].to(tl.int64) * J + j) * d + c[None, :]
+        total += tl.load(where, mask=(rows[:, None] < count) & live[None, :], other=0.0)
+        first += ROWS
+    result = tl.sum(total, 0)
+    if j < K:
+        tl.store(out + c * K + j, result.to(out.dtype.element_ty), mask=live)
+    elif last is not None:
+        tl.store(last + c, result.to(last.dtype.element_ty), mask=live)
