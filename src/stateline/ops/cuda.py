@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 #: What kernels compute in float32; wider data goes to the reference.
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+Grid = tuple[int, int, int]
 
 
 def data(x: Tensor) -> Tensor:
@@ -20,12 +23,58 @@ def data(x: Tensor) -> Tensor:
 
 def plain(x: Tensor | None) -> Tensor | None:
     """`x` as kernels read parameters and states: contiguous."""
-    return None if x is None else x.resolve_neg().contiguous()
+    return None if x is None else (x.resolve_neg() if x.is_neg() else x).contiguous()
 
 
-def on(x: Tensor) -> torch.cuda.device_of:
-    """Makes x's device the current one for a launch."""
-    return torch.cuda.device_of(x)
+def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Memory for a result, where `like` is. Every buffer that a kernel writes comes from here: tests fence them."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def tokens(x: Tensor, segments: Tensor | None) -> Tensor:
+    """Memory for a result like x (b, t, d), contiguous; zeros where segments may leave tokens unwritten."""
+    y = empty(x.shape, x.dtype, x)
+    return y if segments is None else y.zero_()
+
+
+class Kernel:
+    """A Triton kernel that costs the host little to launch.
+
+    Triton looks at every argument of every call to find the variant compiled for it; here a variant is found by what
+    matters to these kernels: dtypes, alignment, and the constants. The first argument decides the device.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._variants: dict[tuple[object, ...], Any] = {}
+
+    def __call__(self, grid: Grid, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> None:
+        """Launch on the current stream of the device of `arguments[0]`, where every other tensor is too."""
+        device = arguments[0].get_device()
+        if device < 0:  # Triton's interpreter, in tests
+            self._function[grid](*arguments, *constants)
+        elif device == torch.cuda.current_device():
+            self._launch(device, grid, arguments, constants, warps)
+        else:
+            with torch.cuda.device(device):
+                self._launch(device, grid, arguments, constants, warps)
+
+    def _launch(self, device: int, grid: Grid, arguments: Any, constants: Any, warps: int) -> None:
+        key = (device, warps, constants, *map(_kind, arguments))
+        variant = self._variants.get(key)
+        if variant is None:
+            self._variants[key] = self._function[grid](*arguments, *constants, num_warps=warps)
+        else:
+            variant[grid](*arguments, *constants)
+
+
+def _kind(x: Any) -> object:
+    """What Triton compiles a variant for."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, int):
+        return x == 1, x % 16 == 0, x >= 2**31
+    return x is None
 
 
 def ceil_div(a: int, b: int) -> int:

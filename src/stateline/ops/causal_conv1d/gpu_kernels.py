@@ -1,8 +1,9 @@
 """causal_conv1d in Triton: a program walks a run of time for a block of channels, a tile of unrolled steps at a time.
 
-All rows of a tile are loaded before the first is used, so that many loads are in flight; taps slide through registers.
-A step needs its k-1 predecessors, the gradient its k-1 successors too: neighbouring tiles load those rows twice, out of
-the cache. Gradients of taps and bias leave as one partial sum a program and are added in one fixed order.
+Forwards all rows of a tile are loaded before the first is used, so that many loads are in flight; the k-1 rows before a
+tile are loaded again, out of the cache. The gradient keeps the last k-1 inputs and slopes in registers and loads a tile
+ahead; it walks k-1 steps past its run, since those reach back into it. Gradients of taps and bias leave as one partial
+sum a program and are added in one fixed order.
 
 Suffixes: s step of a sequence, running forwards or backwards through memory; j tap; c channels of a program.
 """
@@ -63,24 +64,25 @@ def _channels(block, d: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _taps(weight, stride_d, stride_k, c, live, K: tl.constexpr):
+def _taps(weight, c, live, K: tl.constexpr):
     taps = ()
     for j in tl.static_range(K):
-        taps = taps + (tl.load(weight + c * stride_d + j * stride_k, mask=live, other=0.0).to(tl.float32),)
+        taps = taps + (tl.load(weight + c * K + j, mask=live, other=0.0).to(tl.float32),)
     return taps
 
 
 @triton.jit(do_not_specialize=("t", "blocks", "runs"))
 def forward(
-    x, weight, bias, initial, table, tiles, y, state, t, blocks, runs, x_b, w_d, w_k,
-    d: tl.constexpr, x_t: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, C: tl.constexpr,
+    x, weight, bias, initial, table, tiles, y, state, t, blocks, runs, x_b,
+    d: tl.constexpr, x_t: tl.constexpr,
+    K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """y and the last state; one program a run and block of channels."""
     program = tl.program_id(0)
     sequence, row, first, length, origin, exists = _place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
     if exists:
         c, live = _channels(program % blocks, d, C)
-        taps = _taps(weight, w_d, w_k, c, live, K)
+        taps = _taps(weight, c, live, K)
         shift = tl.zeros((C,), tl.float32)
         if bias is not None:
             shift = tl.load(bias + c, mask=live, other=0.0).to(tl.float32)
@@ -124,6 +126,21 @@ def _slope(out, dy, SILU: tl.constexpr):
 
 
 @triton.jit
+def _ahead(
+    x, x_t: tl.constexpr, dy, dy_t: tl.constexpr, origin, s0, stop, c, live, TILE: tl.constexpr, REVERSE: tl.constexpr
+):
+    """Inputs and gradients of a tile, to be used while the next ones are on their way."""
+    x_at = _at(x, x_t, origin, s0, c, REVERSE)
+    dy_at = _at(dy, dy_t, origin, s0, c, REVERSE)
+    rows, given = (), ()
+    for i in tl.static_range(TILE):
+        inside = live & (s0 + i < stop)
+        rows = rows + (tl.load(x_at + (-i if REVERSE else i) * x_t, mask=inside, other=0.0),)
+        given = given + (tl.load(dy_at + (-i if REVERSE else i) * dy_t, mask=inside, other=0.0),)
+    return rows, given
+
+
+@triton.jit
 def _start_gradient(
     dinitial, dstate, x, dy, initial, taps, shift, origin, length, c, live,
     d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
@@ -149,7 +166,7 @@ def _start_gradient(
 
 @triton.jit(do_not_specialize=("t", "blocks", "runs"))
 def backward(
-    x, weight, bias, initial, table, tiles, dy, dstate, dx, dinitial, partial, t, blocks, runs, x_b, dy_b, w_d, w_k,
+    x, weight, bias, initial, table, tiles, dy, dstate, dx, dinitial, partial, t, blocks, runs, x_b, dy_b,
     d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr,
     K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -157,13 +174,10 @@ def backward(
     program = tl.program_id(0)
     sequence, row, first, length, origin, exists = _place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
     c, live = _channels(program % blocks, d, C)
-    taps = _taps(weight, w_d, w_k, c, live, K)
+    taps = _taps(weight, c, live, K)
     shift = tl.zeros((C,), tl.float32)
     if bias is not None:
         shift = tl.load(bias + c, mask=live, other=0.0).to(tl.float32)
-    sums = ()
-    for _ in tl.static_range(K + (bias is not None)):
-        sums = sums + (tl.zeros((C,), tl.float32),)
     x = x + row * x_b
     dy = dy + row * dy_b
     dx = dx + row * t * d
@@ -172,41 +186,45 @@ def backward(
         initial = initial + sequence * (K - 1) * d
     if not exists:
         length *= 0
-    for done in range(0, RUN, TILE):
+    stop = min(first + RUN, length)  # of what this program writes; its successors' slopes reach k-1 steps back
+    seen = min(first + RUN + K - 1, length)
+    sums, rows, slopes = (), (), ()
+    for _ in tl.static_range(K + (bias is not None)):
+        sums = sums + (tl.zeros((C,), tl.float32),)
+    x_at = _at(x, x_t, origin, first, c, REVERSE)
+    for i in tl.static_range(K - 1):
+        row_before = _input(x_at, x_t, i - (K - 1), first, seen, initial, c, live, d, K, REVERSE)
+        rows = rows + (row_before.to(tl.float32),)
+        slopes = slopes + (tl.zeros((C,), tl.float32),)
+    next_x, next_dy = _ahead(x, x_t, dy, dy_t, origin, first, seen, c, live, TILE, REVERSE)
+    for done in range(0, RUN + (K + TILE - 2) // TILE * TILE, TILE):
         s0 = first + done
-        x_at = _at(x, x_t, origin, s0, c, REVERSE)
-        dy_at = _at(dy, dy_t, origin, s0, c, REVERSE)
-        dx_at = _at(dx, d, origin, s0, c, REVERSE)
-        left = s0 - (length - (K - 1))  # place of step s0 in the last state
+        tile_x, tile_dy = next_x, next_dy
+        next_x, next_dy = _ahead(x, x_t, dy, dy_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
+        dx_at = _at(dx, d, origin, s0 - (K - 1), c, REVERSE)
+        left = s0 - length  # place of step s0 - (k-1) in the last state
         dstate_at = dstate + left * d + c
-        rows, given = (), ()
-        for i in tl.static_range(K - 1):
-            rows = rows + (_input(x_at, x_t, i - (K - 1), s0, length, initial, c, live, d, K, REVERSE),)
-        for i in tl.static_range(TILE + K - 1):
-            rows = rows + (_input(x_at, x_t, i, s0, length, None, c, live, d, K, REVERSE),)
-            where = dy_at + (-i if REVERSE else i) * dy_t
-            given = given + (tl.load(where, mask=live & (s0 + i < length), other=0.0),)
-        slopes = ()
-        for i in tl.static_range(TILE + K - 1):
+        for i in tl.static_range(TILE):
+            rows = rows + (tile_x[i].to(tl.float32),)
             out = shift
             for j in tl.static_range(K):
-                out += taps[j] * rows[i + j].to(tl.float32)
-            slope = _slope(out, given[i], SILU)
+                out += taps[j] * rows[j]
+            slope = _slope(out, tile_dy[i], SILU)
             slopes = slopes + (slope,)
-            if i < TILE:
-                added = ()
-                for j in tl.static_range(K):
-                    added = added + (sums[j] + slope * rows[i + j].to(tl.float32),)
-                if bias is not None:
-                    added = added + (sums[K] + slope,)
-                sums = added
-            if i >= K - 1:
-                n = i - (K - 1)
-                inside = live & (s0 + n < length)
-                grad = tl.load(dstate_at + n * d, mask=inside & (left + n >= 0), other=0.0).to(tl.float32)
-                for j in tl.static_range(K):
-                    grad += taps[j] * slopes[i - j]
-                tl.store(dx_at + (-n if REVERSE else n) * d, grad.to(dx.dtype.element_ty), mask=inside)
+            own = tl.where(s0 + i < stop, slope, 0.0)
+            added = ()
+            for j in tl.static_range(K):
+                added = added + (sums[j] + own * rows[j],)
+            if bias is not None:
+                added = added + (sums[K] + own,)
+            sums = added
+            n = s0 + i - (K - 1)
+            inside = live & (n >= first) & (n < stop)
+            grad = tl.load(dstate_at + i * d, mask=inside & (left + i >= 0), other=0.0).to(tl.float32)
+            for j in tl.static_range(K):
+                grad += taps[j] * slopes[K - 1 - j]
+            tl.store(dx_at + (-i if REVERSE else i) * d, grad.to(dx.dtype.element_ty), mask=inside)
+            rows, slopes = rows[1:], slopes[1:]
     partial += (program // blocks).to(tl.int64) * len(sums) * d + c
     for j in tl.static_range(len(sums)):
         tl.store(partial + j * d, sums[j], mask=live)
@@ -220,7 +238,7 @@ def backward(
 
 @triton.jit
 def step(
-    state, x, weight, bias, index, y, x_b, w_d, w_k, state_b,
+    x, state, weight, bias, index, y, x_b, state_b,
     d: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One token, in place: one program a row and block of channels."""
@@ -229,17 +247,18 @@ def step(
     slot = row
     if index is not None:
         slot = tl.load(index + row).to(tl.int64)
-    taps = _taps(weight, w_d, w_k, c, live, K)
+    taps = _taps(weight, c, live, K)
     taken = live & (slot >= 0)
     token = tl.load(x + row * x_b + c, mask=taken, other=0.0).to(tl.float32)
-    out = taps[K - 1] * token
+    out = tl.zeros((C,), tl.float32)  # in the order of `forward`, so that a step has its bits
     if bias is not None:
-        out += tl.load(bias + c, mask=live, other=0.0).to(tl.float32)
+        out = tl.load(bias + c, mask=live, other=0.0).to(tl.float32)
     state += slot * state_b + c
     kept = ()
     for i in tl.static_range(K - 1):
         kept = kept + (tl.load(state + i * d, mask=taken, other=0.0),)
         out += taps[i] * kept[i]
+    out += taps[K - 1] * token
     for i in tl.static_range(K - 2):
         tl.store(state + i * d, kept[i + 1], mask=taken)
     if K > 1:

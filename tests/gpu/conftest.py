@@ -1,0 +1,55 @@
+"""GPU kernels on a CUDA device, or at small sizes under Triton's interpreter (TRITON_INTERPRET=1) on any machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from stateline import backends
+from stateline.ops import cuda
+from stateline.ops.causal_conv1d import gpu as conv
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+GUARD, PATTERN = 256, 0x5A
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "/gpu/" in item.path.as_posix():
+            item.add_marker(pytest.mark.gpu)
+            if not INTERPRETED and not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device; TRITON_INTERPRET=1 runs the kernels without"))
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter the GPU back end takes CPU tensors, and cuts time finely: little work, many cuts."""
+    if INTERPRETED:
+        monkeypatch.setattr(backends, "_unavailable", lambda name, *_: None if name == "gpu" else "the test wants gpu")
+        monkeypatch.setattr(conv, "plan_forward", lambda *_: conv.Plan(2, 4, 32, 1))
+        monkeypatch.setattr(conv, "plan_backward", lambda *_: conv.Plan(4, 8, 32, 1))
+
+
+@pytest.fixture(autouse=True)
+def _fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What kernels write into is full of NaN and lies between guard bytes, which must survive."""
+    buffers = []
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+        count = torch.Size(shape).numel()
+        size = count * dtype.itemsize
+        raw = torch.full((2 * GUARD + size,), PATTERN, dtype=torch.uint8, device=like.device)
+        inner = raw[GUARD : GUARD + size].view(dtype).fill_(float("nan"))
+        buffers.append((raw, size))
+        return inner.view(shape)
+
+    monkeypatch.setattr(cuda, "empty", empty)
+    yield
+    for raw, size in buffers:
+        assert (raw[:GUARD] == PATTERN).all(), "a kernel wrote before its buffer"
+        assert (raw[GUARD + size :] == PATTERN).all(), "a kernel wrote past its buffer"
