@@ -181,7 +181,7 @@ BAD_SCANS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lengths": [1, 2], "cu_seqlens": torch.tensor([0, 12])}, ValueError, "lengths and cu_seqlens were both given"),
     ({"cu_seqlens": torch.tensor([0, 12])}, ValueError, "cu_seqlens needs a batch of 1, got 2"),
     ({"padding_side": "centre"}, ValueError, "padding_side is 'centre', expected one of 'right', 'left'"),
-    ({"backend": "tpu"}, ValueError, "backend is 'tpu', expected one of 'cpu', 'reference' or None"),
+    ({"backend": "tpu"}, ValueError, "backend is 'tpu', expected one of 'gpu', 'cpu', 'reference' or None"),
     ({"u": X["u"].to("meta")}, ValueError, "dt is on cpu, u is on meta"),
 ]
 

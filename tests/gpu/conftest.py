@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from where import INTERPRETED
 
 from stateline import backends
 from stateline.ops import cuda
-from stateline.ops.causal_conv1d import gpu as conv
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+HERE = Path(__file__).parent
 GUARD, PATTERN = 256, 0x5A
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "/gpu/" in item.path.as_posix():
+        if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
             if not INTERPRETED and not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA device; TRITON_INTERPRET=1 runs the kernels without"))
@@ -30,6 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter the GPU back end takes CPU tensors, and cuts time finely: little work, many cuts."""
     if INTERPRETED:
+        from stateline.ops.causal_conv1d import gpu as conv
+
         monkeypatch.setattr(backends, "_unavailable", lambda name, *_: None if name == "gpu" else "the test wants gpu")
         monkeypatch.setattr(conv, "plan_forward", lambda *_: conv.Plan(2, 4, 32, 1))
         monkeypatch.setattr(conv, "plan_backward", lambda *_: conv.Plan(4, 8, 32, 1))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE, INTERPRETED
 from oracles import pairwise
 from test_ops import FLAG, LAYOUTS, Case, check, close, conv_case
 from test_ops import _strided as strided
 from torch import Tensor
+from where import DEVICE, INTERPRETED
 
 from stateline import backends, ops
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import Function, forward_ad
 
 LIBRARY = torch.library.Library("stateline", "DEF")
 
@@ -55,12 +56,19 @@ def _one_by_one(op: Callable[..., Any], info: Any, dims: tuple[Any, ...], args: 
     return outputs, (0,) * len(outputs)
 
 
-def differentiating() -> bool:
-    """Whether a derivative may be wanted. If not, the raw op will do: Function.apply costs as much as a small step.
+def call(function: type[Function], *args: Any) -> Any:
+    """`function.apply(*args)`, or only its forward pass where no derivative can be wanted.
 
-    Forward mode counts too, though there is none, so that the Function can refuse: a raw op has zero tangents.
+    Function.apply binds its arguments to names by inspection, which takes longer than a small op; nothing here has
+    defaults, so the step below it does as well outside tracing and transforms.
     """
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+    # Forward mode counts as wanting a derivative, though there is none, so that the Function can refuse: a raw op has
+    # zero tangents.
+    if not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+        return function.forward(*args)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]  # torch does not type it
 
 
 def or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

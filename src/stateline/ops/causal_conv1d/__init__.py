@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.library import define, differentiating, or_empty
+from stateline.ops.library import call, define, or_empty
 from stateline.ops.segments import build
 from stateline.ops.selective_scan import check_slots
 
@@ -64,9 +64,8 @@ def causal_conv1d(
         sizes.match("initial_state", initial_state, "n_seq k-1 d")
         _check_state(OP, "initial_state", initial_state, x)
     checks.same_device(OP, {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state})
-    run = _CausalConv1d.apply if differentiating() else _CausalConv1d.forward
-    return run(  # torch does not type apply
-        x, weight, bias, initial_state, segments.table, activation == "silu", bool(reverse), backend
+    return call(  # torch does not type apply
+        _CausalConv1d, x, weight, bias, initial_state, segments.table, activation == "silu", bool(reverse), backend
     )
 
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.library import define, differentiating, or_empty
+from stateline.ops.library import call, define, or_empty
 
 OP = "rms_norm"
 
@@ -61,8 +61,7 @@ def rms_norm(
     checks.number(OP, "eps", eps, low=0.0, open_low=True)
     checks.choice(OP, "residual_dtype", residual_dtype, (None, *checks.REAL_DTYPES))
     checks.same_device(OP, {"x": x, "weight": weight, "residual": residual})
-    run = _RMSNorm.apply if differentiating() else _RMSNorm.forward
-    return run(x, weight, residual, float(eps), residual_dtype or x.dtype, backend)
+    return call(_RMSNorm, x, weight, residual, float(eps), residual_dtype or x.dtype, backend)
 
 
 # ---- raw ops ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.library import define, differentiating, or_empty
+from stateline.ops.library import call, define, or_empty
 from stateline.ops.segments import INTEGERS, build
 
 OP = "selective_scan"
@@ -93,9 +93,21 @@ def selective_scan(
         "initial_state": initial_state,
     }
     checks.same_device(OP, given)
-    run = _SelectiveScan.apply if differentiating() else _SelectiveScan.forward
-    return run(  # torch does not type apply
-        u, dt, A, B, C, D, z, dt_bias, initial_state, segments.table, bool(dt_softplus), bool(reverse), backend
+    return call(  # torch does not type apply
+        _SelectiveScan,
+        u,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        initial_state,
+        segments.table,
+        bool(dt_softplus),
+        bool(reverse),
+        backend,
     )
 
 
