@@ -21,6 +21,8 @@ $(VENV)/core: $(SOURCES)
 $(VENV)/dev: $(VENV)/core
 	@echo "adding what tests and checks need"
 	@$(PIP) -e ".[test,train,lora,check,hf,onnx,bench]"
+	@# GPU kernels are tested under Triton's interpreter, where there is a Triton; --no-deps, so that it brings nothing.
+	@$(PIP) --no-deps triton || echo "no triton for this machine: tests of GPU kernels will be skipped"
 	@touch $@
 
 $(VENV)/docs: $(VENV)/dev

@@ -60,21 +60,24 @@ class Kernel:
                 self._launch(device, grid, arguments, constants, warps)
 
     def _launch(self, device: int, grid: Grid, arguments: Any, constants: Any, warps: int) -> None:
-        key = (device, warps, constants, *map(_kind, arguments))
+        kinds: list[object] = [device, warps, constants]
+        plain = []  # addresses instead of tensors, which Triton would look up with the driver one by one
+        for x in arguments:
+            if x is None or isinstance(x, float):
+                kinds.append(x is None)
+            elif isinstance(x, int):
+                kinds.append((x == 1, x % 16 == 0, x >= 2**31))
+            else:
+                kinds.append(x.dtype)
+                x = x.data_ptr()
+                kinds.append(x % 16 == 0)
+            plain.append(x)
+        key = tuple(kinds)  # all that Triton compiles a variant for
         variant = self._variants.get(key)
         if variant is None:
             self._variants[key] = self._function[grid](*arguments, *constants, num_warps=warps)
         else:
-            variant[grid](*arguments, *constants)
-
-
-def _kind(x: Any) -> object:
-    """What Triton compiles a variant for."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, int):
-        return x == 1, x % 16 == 0, x >= 2**31
-    return x is None
+            variant[grid](*plain, *constants, stream=torch.cuda.current_stream(device).cuda_stream)
 
 
 def ceil_div(a: int, b: int) -> int:

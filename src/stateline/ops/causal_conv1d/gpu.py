@@ -30,19 +30,13 @@ class Plan:
 
 
 def plan_forward(d: int, k: int, dtype: torch.dtype) -> Plan:
-    """From sizes alone, so that a sequence has the same bits in every batch."""
-    warps = 4
-    return Plan(8 if k > 8 else 16, 32, _channels(d, warps, 4), warps)
+    """From sizes alone, so that a sequence has the same bits in every batch (timings: benchmarks/NOTES.md)."""
+    return Plan(16 if k <= 8 else 4, 32, 128, 1)
 
 
 def plan_backward(d: int, k: int, dtype: torch.dtype) -> Plan:
-    """As `plan_forward`; the gradient holds two tensors in registers."""
-    warps = 4
-    return Plan(4, 128, _channels(d, warps, 4 if k <= 4 else 2 if k <= 8 else 1), warps)
-
-
-def _channels(d: int, warps: int, vector: int) -> int:
-    return max(32, min(cuda.power_of_2(d), 32 * warps * vector))
+    """As `plan_forward`. Few channels a thread, since inputs, slopes and sums of every tap stay in registers."""
+    return Plan(8, 128, 256, 4) if k <= 4 else Plan(4, 128, 128, 4) if k <= 8 else Plan(2, 128, 128, 4)
 
 
 def forward(

@@ -1,0 +1,26 @@
+"""GPU kernels on a machine without a GPU: tests/gpu at small sizes, under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent / "gpu" / "test_gpu_ops.py"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0")
+def test_kernels_compute_the_same_under_the_interpreter() -> None:
+    """In a process of its own: Triton reads the switch when it is imported."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", str(TESTS)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout
