@@ -6,6 +6,7 @@ tracing, so that nothing synchronises a device or breaks a graph).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -41,7 +42,7 @@ class Sizes:
         """
         if not isinstance(tensor, Tensor):
             raise fail(self.op, f"{name} is a {type(tensor).__name__}, expected a tensor ({spec})", error=TypeError)
-        letters = spec.split()
+        letters = _letters(spec)
         shape = tensor.shape
         if len(shape) != len(letters):
             raise fail(self.op, f"{name} has shape {tuple(shape)}, expected {_tuple(letters)}.", remedy)
@@ -55,7 +56,12 @@ class Sizes:
                 raise fail(self.op, f"{name} has shape {tuple(shape)}, expected {wanted}.", remedy)
 
 
-def _tuple(letters: list[str]) -> str:
+@functools.cache
+def _letters(spec: str) -> tuple[str, ...]:
+    return tuple(spec.split())
+
+
+def _tuple(letters: tuple[str, ...]) -> str:
     return "(" + ", ".join(letters) + ("," if len(letters) == 1 else "") + ")"
 
 

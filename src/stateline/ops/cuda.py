@@ -28,7 +28,7 @@ def plain(x: Tensor | None) -> Tensor | None:
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, like: Tensor) -> Tensor:
     """Memory for a result, where `like` is. Every buffer that a kernel writes comes from here: tests fence them."""
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def tokens(x: Tensor, segments: Tensor | None) -> Tensor:
@@ -77,7 +77,7 @@ class Kernel:
         if variant is None:
             self._variants[key] = self._function[grid](*arguments, *constants, num_warps=warps)
         else:
-            variant[grid](*plain, *constants, stream=torch.cuda.current_stream(device).cuda_stream)
+            variant[grid](*plain, *constants)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -23,12 +23,25 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     for key in ("CPU", "CUDA"):
         # No gradient: an exported graph calls the raw op with parameters that want one, outside the Function.
-        LIBRARY.impl(name, torch.no_grad()(_counted(run) if mutable else run), key)
+        LIBRARY.impl(name, _without_grad(_counted(run) if mutable else run), key)
     torch.library.register_fake(f"stateline::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.stateline, name).default
     if not mutable:
         torch.library.register_vmap(f"stateline::{name}", lambda info, dims, *args: _one_by_one(op, info, dims, args))
     return op  # torch types it as Any
+
+
+def _without_grad(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` under no_grad, which costs nothing where there is none anyway: inside a Function's forward pass."""
+
+    @functools.wraps(run)
+    def quiet(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return run(*args)
+        with torch.no_grad():
+            return run(*args)
+
+    return quiet
 
 
 def _counted(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -64,7 +64,7 @@ def causal_conv1d(
         sizes.match("initial_state", initial_state, "n_seq k-1 d")
         _check_state(OP, "initial_state", initial_state, x)
     checks.same_device(OP, {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state})
-    return call(  # torch does not type apply
+    return call(
         _CausalConv1d, x, weight, bias, initial_state, segments.table, activation == "silu", bool(reverse), backend
     )
 

@@ -93,22 +93,8 @@ def selective_scan(
         "initial_state": initial_state,
     }
     checks.same_device(OP, given)
-    return call(  # torch does not type apply
-        _SelectiveScan,
-        u,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        z,
-        dt_bias,
-        initial_state,
-        segments.table,
-        bool(dt_softplus),
-        bool(reverse),
-        backend,
-    )
+    inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    return call(_SelectiveScan, *inputs, segments.table, bool(dt_softplus), bool(reverse), backend)
 
 
 def selective_scan_step_(
