@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -282,6 +284,31 @@ def test_copies_step_with_their_own_weights() -> None:
     assert (packed.step_(torch.tensor([1]), packed.init_state(1)) != 0).any()
 
 
+@pytest.mark.parametrize("change", ["half", "double", "bfloat16", "share_memory", "load", "assign", "pickle"])
+def test_a_prepared_model_survives_what_is_done_to_models(change: str) -> None:
+    """The native call reads memory that others may move, cast or fill."""
+    packed = prepare_for_decode(model_of("mlp"), "int4")
+    other = prepare_for_decode(model_of("mlp"), "int4")
+    token, before = torch.tensor([5]), packed.init_state(1)
+    expected = packed.step_(token, before)
+    if change in ("load", "assign"):
+        expected = other.step_(token, other.init_state(1))
+        packed.load_state_dict(other.state_dict(), assign=change == "assign")
+    elif change == "pickle":
+        file = io.BytesIO()
+        torch.save(packed, file)
+        file.seek(0)
+        packed = torch.load(file, weights_only=False)
+    else:
+        getattr(packed, change)()
+        gc.collect()
+    state = packed.init_state(1)
+    with torch.no_grad():
+        assert torch.equal(packed.step_(token, state), expected)
+        near(packed(token[None])[:, 0], expected, 5e-4)
+    assert packed.step_(token, before).isfinite().all()
+
+
 def test_casts_leave_packed_matrices_alone() -> None:
     layer = PackedLinear.pack(nn.Linear(40, 9), "int4")
     before = layer(torch.ones(1, 40))
@@ -322,6 +349,16 @@ def test_what_cannot_be_prepared_or_saved_is_refused(tmp_path: Path) -> None:
             stateline.save(packed, tmp_path / format, format=format)
     with pytest.raises(ValueError, match="token id 61 is outside the vocabulary, 0 to 60"):
         packed.step_(torch.tensor([61]), packed.init_state(1))
+    with pytest.raises(ValueError, match=r"layer 0's conv state is .* on meta, expected .* on cpu"):
+        packed.step_(torch.tensor([1]), packed.init_state(1, device="meta"))
+    hooked = model_of("plain")
+    hooked.backbone.layers[0].mixer.in_proj.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"layers.0.mixer.in_proj has forward hooks"):
+        prepare_for_decode(hooked)
+    wrapped: Any = model_of("plain")
+    wrapped.lm_head = nn.Sequential(wrapped.lm_head)
+    with pytest.raises(TypeError, match="lm_head and embedding are Sequential and Embedding"):
+        prepare_for_decode(wrapped)
     with pytest.raises(ValueError, match=r"layer 0's conv state is .*expected contiguous float32 .2, 3, 128."):
         packed.step_(torch.tensor([1, 2]), packed.init_state(1))
 

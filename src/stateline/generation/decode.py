@@ -49,10 +49,15 @@ def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageM
         raise checks.fail(OP, f"model is a {type(model).__name__}, expected a LanguageModel.", error=TypeError)
     if any(isinstance(m, PackedLinear) for m in model.modules()):
         raise checks.fail(OP, "model is packed already.", "Prepare the model as it was loaded.", error=TypeError)
+    if type(model.lm_head) is not nn.Linear or type(model.backbone.embedding) is not nn.Embedding:
+        kinds = f"{type(model.lm_head).__name__} and {type(model.backbone.embedding).__name__}"
+        raise checks.fail(OP, f"lm_head and embedding are {kinds}, expected Linear and Embedding.", error=TypeError)
     formats = FORMATS[weights]
     replaced: dict[int, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise checks.fail(OP, f"{name} has forward hooks, which packing would drop.", "Remove them first.")
             replaced[id(module)] = PackedLinear.pack(module, formats.get(name.rpartition(".")[2], formats[""]))
     head = replaced[id(model.lm_head)].matrix
     if not model.config.tie_embeddings:
@@ -62,7 +67,14 @@ def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageM
     if packed.backbone.norm_f.weight.device.type == "cpu":
         gather([m for m in packed.modules() if isinstance(m, PackedMatrix)])
     packed.token_step = None if explain(packed) else TokenStep(packed)
+    packed.register_load_state_dict_post_hook(_forget)
     return packed
+
+
+def _forget(model: LanguageModel, _: Any) -> None:
+    """After weights were loaded: what the native call read of the old ones is gone."""
+    if model.token_step is not None:
+        model.token_step.network = None  # type: ignore[attr-defined]  # a TokenStep, as it was put here
 
 
 def explain(model: LanguageModel) -> str | None:
@@ -86,21 +98,32 @@ def explain(model: LanguageModel) -> str | None:
 
 
 class TokenStep:
-    """`LanguageModel.step_` of a prepared model, as one call. A copy of the model gets one of its own."""
+    """`LanguageModel.step_` of a prepared model, as one call. A copy of the model gets one of its own.
+
+    What the call reads is put together at the first token: vectors as copies, while the matrices are the model's own and
+    are looked for again when they have moved.
+    """
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.network: Network | None = None
 
+    def renew(self) -> TokenStep | None:
+        """A new one after the model's tensors were moved; None where the model now is no native call serves."""
+        return None if explain(self.model) else TokenStep(self.model)
+
     def __call__(self, ids: Tensor, state: ModelState) -> Tensor:
         """ids (b) -> logits (b, v), writing into `state`."""
-        if self.network is None:
+        if self.network is None or not self.network.at_home():
             self.network = network_of(self.model)
         states = [x for layer in state.layers for x in (layer.conv, layer.ssm)]
         return decode_token_(states, ids, self.network)[:, : self.model.config.vocab_size]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenStep:
         return TokenStep(copy.deepcopy(self.model, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "network": None}
 
 
 def network_of(model: LanguageModel) -> Network:
@@ -123,17 +146,22 @@ def _layer(block: Any) -> Layer:
     return Layer(
         norm=_norm(block.norm),
         **linears,
-        taps=mixer.conv1d.weight.squeeze(1).T.contiguous(),
-        conv_bias=mixer.conv1d.bias,
-        A2=(-torch.exp(mixer.A_log) * LOG2E).contiguous(),
-        D=mixer.D,
-        dt_bias=mixer.dt_proj.bias,
+        taps=_own(mixer.conv1d.weight.squeeze(1).T),
+        conv_bias=None if mixer.conv1d.bias is None else _own(mixer.conv1d.bias),
+        A2=_own(-torch.exp(mixer.A_log.float()) * LOG2E),
+        D=_own(mixer.D),
+        dt_bias=_own(mixer.dt_proj.bias),
         mlp=None if block.mlp is None else (_norm(block.norm2), _linear(block.mlp.fc1), _linear(block.mlp.fc2)),
     )
 
 
 def _linear(linear: PackedLinear) -> Matrix:
-    return _matrix(linear.matrix, None if linear.leaves_bias_out else linear.bias)
+    return _matrix(linear.matrix, None if linear.leaves_bias_out or linear.bias is None else _own(linear.bias))
+
+
+def _own(x: Tensor) -> Tensor:
+    """A float32 copy that nobody else can move or change."""
+    return x.detach().to(torch.float32, copy=True).contiguous()
 
 
 def _matrix(m: PackedMatrix, bias: Tensor | None) -> Matrix:
@@ -141,4 +169,4 @@ def _matrix(m: PackedMatrix, bias: Tensor | None) -> Matrix:
 
 
 def _norm(norm: nn.Module) -> Norm:
-    return Norm(cast(Tensor, norm.weight), norm.bias if isinstance(norm, LayerNorm) else None)
+    return Norm(_own(cast(Tensor, norm.weight)), _own(norm.bias) if isinstance(norm, LayerNorm) else None)

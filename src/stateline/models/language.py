@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,18 @@ from stateline.nn.mixer import Lengths, padding
 
 INTEGERS = (torch.int32, torch.int64)
 Commit = int | Tensor | Callable[[Tensor], int | Tensor]
+
+
+class TokenStep(Protocol):
+    """A `step_` in one piece: ids (b), state -> logits (b, v)."""
+
+    def __call__(self, ids: Tensor, state: ModelState) -> Tensor:
+        """Logits (b, v), writing into `state`."""
+        ...
+
+    def renew(self) -> TokenStep | None:
+        """What serves after the model's tensors were moved."""
+        ...
 
 
 class LanguageModel(nn.Module):
@@ -43,7 +55,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.metadata: dict[str, Any] = {}
         #: Does all of `step_` at once, where an engine put it (`generation.prepare_for_decode`).
-        self.token_step: Callable[[Tensor, ModelState], Tensor] | None = None
+        self.token_step: TokenStep | None = None
         self.backbone = Backbone(config, device=device, dtype=dtype)
         self.lm_head = nn.Linear(config.d_model, config.embedding_rows, bias=False, device=device, dtype=dtype)
         self.tie_weights()
@@ -52,6 +64,14 @@ class LanguageModel(nn.Module):
         """Make the output matrix the embedding again, where the configuration says so (after weights were replaced)."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
+        """A packed model is moved, and never cast: its matrices cannot be, and its vectors belong to them."""
+        packed = not isinstance(self.backbone.embedding, nn.Embedding)
+        super()._apply(_only_moved(fn) if packed else fn, recurse)
+        if self.token_step is not None:
+            self.token_step = self.token_step.renew()
+        return self
 
     def num_parameters(self) -> int:
         """How many numbers the model has learnt; a tied matrix counts once."""
@@ -197,6 +217,14 @@ def _counts(commit: int | Tensor, b: int, k: int) -> list[int]:
     for count in counts:
         checks.number("step_many", "commit", count, low=0, high=k, integer=True)
     return counts
+
+
+def _only_moved(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def moved(x: Tensor) -> Tensor:
+        y = fn(x)
+        return y if y.dtype == x.dtype else x.to(y.device)
+
+    return moved
 
 
 def _last(x: Tensor, lengths: Lengths | None, cu_seqlens: Tensor | None) -> Tensor:

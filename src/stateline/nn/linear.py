@@ -50,16 +50,23 @@ class PackedMatrix(nn.Module):
 
 
 def gather(matrices: Sequence[PackedMatrix]) -> None:
-    """Lay matrices on the CPU side by side in one piece of memory, on large pages where the system has them."""
+    """Lay matrices on the CPU side by side, on large pages where the system has them; small ones stay where they are.
+
+    Each dtype has a piece of memory of its own: torch.save refuses two that share one.
+    """
     tensors = [(m, name, getattr(m, name)) for m in matrices for name in ("data", "scales")]
-    sizes = [-(-x.numel() * x.element_size() // LINE) * LINE for _, _, x in tensors]
-    arena = torch.empty(sum(sizes) + LARGE_PAGE, dtype=torch.uint8)
-    if backends.native_problem() is None:
-        native.large_pages(arena)
-    arena = arena[-arena.data_ptr() % LARGE_PAGE :]
-    for (matrix, name, x), place in zip(tensors, arena[: sum(sizes)].split(sizes), strict=True):
-        home = place[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
-        setattr(matrix, name, home.copy_(x))
+    for dtype in {x.dtype for _, _, x in tensors}:
+        here = [(m, name, x) for m, name, x in tensors if x.dtype == dtype]
+        line, page = LINE // dtype.itemsize, LARGE_PAGE // dtype.itemsize
+        sizes = [-(-x.numel() // line) * line for _, _, x in here]
+        if sum(sizes) < page:
+            continue
+        arena = torch.empty(sum(sizes) + page, dtype=dtype)
+        if backends.native_problem() is None:
+            native.large_pages(arena)
+        arena = arena[-arena.data_ptr() % LARGE_PAGE // dtype.itemsize :]
+        for (matrix, name, x), place in zip(here, arena[: sum(sizes)].split(sizes), strict=True):
+            setattr(matrix, name, place[: x.numel()].view(x.shape).copy_(x))
 
 
 class PackedLinear(nn.Module):

@@ -70,6 +70,19 @@ class Network:
     head: Matrix
     #: The states that were last found good: a token takes milliseconds, looking at 48 cold tensors a tenth of one.
     seen: list[Tensor] = field(default_factory=list)
+    #: Where the matrices of both ends and of the last layer lay when this was made.
+    home: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.home[:] = self._places()
+
+    def at_home(self) -> bool:
+        """Whether matrices are still where they were: sharing memory between processes, for one, moves them."""
+        return self.home == self._places()
+
+    def _places(self) -> list[int]:
+        inner = [self.layers[0].in_proj, self.layers[-1].out_proj] if self.layers else []
+        return [m.data.data_ptr() for m in (self.embedding, self.head, *inner)]
 
 
 def decode_token_(states: Sequence[Tensor], ids: Tensor, network: Network, *, backend: str | None = None) -> Tensor:
@@ -86,7 +99,7 @@ def decode_token_(states: Sequence[Tensor], ids: Tensor, network: Network, *, ba
     if ids.dim() != 1:
         raise checks.fail(OP, f"ids has shape {tuple(ids.shape)}, expected (b,).")
     if len(states) != len(network.seen) or not all(map(is_, states, network.seen)) or len(states[0]) != len(ids):
-        _check_states(states, len(ids), network)
+        _check_states(states, len(ids), ids.device, network)
         network.seen[:] = states
     if checks.can_read(ids) and ids.numel():
         wrong = [i for i in ids.tolist() if not 0 <= i < network.vocabulary]
@@ -96,13 +109,14 @@ def decode_token_(states: Sequence[Tensor], ids: Tensor, network: Network, *, ba
         return backends.kernel(OP, ids.device.type, backend).step(states, ids.long().contiguous(), network)
 
 
-def _check_states(states: Sequence[Tensor], b: int, network: Network) -> None:
+def _check_states(states: Sequence[Tensor], b: int, device: torch.device, network: Network) -> None:
     if len(states) != 2 * len(network.layers):
         raise checks.fail(OP, f"states has {len(states)} tensors, the model {2 * len(network.layers)}.")
     for i, layer in enumerate(network.layers):
         k, d = layer.taps.shape
         wanted = {"conv": (b, k - 1, d), "ssm": (b, *layer.A2.shape)}
         for (name, shape), x in zip(wanted.items(), states[2 * i : 2 * i + 2], strict=True):
-            if x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous():
-                got = f"{x.dtype} {tuple(x.shape)}"
-                raise checks.fail(OP, f"layer {i}'s {name} state is {got}, expected contiguous float32 {shape}.")
+            if x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous() or x.device != device:
+                got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+                wanted_here = f"contiguous float32 {shape} on {device}"
+                raise checks.fail(OP, f"layer {i}'s {name} state is {got}, expected {wanted_here}.")
