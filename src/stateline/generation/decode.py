@@ -100,8 +100,8 @@ def explain(model: LanguageModel) -> str | None:
 class TokenStep:
     """`LanguageModel.step_` of a prepared model, as one call. A copy of the model gets one of its own.
 
-    What the call reads is put together at the first token: vectors as copies, while the matrices are the model's own and
-    are looked for again when they have moved.
+    What the call reads is put together at the first token: vectors as copies, while the matrices are the model's own
+    and are looked for again when they have moved.
     """
 
     def __init__(self, model: LanguageModel) -> None:
