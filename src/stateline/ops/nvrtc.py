@@ -1,0 +1,139 @@
+"""CUDA C++ at run time: compiled once for the device's architecture, kept on disk, launched through the driver.
+
+Nothing is needed but what torch's CUDA wheels bring (libnvrtc) and the driver (libcuda). Kernels take one argument by
+value, a record of eight-byte fields. Compiled code is kept under $STATELINE_CACHE, else $XDG_CACHE_HOME/stateline, else
+~/.cache/stateline, by the hash of source, options, architecture and compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from stateline.backends import BackendError
+
+_DYNAMIC_SHARED, _CARVEOUT = 8, 9  # CU_FUNC_ATTRIBUTE_…
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    major = (torch.version.cuda or "0").partition(".")[0]
+    name = f"libnvrtc.so.{major}"
+    places = [name, *(str(p) for base in sys.path for p in Path(base).glob(f"nvidia/*/lib/{name}"))]
+    for place in places:
+        try:
+            return ctypes.CDLL(place)
+        except OSError:
+            continue
+    raise BackendError(f"{name} was not found; torch's CUDA wheels bring it. pip install nvidia-cuda-nvrtc")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        raise BackendError(f"{what} failed: {(text.value or b'unknown error').decode()} ({code}).")
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    own = os.environ.get("STATELINE_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stateline"
+
+
+def compile_cubin(source: str, options: Sequence[str], arch: str) -> bytes:
+    """Machine code of `source` for `arch` ("sm_90"), from the cache if it is there.
+
+    Raises BackendError with the compiler's words if it does not compile.
+    """
+    nvrtc = _nvrtc()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    options = [f"--gpu-architecture={arch}", "--std=c++17", *options]
+    key = hashlib.sha256("\0".join([source, *options, f"{major.value}.{minor.value}"]).encode()).hexdigest()
+    path = cache_folder() / f"{key}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    cubin = _compile(nvrtc, source, options)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)  # whole or not at all, whoever else compiles
+    except OSError as error:
+        warnings.warn(
+            f"stateline cannot keep compiled GPU kernels in {path.parent} ({error}); each process will compile them "
+            "again. Set STATELINE_CACHE to a folder that can be written.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return cubin
+
+
+def _compile(nvrtc: ctypes.CDLL, source: str, options: Sequence[str]) -> bytes:
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"stateline.cu", 0, None, None)
+    flags = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), flags)
+    size = ctypes.c_size_t()
+    if failed:
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise BackendError(f"a GPU kernel does not compile with {' '.join(options)}:\n{log.value.decode()}")
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw
+
+
+class Library:
+    """The kernels of one source on one device, whose context must be current."""
+
+    def __init__(self, source: str, options: Sequence[str], device: int) -> None:
+        major, minor = torch.cuda.get_device_capability(device)
+        self._code = compile_cubin(source, options, f"sm_{major}{minor}")
+        self._module = ctypes.c_void_p()
+        self._functions: dict[str, tuple[ctypes.c_void_p, int]] = {}
+        _check(_driver().cuModuleLoadData(ctypes.byref(self._module), self._code), "loading GPU kernels")
+
+    def _function(self, name: str, shared: int) -> ctypes.c_void_p:
+        function, allowed = self._functions.get(name, (ctypes.c_void_p(), -1))
+        if allowed < 0:
+            found = _driver().cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
+            _check(found, f"finding the GPU kernel {name}")
+            _check(_driver().cuFuncSetAttribute(function, _CARVEOUT, 100), f"setting up {name}")
+        if shared > allowed:
+            _check(_driver().cuFuncSetAttribute(function, _DYNAMIC_SHARED, shared), f"{name}: {shared} shared bytes")
+            self._functions[name] = (function, shared)
+        return function
+
+    def launch(self, name: str, blocks: int, threads: int, shared: int, record: Sequence[int]) -> None:
+        """Run `name` on the current stream. `record`: its argument, a whole number for each field."""
+        if blocks == 0:
+            return
+        function = self._function(name, shared)
+        fields = (ctypes.c_int64 * len(record))(*record)
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(fields))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = _driver().cuLaunchKernel(
+            function, ctypes.c_uint(blocks), 1, 1, threads, 1, 1, shared, stream, arguments, None
+        )
+        _check(code, f"launching {name}")

@@ -1,0 +1,287 @@
+// selective_scan on a GPU: the forward pass, the states that chunks and tiles start from, and one token.
+// See gpu_common.cuh for how work is laid out.
+
+extern __shared__ __align__(16) unsigned char shared[];
+
+extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forward(const __grid_constant__ Call k) {
+    __shared__ Place p;
+    if (!locate(k, p)) return;
+    const int n = (int)k.n, raw_size = TILE * padded(k);
+    T *u_tile = (T*)shared, *dt_tile = u_tile + BUFFER, *z_tile = dt_tile + BUFFER;
+    T *b_raw = z_tile + BUFFER, *c_raw = b_raw + raw_size;
+    float *B = (float*)(c_raw + raw_size), *C = B + n * TILE;
+    float4* system = (float4*)(C + n * TILE);
+    auto fetch = [&](i64 s) {
+        if (s < p.last) {
+            load_rows(u_tile, k, p, k.u, s);
+            load_rows(dt_tile, k, p, k.dt, s);
+            load_groups(b_raw, k, p, k.B, s);
+            load_groups(c_raw, k, p, k.C, s);
+        }
+        commit();
+    };
+    auto fetch_gate = [&](i64 s) {
+        if (k.z.at && s < p.last) load_rows(z_tile, k, p, k.z, s);
+        commit();
+    };
+    fetch(p.first);
+    fetch_gate(p.first);
+    load_system(system, k, p);  // enter() reads what the same thread writes here
+    enter(system, k, p);
+#pragma unroll 1
+    for (i64 s = p.first; s < p.last; s += TILE) {
+        wait<1>();
+        __syncthreads();
+        float dt[2][RUN], x[2][RUN], y[2][RUN], before[2] = {0.0f, 0.0f};
+        spread(B, b_raw, k);
+        spread(C, c_raw, k);
+        {
+            const Lane me = lane_of();
+            const float2 bias = parameter(k.bias, p, me), D = parameter(k.D, p, me);
+            const int left = left_of(p, s);
+#pragma unroll
+            for (int r = 0; r < RUN; ++r) {
+                float2 v = step_size(dt_tile, k, me, bias, r, left);
+                float2 in = get2(u_tile + at(me.run * RUN + r, me.channel));
+                dt[0][r] = v.x, dt[1][r] = v.y;
+                x[0][r] = v.x * in.x, x[1][r] = v.y * in.y;
+                y[0][r] = D.x * in.x, y[1][r] = D.y * in.y;
+                before[0] += v.x, before[1] += v.y;
+                keep(x[0][r]), keep(x[1][r]), keep(dt[0][r]), keep(dt[1][r]);
+            }
+            before[0] = beside<true>(before[0], 0.0f), before[1] = beside<true>(before[1], 0.0f);
+        }
+        __syncthreads();
+        fetch(s + TILE);
+        {
+            const Lane me = lane_of();
+            const float* line_at = B + me.run * 4;
+            float4* system_j = system + me.pair;
+            const bool last_run = me.run == LANES_T - 1;
+#pragma unroll 1
+            for (int j = 0; j < n; ++j, line_at += TILE, system_j += PAIRS) {
+                const float4 sys = *system_j;
+                float a[2][RUN], drive[2][RUN], line[RUN], h[2];
+                load_run(line, line_at);
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const float A = c ? sys.y : sys.x;
+                    float end = 0.0f;
+#pragma unroll
+                    for (int r = 0; r < RUN; ++r) {
+                        a[c][r] = ex2(dt[c][r] * A);
+                        drive[c][r] = x[c][r] * line[r];
+                        end = r ? fmaf(a[c][r], end, drive[c][r]) : drive[c][r];
+                    }
+                    h[c] = scan_lanes<true>(end, ex2(before[c] * A), c ? sys.w : sys.z);
+                }
+                load_run(line, line_at + n * TILE);
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+#pragma unroll
+                    for (int r = 0; r < RUN; ++r) {
+                        h[c] = fmaf(a[c][r], h[c], drive[c][r]);
+                        y[c][r] = fmaf(line[r], h[c], y[c][r]);
+                    }
+                if (last_run) *(float2*)&system_j->z = make_float2(h[0], h[1]);
+            }
+        }
+        wait<1>();
+        __syncthreads();
+        {
+            const Lane me = lane_of();
+#pragma unroll
+            for (int r = 0; r < RUN; ++r) {
+                T* out = z_tile + at(me.run * RUN + r, me.channel);
+                float gate0 = 1.0f, gate1 = 1.0f;
+                if (k.z.at) {
+                    float2 z = get2(out);
+                    gate0 = z.x * sigmoid(z.x), gate1 = z.y * sigmoid(z.y);
+                }
+                put2(out, y[0][r] * gate0, y[1][r] * gate1);
+            }
+        }
+        __syncthreads();
+        store_rows(z_tile, k, p, k.y, s);
+        if (!(k.aligned && p.c0 % VEC == 0 && (p.c1 - p.c0) % VEC == 0)) __syncthreads();
+        fetch_gate(s + TILE);  // where aligned, a thread loads what it has stored itself
+    }
+    __syncthreads();
+    if (p.last == p.length) save<true>(k.state + p.seq * k.d * n, system, k, p);
+}
+
+// States from sums: a lane adds up what its steps leave in the state at the end of the tile, without passing through
+// the states between. ENDS: of each chunk, from zero, last tile first, so that what is forgotten (a factor of exactly 0)
+// is left out. MARKS: before each tile, for the gradient. ADJOINT: ENDS for the gradient, which runs backwards.
+enum Sweep { ENDS, MARKS, ADJOINT };
+
+template <int MODE> __device__ __forceinline__ void sweep(const Call& k) {
+    __shared__ Place p;
+    if (!locate(k, p)) return;
+    if (MODE == ENDS && (p.chunk == k.chunks - 1 || p.last >= p.length)) return;  // nobody follows
+    if (MODE == ADJOINT && p.chunk == 0) return;
+    const int n = (int)k.n;
+    T *u_tile = (T*)shared, *dt_tile = u_tile + BUFFER, *z_tile = dt_tile + BUFFER, *raw = z_tile + BUFFER;
+    float* B = (float*)(raw + TILE * padded(k));
+    float4* system = (float4*)(B + n * TILE);
+    const Lane me = lane_of();
+    auto fetch = [&](i64 s) {
+        if (s >= p.first && s < p.last) {
+            load_rows(u_tile, k, p, MODE == ADJOINT ? k.dy : k.u, s);
+            load_rows(dt_tile, k, p, k.dt, s);
+            if (MODE == ADJOINT && k.z.at) load_rows(z_tile, k, p, k.z, s);
+            load_groups(raw, k, p, MODE == ADJOINT ? k.C : k.B, s);
+        }
+        commit();
+    };
+    const i64 tiles = (p.last - p.first + TILE - 1) / TILE;
+    i64 s = MODE == ENDS ? p.first + (tiles - 1) * TILE : p.first;
+    const i64 stride = MODE == ENDS ? -TILE : TILE;
+    float far[2] = {0.0f, 0.0f};  // step sizes between this tile and where the state is wanted
+    fetch(s);
+    load_system(system, k, p);
+    if (MODE == MARKS) enter(system, k, p);
+    for (i64 tile = 0; tile < tiles; ++tile, s += stride) {
+        wait<0>();
+        __syncthreads();
+        if (MODE == MARKS) save<true>(k.marks + (p.tile_row + s / TILE) * k.d * n, system, k, p);
+        float path[2][RUN], x[2][RUN], sum[2] = {0.0f, 0.0f};
+        spread(B, raw, k);
+        const float2 bias = parameter(k.bias, p, me);
+        const int left = left_of(p, s);
+#pragma unroll
+        for (int q = 0; q < RUN; ++q) {
+            const int r = MODE == ADJOINT ? q : RUN - 1 - q;
+            float2 v = step_size(dt_tile, k, me, bias, r, left);
+            float2 in = get2(u_tile + at(me.run * RUN + r, me.channel));
+            if (MODE == ADJOINT) {
+                if (k.z.at) {
+                    float2 z = get2(z_tile + at(me.run * RUN + r, me.channel));
+                    in.x *= z.x * sigmoid(z.x), in.y *= z.y * sigmoid(z.y);
+                }
+                sum[0] += v.x, sum[1] += v.y;
+            } else {
+                in.x *= v.x, in.y *= v.y;
+            }
+            path[0][r] = sum[0], path[1][r] = sum[1];
+            x[0][r] = in.x, x[1][r] = in.y;
+            if (MODE != ADJOINT) sum[0] += v.x, sum[1] += v.y;
+        }
+        float total[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            float rest = others<MODE == ADJOINT>(sum[c]);
+            total[c] = __shfl_sync(FULL, rest + sum[c], threadIdx.x % LANES_C + (MODE == ADJOINT ? 32 - LANES_C : 0));
+            rest += far[c];
+#pragma unroll
+            for (int r = 0; r < RUN; ++r) path[c][r] += rest;
+        }
+        __syncthreads();
+        fetch(s + stride);
+#pragma unroll 1
+        for (int j = 0; j < n; ++j) {
+            float4* system_j = system + j * PAIRS + me.pair;
+            const float4 sys = *system_j;
+            if (MODE != MARKS) {
+                bool gone = sys.x * far[0] < FORGOTTEN && sys.y * far[1] < FORGOTTEN;
+                if (__all_sync(FULL, gone)) continue;
+            }
+            float line[RUN], sums[2] = {0.0f, 0.0f};
+            load_run(line, B + me.run * 4 + j * TILE);
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+#pragma unroll
+                for (int r = 0; r < RUN; ++r)
+                    sums[c] = fmaf(ex2(path[c][r] * (c ? sys.y : sys.x)), x[c][r] * line[r], sums[c]);
+#pragma unroll
+                for (int by = LANES_C; by < 32; by *= 2) sums[c] += __shfl_xor_sync(FULL, sums[c], by);
+            }
+            if (me.run == 0) {
+                float keep0 = MODE == MARKS ? ex2(total[0] * sys.x) : 1.0f;
+                float keep1 = MODE == MARKS ? ex2(total[1] * sys.y) : 1.0f;
+                *(float2*)&system_j->z = make_float2(fmaf(keep0, sys.z, sums[0]), fmaf(keep1, sys.w, sums[1]));
+            }
+        }
+        if (MODE != MARKS) {
+            far[0] += total[0], far[1] += total[1];
+            __syncthreads();
+        }
+    }
+    wait<0>();
+    __syncthreads();
+    if (MODE == MARKS) return;
+    i64 row = p.chunk_row + p.chunk;
+    save<true>((MODE == ADJOINT ? k.adjoint_ends : k.ends) + row * k.d * n, system, k, p);
+    float* sums = (MODE == ADJOINT ? k.adjoint_sums : k.sums) + row * k.d + p.c0 + me.channel;
+    if (me.run == 0) {
+        if (p.c0 + me.channel < p.c1) sums[0] = far[0];
+        if (p.c0 + me.channel + 1 < p.c1) sums[1] = far[1];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4) chunk_ends(const __grid_constant__ Call k) { sweep<ENDS>(k); }
+extern "C" __global__ void __launch_bounds__(THREADS, 4) tile_marks(const __grid_constant__ Call k) { sweep<MARKS>(k); }
+extern "C" __global__ void __launch_bounds__(THREADS, 4) adjoint_ends(const __grid_constant__ Call k) { sweep<ADJOINT>(k); }
+
+// One token, in place: 4 lanes a channel, each every fourth quarter of the states.
+struct Step {
+    i64 b, d, g, n, slots, slot_stride, softplus;
+    const T* u; i64 u_b;
+    const T* dt; i64 dt_b;
+    const T* z; i64 z_b;
+    const T* B; i64 B_b, B_g;
+    const T* C; i64 C_b, C_g;
+    const float *A, *D, *bias;
+    float* state;
+    T* y;
+    const void* index;
+    i64 index_wide;
+};
+
+extern "C" __global__ void __launch_bounds__(256) scan_step(const __grid_constant__ Step k) {
+    i64 item = ((i64)blockIdx.x * 256 + threadIdx.x) / 4;
+    const int lane = threadIdx.x % 4, n = (int)k.n;
+    const bool mine = item < k.b * k.d;
+    if (!mine) item = 0;
+    const i64 row = item / k.d, c = item % k.d, group = c * k.g / k.d;
+    i64 slot = !k.index ? row : k.index_wide ? ((const i64*)k.index)[row] : ((const int*)k.index)[row];
+    const bool live = mine && slot >= 0 && slot < k.slots;
+    float y = 0.0f, u = 0.0f;
+    if (live) {
+        u = wide(k.u[row * k.u_b + c]);
+        float dt = wide(k.dt[row * k.dt_b + c]) + (k.bias ? k.bias[c] : 0.0f);
+        if (k.softplus) dt = softplus(dt);
+        float* h = k.state + slot * k.slot_stride + c * n;
+        const float* A = k.A + c * n;
+        const T *B = k.B + row * k.B_b + group * k.B_g, *C = k.C + row * k.C_b + group * k.C_g;
+        const float scale = dt * LOG2E, x = dt * u;
+        if (n % 4 == 0 && (((i64)k.state | (i64)k.A) & 15) == 0) {
+            for (int j = 4 * lane; j < n; j += 16) {
+                float4 v = *(const float4*)(h + j), a = *(const float4*)(A + j);
+                v.x = fmaf(ex2(scale * a.x), v.x, x * wide(B[j]));
+                v.y = fmaf(ex2(scale * a.y), v.y, x * wide(B[j + 1]));
+                v.z = fmaf(ex2(scale * a.z), v.z, x * wide(B[j + 2]));
+                v.w = fmaf(ex2(scale * a.w), v.w, x * wide(B[j + 3]));
+                *(float4*)(h + j) = v;
+                y += v.x * wide(C[j]) + v.y * wide(C[j + 1]) + v.z * wide(C[j + 2]) + v.w * wide(C[j + 3]);
+            }
+        } else {
+            for (int j = lane; j < n; j += 4) {
+                h[j] = fmaf(ex2(scale * A[j]), h[j], x * wide(B[j]));
+                y = fmaf(h[j], wide(C[j]), y);
+            }
+        }
+    }
+    y += __shfl_xor_sync(FULL, y, 1);
+    y += __shfl_xor_sync(FULL, y, 2);
+    if (mine && lane == 0) {
+        if (live) {
+            if (k.D) y = fmaf(k.D[c], u, y);
+            if (k.z) {
+                float z = wide(k.z[row * k.z_b + c]);
+                y *= z * sigmoid(z);
+            }
+        }
+        k.y[row * k.d + c] = narrow(y);
+    }
+}

@@ -1,0 +1,278 @@
+// selective_scan on a GPU: the gradient, from the last tile to the first. See gpu_common.cuh for how work is laid out.
+//
+//     g[s] = C[s] dy[s] + a[s+1] g[s+1]       the same scan with lanes reversed
+//     dx = sum_n g B    pull = sum_n a g h[s-1] A    dB = sum_d g x    dC = sum_d h dy
+//
+// States before each tile come from tile_marks. Sums over channels: a thread adds its two, the sixteen pairs of a block
+// meet in shared memory, STATES states at a time, and each block writes its own part; `sum_parts` adds the parts in order.
+
+#define STATES 2
+#define PART (2 * STATES * TILE + 8)  // floats of a pair's part; 8 more keep banks apart
+#define LN2 0.6931471805599453f
+
+extern __shared__ __align__(16) unsigned char shared[];
+
+// The gradient that enters this chunk from the steps after it.
+__device__ __forceinline__ void enter_adjoint(float4* adjoint, const float4* system, const Call& k, const Place& p) {
+    const int n = (int)k.n;
+    const i64 across = k.d * k.n, chunks = (p.length + k.chunk - 1) / k.chunk;
+#pragma unroll 1
+    for (int i = thread(); i < WIDTH * n; i += THREADS) {
+        int channel = i / n, j = i % n, c = p.c0 + channel;
+        float G = 0.0f, a = ((const float*)(system + j * PAIRS + channel / 2))[channel % 2];
+        if (c < p.c1) {
+            G = k.dstate[p.seq * across + (i64)c * n + j];
+#pragma unroll 1
+            for (i64 q = chunks - 1; q > p.chunk; --q) {
+                i64 row = p.chunk_row + q;
+                G = fmaf(ex2(a * k.adjoint_sums[row * k.d + c]), G, k.adjoint_ends[row * across + (i64)c * n + j]);
+            }
+        }
+        float* to = (float*)(adjoint + j * PAIRS + channel / 2);
+        to[channel % 2] = 0.0f, to[2 + channel % 2] = G;
+    }
+}
+
+// Adds the pairs' parts of `states` states from j on and writes the block's.
+__device__ __forceinline__ void write_parts(const float* part, const Call& k, const Place& p, i64 s, int j, int states) {
+    const int left = left_of(p, s);
+    const bool paired = !k.reverse && p.start % 2 == 0 && k.t % 2 == 0;
+#pragma unroll 1
+    for (int i = thread(); i < states * TILE; i += THREADS) {
+        int line = i / (TILE / 2), where = i % (TILE / 2) * 2;  // line: state * 2 + (0 for B, 1 for C)
+        int step = where / (LANES_T * 4) * 4 + where % (LANES_T * 4) / 4 * RUN + where % 4;
+        float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int q = 0; q < PAIRS; ++q) {
+            float2 v = *(const float2*)(part + q * PART + line * TILE + where);
+            sum.x += v.x, sum.y += v.y;
+        }
+        float* to = k.parts + ((((i64)p.block * k.b + p.row) * 2 + line % 2) * k.n + j + line / 2) * k.t;
+        if (paired && step + 1 < left) {
+            *(float2*)(to + p.start + s + step) = sum;
+        } else {
+            if (step < left) to[time_of(k, p, s + step)] = sum.x;
+            if (step + 1 < left) to[time_of(k, p, s + step + 1)] = sum.y;
+        }
+    }
+}
+
+// What a lane keeps of its run for two channels.
+struct Run { float dt[2][RUN], x[2][RUN], dy[2][RUN], y[2][RUN], dx[2][RUN], pull[2][RUN], before[2], after[2]; };
+
+// One state: forwards, then backwards. Leaves the lane's sums for B and C in `part`.
+__device__ __forceinline__ void one_state(
+    Run& q, const float* line_at, int to_C, const float4* system_j, float4* adjoint_j, float* part, const Lane& me) {
+    const float4 sys = *system_j, adj = *adjoint_j;
+    float a[2][RUN], before[2][RUN], B[RUN], C[RUN], dB[RUN], dC[RUN], dA[2], carry[2];
+    load_run(B, line_at);
+    load_run(C, line_at + to_C);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        const float A = c ? sys.y : sys.x;
+        float end = 0.0f, drive[RUN];
+#pragma unroll
+        for (int r = 0; r < RUN; ++r) {
+            a[c][r] = ex2(q.dt[c][r] * A);
+            drive[r] = q.x[c][r] * B[r];
+            end = r ? fmaf(a[c][r], end, drive[r]) : drive[r];
+        }
+        float h = scan_lanes<true>(end, ex2(q.before[c] * A), c ? sys.w : sys.z);
+#pragma unroll
+        for (int r = 0; r < RUN; ++r) {
+            before[c][r] = h;
+            h = fmaf(a[c][r], h, drive[r]);
+            q.y[c][r] = fmaf(C[r], h, q.y[c][r]);
+            dC[r] = c ? fmaf(h, q.dy[c][r], dC[r]) : h * q.dy[c][r];
+        }
+    }
+    float* to = part + me.pair * PART + me.run * 4;
+#pragma unroll
+    for (int v = 0; v < RUN / 4; ++v)
+        *(float4*)(to + TILE + v * (LANES_T * 4)) = make_float4(dC[4 * v], dC[4 * v + 1], dC[4 * v + 2], dC[4 * v + 3]);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        const float A = c ? sys.y : sys.x;
+        float G = 0.0f, sum = 0.0f;
+#pragma unroll
+        for (int r = RUN - 1; r >= 0; --r) G = a[c][r] * (r == RUN - 1 ? C[r] * q.dy[c][r] : fmaf(C[r], q.dy[c][r], G));
+        G = scan_lanes<false>(G, ex2(q.after[c] * A), c ? adj.w : adj.z);
+#pragma unroll
+        for (int r = RUN - 1; r >= 0; --r) {
+            float g = fmaf(C[r], q.dy[c][r], G);
+            G = a[c][r] * g;
+            float through = G * before[c][r];
+            q.pull[c][r] = fmaf(through, A, q.pull[c][r]);
+            sum = fmaf(through, q.dt[c][r], sum);
+            q.dx[c][r] = fmaf(g, B[r], q.dx[c][r]);
+            dB[r] = c ? fmaf(g, q.x[c][r], dB[r]) : g * q.x[c][r];
+        }
+        dA[c] = sum, carry[c] = G;
+    }
+#pragma unroll
+    for (int v = 0; v < RUN / 4; ++v)
+        *(float4*)(to + v * (LANES_T * 4)) = make_float4(dB[4 * v], dB[4 * v + 1], dB[4 * v + 2], dB[4 * v + 3]);
+    if (me.run == 0) *(float2*)&adjoint_j->z = make_float2(carry[0], carry[1]);
+    const bool high = me.run >= LANES_T / 2;  // the upper lanes add up the second channel's
+    float sum = (high ? dA[1] : dA[0]) + __shfl_xor_sync(FULL, high ? dA[0] : dA[1], 16);
+    sum += __shfl_xor_sync(FULL, sum, 8);
+    sum += __shfl_xor_sync(FULL, sum, 4);
+    if (me.run % (LANES_T / 2) == 0) ((float*)adjoint_j)[high] += sum;
+}
+
+__device__ __forceinline__ void read_run(Run& q, const T* tiles, const Call& k, const Place& p, i64 s) {
+    const Lane me = lane_of();
+    const float2 bias = parameter(k.bias, p, me), D = parameter(k.D, p, me);
+    const int left = left_of(p, s);
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int r = 0; r < RUN; ++r) {
+        const T* here = tiles + at(me.run * RUN + r, me.channel);
+        float2 v = step_size(tiles + BUFFER, k, me, bias, r, left), u = get2(here), dy = get2(here + 3 * BUFFER);
+        if (k.z.at) {
+            float2 z = get2(here + 2 * BUFFER);
+            dy.x *= z.x * sigmoid(z.x), dy.y *= z.y * sigmoid(z.y);
+        }
+        q.dt[0][r] = v.x, q.dt[1][r] = v.y;
+        q.x[0][r] = v.x * u.x, q.x[1][r] = v.y * u.y;
+        q.dy[0][r] = dy.x, q.dy[1][r] = dy.y;
+        q.y[0][r] = D.x * u.x, q.y[1][r] = D.y * u.y;
+        sum[0] += v.x, sum[1] += v.y;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            q.dx[c][r] = q.pull[c][r] = 0.0f;
+            keep(q.dt[c][r]), keep(q.x[c][r]), keep(q.dy[c][r]);
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        q.before[c] = beside<true>(sum[c], 0.0f);
+        q.after[c] = beside<false>(sum[c], 0.0f);
+    }
+}
+
+// Gradients of u, dt and z in place of the tiles' u, dt and z; adds to those of D and the bias.
+__device__ __forceinline__ void write_run(
+    const Run& q, T* tiles, const Call& k, const Place& p, i64 s, float2& dD, float2& dbias) {
+    const Lane me = lane_of();
+    const float2 bias = parameter(k.bias, p, me), D = parameter(k.D, p, me);
+    const int left = left_of(p, s);
+#pragma unroll
+    for (int r = 0; r < RUN; ++r) {
+        const bool inside = me.run * RUN + r < left;
+        T* here = tiles + at(me.run * RUN + r, me.channel);
+        float2 u = get2(here), raw = get2(here + BUFFER);
+        float ddt0 = fmaf(q.dx[0][r], u.x, q.pull[0][r] * LN2), ddt1 = fmaf(q.dx[1][r], u.y, q.pull[1][r] * LN2);
+        if (k.softplus) ddt0 *= sigmoid(raw.x + bias.x), ddt1 *= sigmoid(raw.y + bias.y);
+        if (!inside) ddt0 = ddt1 = 0.0f;
+        dbias.x += ddt0, dbias.y += ddt1;
+        dD.x = fmaf(q.dy[0][r], u.x, dD.x), dD.y = fmaf(q.dy[1][r], u.y, dD.y);
+        put2(here, fmaf(q.dx[0][r], q.dt[0][r], D.x * q.dy[0][r]), fmaf(q.dx[1][r], q.dt[1][r], D.y * q.dy[1][r]));
+        put2(here + BUFFER, ddt0, ddt1);
+        if (k.z.at) {
+            float2 z = get2(here + 2 * BUFFER), dy = get2(here + 3 * BUFFER);
+            float s0 = sigmoid(z.x), s1 = sigmoid(z.y);
+            put2(here + 2 * BUFFER, dy.x * q.y[0][r] * s0 * fmaf(z.x, 1.0f - s0, 1.0f),
+                 dy.y * q.y[1][r] * s1 * fmaf(z.y, 1.0f - s1, 1.0f));
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_backward(const __grid_constant__ Call k) {
+    __shared__ Place p;
+    if (!locate(k, p)) return;
+    const int n = (int)k.n, raw_size = TILE * padded(k);
+    T *tiles = (T*)shared, *b_raw = tiles + 2 * 4 * BUFFER, *c_raw = b_raw + raw_size;  // u, dt, z, dy, twice
+    float *B = (float*)(c_raw + raw_size), *part = B + 2 * n * TILE;
+    float4 *system = (float4*)(part + TURNS * PAIRS * PART), *adjoint = system + n * PAIRS;
+    auto fetch = [&](T* to, i64 s) {
+        if (s >= p.first) {
+            load_rows(to, k, p, k.u, s);
+            load_rows(to + BUFFER, k, p, k.dt, s);
+            if (k.z.at) load_rows(to + 2 * BUFFER, k, p, k.z, s);
+            load_rows(to + 3 * BUFFER, k, p, k.dy, s);
+            load_groups(b_raw, k, p, k.B, s);
+            load_groups(c_raw, k, p, k.C, s);
+        }
+        commit();
+    };
+    i64 s = p.first + (p.last - p.first + TILE - 1) / TILE * TILE - TILE;
+    fetch(tiles, s);
+    load_system(system, k, p);
+    __syncthreads();
+    enter_adjoint(adjoint, system, k, p);
+    float2 dD = make_float2(0.0f, 0.0f), dbias = dD;
+    int stage = 0, turn = 0;
+#pragma unroll 1
+    for (; s >= p.first; s -= TILE, stage ^= 1) {
+        Run q;
+        T* here = tiles + stage * 4 * BUFFER;
+        wait<0>();
+        __syncthreads();
+        spread(B, b_raw, k);
+        spread(B + n * TILE, c_raw, k);
+        {
+            const float* mark = k.marks + (p.tile_row + s / TILE) * k.d * n;
+#pragma unroll 1
+            for (int i = thread(); i < WIDTH * n; i += THREADS) {
+                int c = i / n, j = i % n;
+                if (p.c0 + c < p.c1) ((float*)(system + j * PAIRS + c / 2))[2 + c % 2] = mark[(i64)(p.c0 + c) * n + j];
+            }
+        }
+        read_run(q, here, k, p, s);
+        __syncthreads();
+        fetch(tiles + (stage ^ 1) * 4 * BUFFER, s - TILE);
+#pragma unroll 1
+        for (int j = 0; j < n; j += STATES, turn = TURNS - 1 - turn) {
+            const Lane me = lane_of();
+            const int states = n - j < STATES ? n - j : STATES;
+            float* block = part + turn * PAIRS * PART;
+#pragma unroll 1
+            for (int i = 0; i < states; ++i)
+                one_state(q, B + (j + i) * TILE + me.run * 4, n * TILE, system + (j + i) * PAIRS + me.pair,
+                          adjoint + (j + i) * PAIRS + me.pair, block + 2 * i * TILE, me);
+            __syncthreads();
+            write_parts(block, k, p, s, j, states);
+            if (TURNS == 1) __syncthreads();
+        }
+        write_run(q, here, k, p, s, dD, dbias);
+        __syncthreads();
+        store_rows(here, k, p, k.du, s);
+        store_rows(here + BUFFER, k, p, k.ddt, s);
+        if (k.z.at) store_rows(here + 2 * BUFFER, k, p, k.dz, s);
+    }
+    wait<0>();
+    __syncthreads();
+    const i64 row = p.chunk_row + p.chunk;
+    save<false>(k.dA + row * k.d * n, adjoint, k, p);
+    if (k.dinitial && p.chunk == 0) save<true>(k.dinitial + p.seq * k.d * n, adjoint, k, p);
+    const Lane me = lane_of();
+#pragma unroll
+    for (int by = LANES_C; by < 32; by *= 2) {
+        dD.x += __shfl_xor_sync(FULL, dD.x, by), dD.y += __shfl_xor_sync(FULL, dD.y, by);
+        dbias.x += __shfl_xor_sync(FULL, dbias.x, by), dbias.y += __shfl_xor_sync(FULL, dbias.y, by);
+    }
+    const int c = p.c0 + me.channel;
+    if (me.run == 0 && c < p.c1) {
+        const bool two = c + 1 < p.c1;
+        if (k.dD) k.dD[row * k.d + c] = dD.x;
+        if (k.dD && two) k.dD[row * k.d + c + 1] = dD.y;
+        if (k.dbias) k.dbias[row * k.d + c] = dbias.x;
+        if (k.dbias && two) k.dbias[row * k.d + c + 1] = dbias.y;
+    }
+}
+
+// dB and dC (b, t, g, n) from the parts of the group's blocks, in their order.
+extern "C" __global__ void __launch_bounds__(THREADS) sum_parts(const __grid_constant__ Call k) {
+    const i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= k.b * k.g * 2 * k.n * k.t) return;
+    const i64 t = i % k.t, j = i / k.t % k.n, which = i / k.t / k.n % 2, row = i / k.t / k.n / 2 % k.b;
+    const i64 group = i / k.t / k.n / 2 / k.b, blocks = ((k.d + k.g - 1) / k.g + WIDTH - 1) / WIDTH;
+    const i64 used = (first_channel(k, group + 1) - first_channel(k, group) + WIDTH - 1) / WIDTH;
+    const i64 stride = k.b * 2 * k.n * k.t;
+    const float* from = k.parts + group * blocks * stride + ((row * 2 + which) * k.n + j) * k.t + t;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (i64 q = 0; q < used; ++q) sum += from[q * stride];
+    (which ? k.dC : k.dB)[((row * k.t + t) * k.g + group) * k.n + j] = narrow(sum);
+}
