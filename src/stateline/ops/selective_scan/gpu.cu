@@ -11,17 +11,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forwa
     T *b_raw = z_tile + BUFFER, *c_raw = b_raw + raw_size;
     float *B = (float*)(c_raw + raw_size), *C = B + n * TILE;
     float4* system = (float4*)(C + n * TILE);
-    auto fetch = [&](i64 s) {
+    auto fetch = [&](int s) {
         if (s < p.last) {
-            load_rows(u_tile, k, p, k.u, s);
-            load_rows(dt_tile, k, p, k.dt, s);
-            load_groups(b_raw, k, p, k.B, s);
-            load_groups(c_raw, k, p, k.C, s);
+            load_rows(u_tile, p, p.u, s);
+            load_rows(dt_tile, p, p.dt, s);
+            load_groups(b_raw, k, p, p.B, s);
+            load_groups(c_raw, k, p, p.C, s);
         }
         commit();
     };
-    auto fetch_gate = [&](i64 s) {
-        if (k.z.at && s < p.last) load_rows(z_tile, k, p, k.z, s);
+    auto fetch_gate = [&](int s) {
+        if (k.z.at && s < p.last) load_rows(z_tile, p, p.z, s);
         commit();
     };
     fetch(p.first);
@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forwa
     load_system(system, k, p);  // enter() reads what the same thread writes here
     enter(system, k, p);
 #pragma unroll 1
-    for (i64 s = p.first; s < p.last; s += TILE) {
+    for (int s = p.first; s < p.last; s += TILE) {
         wait<1>();
         __syncthreads();
         float dt[2][RUN], x[2][RUN], y[2][RUN], before[2] = {0.0f, 0.0f};
@@ -37,16 +37,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forwa
         spread(C, c_raw, k);
         {
             const Lane me = lane_of();
-            const float2 bias = parameter(k.bias, p, me), D = parameter(k.D, p, me);
-            const int left = left_of(p, s);
+            const float2 D = parameter(k.D, p, me);
+            const T* from = u_tile + at(me.run * RUN, me.channel);
+            step_sizes(dt, dt_tile, k, p, me, s);
 #pragma unroll
             for (int r = 0; r < RUN; ++r) {
-                float2 v = step_size(dt_tile, k, me, bias, r, left);
-                float2 in = get2(u_tile + at(me.run * RUN + r, me.channel));
-                dt[0][r] = v.x, dt[1][r] = v.y;
-                x[0][r] = v.x * in.x, x[1][r] = v.y * in.y;
+                float2 in = get2(from + r * WIDTH);
+                x[0][r] = dt[0][r] * in.x, x[1][r] = dt[1][r] * in.y;
                 y[0][r] = D.x * in.x, y[1][r] = D.y * in.y;
-                before[0] += v.x, before[1] += v.y;
+                before[0] += dt[0][r], before[1] += dt[1][r];
                 keep(x[0][r]), keep(x[1][r]), keep(dt[0][r]), keep(dt[1][r]);
             }
             before[0] = beside<true>(before[0], 0.0f), before[1] = beside<true>(before[1], 0.0f);
@@ -58,11 +57,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forwa
             const float* line_at = B + me.run * 4;
             float4* system_j = system + me.pair;
             const bool last_run = me.run == LANES_T - 1;
+            const int turn = turn_of(me.run);
 #pragma unroll 1
             for (int j = 0; j < n; ++j, line_at += TILE, system_j += PAIRS) {
                 const float4 sys = *system_j;
                 float a[2][RUN], drive[2][RUN], line[RUN], h[2];
-                load_run(line, line_at);
+                load_run(line, line_at, turn);
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const float A = c ? sys.y : sys.x;
@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forwa
                     }
                     h[c] = scan_lanes<true>(end, ex2(before[c] * A), c ? sys.w : sys.z);
                 }
-                load_run(line, line_at + n * TILE);
+                load_run(line, line_at + n * TILE, turn);
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
 #pragma unroll
@@ -90,20 +90,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forwa
         __syncthreads();
         {
             const Lane me = lane_of();
+            T* out = z_tile + at(me.run * RUN, me.channel);
+            if (k.z.at) {
 #pragma unroll
-            for (int r = 0; r < RUN; ++r) {
-                T* out = z_tile + at(me.run * RUN + r, me.channel);
-                float gate0 = 1.0f, gate1 = 1.0f;
-                if (k.z.at) {
-                    float2 z = get2(out);
-                    gate0 = z.x * sigmoid(z.x), gate1 = z.y * sigmoid(z.y);
+                for (int r = 0; r < RUN; ++r) {
+                    float2 z = get2(out + r * WIDTH);
+                    y[0][r] *= z.x * sigmoid(z.x), y[1][r] *= z.y * sigmoid(z.y);
                 }
-                put2(out, y[0][r] * gate0, y[1][r] * gate1);
             }
+#pragma unroll
+            for (int r = 0; r < RUN; ++r) put2(out + r * WIDTH, y[0][r], y[1][r]);
         }
         __syncthreads();
-        store_rows(z_tile, k, p, k.y, s);
-        if (!(k.aligned && p.c0 % VEC == 0 && (p.c1 - p.c0) % VEC == 0)) __syncthreads();
+        store_rows(z_tile, p, p.y, s);
+        if (!p.vectors || (p.c1 - p.c0) % VEC) __syncthreads();
         fetch_gate(s + TILE);  // where aligned, a thread loads what it has stored itself
     }
     __syncthreads();
@@ -125,47 +125,46 @@ template <int MODE> __device__ __forceinline__ void sweep(const Call& k) {
     float* B = (float*)(raw + TILE * padded(k));
     float4* system = (float4*)(B + n * TILE);
     const Lane me = lane_of();
-    auto fetch = [&](i64 s) {
+    auto fetch = [&](int s) {
         if (s >= p.first && s < p.last) {
-            load_rows(u_tile, k, p, MODE == ADJOINT ? k.dy : k.u, s);
-            load_rows(dt_tile, k, p, k.dt, s);
-            if (MODE == ADJOINT && k.z.at) load_rows(z_tile, k, p, k.z, s);
-            load_groups(raw, k, p, MODE == ADJOINT ? k.C : k.B, s);
+            load_rows(u_tile, p, MODE == ADJOINT ? p.dy : p.u, s);
+            load_rows(dt_tile, p, p.dt, s);
+            if (MODE == ADJOINT && k.z.at) load_rows(z_tile, p, p.z, s);
+            load_groups(raw, k, p, MODE == ADJOINT ? p.C : p.B, s);
         }
         commit();
     };
-    const i64 tiles = (p.last - p.first + TILE - 1) / TILE;
-    i64 s = MODE == ENDS ? p.first + (tiles - 1) * TILE : p.first;
-    const i64 stride = MODE == ENDS ? -TILE : TILE;
+    const int tiles = (p.last - p.first + TILE - 1) / TILE;
+    int s = MODE == ENDS ? p.first + (tiles - 1) * TILE : p.first;
+    const int stride = MODE == ENDS ? -TILE : TILE;
     float far[2] = {0.0f, 0.0f};  // step sizes between this tile and where the state is wanted
     fetch(s);
     load_system(system, k, p);
     if (MODE == MARKS) enter(system, k, p);
-    for (i64 tile = 0; tile < tiles; ++tile, s += stride) {
+    for (int tile = 0; tile < tiles; ++tile, s += stride) {
         wait<0>();
         __syncthreads();
         if (MODE == MARKS) save<true>(k.marks + (p.tile_row + s / TILE) * k.d * n, system, k, p);
-        float path[2][RUN], x[2][RUN], sum[2] = {0.0f, 0.0f};
+        float dt[2][RUN], path[2][RUN], x[2][RUN], sum[2] = {0.0f, 0.0f};
         spread(B, raw, k);
-        const float2 bias = parameter(k.bias, p, me);
-        const int left = left_of(p, s);
+        step_sizes(dt, dt_tile, k, p, me, s);
+        const int here = at(me.run * RUN, me.channel);
 #pragma unroll
         for (int q = 0; q < RUN; ++q) {
             const int r = MODE == ADJOINT ? q : RUN - 1 - q;
-            float2 v = step_size(dt_tile, k, me, bias, r, left);
-            float2 in = get2(u_tile + at(me.run * RUN + r, me.channel));
+            float2 in = get2(u_tile + here + r * WIDTH);
             if (MODE == ADJOINT) {
                 if (k.z.at) {
-                    float2 z = get2(z_tile + at(me.run * RUN + r, me.channel));
+                    float2 z = get2(z_tile + here + r * WIDTH);
                     in.x *= z.x * sigmoid(z.x), in.y *= z.y * sigmoid(z.y);
                 }
-                sum[0] += v.x, sum[1] += v.y;
+                sum[0] += dt[0][r], sum[1] += dt[1][r];
             } else {
-                in.x *= v.x, in.y *= v.y;
+                in.x *= dt[0][r], in.y *= dt[1][r];
             }
             path[0][r] = sum[0], path[1][r] = sum[1];
             x[0][r] = in.x, x[1][r] = in.y;
-            if (MODE != ADJOINT) sum[0] += v.x, sum[1] += v.y;
+            if (MODE != ADJOINT) sum[0] += dt[0][r], sum[1] += dt[1][r];
         }
         float total[2];
 #pragma unroll
@@ -174,10 +173,15 @@ template <int MODE> __device__ __forceinline__ void sweep(const Call& k) {
             total[c] = __shfl_sync(FULL, rest + sum[c], threadIdx.x % LANES_C + (MODE == ADJOINT ? 32 - LANES_C : 0));
             rest += far[c];
 #pragma unroll
-            for (int r = 0; r < RUN; ++r) path[c][r] += rest;
+            for (int r = 0; r < RUN; ++r) {
+                path[c][r] += rest;
+                keep(path[c][r]), keep(x[c][r]);
+            }
         }
         __syncthreads();
         fetch(s + stride);
+        const int turn = turn_of(me.run);
+        bool all_gone = k.softplus;  // steps are positive then: what is forgotten stays so
 #pragma unroll 1
         for (int j = 0; j < n; ++j) {
             float4* system_j = system + j * PAIRS + me.pair;
@@ -185,9 +189,10 @@ template <int MODE> __device__ __forceinline__ void sweep(const Call& k) {
             if (MODE != MARKS) {
                 bool gone = sys.x * far[0] < FORGOTTEN && sys.y * far[1] < FORGOTTEN;
                 if (__all_sync(FULL, gone)) continue;
+                all_gone = false;
             }
             float line[RUN], sums[2] = {0.0f, 0.0f};
-            load_run(line, B + me.run * 4 + j * TILE);
+            load_run(line, B + me.run * 4 + j * TILE, turn);
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
 #pragma unroll
@@ -204,7 +209,7 @@ template <int MODE> __device__ __forceinline__ void sweep(const Call& k) {
         }
         if (MODE != MARKS) {
             far[0] += total[0], far[1] += total[1];
-            __syncthreads();
+            if (__syncthreads_and(all_gone)) break;  // nothing before matters, nor does the rest of the sum
         }
     }
     wait<0>();

@@ -19,7 +19,7 @@ from stateline.ops import nvrtc
 
 #: Precision of A that the kernels compute in.
 DTYPES = frozenset({torch.float32})
-_DATA = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: Steps a lane keeps in registers, and blocks that share a multiprocessor: what registers allow (benchmarks/NOTES.md).
 RUN, FORWARD_BLOCKS, BACKWARD_BLOCKS = 8, 4, 2
 THREADS, WIDTH, PAIRS, LANES, STATES, TURNS = 128, 32, 16, 8, 2, 2
@@ -51,7 +51,7 @@ def _source(name: str) -> str:
 @functools.cache
 def _library(name: str, dtype: torch.dtype, device: int) -> nvrtc.Library:
     options = {
-        "DATA": _DATA[dtype], "RUN": RUN, "FORWARD_BLOCKS": FORWARD_BLOCKS, "BACKWARD_BLOCKS": BACKWARD_BLOCKS,
+        "DATA": _KINDS[dtype], "RUN": RUN, "FORWARD_BLOCKS": FORWARD_BLOCKS, "BACKWARD_BLOCKS": BACKWARD_BLOCKS,
         "TURNS": TURNS,
     }  # fmt: skip
     return nvrtc.Library(_source(name), [f"-D{k}={v}" for k, v in options.items()], device)
@@ -83,15 +83,41 @@ def _shared_backward(n: int, dtype: torch.dtype) -> int:
     return 8 * _buffer() * dtype.itemsize + 2 * _raw(n, dtype) + 2 * n * _tile() * 4 + parts + 2 * n * PAIRS * 16
 
 
-def chunk_length(t: int, d: int, slots: int) -> int:
-    """Steps of a chunk: enough chunks that one sequence fills `slots` blocks. Never depends on the batch."""
-    chunks = max(1, slots // max(1, -(-d // WIDTH)))
-    length = max(LEAST_CHUNK, -(-t // chunks))
-    return -(-length // _tile()) * _tile()
+@functools.cache
+def chunk_length(t: int, d: int, processors: int, resident: int) -> int:
+    """Steps of a chunk: few chunks, but enough that one sequence fills the processors. Never depends on the batch.
+
+    `resident`: blocks that share a processor. One that holds fewer works at four fifths of its rate at best.
+    """
+    across = max(1, -(-d // WIDTH))
+
+    def time(chunks: int) -> float:
+        full, rest = divmod(-(-across * chunks // processors), resident)
+        return (full * resident + (max(rest, 0.8 * resident) if rest else 0)) / chunks
+
+    counts = range(1, max(1, t // LEAST_CHUNK) + 1)
+    counts = counts[:64]  # more chunks than that are never needed to fill a device
+    best = min(map(time, counts))
+    chunks = next(c for c in counts if time(c) <= 1.03 * best)
+    return max(1, -(-t // chunks // _tile())) * _tile()
 
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _common(*data: Tensor | None) -> torch.dtype:
+    """The dtype that all data is read in: its own if it is the same everywhere."""
+    kinds = {x.dtype for x in data if x is not None}
+    return kinds.pop() if len(kinds) == 1 else torch.float32
+
+
+def _data(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` as kernels read data: the last dimension adjacent, steps less than 2 GiB apart."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    near = x.stride(-1) == 1 or x.shape[-1] <= 1
+    return x if near and x.stride(1) * dtype.itemsize < 2**31 else x.contiguous()
 
 
 def _rows(x: Tensor | None) -> tuple[int, ...]:
@@ -104,13 +130,12 @@ class _Call:
     def __init__(
         self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None, segments: Tensor | None,
-        reverse: bool, slots: int,
+        reverse: bool, resident: int,
     ) -> None:  # fmt: skip
         why = problem(A, B, C)
         if why is not None:
             raise BackendError(f"selective_scan: {why} Use backend='reference'.")
-        kinds = {x.dtype for x in (u, dt, B, C, z) if x is not None}
-        self.dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+        self.dtype = _common(u, dt, B, C, z)
         self.device = u.device.index
         self.u, self.dt, self.B, self.C = (self.data(x) for x in (u, dt, B, C))
         self.z = None if z is None else self.data(z)
@@ -120,15 +145,14 @@ class _Call:
         self.b, self.t, self.d = u.shape
         self.g, self.n = B.shape[2:]
         self.sequences = self.b if segments is None else segments.shape[0]
-        self.chunk = chunk_length(self.t, self.d, slots)
+        self.chunk = chunk_length(self.t, self.d, _processors(self.device), resident)
         self.chunks = max(1, -(-self.t // self.chunk))
         self.flags = (int(dt_softplus), int(reverse))
         self.blocks_in_group = -(-(-(-self.d // self.g)) // WIDTH)
         self.blocks = self.blocks_in_group * self.g * self.chunks * self.sequences
 
     def data(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+        return _data(x, self.dtype)
 
     def rows_of(self, length: int) -> int:
         """Rows that hold one entry for each `length` steps of each sequence."""
@@ -203,8 +227,9 @@ class _Gradient:
         ]  # fmt: skip
 
 
-def _slots(device: torch.device, blocks: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count * blocks
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def forward(
@@ -225,7 +250,7 @@ def forward(
     with torch.cuda.device_of(u):
         call = _Call(
             u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse,
-            _slots(u.device, FORWARD_BLOCKS),
+            FORWARD_BLOCKS,
         )  # fmt: skip
         make = torch.empty if segments is None else torch.zeros
         y = make(u.shape, dtype=call.dtype, device=u.device)
@@ -235,7 +260,7 @@ def forward(
         if call.chunks > 1:
             call.run("gpu.cu", "chunk_ends", _shared_sweep(call.n, call.dtype), record)
         call.run("gpu.cu", "scan_forward", _shared_forward(call.n, call.dtype), record)
-    return y.to(u.dtype), state
+    return y if y.dtype == u.dtype else y.to(u.dtype), state
 
 
 def backward(
@@ -258,7 +283,7 @@ def backward(
     with torch.cuda.device_of(u):
         call = _Call(
             u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse,
-            _slots(u.device, BACKWARD_BLOCKS),
+            BACKWARD_BLOCKS,
         )  # fmt: skip
         back = _Gradient(call, dy, dstate, segments is not None)
         ends, sums = call.ends()
@@ -294,16 +319,11 @@ def step(
     why = problem(A, B, C)
     if why is not None:
         raise BackendError(f"selective_scan_step_: {why} Use backend='reference'.")
-    kinds = {x.dtype for x in (u, dt, B, C, z) if x is not None}
-    dtype = kinds.pop() if len(kinds) == 1 else torch.float32
-
-    def data(x: Tensor) -> Tensor:
-        x = x.to(dtype)
-        return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    dtype = _common(u, dt, B, C, z)
 
     with torch.cuda.device_of(u):
-        inputs = [data(x) for x in (u, dt)] + [None if z is None else data(z)]
-        systems = [data(x) for x in (B, C)]
+        inputs = [_data(x, dtype) for x in (u, dt)] + [None if z is None else _data(z, dtype)]
+        systems = [_data(x, dtype) for x in (B, C)]
         A, D, dt_bias = A.contiguous(), *(None if x is None else x.contiguous() for x in (D, dt_bias))
         index = None if index is None else index.contiguous()
         (b, d), (g, n) = u.shape, B.shape[1:]

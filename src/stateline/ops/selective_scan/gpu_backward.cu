@@ -15,7 +15,8 @@ extern __shared__ __align__(16) unsigned char shared[];
 // The gradient that enters this chunk from the steps after it.
 __device__ __forceinline__ void enter_adjoint(float4* adjoint, const float4* system, const Call& k, const Place& p) {
     const int n = (int)k.n;
-    const i64 across = k.d * k.n, chunks = (p.length + k.chunk - 1) / k.chunk;
+    const i64 across = k.d * k.n;
+    const int chunks = (int)((p.length + k.chunk - 1) / k.chunk);
 #pragma unroll 1
     for (int i = thread(); i < WIDTH * n; i += THREADS) {
         int channel = i / n, j = i % n, c = p.c0 + channel;
@@ -23,7 +24,7 @@ __device__ __forceinline__ void enter_adjoint(float4* adjoint, const float4* sys
         if (c < p.c1) {
             G = k.dstate[p.seq * across + (i64)c * n + j];
 #pragma unroll 1
-            for (i64 q = chunks - 1; q > p.chunk; --q) {
+            for (int q = chunks - 1; q > p.chunk; --q) {
                 i64 row = p.chunk_row + q;
                 G = fmaf(ex2(a * k.adjoint_sums[row * k.d + c]), G, k.adjoint_ends[row * across + (i64)c * n + j]);
             }
@@ -34,8 +35,8 @@ __device__ __forceinline__ void enter_adjoint(float4* adjoint, const float4* sys
 }
 
 // Adds the pairs' parts of `states` states from j on and writes the block's.
-__device__ __forceinline__ void write_parts(const float* part, const Call& k, const Place& p, i64 s, int j, int states) {
-    const int left = left_of(p, s);
+__device__ __forceinline__ void write_parts(const float* part, const Call& k, const Place& p, int s, int j, int states) {
+    const int left = p.last - s;
     const bool paired = !k.reverse && p.start % 2 == 0 && k.t % 2 == 0;
 #pragma unroll 1
     for (int i = thread(); i < states * TILE; i += THREADS) {
@@ -65,8 +66,9 @@ __device__ __forceinline__ void one_state(
     Run& q, const float* line_at, int to_C, const float4* system_j, float4* adjoint_j, float* part, const Lane& me) {
     const float4 sys = *system_j, adj = *adjoint_j;
     float a[2][RUN], before[2][RUN], B[RUN], C[RUN], dB[RUN], dC[RUN], dA[2], carry[2];
-    load_run(B, line_at);
-    load_run(C, line_at + to_C);
+    const int turn = turn_of(me.run);
+    load_run(B, line_at, turn);
+    load_run(C, line_at + to_C, turn);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
         const float A = c ? sys.y : sys.x;
@@ -120,30 +122,32 @@ __device__ __forceinline__ void one_state(
     if (me.run % (LANES_T / 2) == 0) ((float*)adjoint_j)[high] += sum;
 }
 
-__device__ __forceinline__ void read_run(Run& q, const T* tiles, const Call& k, const Place& p, i64 s) {
+__device__ __forceinline__ void read_run(Run& q, const T* tiles, const Call& k, const Place& p, int s) {
     const Lane me = lane_of();
-    const float2 bias = parameter(k.bias, p, me), D = parameter(k.D, p, me);
-    const int left = left_of(p, s);
+    const float2 D = parameter(k.D, p, me);
+    const T* here = tiles + at(me.run * RUN, me.channel);
     float sum[2] = {0.0f, 0.0f};
+    step_sizes(q.dt, tiles + BUFFER, k, p, me, s);
 #pragma unroll
     for (int r = 0; r < RUN; ++r) {
-        const T* here = tiles + at(me.run * RUN + r, me.channel);
-        float2 v = step_size(tiles + BUFFER, k, me, bias, r, left), u = get2(here), dy = get2(here + 3 * BUFFER);
-        if (k.z.at) {
-            float2 z = get2(here + 2 * BUFFER);
-            dy.x *= z.x * sigmoid(z.x), dy.y *= z.y * sigmoid(z.y);
-        }
-        q.dt[0][r] = v.x, q.dt[1][r] = v.y;
-        q.x[0][r] = v.x * u.x, q.x[1][r] = v.y * u.y;
+        float2 u = get2(here + r * WIDTH), dy = get2(here + r * WIDTH + 3 * BUFFER);
+        q.x[0][r] = q.dt[0][r] * u.x, q.x[1][r] = q.dt[1][r] * u.y;
         q.dy[0][r] = dy.x, q.dy[1][r] = dy.y;
         q.y[0][r] = D.x * u.x, q.y[1][r] = D.y * u.y;
-        sum[0] += v.x, sum[1] += v.y;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            q.dx[c][r] = q.pull[c][r] = 0.0f;
-            keep(q.dt[c][r]), keep(q.x[c][r]), keep(q.dy[c][r]);
+        for (int c = 0; c < 2; ++c) q.dx[c][r] = q.pull[c][r] = 0.0f, sum[c] += q.dt[c][r];
+    }
+    if (k.z.at) {
+#pragma unroll
+        for (int r = 0; r < RUN; ++r) {
+            float2 z = get2(here + r * WIDTH + 2 * BUFFER);
+            q.dy[0][r] *= z.x * sigmoid(z.x), q.dy[1][r] *= z.y * sigmoid(z.y);
         }
     }
+#pragma unroll
+    for (int r = 0; r < RUN; ++r)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) keep(q.dt[c][r]), keep(q.x[c][r]), keep(q.dy[c][r]);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
         q.before[c] = beside<true>(sum[c], 0.0f);
@@ -153,14 +157,15 @@ __device__ __forceinline__ void read_run(Run& q, const T* tiles, const Call& k, 
 
 // Gradients of u, dt and z in place of the tiles' u, dt and z; adds to those of D and the bias.
 __device__ __forceinline__ void write_run(
-    const Run& q, T* tiles, const Call& k, const Place& p, i64 s, float2& dD, float2& dbias) {
+    const Run& q, T* tiles, const Call& k, const Place& p, int s, float2& dD, float2& dbias) {
     const Lane me = lane_of();
     const float2 bias = parameter(k.bias, p, me), D = parameter(k.D, p, me);
-    const int left = left_of(p, s);
+    const int left = p.last - s - me.run * RUN;
+    T* from = tiles + at(me.run * RUN, me.channel);
 #pragma unroll
     for (int r = 0; r < RUN; ++r) {
-        const bool inside = me.run * RUN + r < left;
-        T* here = tiles + at(me.run * RUN + r, me.channel);
+        const bool inside = r < left;
+        T* here = from + r * WIDTH;
         float2 u = get2(here), raw = get2(here + BUFFER);
         float ddt0 = fmaf(q.dx[0][r], u.x, q.pull[0][r] * LN2), ddt1 = fmaf(q.dx[1][r], u.y, q.pull[1][r] * LN2);
         if (k.softplus) ddt0 *= sigmoid(raw.x + bias.x), ddt1 *= sigmoid(raw.y + bias.y);
@@ -185,18 +190,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
     T *tiles = (T*)shared, *b_raw = tiles + 2 * 4 * BUFFER, *c_raw = b_raw + raw_size;  // u, dt, z, dy, twice
     float *B = (float*)(c_raw + raw_size), *part = B + 2 * n * TILE;
     float4 *system = (float4*)(part + TURNS * PAIRS * PART), *adjoint = system + n * PAIRS;
-    auto fetch = [&](T* to, i64 s) {
+    auto fetch = [&](T* to, int s) {
         if (s >= p.first) {
-            load_rows(to, k, p, k.u, s);
-            load_rows(to + BUFFER, k, p, k.dt, s);
-            if (k.z.at) load_rows(to + 2 * BUFFER, k, p, k.z, s);
-            load_rows(to + 3 * BUFFER, k, p, k.dy, s);
-            load_groups(b_raw, k, p, k.B, s);
-            load_groups(c_raw, k, p, k.C, s);
+            load_rows(to, p, p.u, s);
+            load_rows(to + BUFFER, p, p.dt, s);
+            if (k.z.at) load_rows(to + 2 * BUFFER, p, p.z, s);
+            load_rows(to + 3 * BUFFER, p, p.dy, s);
+            load_groups(b_raw, k, p, p.B, s);
+            load_groups(c_raw, k, p, p.C, s);
         }
         commit();
     };
-    i64 s = p.first + (p.last - p.first + TILE - 1) / TILE * TILE - TILE;
+    int s = p.first + (p.last - p.first + TILE - 1) / TILE * TILE - TILE;
     fetch(tiles, s);
     load_system(system, k, p);
     __syncthreads();
@@ -237,9 +242,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
         }
         write_run(q, here, k, p, s, dD, dbias);
         __syncthreads();
-        store_rows(here, k, p, k.du, s);
-        store_rows(here + BUFFER, k, p, k.ddt, s);
-        if (k.z.at) store_rows(here + 2 * BUFFER, k, p, k.dz, s);
+        store_rows(here, p, p.du, s);
+        store_rows(here + BUFFER, p, p.ddt, s);
+        if (k.z.at) store_rows(here + 2 * BUFFER, p, p.dz, s);
     }
     wait<0>();
     __syncthreads();

@@ -48,11 +48,18 @@ struct Call {
     T *dB, *dC;
 };
 
+// A tensor as a block sees it: its first step, group or channel, and the bytes to the next step.
+struct Track { char* at; int stride; };
+__device__ __forceinline__ T* step_of(const Track& x, int step) { return (T*)(x.at + (i64)step * x.stride); }
+
 // Where a block works.
 struct Place {
-    i64 row, start, length, first, last;  // of the sequence: batch row, time of its first step; steps [first, last)
+    Track u, dt, z, y, dy, du, ddt, dz, B, C;
+    i64 row;                              // batch row of the sequence
+    int start, length, first, last;       // time of its first step; steps [first, last) of it
     i64 chunk_row, tile_row;              // rows of this sequence in `ends` and in `marks`
     int seq, chunk, group, block, c0, c1; // channels [c0, c1)
+    int vectors, whole;                   // whether rows are read 16 bytes at a time; whether all 32 channels are there
 };
 
 __device__ __forceinline__ float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -60,16 +67,15 @@ __device__ __forceinline__ float rcp(float x) { float y; asm("rcp.approx.ftz.f32
 __device__ __forceinline__ float sigmoid(float x) { return rcp(1.0f + ex2(-x * LOG2E)); }
 
 __device__ __forceinline__ float softplus(float x) {
-    // log1p(e)/e on [0, 1] by least squares at Chebyshev points, relative error 2e-7: no cancellation for small e.
-    float e = ex2(-fabsf(x) * LOG2E), p = 0.00525345793f;
-    p = fmaf(p, e, -0.0295885075f);
-    p = fmaf(p, e, 0.0783616677f);
-    p = fmaf(p, e, -0.136747703f);
-    p = fmaf(p, e, 0.191114306f);
-    p = fmaf(p, e, -0.248443693f);
-    p = fmaf(p, e, 0.333192706f);
-    p = fmaf(p, e, -0.499995023f);
-    p = fmaf(p, e, 1.0f);
+    // log1p(e)/e on [0, 1] by least squares at Chebyshev points, relative error 3e-7: no cancellation for small e.
+    float e = ex2(-fabsf(x) * LOG2E), p = -0.00857467577f;
+    p = fmaf(p, e, 0.0442141928f);
+    p = fmaf(p, e, -0.107853681f);
+    p = fmaf(p, e, 0.177570239f);
+    p = fmaf(p, e, -0.244996116f);
+    p = fmaf(p, e, 0.332761765f);
+    p = fmaf(p, e, -0.499974489f);
+    p = fmaf(p, e, 0.999999821f);
     float r; asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(r) : "f"(x));
     return fmaf(p, e, r);
 }
@@ -92,15 +98,22 @@ __device__ __forceinline__ T narrow(float x) {
     T y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y;
 #endif
 }
+#if DATA != 0
+__device__ __forceinline__ void unpack(unsigned w, float& x, float& y) {
+#if DATA == 1
+    x = __uint_as_float(w << 16), y = __uint_as_float(w & 0xffff0000u);
+#else
+    x = wide((T)(w & 0xffffu)), y = wide((T)(w >> 16));
+#endif
+}
+#endif
 __device__ __forceinline__ float2 get2(const T* p) {
 #if DATA == 0
     return *(const float2*)p;
-#elif DATA == 1
-    unsigned w = *(const unsigned*)p;
-    return make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
 #else
-    unsigned w = *(const unsigned*)p;
-    return make_float2(wide((T)(w & 0xffffu)), wide((T)(w >> 16)));
+    float2 v;
+    unpack(*(const unsigned*)p, v.x, v.y);
+    return v;
 #endif
 }
 __device__ __forceinline__ void put2(T* p, float x, float y) {
@@ -123,6 +136,20 @@ template <int LEFT> __device__ __forceinline__ void wait() { asm volatile("cp.as
 
 __device__ __forceinline__ i64 first_channel(const Call& k, i64 group) { return (group * k.d + k.g - 1) / k.g; }
 
+__device__ __forceinline__ i64 time_of(const Call& k, const Place& p, int s) {
+    return k.reverse ? p.start + p.length - 1 - s : p.start + s;
+}
+
+__device__ __forceinline__ int stride_of(const Call& k, i64 time) {
+    return (int)(k.reverse ? -time : time) * (int)sizeof(T);
+}
+__device__ __forceinline__ Track track(const Call& k, const Place& p, const Rows& x) {
+    return {(char*)(x.at + p.row * x.batch + time_of(k, p, 0) * x.time + p.c0), stride_of(k, x.time)};
+}
+__device__ __forceinline__ Track track(const Call& k, const Place& p, const Groups& x) {
+    return {(char*)(x.at + p.row * x.batch + time_of(k, p, 0) * x.time + p.group * x.group), stride_of(k, x.time)};
+}
+
 // False if this block has nothing to do. Blocks: channels fastest, then chunks, then sequences. In shared memory, found
 // by one thread.
 __device__ __forceinline__ bool locate(const Call& k, Place& p) {
@@ -137,122 +164,149 @@ __device__ __forceinline__ bool locate(const Call& k, Place& p) {
         p.c0 = (int)c;
         p.c1 = (int)(c + WIDTH < end ? c + WIDTH : end);
         if (k.table) {
-            p.row = k.table[3 * p.seq], p.start = k.table[3 * p.seq + 1];
-            p.length = k.table[3 * p.seq + 2] - p.start;
+            p.row = k.table[3 * p.seq], p.start = (int)k.table[3 * p.seq + 1];
+            p.length = (int)k.table[3 * p.seq + 2] - p.start;
         } else {
-            p.row = p.seq, p.start = 0, p.length = k.t;
+            p.row = p.seq, p.start = 0, p.length = (int)k.t;
         }
         i64 linear = p.row * k.t + p.start;  // rows of shorter sequences follow one another
         p.chunk_row = linear / k.chunk + p.seq;
         p.tile_row = linear / TILE + p.seq;
-        p.first = p.chunk * k.chunk;
-        p.last = p.first + k.chunk < p.length ? p.first + k.chunk : p.length;
+        const i64 first = p.chunk * k.chunk;
+        p.first = (int)(first < p.length ? first : p.length);
+        p.last = (int)(first + k.chunk < p.length ? first + k.chunk : p.length);
+        p.vectors = k.aligned && p.c0 % VEC == 0;
+        p.whole = p.vectors && p.c1 - p.c0 == WIDTH;
+        p.u = track(k, p, k.u), p.dt = track(k, p, k.dt), p.z = track(k, p, k.z), p.y = track(k, p, k.y);
+        p.dy = track(k, p, k.dy), p.du = track(k, p, k.du), p.ddt = track(k, p, k.ddt), p.dz = track(k, p, k.dz);
+        p.B = track(k, p, k.B), p.C = track(k, p, k.C);
     }
     __syncthreads();
     return p.c0 < p.c1 && (p.chunk == 0 || p.first < p.length);
 }
 
-__device__ __forceinline__ i64 time_of(const Call& k, const Place& p, i64 s) {
-    return k.reverse ? p.start + p.length - 1 - s : p.start + s;
-}
-
 // Element of (step, channel) in a tile in shared memory.
 __device__ __forceinline__ int at(int step, int channel) { return step * WIDTH + step / RUN * 8 + channel; }
-// Position of a step among the TILE of one state: 16-byte reads of neighbouring lanes are neighbours.
-__device__ __forceinline__ int position(int step) {
-    return step % RUN / 4 * (LANES_T * 4) + step / RUN * 4 + step % 4;
-}
+// Position of a step among the TILE of one state: quarter q of all runs together, odd quarters turned by half a line,
+// so that neither 16-byte reads of neighbouring runs nor writes of neighbouring steps meet in a bank.
+__device__ __forceinline__ int quarter(int run, int q) { return q * (LANES_T * 4) + ((run * 4) ^ (q % 2 * 16)); }
+__device__ __forceinline__ int position(int step) { return quarter(step / RUN, step % RUN / 4) + step % 4; }
+
+#define ROWS (THREADS / (WIDTH / VEC))  // steps that the block reads at once
 
 // Steps [s, s + TILE) of 32 channels into shared memory, zeros past the end. Asynchronous where all is aligned.
-__device__ __forceinline__ void load_rows(T* tile, const Call& k, const Place& p, const Rows& x, i64 s) {
-    const T* base = x.at + p.row * x.batch + p.c0;
-    int width = p.c1 - p.c0;
-    if (k.aligned && p.c0 % VEC == 0) {
+__device__ __forceinline__ void load_rows(T* tile, const Place& p, const Track& x, int s) {
+    const int t = thread(), step = t / (WIDTH / VEC), c = t % (WIDTH / VEC) * VEC;
+    T* to = tile + at(step, c);
+    if (p.whole && s + TILE <= p.last) {
 #pragma unroll
-        for (int i = thread(); i < TILE * WIDTH / VEC; i += THREADS) {
-            int step = i / (WIDTH / VEC), c = i % (WIDTH / VEC) * VEC;
-            int left = s + step < p.last ? width - c : 0;
-            left = left < 0 ? 0 : left > VEC ? VEC : left;
-            const T* from = left ? base + time_of(k, p, s + step) * x.time + c : base;
-            copy_async(tile + at(step, c), from, left * (int)sizeof(T));
+        for (int v = 0; v < TILE / ROWS; ++v)
+            copy_async(to + v * (ROWS * WIDTH + ROWS / RUN * 8), step_of(x, s + step + v * ROWS) + c, 16);
+        return;
+    }
+    const int width = p.c1 - p.c0, left = p.last - s;
+    if (p.vectors) {
+        const int bytes = min(max(width - c, 0), VEC) * (int)sizeof(T);
+#pragma unroll 1
+        for (int v = 0; v < TILE / ROWS; ++v) {
+            const bool inside = step + v * ROWS < left && bytes;
+            const T* from = inside ? step_of(x, s + step + v * ROWS) + c : (const T*)x.at;
+            copy_async(to + v * (ROWS * WIDTH + ROWS / RUN * 8), from, inside ? bytes : 0);
         }
         return;
     }
 #pragma unroll 1
-    for (int i = thread(); i < TILE * WIDTH; i += THREADS) {
+    for (int i = t; i < TILE * WIDTH; i += THREADS) {
         int step = i / WIDTH, c = i % WIDTH;
-        bool inside = s + step < p.last && c < width;
-        tile[at(step, c)] = inside ? base[time_of(k, p, s + step) * x.time + c] : (T)0;
+        tile[at(step, c)] = step < left && c < width ? step_of(x, s + step)[c] : (T)0;
     }
 }
 
 // The reverse way; what lies past the end or past the channels stays where it is.
-__device__ __forceinline__ void store_rows(const T* tile, const Call& k, const Place& p, const Rows& x, i64 s) {
-    T* base = x.at + p.row * x.batch + p.c0;
-    int width = p.c1 - p.c0;
-    if (k.aligned && p.c0 % VEC == 0 && width % VEC == 0) {
+__device__ __forceinline__ void store_rows(const T* tile, const Place& p, const Track& x, int s) {
+    const int t = thread(), step = t / (WIDTH / VEC), c = t % (WIDTH / VEC) * VEC;
+    const T* from = tile + at(step, c);
+    if (p.whole && s + TILE <= p.last) {
 #pragma unroll
-        for (int i = thread(); i < TILE * WIDTH / VEC; i += THREADS) {
-            int step = i / (WIDTH / VEC), c = i % (WIDTH / VEC) * VEC;
-            if (s + step < p.last && c < width)
-                *(uint4*)(base + time_of(k, p, s + step) * x.time + c) = *(const uint4*)(tile + at(step, c));
-        }
+        for (int v = 0; v < TILE / ROWS; ++v)
+            *(uint4*)(step_of(x, s + step + v * ROWS) + c) = *(const uint4*)(from + v * (ROWS * WIDTH + ROWS / RUN * 8));
+        return;
+    }
+    const int width = p.c1 - p.c0, left = p.last - s;
+    if (p.vectors && width % VEC == 0) {
+#pragma unroll 1
+        for (int v = 0; v < TILE / ROWS; ++v)
+            if (step + v * ROWS < left && c < width)
+                *(uint4*)(step_of(x, s + step + v * ROWS) + c) =
+                    *(const uint4*)(from + v * (ROWS * WIDTH + ROWS / RUN * 8));
         return;
     }
 #pragma unroll 1
-    for (int i = thread(); i < TILE * WIDTH; i += THREADS) {
+    for (int i = t; i < TILE * WIDTH; i += THREADS) {
         int step = i / WIDTH, c = i % WIDTH;
-        if (s + step < p.last && c < width) base[time_of(k, p, s + step) * x.time + c] = tile[at(step, c)];
+        if (step < left && c < width) step_of(x, s + step)[c] = tile[at(step, c)];
     }
 }
 
 __device__ __forceinline__ int padded(const Call& k) { return ((int)k.n + VEC - 1) / VEC * VEC; }
 
-// TILE rows of B or C as they are, (step, state), zeros past the end.
-__device__ __forceinline__ void load_groups(T* raw, const Call& k, const Place& p, const Groups& x, i64 s) {
-    const T* base = x.at + p.row * x.batch + p.group * x.group;
-    int n = (int)k.n, pitch = padded(k);
+// TILE rows of B or C as they are, zeros past the end: VEC states of all steps, then the next VEC.
+__device__ __forceinline__ void load_groups(T* raw, const Call& k, const Place& p, const Track& x, int s) {
+    const int n = (int)k.n, left = p.last - s, t = thread();
     if (k.aligned_bc) {
-    #pragma unroll 1
-    for (int i = thread(); i < TILE * (pitch / VEC); i += THREADS) {
-            int step = i / (pitch / VEC), c = i % (pitch / VEC) * VEC;
-            int left = s + step < p.last ? n - c : 0;
-            left = left > VEC ? VEC : left;
-            const T* from = left ? base + time_of(k, p, s + step) * x.time + c : base;
-            copy_async(raw + step * pitch + c, from, left * (int)sizeof(T));
+        const int step = t % TILE;
+        const T* from = step < left ? step_of(x, s + step) : (const T*)x.at;
+#pragma unroll 1
+        for (int i = t; i < TILE * padded(k) / VEC; i += THREADS) {
+            const int c = i / TILE * VEC, bytes = step < left ? min(n - c, VEC) * (int)sizeof(T) : 0;
+            copy_async(raw + i * VEC, from + c, bytes);
         }
         return;
     }
 #pragma unroll 1
-    for (int i = thread(); i < TILE * pitch; i += THREADS) {
-        int step = i / pitch, c = i % pitch;
-        bool inside = s + step < p.last && c < n;
-        raw[i] = inside ? base[time_of(k, p, s + step) * x.time + c] : (T)0;
+    for (int i = t; i < TILE * padded(k); i += THREADS) {
+        const int step = i / VEC % TILE, c = i / VEC / TILE * VEC + i % VEC;
+        raw[i] = step < left && c < n ? step_of(x, s + step)[c] : (T)0;
     }
 }
 
 // To float32, state by state. The cost is shared by the block's channels.
 __device__ __forceinline__ void spread(float* to, const T* raw, const Call& k) {
-    int n = (int)k.n, pitch = padded(k);
+    const int n = (int)k.n, t = thread();
+    to += position(t % TILE);
 #pragma unroll 1
-    for (int i = thread(); i < TILE * (pitch / VEC); i += THREADS) {
-        int step = i % TILE, c = i / TILE * VEC, where = position(step);
-        uint4 words = *(const uint4*)(raw + step * pitch + c);
-        const T* x = (const T*)&words;
+    for (int i = t; i < TILE * padded(k) / VEC; i += THREADS) {
+        const int c = i / TILE * VEC;
+        const uint4 words = *(const uint4*)(raw + i * VEC);
+        float x[VEC];
+#if DATA == 0
+        x[0] = __uint_as_float(words.x), x[1] = __uint_as_float(words.y);
+        x[2] = __uint_as_float(words.z), x[3] = __uint_as_float(words.w);
+#else
+        unpack(words.x, x[0], x[1]), unpack(words.y, x[2], x[3]);
+        unpack(words.z, x[4], x[5]), unpack(words.w, x[6], x[7]);
+#endif
+        float* line = to + c * TILE;
+        if (c + VEC <= n) {
 #pragma unroll
-        for (int j = 0; j < VEC; ++j)
-            if (c + j < n) to[(c + j) * TILE + where] = wide(x[j]);
+            for (int j = 0; j < VEC; ++j) line[j * TILE] = x[j];
+        } else {
+#pragma unroll
+            for (int j = 0; j < VEC; ++j)
+                if (c + j < n) line[j * TILE] = x[j];
+        }
     }
 }
 
-// The lane's run of one state: 16-byte reads.
-__device__ __forceinline__ void load_run(float (&x)[RUN], const float* from) {
+// The lane's run of one state: 16-byte reads. `from` points to its first quarter.
+__device__ __forceinline__ void load_run(float (&x)[RUN], const float* from, int turn) {
 #pragma unroll
     for (int q = 0; q < RUN / 4; ++q) {
-        float4 v = *(const float4*)(from + q * (LANES_T * 4));
+        float4 v = *(const float4*)(from + q * (LANES_T * 4) + (q % 2 ? turn : 0));
         x[4 * q] = v.x, x[4 * q + 1] = v.y, x[4 * q + 2] = v.z, x[4 * q + 3] = v.w;
     }
 }
+__device__ __forceinline__ int turn_of(int run) { return ((run * 4) ^ 16) - run * 4; }
 
 // A and what lies between tiles, for two channels of one state: {A0, A1, h0, h1}, A times log2 e.
 __device__ __forceinline__ void load_system(float4* system, const Call& k, const Place& p) {
@@ -317,16 +371,27 @@ __device__ __forceinline__ float2 parameter(const float* x, const Place& p, cons
     return make_float2(x && c < p.c1 ? x[c] : 0.0f, x && c + 1 < p.c1 ? x[c + 1] : 0.0f);
 }
 
-// Step sizes of the lane's run; 0 past the end, so that the state passes unchanged.
-__device__ __forceinline__ float2 step_size(const T* tile, const Call& k, const Lane& me, float2 bias, int r, int left) {
-    float2 v = get2(tile + at(me.run * RUN + r, me.channel));
-    v.x += bias.x, v.y += bias.y;
-    if (k.softplus) v.x = softplus(v.x), v.y = softplus(v.y);
-    if (me.run * RUN + r >= left) v.x = v.y = 0.0f;
-    return v;
+// Step sizes of the lane's run, each [channel][step]; 0 past the end, so that the state passes unchanged.
+__device__ __forceinline__ void step_sizes(float (&dt)[2][RUN], const T* tile, const Call& k, const Place& p,
+                                           const Lane& me, int s) {
+    const float2 bias = parameter(k.bias, p, me);
+    const T* from = tile + at(me.run * RUN, me.channel);
+#pragma unroll
+    for (int r = 0; r < RUN; ++r) {
+        float2 v = get2(from + r * WIDTH);
+        dt[0][r] = v.x + bias.x, dt[1][r] = v.y + bias.y;
+    }
+    if (k.softplus) {
+#pragma unroll
+        for (int r = 0; r < RUN; ++r) dt[0][r] = softplus(dt[0][r]), dt[1][r] = softplus(dt[1][r]);
+    }
+    if (s + TILE > p.last) {
+        const int left = p.last - s - me.run * RUN;
+#pragma unroll
+        for (int r = 0; r < RUN; ++r)
+            if (r >= left) dt[0][r] = dt[1][r] = 0.0f;
+    }
 }
-// Steps from s to the end of the chunk, at most a tile.
-__device__ __forceinline__ int left_of(const Place& p, i64 s) { return (int)(p.last - s < TILE ? p.last - s : TILE); }
 
 // One step of the scan over lanes: predicated, so that no select or move is needed.
 template <bool UP, int BY> __device__ __forceinline__ void join(float& h, float& decay) {
