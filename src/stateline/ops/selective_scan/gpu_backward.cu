@@ -34,27 +34,34 @@ __device__ __forceinline__ void enter_adjoint(float4* adjoint, const float4* sys
     }
 }
 
-// Adds the pairs' parts of `states` states from j on and writes the block's.
-__device__ __forceinline__ void write_parts(const float* part, const Call& k, const Place& p, int s, int j, int states) {
-    const int left = p.last - s;
-    const bool paired = !k.reverse && p.start % 2 == 0 && k.t % 2 == 0;
-#pragma unroll 1
-    for (int i = thread(); i < states * TILE; i += THREADS) {
-        int line = i / (TILE / 2), where = i % (TILE / 2) * 2;  // line: state * 2 + (0 for B, 1 for C)
-        int step = where / (LANES_T * 4) * 4 + where % (LANES_T * 4) / 4 * RUN + where % 4;
-        float2 sum = make_float2(0.0f, 0.0f);
+// Where a thread adds up two steps of one state's dB or dC: warp 2 i + w does state i of STATES, B (w = 0) or C.
+struct Sum { float *to, *next; int from; bool first, second, paired; };
+__device__ __forceinline__ Sum sum_of(const Call& k, const Place& p, int s) {
+    const int t = thread(), line = t / 32, where = t % 32 * 2, left = p.last - s;
+    const int step = where % (LANES_T * 4) / 4 * RUN + where / (LANES_T * 4) * 4 + where % 4;
+    Sum x;
+    x.from = line * TILE + where;
+    x.first = step < left, x.second = step + 1 < left;
+    x.paired = x.second && !k.reverse && p.start % 2 == 0 && k.t % 2 == 0;
+    x.to = k.parts + ((((i64)p.block * k.b + p.row) * 2 + line % 2) * k.n + line / 2) * k.t + time_of(k, p, s + step);
+    x.next = x.to + (k.reverse ? -1 : 1);
+    return x;
+}
+// Adds the pairs' parts of states j and j + 1 and writes the block's.
+__device__ __forceinline__ void write_parts(const float* part, const Sum& x, const Call& k, int j, int states) {
+    if (thread() / 64 >= states) return;
+    float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-        for (int q = 0; q < PAIRS; ++q) {
-            float2 v = *(const float2*)(part + q * PART + line * TILE + where);
-            sum.x += v.x, sum.y += v.y;
-        }
-        float* to = k.parts + ((((i64)p.block * k.b + p.row) * 2 + line % 2) * k.n + j + line / 2) * k.t;
-        if (paired && step + 1 < left) {
-            *(float2*)(to + p.start + s + step) = sum;
-        } else {
-            if (step < left) to[time_of(k, p, s + step)] = sum.x;
-            if (step + 1 < left) to[time_of(k, p, s + step + 1)] = sum.y;
-        }
+    for (int q = 0; q < PAIRS; ++q) {
+        float2 v = *(const float2*)(part + q * PART + x.from);
+        sum.x += v.x, sum.y += v.y;
+    }
+    const i64 ahead = (i64)j * (int)k.t;
+    if (x.paired) {
+        *(float2*)(x.to + ahead) = sum;
+    } else {
+        if (x.first) x.to[ahead] = sum.x;
+        if (x.second) x.next[ahead] = sum.y;
     }
 }
 
@@ -157,29 +164,46 @@ __device__ __forceinline__ void read_run(Run& q, const T* tiles, const Call& k, 
 
 // Gradients of u, dt and z in place of the tiles' u, dt and z; adds to those of D and the bias.
 __device__ __forceinline__ void write_run(
-    const Run& q, T* tiles, const Call& k, const Place& p, int s, float2& dD, float2& dbias) {
+    Run& q, T* tiles, const Call& k, const Place& p, int s, float2& dD, float2& dbias) {
     const Lane me = lane_of();
-    const float2 bias = parameter(k.bias, p, me), D = parameter(k.D, p, me);
-    const int left = p.last - s - me.run * RUN;
-    T* from = tiles + at(me.run * RUN, me.channel);
+    const float2 D = parameter(k.D, p, me);
+    T* here = tiles + at(me.run * RUN, me.channel);
+    if (k.z.at) {
 #pragma unroll
-    for (int r = 0; r < RUN; ++r) {
-        const bool inside = r < left;
-        T* here = from + r * WIDTH;
-        float2 u = get2(here), raw = get2(here + BUFFER);
-        float ddt0 = fmaf(q.dx[0][r], u.x, q.pull[0][r] * LN2), ddt1 = fmaf(q.dx[1][r], u.y, q.pull[1][r] * LN2);
-        if (k.softplus) ddt0 *= sigmoid(raw.x + bias.x), ddt1 *= sigmoid(raw.y + bias.y);
-        if (!inside) ddt0 = ddt1 = 0.0f;
-        dbias.x += ddt0, dbias.y += ddt1;
-        dD.x = fmaf(q.dy[0][r], u.x, dD.x), dD.y = fmaf(q.dy[1][r], u.y, dD.y);
-        put2(here, fmaf(q.dx[0][r], q.dt[0][r], D.x * q.dy[0][r]), fmaf(q.dx[1][r], q.dt[1][r], D.y * q.dy[1][r]));
-        put2(here + BUFFER, ddt0, ddt1);
-        if (k.z.at) {
-            float2 z = get2(here + 2 * BUFFER), dy = get2(here + 3 * BUFFER);
+        for (int r = 0; r < RUN; ++r) {
+            float2 z = get2(here + r * WIDTH + 2 * BUFFER), dy = get2(here + r * WIDTH + 3 * BUFFER);
             float s0 = sigmoid(z.x), s1 = sigmoid(z.y);
-            put2(here + 2 * BUFFER, dy.x * q.y[0][r] * s0 * fmaf(z.x, 1.0f - s0, 1.0f),
+            put2(here + r * WIDTH + 2 * BUFFER, dy.x * q.y[0][r] * s0 * fmaf(z.x, 1.0f - s0, 1.0f),
                  dy.y * q.y[1][r] * s1 * fmaf(z.y, 1.0f - s1, 1.0f));
         }
+    }
+#pragma unroll
+    for (int r = 0; r < RUN; ++r) {
+        float2 u = get2(here + r * WIDTH);
+        put2(here + r * WIDTH, fmaf(q.dx[0][r], q.dt[0][r], D.x * q.dy[0][r]),
+             fmaf(q.dx[1][r], q.dt[1][r], D.y * q.dy[1][r]));
+        dD.x = fmaf(q.dy[0][r], u.x, dD.x), dD.y = fmaf(q.dy[1][r], u.y, dD.y);
+        q.dx[0][r] = fmaf(q.dx[0][r], u.x, q.pull[0][r] * LN2);  // now of dt
+        q.dx[1][r] = fmaf(q.dx[1][r], u.y, q.pull[1][r] * LN2);
+    }
+    if (k.softplus) {
+        const float2 bias = parameter(k.bias, p, me);
+#pragma unroll
+        for (int r = 0; r < RUN; ++r) {
+            float2 raw = get2(here + r * WIDTH + BUFFER);
+            q.dx[0][r] *= sigmoid(raw.x + bias.x), q.dx[1][r] *= sigmoid(raw.y + bias.y);
+        }
+    }
+    if (s + TILE > p.last) {
+        const int left = p.last - s - me.run * RUN;
+#pragma unroll
+        for (int r = 0; r < RUN; ++r)
+            if (r >= left) q.dx[0][r] = q.dx[1][r] = 0.0f;
+    }
+#pragma unroll
+    for (int r = 0; r < RUN; ++r) {
+        put2(here + r * WIDTH + BUFFER, q.dx[0][r], q.dx[1][r]);
+        dbias.x += q.dx[0][r], dbias.y += q.dx[1][r];
     }
 }
 
@@ -227,6 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
         read_run(q, here, k, p, s);
         __syncthreads();
         fetch(tiles + (stage ^ 1) * 4 * BUFFER, s - TILE);
+        const Sum sum = sum_of(k, p, s);
 #pragma unroll 1
         for (int j = 0; j < n; j += STATES, turn = TURNS - 1 - turn) {
             const Lane me = lane_of();
@@ -237,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
                 one_state(q, B + (j + i) * TILE + me.run * 4, n * TILE, system + (j + i) * PAIRS + me.pair,
                           adjoint + (j + i) * PAIRS + me.pair, block + 2 * i * TILE, me);
             __syncthreads();
-            write_parts(block, k, p, s, j, states);
+            write_parts(block, sum, k, j, states);
             if (TURNS == 1) __syncthreads();
         }
         write_run(q, here, k, p, s, dD, dbias);
