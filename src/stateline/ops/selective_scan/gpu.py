@@ -1,4 +1,4 @@
-"""selective_scan in CUDA C++ (gpu.cu, gpu_backward.cu), compiled at first use: the same functions as reference.py.
+"""selective_scan in CUDA C++ (gpu*.cu), compiled at first use: the same functions as reference.py.
 
 Real A, B and C per token, data in bfloat16, float16 or float32 (mixed data is read as float32); everything is computed
 in float32. `problem` names what is not covered.
@@ -21,7 +21,9 @@ from stateline.ops import nvrtc
 DTYPES = frozenset({torch.float32})
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: Steps a lane keeps in registers, and blocks that share a multiprocessor: what registers allow (benchmarks/NOTES.md).
-RUN, FORWARD_BLOCKS, BACKWARD_BLOCKS = 8, 4, 2
+RUN, FORWARD_BLOCKS, BACKWARD_BLOCKS = 8, 5, 2
+#: Steps of a lane where only sums are needed.
+ENDS_RUN = 16
 THREADS, WIDTH, PAIRS, LANES, STATES, TURNS = 128, 32, 16, 8, 2, 2
 #: A chunk is not shorter: finding what it leaves to the next has to pay.
 LEAST_CHUNK = 2048
@@ -49,9 +51,9 @@ def _source(name: str) -> str:
 
 
 @functools.cache
-def _library(name: str, dtype: torch.dtype, device: int) -> nvrtc.Library:
+def _library(name: str, dtype: torch.dtype, device: int, run: int) -> nvrtc.Library:
     options = {
-        "DATA": _KINDS[dtype], "RUN": RUN, "FORWARD_BLOCKS": FORWARD_BLOCKS, "BACKWARD_BLOCKS": BACKWARD_BLOCKS,
+        "DATA": _KINDS[dtype], "RUN": run, "FORWARD_BLOCKS": FORWARD_BLOCKS, "BACKWARD_BLOCKS": BACKWARD_BLOCKS,
         "TURNS": TURNS,
     }  # fmt: skip
     return nvrtc.Library(_source(name), [f"-D{k}={v}" for k, v in options.items()], device)
@@ -61,26 +63,29 @@ def _tile() -> int:
     return LANES * RUN
 
 
-def _buffer() -> int:
-    return _tile() * WIDTH + LANES * 8
+def _buffer(tile: int) -> int:
+    return tile * WIDTH + LANES * 8
 
 
-def _raw(n: int, dtype: torch.dtype) -> int:
+def _raw(n: int, dtype: torch.dtype, tile: int) -> int:
     vector = 16 // dtype.itemsize
-    return _tile() * -(-n // vector) * vector * dtype.itemsize
+    return tile * -(-n // vector) * vector * dtype.itemsize
 
 
 def _shared_forward(n: int, dtype: torch.dtype) -> int:
-    return 3 * _buffer() * dtype.itemsize + 2 * _raw(n, dtype) + 2 * n * _tile() * 4 + n * PAIRS * 16
+    tile = _tile()
+    return 3 * _buffer(tile) * dtype.itemsize + 2 * _raw(n, dtype, tile) + 2 * n * tile * 4 + n * PAIRS * 16
 
 
-def _shared_sweep(n: int, dtype: torch.dtype) -> int:
-    return 3 * _buffer() * dtype.itemsize + _raw(n, dtype) + n * _tile() * 4 + n * PAIRS * 16
+def _shared_sweep(n: int, dtype: torch.dtype, tile: int) -> int:
+    return 3 * _buffer(tile) * dtype.itemsize + _raw(n, dtype, tile) + n * tile * 4 + n * PAIRS * 16
 
 
 def _shared_backward(n: int, dtype: torch.dtype) -> int:
-    parts = TURNS * PAIRS * (2 * STATES * _tile() + 8) * 4
-    return 8 * _buffer() * dtype.itemsize + 2 * _raw(n, dtype) + 2 * n * _tile() * 4 + parts + 2 * n * PAIRS * 16
+    tile = _tile()
+    parts = TURNS * PAIRS * (2 * STATES * tile + 8) * 4
+    rows = 8 * _buffer(tile) * dtype.itemsize
+    return rows + 2 * _raw(n, dtype, tile) + 2 * n * tile * 4 + parts + 2 * n * PAIRS * 16
 
 
 @functools.cache
@@ -99,7 +104,8 @@ def chunk_length(t: int, d: int, processors: int, resident: int) -> int:
     counts = counts[:64]  # more chunks than that are never needed to fill a device
     best = min(map(time, counts))
     chunks = next(c for c in counts if time(c) <= 1.03 * best)
-    return max(1, -(-t // chunks // _tile())) * _tile()
+    tile = LANES * ENDS_RUN  # the coarser one
+    return max(1, -(-t // chunks // tile)) * tile
 
 
 def _address(x: Tensor | None) -> int:
@@ -162,14 +168,14 @@ class _Call:
         return torch.empty(shape, dtype=torch.float32, device=self.u.device)
 
     def _aligned(self, *tensors: Tensor | None) -> int:
-        vector = 16 // self.dtype.itemsize
-        return int(
-            all(
-                x.data_ptr() % 16 == 0 and all(s % vector == 0 for s in x.stride()[:-1])
-                for x in tensors
-                if x is not None
-            )
-        )
+        together = 0  # bits below 16 of any address or step in bytes
+        for x in tensors:
+            if x is not None:
+                bits = 0
+                for step in x.stride()[:-1]:
+                    bits |= step
+                together |= x.data_ptr() | bits * self.dtype.itemsize
+        return int(together % 16 == 0)
 
     def record(self, y: Tensor | None = None, state: Tensor | None = None, ends: Tensor | None = None,
                sums: Tensor | None = None, marks: Tensor | None = None, back: _Gradient | None = None) -> list[int]:  # fmt: skip
@@ -186,8 +192,12 @@ class _Call:
         ]  # fmt: skip
 
     def run(self, source: str, kernel: str, shared: int, record: list[int], blocks: int | None = None) -> None:
-        library = _library(source, self.dtype, self.device)
+        library = _library(source, self.dtype, self.device, RUN)
         library.launch(kernel, self.blocks if blocks is None else blocks, THREADS, shared, record)
+
+    def sweep(self, kernel: str, record: list[int], run: int) -> None:
+        library = _library("gpu_sweep.cu", self.dtype, self.device, run)
+        library.launch(kernel, self.blocks, THREADS, _shared_sweep(self.n, self.dtype, LANES * run), record)
 
     def ends(self) -> tuple[Tensor | None, Tensor | None]:
         """Room for the state at the end of each chunk and for its summed step sizes, if there is more than one."""
@@ -258,7 +268,7 @@ def forward(
         ends, sums = call.ends()
         record = call.record(y, state, ends, sums)
         if call.chunks > 1:
-            call.run("gpu.cu", "chunk_ends", _shared_sweep(call.n, call.dtype), record)
+            call.sweep("chunk_ends", record, ENDS_RUN)
         call.run("gpu.cu", "scan_forward", _shared_forward(call.n, call.dtype), record)
     return y if y.dtype == u.dtype else y.to(u.dtype), state
 
@@ -287,13 +297,12 @@ def backward(
         )  # fmt: skip
         back = _Gradient(call, dy, dstate, segments is not None)
         ends, sums = call.ends()
-        marks = call.empty(call.rows_of(_tile()), call.d, call.n)
+        marks = call.empty(call.rows_of(_tile()), call.blocks_in_group * call.g, call.n, WIDTH)
         record = call.record(None, None, ends, sums, marks, back)
-        sweep = _shared_sweep(call.n, call.dtype)
         if call.chunks > 1:
-            call.run("gpu.cu", "chunk_ends", sweep, record)
-            call.run("gpu.cu", "adjoint_ends", sweep, record)
-        call.run("gpu.cu", "tile_marks", sweep, record)
+            call.sweep("chunk_ends", record, ENDS_RUN)
+            call.sweep("adjoint_ends", record, ENDS_RUN)
+        call.sweep("tile_marks", record, RUN)
         call.run("gpu_backward.cu", "scan_backward", _shared_backward(call.n, call.dtype), record)
         call.run("gpu_backward.cu", "sum_parts", 0, record, -(-2 * call.b * call.g * call.n * call.t // THREADS))
     dA, dD, dbias = (None if x is None else x.sum(0) for x in (back.dA, back.dD, back.dbias))
@@ -335,5 +344,5 @@ def step(
             _address(A), _address(D), _address(dt_bias), state.data_ptr(), y.data_ptr(), _address(index),
             int(index is not None and index.dtype == torch.int64),
         ]  # fmt: skip
-        _library("gpu.cu", dtype, u.device.index).launch("scan_step", -(-4 * b * d // 256), 256, 0, record)
+        _library("gpu.cu", dtype, u.device.index, RUN).launch("scan_step", -(-4 * b * d // 256), 256, 0, record)
     return y.to(u.dtype)

@@ -241,12 +241,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
         spread(B, b_raw, k);
         spread(B + n * TILE, c_raw, k);
         {
-            const float* mark = k.marks + (p.tile_row + s / TILE) * k.d * n;
+            const float2* mark = mark_of(k, p, s);
 #pragma unroll 1
-            for (int i = thread(); i < WIDTH * n; i += THREADS) {
-                int c = i / n, j = i % n;
-                if (p.c0 + c < p.c1) ((float*)(system + j * PAIRS + c / 2))[2 + c % 2] = mark[(i64)(p.c0 + c) * n + j];
-            }
+            for (int i = thread(); i < n * PAIRS; i += THREADS) *(float2*)&system[i].z = mark[i];
         }
         read_run(q, here, k, p, s);
         __syncthreads();

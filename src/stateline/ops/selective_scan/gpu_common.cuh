@@ -29,7 +29,7 @@ typedef unsigned short T;
 #define BUFFER (TILE * WIDTH + LANES_T * 8)  // elements of a tile in shared memory; 8 more a run keep banks apart
 #define LOG2E 1.4426950408889634f
 #define FULL 0xffffffffu
-#define FORGOTTEN (-127.0f)           // ex2 of less is exactly 0
+#define FORGOTTEN (-64.0f)            // what an earlier chunk keeps less of than 2^-64 is left out
 
 struct Rows { T* at; i64 batch, time; };            // (b, t, d), channels adjacent
 struct Groups { T* at; i64 batch, time, group; };   // (b, t, g, n), states adjacent
@@ -253,6 +253,10 @@ __device__ __forceinline__ int padded(const Call& k) { return ((int)k.n + VEC - 
 // TILE rows of B or C as they are, zeros past the end: VEC states of all steps, then the next VEC.
 __device__ __forceinline__ void load_groups(T* raw, const Call& k, const Place& p, const Track& x, int s) {
     const int n = (int)k.n, left = p.last - s, t = thread();
+    if (k.aligned_bc && n == 2 * VEC && TILE * 2 == THREADS && left >= TILE) {  // 16 states of 2 bytes
+        copy_async(raw + t * VEC, step_of(x, s + t % TILE) + t / TILE * VEC, 16);
+        return;
+    }
     if (k.aligned_bc) {
         const int step = t % TILE;
         const T* from = step < left ? step_of(x, s + step) : (const T*)x.at;
@@ -270,32 +274,36 @@ __device__ __forceinline__ void load_groups(T* raw, const Call& k, const Place& 
     }
 }
 
+__device__ __forceinline__ void spread_vector(float* line, const T* raw, int states) {
+    const uint4 words = *(const uint4*)raw;
+    float x[VEC];
+#if DATA == 0
+    x[0] = __uint_as_float(words.x), x[1] = __uint_as_float(words.y);
+    x[2] = __uint_as_float(words.z), x[3] = __uint_as_float(words.w);
+#else
+    unpack(words.x, x[0], x[1]), unpack(words.y, x[2], x[3]);
+    unpack(words.z, x[4], x[5]), unpack(words.w, x[6], x[7]);
+#endif
+    if (states >= VEC) {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) line[j * TILE] = x[j];
+    } else {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j)
+            if (j < states) line[j * TILE] = x[j];
+    }
+}
 // To float32, state by state. The cost is shared by the block's channels.
 __device__ __forceinline__ void spread(float* to, const T* raw, const Call& k) {
     const int n = (int)k.n, t = thread();
     to += position(t % TILE);
-#pragma unroll 1
-    for (int i = t; i < TILE * padded(k) / VEC; i += THREADS) {
-        const int c = i / TILE * VEC;
-        const uint4 words = *(const uint4*)(raw + i * VEC);
-        float x[VEC];
-#if DATA == 0
-        x[0] = __uint_as_float(words.x), x[1] = __uint_as_float(words.y);
-        x[2] = __uint_as_float(words.z), x[3] = __uint_as_float(words.w);
-#else
-        unpack(words.x, x[0], x[1]), unpack(words.y, x[2], x[3]);
-        unpack(words.z, x[4], x[5]), unpack(words.w, x[6], x[7]);
-#endif
-        float* line = to + c * TILE;
-        if (c + VEC <= n) {
-#pragma unroll
-            for (int j = 0; j < VEC; ++j) line[j * TILE] = x[j];
-        } else {
-#pragma unroll
-            for (int j = 0; j < VEC; ++j)
-                if (c + j < n) line[j * TILE] = x[j];
-        }
+    if (n == 2 * VEC && TILE * 2 == THREADS) {
+        spread_vector(to + t / TILE * VEC * TILE, raw + t * VEC, VEC);
+        return;
     }
+#pragma unroll 1
+    for (int i = t; i < TILE * padded(k) / VEC; i += THREADS)
+        spread_vector(to + i / TILE * VEC * TILE, raw + i * VEC, n - i / TILE * VEC);
 }
 
 // The lane's run of one state: 16-byte reads. `from` points to its first quarter.
@@ -353,6 +361,12 @@ template <bool HIGH> __device__ __forceinline__ void save(float* to, const float
         float even = HIGH ? x.z : x.x, odd = HIGH ? x.w : x.y;
         to[(i64)(p.c0 + c) * n + j] = c % 2 ? odd : even;
     }
+}
+
+// Marks: the states of a block before one of its tiles, (n, 32), blocks within tiles.
+__device__ __forceinline__ float2* mark_of(const Call& k, const Place& p, int s) {
+    const i64 blocks = ((k.d + k.g - 1) / k.g + WIDTH - 1) / WIDTH * k.g;
+    return (float2*)(k.marks + ((p.tile_row + s / TILE) * blocks + p.block) * k.n * WIDTH);
 }
 
 // Where a thread works. Found anew in each phase: registers are what limits these kernels.

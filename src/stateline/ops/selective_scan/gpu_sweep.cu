@@ -1,0 +1,125 @@
+// selective_scan on a GPU: the states that chunks and tiles start from. See gpu_common.cuh for how work is laid out.
+
+extern __shared__ __align__(16) unsigned char shared[];
+
+// States from sums: a lane adds up what its steps leave in the state at the end of the tile, without passing through
+// the states between. ENDS: of each chunk, from zero, last tile first, so that what is forgotten is left out (a
+// factor below 2^-64: less than float32 resolves, unless all that came later is that much smaller). MARKS: before each tile, for the gradient. ADJOINT: ENDS for the gradient, which runs backwards.
+enum Sweep { ENDS, MARKS, ADJOINT };
+
+template <int MODE> __device__ __forceinline__ void sweep(const Call& k) {
+    __shared__ Place p;
+    if (!locate(k, p)) return;
+    if (MODE == ENDS && (p.chunk == k.chunks - 1 || p.last >= p.length)) return;  // nobody follows
+    if (MODE == ADJOINT && p.chunk == 0) return;
+    const int n = (int)k.n;
+    T *u_tile = (T*)shared, *dt_tile = u_tile + BUFFER, *z_tile = dt_tile + BUFFER, *raw = z_tile + BUFFER;
+    float* B = (float*)(raw + TILE * padded(k));
+    float4* system = (float4*)(B + n * TILE);
+    const Lane me = lane_of();
+    auto fetch = [&](int s) {
+        if (s >= p.first && s < p.last) {
+            load_rows(u_tile, p, MODE == ADJOINT ? p.dy : p.u, s);
+            load_rows(dt_tile, p, p.dt, s);
+            if (MODE == ADJOINT && k.z.at) load_rows(z_tile, p, p.z, s);
+            load_groups(raw, k, p, MODE == ADJOINT ? p.C : p.B, s);
+        }
+        commit();
+    };
+    const int tiles = (p.last - p.first + TILE - 1) / TILE;
+    int s = MODE == ENDS ? p.first + (tiles - 1) * TILE : p.first;
+    const int stride = MODE == ENDS ? -TILE : TILE;
+    float far[2] = {0.0f, 0.0f};  // step sizes between this tile and where the state is wanted
+    fetch(s);
+    load_system(system, k, p);
+    if (MODE == MARKS) enter(system, k, p);
+    for (int tile = 0; tile < tiles; ++tile, s += stride) {
+        wait<0>();
+        __syncthreads();
+        if (MODE == MARKS) {
+            float2* mark = mark_of(k, p, s);
+#pragma unroll 1
+            for (int i = thread(); i < n * PAIRS; i += THREADS) mark[i] = *(const float2*)&system[i].z;
+        }
+        float dt[2][RUN], path[2][RUN], x[2][RUN], sum[2] = {0.0f, 0.0f};
+        spread(B, raw, k);
+        step_sizes(dt, dt_tile, k, p, me, s);
+        const int here = at(me.run * RUN, me.channel);
+#pragma unroll
+        for (int q = 0; q < RUN; ++q) {
+            const int r = MODE == ADJOINT ? q : RUN - 1 - q;
+            float2 in = get2(u_tile + here + r * WIDTH);
+            if (MODE == ADJOINT) {
+                if (k.z.at) {
+                    float2 z = get2(z_tile + here + r * WIDTH);
+                    in.x *= z.x * sigmoid(z.x), in.y *= z.y * sigmoid(z.y);
+                }
+                sum[0] += dt[0][r], sum[1] += dt[1][r];
+            } else {
+                in.x *= dt[0][r], in.y *= dt[1][r];
+            }
+            path[0][r] = sum[0], path[1][r] = sum[1];
+            x[0][r] = in.x, x[1][r] = in.y;
+            if (MODE != ADJOINT) sum[0] += dt[0][r], sum[1] += dt[1][r];
+        }
+        float total[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            float rest = others<MODE == ADJOINT>(sum[c]);
+            total[c] = __shfl_sync(FULL, rest + sum[c], threadIdx.x % LANES_C + (MODE == ADJOINT ? 32 - LANES_C : 0));
+            rest += far[c];
+#pragma unroll
+            for (int r = 0; r < RUN; ++r) {
+                path[c][r] += rest;
+                keep(path[c][r]), keep(x[c][r]);
+            }
+        }
+        __syncthreads();
+        fetch(s + stride);
+        const int turn = turn_of(me.run);
+        bool all_gone = k.softplus;  // steps are positive then: what is forgotten stays so
+#pragma unroll 1
+        for (int j = 0; j < n; ++j) {
+            float4* system_j = system + j * PAIRS + me.pair;
+            const float4 sys = *system_j;
+            if (MODE != MARKS) {
+                bool gone = sys.x * far[0] < FORGOTTEN && sys.y * far[1] < FORGOTTEN;
+                if (__all_sync(FULL, gone)) continue;
+                all_gone = false;
+            }
+            float line[RUN], sums[2] = {0.0f, 0.0f};
+            load_run(line, B + me.run * 4 + j * TILE, turn);
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+#pragma unroll
+                for (int r = 0; r < RUN; ++r)
+                    sums[c] = fmaf(ex2(path[c][r] * (c ? sys.y : sys.x)), x[c][r] * line[r], sums[c]);
+#pragma unroll
+                for (int by = LANES_C; by < 32; by *= 2) sums[c] += __shfl_xor_sync(FULL, sums[c], by);
+            }
+            if (me.run == 0) {
+                float keep0 = MODE == MARKS ? ex2(total[0] * sys.x) : 1.0f;
+                float keep1 = MODE == MARKS ? ex2(total[1] * sys.y) : 1.0f;
+                *(float2*)&system_j->z = make_float2(fmaf(keep0, sys.z, sums[0]), fmaf(keep1, sys.w, sums[1]));
+            }
+        }
+        if (MODE != MARKS) {
+            far[0] += total[0], far[1] += total[1];
+            if (__syncthreads_and(all_gone)) break;  // nothing before matters, nor does the rest of the sum
+        }
+    }
+    wait<0>();
+    __syncthreads();
+    if (MODE == MARKS) return;
+    i64 row = p.chunk_row + p.chunk;
+    save<true>((MODE == ADJOINT ? k.adjoint_ends : k.ends) + row * k.d * n, system, k, p);
+    float* sums = (MODE == ADJOINT ? k.adjoint_sums : k.sums) + row * k.d + p.c0 + me.channel;
+    if (me.run == 0) {
+        if (p.c0 + me.channel < p.c1) sums[0] = far[0];
+        if (p.c0 + me.channel + 1 < p.c1) sums[1] = far[1];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4) chunk_ends(const __grid_constant__ Call k) { sweep<ENDS>(k); }
+extern "C" __global__ void __launch_bounds__(THREADS, 4) tile_marks(const __grid_constant__ Call k) { sweep<MARKS>(k); }
+extern "C" __global__ void __launch_bounds__(THREADS, 4) adjoint_ends(const __grid_constant__ Call k) { sweep<ADJOINT>(k); }
