@@ -24,7 +24,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RUN, FORWARD_BLOCKS, BACKWARD_BLOCKS = 8, 5, 2
 #: Steps of a lane where only sums are needed.
 ENDS_RUN = 16
-THREADS, WIDTH, PAIRS, LANES, STATES, TURNS = 128, 32, 16, 8, 2, 2
+THREADS, WARPS, WIDTH, PAIRS, LANES, GROUP = 128, 4, 32, 16, 8, 16
 #: A chunk is not shorter: finding what it leaves to the next has to pay.
 LEAST_CHUNK = 2048
 
@@ -54,7 +54,6 @@ def _source(name: str) -> str:
 def _library(name: str, dtype: torch.dtype, device: int, run: int) -> nvrtc.Library:
     options = {
         "DATA": _KINDS[dtype], "RUN": run, "FORWARD_BLOCKS": FORWARD_BLOCKS, "BACKWARD_BLOCKS": BACKWARD_BLOCKS,
-        "TURNS": TURNS,
     }  # fmt: skip
     return nvrtc.Library(_source(name), [f"-D{k}={v}" for k, v in options.items()], device)
 
@@ -83,7 +82,7 @@ def _shared_sweep(n: int, dtype: torch.dtype, tile: int) -> int:
 
 def _shared_backward(n: int, dtype: torch.dtype) -> int:
     tile = _tile()
-    parts = TURNS * PAIRS * (2 * STATES * tile + 8) * 4
+    parts = 4 * WARPS * 2 * (PAIRS // WARPS * (2 * tile + 8) + GROUP * tile)  # of pairs, in turn; of warps
     rows = 8 * _buffer(tile) * dtype.itemsize
     return rows + 2 * _raw(n, dtype, tile) + 2 * n * tile * 4 + parts + 2 * n * PAIRS * 16
 

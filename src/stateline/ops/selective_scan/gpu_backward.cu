@@ -3,11 +3,13 @@
 //     g[s] = C[s] dy[s] + a[s+1] g[s+1]       the same scan with lanes reversed
 //     dx = sum_n g B    pull = sum_n a g h[s-1] A    dB = sum_d g x    dC = sum_d h dy
 //
-// States before each tile come from tile_marks. Sums over channels: a thread adds its two, the sixteen pairs of a block
-// meet in shared memory, STATES states at a time, and each block writes its own part; `sum_parts` adds the parts in order.
+// States before each tile come from tile_marks. Sums over channels: a thread adds its two, the four pairs of a warp meet
+// in shared memory after every state, the four warps after GROUP states, and each block writes its own part; `sum_parts`
+// adds the parts in order.
 
-#define STATES 2
-#define PART (2 * STATES * TILE + 8)  // floats of a pair's part; 8 more keep banks apart
+#define GROUP 16
+#define LINE (2 * TILE)               // dB and dC of one state
+#define OWN (LANES_C * (LINE + 8))    // floats of a warp's pairs; 8 more keep banks apart
 #define LN2 0.6931471805599453f
 
 extern __shared__ __align__(16) unsigned char shared[];
@@ -34,7 +36,7 @@ __device__ __forceinline__ void enter_adjoint(float4* adjoint, const float4* sys
     }
 }
 
-// Where a thread adds up two steps of one state's dB or dC: warp 2 i + w does state i of STATES, B (w = 0) or C.
+// Where a thread adds up two steps of one state's dB or dC: warp 2 i + w does state i of two, B (w = 0) or C.
 struct Sum { float *to, *next; int from; bool first, second, paired; };
 __device__ __forceinline__ Sum sum_of(const Call& k, const Place& p, int s) {
     const int t = thread(), line = t / 32, where = t % 32 * 2, left = p.last - s;
@@ -47,30 +49,44 @@ __device__ __forceinline__ Sum sum_of(const Call& k, const Place& p, int s) {
     x.next = x.to + (k.reverse ? -1 : 1);
     return x;
 }
-// Adds the pairs' parts of states j and j + 1 and writes the block's.
-__device__ __forceinline__ void write_parts(const float* part, const Sum& x, const Call& k, int j, int states) {
-    if (thread() / 64 >= states) return;
-    float2 sum = make_float2(0.0f, 0.0f);
+// Adds the warps' sums of `states` states from j on and writes the block's.
+__device__ __forceinline__ void write_parts(const float* warps, const Sum& x, const Call& k, int j, int states) {
+#pragma unroll 1
+    for (int i = 0; i + thread() / 64 < states; i += 2) {
+        float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-    for (int q = 0; q < PAIRS; ++q) {
-        float2 v = *(const float2*)(part + q * PART + x.from);
-        sum.x += v.x, sum.y += v.y;
+        for (int q = 0; q < THREADS / 32; ++q) {
+            float2 v = *(const float2*)(warps + (q * GROUP + i) * LINE + x.from);
+            sum.x += v.x, sum.y += v.y;
+        }
+        const i64 ahead = (i64)(j + i) * (int)k.t;
+        if (x.paired) {
+            *(float2*)(x.to + ahead) = sum;
+        } else {
+            if (x.first) x.to[ahead] = sum.x;
+            if (x.second) x.next[ahead] = sum.y;
+        }
     }
-    const i64 ahead = (i64)j * (int)k.t;
-    if (x.paired) {
-        *(float2*)(x.to + ahead) = sum;
-    } else {
-        if (x.first) x.to[ahead] = sum.x;
-        if (x.second) x.next[ahead] = sum.y;
+}
+// Adds the pairs' dB and dC of one state.
+__device__ __forceinline__ void join_pairs(const float* own, float* to) {
+    const int lane = thread() % 32;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    __syncwarp();
+#pragma unroll
+    for (int q = 0; q < LANES_C; ++q) {
+        float4 v = *(const float4*)(own + q * (LINE + 8) + lane * 4);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
+    *(float4*)(to + lane * 4) = sum;
 }
 
 // What a lane keeps of its run for two channels.
 struct Run { float dt[2][RUN], x[2][RUN], dy[2][RUN], y[2][RUN], dx[2][RUN], pull[2][RUN], before[2], after[2]; };
 
-// One state: forwards, then backwards. Leaves the lane's sums for B and C in `part`.
+// One state: forwards, then backwards. Leaves the lane's sums for B and C in `own`.
 __device__ __forceinline__ void one_state(
-    Run& q, const float* line_at, int to_C, const float4* system_j, float4* adjoint_j, float* part, const Lane& me) {
+    Run& q, const float* line_at, int to_C, const float4* system_j, float4* adjoint_j, float* own, const Lane& me) {
     const float4 sys = *system_j, adj = *adjoint_j;
     float a[2][RUN], before[2][RUN], B[RUN], C[RUN], dB[RUN], dC[RUN], dA[2], carry[2];
     const int turn = turn_of(me.run);
@@ -95,7 +111,7 @@ __device__ __forceinline__ void one_state(
             dC[r] = c ? fmaf(h, q.dy[c][r], dC[r]) : h * q.dy[c][r];
         }
     }
-    float* to = part + me.pair * PART + me.run * 4;
+    float* to = own + me.pair % LANES_C * (LINE + 8) + me.run * 4;
 #pragma unroll
     for (int v = 0; v < RUN / 4; ++v)
         *(float4*)(to + TILE + v * (LANES_T * 4)) = make_float4(dC[4 * v], dC[4 * v + 1], dC[4 * v + 2], dC[4 * v + 3]);
@@ -212,8 +228,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
     if (!locate(k, p)) return;
     const int n = (int)k.n, raw_size = TILE * padded(k);
     T *tiles = (T*)shared, *b_raw = tiles + 2 * 4 * BUFFER, *c_raw = b_raw + raw_size;  // u, dt, z, dy, twice
-    float *B = (float*)(c_raw + raw_size), *part = B + 2 * n * TILE;
-    float4 *system = (float4*)(part + TURNS * PAIRS * PART), *adjoint = system + n * PAIRS;
+    float *B = (float*)(c_raw + raw_size), *own = B + 2 * n * TILE, *warps = own + THREADS / 32 * 2 * OWN;
+    float4 *system = (float4*)(warps + THREADS / 32 * GROUP * LINE), *adjoint = system + n * PAIRS;
     auto fetch = [&](T* to, int s) {
         if (s >= p.first) {
             load_rows(to, p, p.u, s);
@@ -231,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
     __syncthreads();
     enter_adjoint(adjoint, system, k, p);
     float2 dD = make_float2(0.0f, 0.0f), dbias = dD;
-    int stage = 0, turn = 0;
+    int stage = 0;
 #pragma unroll 1
     for (; s >= p.first; s -= TILE, stage ^= 1) {
         Run q;
@@ -250,17 +266,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
         fetch(tiles + (stage ^ 1) * 4 * BUFFER, s - TILE);
         const Sum sum = sum_of(k, p, s);
 #pragma unroll 1
-        for (int j = 0; j < n; j += STATES, turn = TURNS - 1 - turn) {
+        for (int j = 0; j < n; j += GROUP) {
             const Lane me = lane_of();
-            const int states = n - j < STATES ? n - j : STATES;
-            float* block = part + turn * PAIRS * PART;
+            const int states = n - j < GROUP ? n - j : GROUP, warp = thread() / 32;
 #pragma unroll 1
-            for (int i = 0; i < states; ++i)
+            for (int i = 0; i < states; ++i) {
+                float* mine = own + (warp * 2 + i % 2) * OWN;  // two in turn: one barrier a state
                 one_state(q, B + (j + i) * TILE + me.run * 4, n * TILE, system + (j + i) * PAIRS + me.pair,
-                          adjoint + (j + i) * PAIRS + me.pair, block + 2 * i * TILE, me);
+                          adjoint + (j + i) * PAIRS + me.pair, mine, me);
+                join_pairs(mine, warps + (warp * GROUP + i) * LINE);
+            }
             __syncthreads();
-            write_parts(block, sum, k, j, states);
-            if (TURNS == 1) __syncthreads();
+            write_parts(warps, sum, k, j, states);
+            if (n > GROUP) __syncthreads();
         }
         write_run(q, here, k, p, s, dD, dbias);
         __syncthreads();
