@@ -169,3 +169,19 @@ def test_step(dtype, n, g):
         want = reference.step(right, *moved(token, dtype=torch.float64), softplus, index)
         near(y, want, BOUND[dtype], "y")
         near(mine, right, BOUND[torch.float32], "state")
+
+
+@pytest.mark.parametrize("kind", ["constant", "complex"])
+def test_what_is_not_covered_says_so_and_runs_on_the_reference(kind):
+    args = inputs(2, 20, 8, 4)
+    if kind == "constant":
+        args[3] = torch.randn(8, 4)
+    else:
+        args[2] = torch.complex(args[2], torch.randn(8, 4))
+        args[3], args[4] = torch.randn(2, 20, 1, 4, 2), torch.randn(2, 20, 1, 4, 2)
+        args[-1] = None
+    gpu._say_slow_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="slow reference"):
+        y, _ = gpu.forward(*moved(args, "cuda"), None, False)
+    want, _ = reference.forward(*args, None, False)
+    near(y, want.double(), BOUND[torch.float32], "y")

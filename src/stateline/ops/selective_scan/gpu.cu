@@ -58,30 +58,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forwa
             float4* system_j = system + me.pair;
             const bool last_run = me.run == LANES_T - 1;
             const int turn = turn_of(me.run);
+            float line[RUN];
+            float4 sys = *system_j;
+            load_run(line, line_at, turn);
 #pragma unroll 1
-            for (int j = 0; j < n; ++j, line_at += TILE, system_j += PAIRS) {
-                const float4 sys = *system_j;
-                float a[2][RUN], drive[2][RUN], line[RUN], h[2];
-                load_run(line, line_at, turn);
+            for (int j = 0; j < n; ++j, system_j += PAIRS) {
+                float a[2][RUN], drive[2][RUN], end[2], C_line[RUN], h[2];
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const float A = c ? sys.y : sys.x;
-                    float end = 0.0f;
 #pragma unroll
                     for (int r = 0; r < RUN; ++r) {
                         a[c][r] = ex2(dt[c][r] * A);
                         drive[c][r] = x[c][r] * line[r];
-                        end = r ? fmaf(a[c][r], end, drive[c][r]) : drive[c][r];
+                        end[c] = r ? fmaf(a[c][r], end[c], drive[c][r]) : drive[c][r];
                     }
-                    h[c] = scan_lanes<true>(end, ex2(before[c] * A), c ? sys.w : sys.z);
+                    h[c] = scan_lanes<true>(end[c], ex2(before[c] * A), c ? sys.w : sys.z);
                 }
-                load_run(line, line_at + n * TILE, turn);
+                load_run(C_line, line_at + n * TILE, turn);
+                if (j + 1 < n) {  // early, for the next state
+                    line_at += TILE;
+                    load_run(line, line_at, turn);
+                    sys = system_j[PAIRS];
+                }
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
 #pragma unroll
                     for (int r = 0; r < RUN; ++r) {
                         h[c] = fmaf(a[c][r], h[c], drive[c][r]);
-                        y[c][r] = fmaf(line[r], h[c], y[c][r]);
+                        y[c][r] = fmaf(C_line[r], h[c], y[c][r]);
                     }
                 if (last_run) *(float2*)&system_j->z = make_float2(h[0], h[1]);
             }

@@ -1,7 +1,7 @@
 """selective_scan in CUDA C++ (gpu*.cu), compiled at first use: the same functions as reference.py.
 
 Real A, B and C per token, data in bfloat16, float16 or float32 (mixed data is read as float32); everything is computed
-in float32. `problem` names what is not covered.
+in float32. What is not covered, as `problem` says, runs on the reference, with a warning that says why.
 
 Suffixes: b batch, t time step, d channel, n state, g group.
 """
@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import warnings
 
 import torch
 from torch import Tensor
 
-from stateline.backends import BackendError
 from stateline.ops import nvrtc
+from stateline.ops.selective_scan import reference
 
 #: Precision of A that the kernels compute in.
 DTYPES = frozenset({torch.float32})
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: Steps a lane keeps in registers, and blocks that share a multiprocessor: what registers allow (benchmarks/NOTES.md).
-RUN, FORWARD_BLOCKS, BACKWARD_BLOCKS = 8, 5, 2
+RUN, FORWARD_BLOCKS, BACKWARD_BLOCKS = 8, 4, 2
 #: Steps of a lane where only sums are needed.
 ENDS_RUN = 16
 THREADS, WARPS, WIDTH, PAIRS, LANES, GROUP = 128, 4, 32, 16, 8, 16
@@ -35,11 +36,24 @@ def problem(A: Tensor, B: Tensor, C: Tensor) -> str | None:
         return f"A is {A.dtype}, its GPU kernels compute in float32."
     if B.dim() == 2 or C.dim() == 2:
         return "a constant B or C is not covered by its GPU kernels."
-    if not _fits(A.shape[1], torch.bfloat16 if B.dtype != torch.float32 else torch.float32):
+    if not _fits(A.shape[1], torch.float32):
         return f"{A.shape[1]} states do not fit into shared memory."
     return None
 
 
+@functools.cache
+def _say_slow_once(why: str) -> None:
+    warnings.warn(f"selective_scan runs on its slow reference: {why}", RuntimeWarning, stacklevel=4)
+
+
+def _uncovered(A: Tensor, B: Tensor, C: Tensor) -> bool:
+    why = problem(A, B, C)
+    if why is not None:
+        _say_slow_once(why)
+    return why is not None
+
+
+@functools.cache
 def _fits(n: int, dtype: torch.dtype) -> bool:
     return _shared_backward(n, dtype) <= 227 * 1024
 
@@ -137,9 +151,6 @@ class _Call:
         dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None, segments: Tensor | None,
         reverse: bool, resident: int,
     ) -> None:  # fmt: skip
-        why = problem(A, B, C)
-        if why is not None:
-            raise BackendError(f"selective_scan: {why} Use backend='reference'.")
         self.dtype = _common(u, dt, B, C, z)
         self.device = u.device.index
         self.u, self.dt, self.B, self.C = (self.data(x) for x in (u, dt, B, C))
@@ -256,11 +267,11 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """u, dt, z (b, t, d); A (d, n); B, C (b, t, g, n) -> y (b, t, d), state (n_seq, d, n)."""
+    inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+    if _uncovered(A, B, C):
+        return reference.forward(*inputs)
     with torch.cuda.device_of(u):
-        call = _Call(
-            u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse,
-            FORWARD_BLOCKS,
-        )  # fmt: skip
+        call = _Call(*inputs, FORWARD_BLOCKS)
         make = torch.empty if segments is None else torch.zeros
         y = make(u.shape, dtype=call.dtype, device=u.device)
         state = call.empty(call.sequences, call.d, call.n)
@@ -289,11 +300,11 @@ def backward(
     reverse: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; None where the input was None."""
+    inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+    if _uncovered(A, B, C):
+        return reference.backward(dy, dstate, *inputs)
     with torch.cuda.device_of(u):
-        call = _Call(
-            u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse,
-            BACKWARD_BLOCKS,
-        )  # fmt: skip
+        call = _Call(*inputs, BACKWARD_BLOCKS)
         back = _Gradient(call, dy, dstate, segments is not None)
         ends, sums = call.ends()
         marks = call.empty(call.rows_of(_tile()), call.blocks_in_group * call.g, call.n, WIDTH)
@@ -324,9 +335,8 @@ def step(
     index: Tensor | None,
 ) -> Tensor:
     """One token, in place. u, dt, z (b, d); B, C (b, g, n); index (b) picks rows of state, negative: skip."""
-    why = problem(A, B, C)
-    if why is not None:
-        raise BackendError(f"selective_scan_step_: {why} Use backend='reference'.")
+    if _uncovered(A, B, C):
+        return reference.step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, index)
     dtype = _common(u, dt, B, C, z)
 
     with torch.cuda.device_of(u):

@@ -78,29 +78,40 @@ template <int MODE> __device__ __forceinline__ void sweep(const Call& k) {
         fetch(s + stride);
         const int turn = turn_of(me.run);
         bool all_gone = k.softplus;  // steps are positive then: what is forgotten stays so
+        // Two states at once: their chains overlap, and the eight lanes of a pair add up four sums by four shuffles.
+        const bool upper = me.run & 4, odd = me.run & 2;
 #pragma unroll 1
-        for (int j = 0; j < n; ++j) {
+        for (int j = 0; j < n; j += 2) {
+            const int other = j + 1 < n ? 1 : 0;
             float4* system_j = system + j * PAIRS + me.pair;
-            const float4 sys = *system_j;
+            const float4 sys = system_j[0], sys1 = system_j[other * PAIRS];
             if (MODE != MARKS) {
                 bool gone = sys.x * far[0] < FORGOTTEN && sys.y * far[1] < FORGOTTEN;
+                gone = gone && sys1.x * far[0] < FORGOTTEN && sys1.y * far[1] < FORGOTTEN;
                 if (__all_sync(FULL, gone)) continue;
                 all_gone = false;
             }
-            float line[RUN], sums[2] = {0.0f, 0.0f};
-            load_run(line, B + me.run * 4 + j * TILE, turn);
+            float line[2][RUN], sums[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
+            load_run(line[0], B + me.run * 4 + j * TILE, turn);
+            load_run(line[1], B + me.run * 4 + (j + other) * TILE, turn);
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
+            for (int r = 0; r < RUN; ++r)
 #pragma unroll
-                for (int r = 0; r < RUN; ++r)
-                    sums[c] = fmaf(ex2(path[c][r] * (c ? sys.y : sys.x)), x[c][r] * line[r], sums[c]);
+                for (int c = 0; c < 2; ++c) {
+                    sums[0][c] = fmaf(ex2(path[c][r] * (c ? sys.y : sys.x)), x[c][r] * line[0][r], sums[0][c]);
+                    sums[1][c] = fmaf(ex2(path[c][r] * (c ? sys1.y : sys1.x)), x[c][r] * line[1][r], sums[1][c]);
+                }
+            float both[2];
 #pragma unroll
-                for (int by = LANES_C; by < 32; by *= 2) sums[c] += __shfl_xor_sync(FULL, sums[c], by);
-            }
-            if (me.run == 0) {
-                float keep0 = MODE == MARKS ? ex2(total[0] * sys.x) : 1.0f;
-                float keep1 = MODE == MARKS ? ex2(total[1] * sys.y) : 1.0f;
-                *(float2*)&system_j->z = make_float2(fmaf(keep0, sys.z, sums[0]), fmaf(keep1, sys.w, sums[1]));
+            for (int c = 0; c < 2; ++c)
+                both[c] = (upper ? sums[1][c] : sums[0][c]) +
+                          __shfl_xor_sync(FULL, upper ? sums[0][c] : sums[1][c], 16);
+            float sum = (odd ? both[1] : both[0]) + __shfl_xor_sync(FULL, odd ? both[0] : both[1], 8);
+            sum += __shfl_xor_sync(FULL, sum, 4);
+            if (me.run % 2 == 0 && (!upper || other)) {
+                const float4 mine = upper ? sys1 : sys;
+                const float keep = MODE == MARKS ? ex2((odd ? total[1] : total[0]) * (odd ? mine.y : mine.x)) : 1.0f;
+                ((float*)(system_j + (upper ? PAIRS : 0)))[2 + odd] = fmaf(keep, odd ? mine.w : mine.z, sum);
             }
         }
         if (MODE != MARKS) {
