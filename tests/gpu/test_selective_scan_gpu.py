@@ -77,7 +77,7 @@ def check(args, segments=None, reverse=False):
 
 
 @pytest.mark.parametrize(
-    "b,t,d,n,g",
+    ("b", "t", "d", "n", "g"),
     [
         (1, 1, 1, 1, 1),
         (2, 33, 17, 16, 1),
@@ -157,7 +157,7 @@ def test_a_row_does_not_depend_on_its_batch_and_bits_repeat():
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
-@pytest.mark.parametrize("n,g", [(16, 1), (5, 3), (64, 2)])
+@pytest.mark.parametrize(("n", "g"), [(16, 1), (5, 3), (64, 2)])
 def test_step(dtype, n, g):
     args = inputs(4, 1, 40, n, g, dtype, sequences=7)
     u, dt, A, B, C, D, z, bias, softplus, state = args

@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forwa
         spread(C, c_raw, k);
         {
             const Lane me = lane_of();
-            const float2 D = parameter(k.D, p, me);
+            const float2 D = parameter(p.D, me);
             const T* from = u_tile + at(me.run * RUN, me.channel);
             step_sizes(dt, dt_tile, k, p, me, s);
 #pragma unroll

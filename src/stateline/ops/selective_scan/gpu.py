@@ -25,7 +25,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RUN, FORWARD_BLOCKS, BACKWARD_BLOCKS = 8, 4, 2
 #: Steps of a lane where only sums are needed.
 ENDS_RUN = 16
-THREADS, WARPS, WIDTH, PAIRS, LANES, GROUP = 128, 4, 32, 16, 8, 16
+THREADS, WARPS, WIDTH, PAIRS, LANES = 128, 4, 32, 16, 8
 #: A chunk is not shorter: finding what it leaves to the next has to pay.
 LEAST_CHUNK = 2048
 
@@ -55,7 +55,7 @@ def _uncovered(A: Tensor, B: Tensor, C: Tensor) -> bool:
 
 @functools.cache
 def _fits(n: int, dtype: torch.dtype) -> bool:
-    return _shared_backward(n, dtype) <= 227 * 1024
+    return _shared_backward(n, dtype) <= 226 * 1024  # a block may have 227 KiB, some of it is static
 
 
 @functools.cache
@@ -96,9 +96,10 @@ def _shared_sweep(n: int, dtype: torch.dtype, tile: int) -> int:
 
 def _shared_backward(n: int, dtype: torch.dtype) -> int:
     tile = _tile()
-    parts = 4 * WARPS * 2 * (PAIRS // WARPS * (2 * tile + 8) + GROUP * tile)  # of pairs, in turn; of warps
+    group = 8 if dtype == torch.float32 else 16
+    parts = 4 * WARPS * 2 * (PAIRS // WARPS * (2 * tile + 8) + group * tile)  # of pairs, in turn; of warps
     rows = 8 * _buffer(tile) * dtype.itemsize
-    return rows + 2 * _raw(n, dtype, tile) + 2 * n * tile * 4 + parts + 2 * n * PAIRS * 16
+    return rows + 2 * _raw(n, dtype, tile) + 2 * n * tile * 4 + parts + 2 * n * PAIRS * (16 + 8)
 
 
 @functools.cache
@@ -164,7 +165,7 @@ class _Call:
         self.chunk = chunk_length(self.t, self.d, _processors(self.device), resident)
         self.chunks = max(1, -(-self.t // self.chunk))
         self.flags = (int(dt_softplus), int(reverse))
-        self.blocks_in_group = -(-(-(-self.d // self.g)) // WIDTH)
+        self.blocks_in_group = (self.d + self.g * WIDTH - 1) // (self.g * WIDTH)
         self.blocks = self.blocks_in_group * self.g * self.chunks * self.sequences
 
     def data(self, x: Tensor) -> Tensor:
@@ -187,8 +188,15 @@ class _Call:
                 together |= x.data_ptr() | bits * self.dtype.itemsize
         return int(together % 16 == 0)
 
-    def record(self, y: Tensor | None = None, state: Tensor | None = None, ends: Tensor | None = None,
-               sums: Tensor | None = None, marks: Tensor | None = None, back: _Gradient | None = None) -> list[int]:  # fmt: skip
+    def record(
+        self,
+        y: Tensor | None,
+        state: Tensor | None,
+        ends: Tensor | None,
+        sums: Tensor | None,
+        marks: Tensor | None = None,
+        back: _Gradient | None = None,
+    ) -> list[int]:
         """The kernels' record `Call`."""
         outputs = () if back is None else (back.dy, back.du, back.ddt, back.dz)
         groups = [f for x in (self.B, self.C) for f in (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))]

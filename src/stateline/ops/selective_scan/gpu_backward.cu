@@ -7,7 +7,7 @@
 // in shared memory after every state, the four warps after GROUP states, and each block writes its own part; `sum_parts`
 // adds the parts in order.
 
-#define GROUP 16
+#define GROUP (DATA == 0 ? 8 : 16)  // what shared memory allows with 64 states
 #define LINE (2 * TILE)               // dB and dC of one state
 #define OWN (LANES_C * (LINE + 8))    // floats of a warp's pairs; 8 more keep banks apart
 #define LN2 0.6931471805599453f
@@ -86,8 +86,10 @@ struct Run { float dt[2][RUN], x[2][RUN], dy[2][RUN], y[2][RUN], dx[2][RUN], pul
 
 // One state: forwards, then backwards. Leaves the lane's sums for B and C in `own`.
 __device__ __forceinline__ void one_state(
-    Run& q, const float* line_at, int to_C, const float4* system_j, float4* adjoint_j, float* own, const Lane& me) {
-    const float4 sys = *system_j, adj = *adjoint_j;
+    Run& q, const float* line_at, int to_C, const float4* system_j, const float2* mark_j, float4* adjoint_j, float* own,
+    const Lane& me) {
+    const float2 sys = *(const float2*)system_j, mark = *mark_j;
+    const float4 adj = *adjoint_j;
     float a[2][RUN], before[2][RUN], B[RUN], C[RUN], dB[RUN], dC[RUN], dA[2], carry[2];
     const int turn = turn_of(me.run);
     load_run(B, line_at, turn);
@@ -102,7 +104,7 @@ __device__ __forceinline__ void one_state(
             drive[r] = q.x[c][r] * B[r];
             end = r ? fmaf(a[c][r], end, drive[r]) : drive[r];
         }
-        float h = scan_lanes<true>(end, ex2(q.before[c] * A), c ? sys.w : sys.z);
+        float h = scan_lanes<true>(end, ex2(q.before[c] * A), c ? mark.y : mark.x);
 #pragma unroll
         for (int r = 0; r < RUN; ++r) {
             before[c][r] = h;
@@ -147,7 +149,7 @@ __device__ __forceinline__ void one_state(
 
 __device__ __forceinline__ void read_run(Run& q, const T* tiles, const Call& k, const Place& p, int s) {
     const Lane me = lane_of();
-    const float2 D = parameter(k.D, p, me);
+    const float2 D = parameter(p.D, me);
     const T* here = tiles + at(me.run * RUN, me.channel);
     float sum[2] = {0.0f, 0.0f};
     step_sizes(q.dt, tiles + BUFFER, k, p, me, s);
@@ -182,7 +184,7 @@ __device__ __forceinline__ void read_run(Run& q, const T* tiles, const Call& k, 
 __device__ __forceinline__ void write_run(
     Run& q, T* tiles, const Call& k, const Place& p, int s, float2& dD, float2& dbias) {
     const Lane me = lane_of();
-    const float2 D = parameter(k.D, p, me);
+    const float2 D = parameter(p.D, me);
     T* here = tiles + at(me.run * RUN, me.channel);
     if (k.z.at) {
 #pragma unroll
@@ -203,7 +205,7 @@ __device__ __forceinline__ void write_run(
         q.dx[1][r] = fmaf(q.dx[1][r], u.y, q.pull[1][r] * LN2);
     }
     if (k.softplus) {
-        const float2 bias = parameter(k.bias, p, me);
+        const float2 bias = parameter(p.bias, me);
 #pragma unroll
         for (int r = 0; r < RUN; ++r) {
             float2 raw = get2(here + r * WIDTH + BUFFER);
@@ -230,7 +232,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
     T *tiles = (T*)shared, *b_raw = tiles + 2 * 4 * BUFFER, *c_raw = b_raw + raw_size;  // u, dt, z, dy, twice
     float *B = (float*)(c_raw + raw_size), *own = B + 2 * n * TILE, *warps = own + THREADS / 32 * 2 * OWN;
     float4 *system = (float4*)(warps + THREADS / 32 * GROUP * LINE), *adjoint = system + n * PAIRS;
-    auto fetch = [&](T* to, int s) {
+    float2* marks = (float2*)(adjoint + n * PAIRS);  // twice
+    auto fetch = [&](int stage, int s) {
+        T* to = tiles + stage * 4 * BUFFER;
         if (s >= p.first) {
             load_rows(to, p, p.u, s);
             load_rows(to + BUFFER, p, p.dt, s);
@@ -238,11 +242,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
             load_rows(to + 3 * BUFFER, p, p.dy, s);
             load_groups(b_raw, k, p, p.B, s);
             load_groups(c_raw, k, p, p.C, s);
+            const float2* from = mark_of(k, p, s);
+#pragma unroll 1
+            for (int i = 2 * thread(); i < n * PAIRS; i += 2 * THREADS)
+                copy_async(marks + stage * n * PAIRS + i, from + i, 16);
         }
         commit();
     };
     int s = p.first + (p.last - p.first + TILE - 1) / TILE * TILE - TILE;
-    fetch(tiles, s);
+    fetch(0, s);
     load_system(system, k, p);
     __syncthreads();
     enter_adjoint(adjoint, system, k, p);
@@ -256,14 +264,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
         __syncthreads();
         spread(B, b_raw, k);
         spread(B + n * TILE, c_raw, k);
-        {
-            const float2* mark = mark_of(k, p, s);
-#pragma unroll 1
-            for (int i = thread(); i < n * PAIRS; i += THREADS) *(float2*)&system[i].z = mark[i];
-        }
         read_run(q, here, k, p, s);
         __syncthreads();
-        fetch(tiles + (stage ^ 1) * 4 * BUFFER, s - TILE);
+        fetch(stage ^ 1, s - TILE);
         const Sum sum = sum_of(k, p, s);
 #pragma unroll 1
         for (int j = 0; j < n; j += GROUP) {
@@ -273,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
             for (int i = 0; i < states; ++i) {
                 float* mine = own + (warp * 2 + i % 2) * OWN;  // two in turn: one barrier a state
                 one_state(q, B + (j + i) * TILE + me.run * 4, n * TILE, system + (j + i) * PAIRS + me.pair,
-                          adjoint + (j + i) * PAIRS + me.pair, mine, me);
+                          marks + (stage * n + j + i) * PAIRS + me.pair, adjoint + (j + i) * PAIRS + me.pair, mine, me);
                 join_pairs(mine, warps + (warp * GROUP + i) * LINE);
             }
             __syncthreads();

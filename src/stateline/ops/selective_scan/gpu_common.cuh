@@ -59,6 +59,7 @@ struct Place {
     int start, length, first, last;       // time of its first step; steps [first, last) of it
     i64 chunk_row, tile_row;              // rows of this sequence in `ends` and in `marks`
     int seq, chunk, group, block, c0, c1; // channels [c0, c1)
+    __align__(8) float D[WIDTH], bias[WIDTH];       // of the block's channels, zeros if there is none
     int vectors, whole;                   // whether rows are read 16 bytes at a time; whether all 32 channels are there
 };
 
@@ -182,6 +183,12 @@ __device__ __forceinline__ bool locate(const Call& k, Place& p) {
         p.B = track(k, p, k.B), p.C = track(k, p, k.C);
     }
     __syncthreads();
+    const int t = threadIdx.x;
+    if (t < WIDTH) {
+        const bool here = p.c0 + t < p.c1;
+        p.D[t] = k.D && here ? k.D[p.c0 + t] : 0.0f;
+        p.bias[t] = k.bias && here ? k.bias[p.c0 + t] : 0.0f;
+    }
     return p.c0 < p.c1 && (p.chunk == 0 || p.first < p.length);
 }
 
@@ -379,16 +386,13 @@ __device__ __forceinline__ Lane lane_of() {
     x.channel = 2 * x.pair;
     return x;
 }
-// A parameter (d) of the lane's two channels, zeros if there is none.
-__device__ __forceinline__ float2 parameter(const float* x, const Place& p, const Lane& me) {
-    int c = p.c0 + me.channel;
-    return make_float2(x && c < p.c1 ? x[c] : 0.0f, x && c + 1 < p.c1 ? x[c + 1] : 0.0f);
-}
+// A parameter of the lane's two channels.
+__device__ __forceinline__ float2 parameter(const float* x, const Lane& me) { return *(const float2*)(x + me.channel); }
 
 // Step sizes of the lane's run, each [channel][step]; 0 past the end, so that the state passes unchanged.
 __device__ __forceinline__ void step_sizes(float (&dt)[2][RUN], const T* tile, const Call& k, const Place& p,
                                            const Lane& me, int s) {
-    const float2 bias = parameter(k.bias, p, me);
+    const float2 bias = parameter(p.bias, me);
     const T* from = tile + at(me.run * RUN, me.channel);
 #pragma unroll
     for (int r = 0; r < RUN; ++r) {
