@@ -88,6 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forwa
                         h[c] = fmaf(a[c][r], h[c], drive[c][r]);
                         y[c][r] = fmaf(C_line[r], h[c], y[c][r]);
                     }
+                __syncwarp();  // all lanes have read what is replaced
                 if (last_run) *(float2*)&system_j->z = make_float2(h[0], h[1]);
             }
         }

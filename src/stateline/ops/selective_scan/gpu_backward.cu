@@ -139,6 +139,7 @@ __device__ __forceinline__ void one_state(
 #pragma unroll
     for (int v = 0; v < RUN / 4; ++v)
         *(float4*)(to + v * (LANES_T * 4)) = make_float4(dB[4 * v], dB[4 * v + 1], dB[4 * v + 2], dB[4 * v + 3]);
+    __syncwarp();  // all lanes have read what is replaced
     if (me.run == 0) *(float2*)&adjoint_j->z = make_float2(carry[0], carry[1]);
     const bool high = me.run >= LANES_T / 2;  // the upper lanes add up the second channel's
     float sum = (high ? dA[1] : dA[0]) + __shfl_xor_sync(FULL, high ? dA[0] : dA[1], 16);

@@ -108,6 +108,7 @@ template <int MODE> __device__ __forceinline__ void sweep(const Call& k) {
                           __shfl_xor_sync(FULL, upper ? sums[0][c] : sums[1][c], 16);
             float sum = (odd ? both[1] : both[0]) + __shfl_xor_sync(FULL, odd ? both[0] : both[1], 8);
             sum += __shfl_xor_sync(FULL, sum, 4);
+            __syncwarp();  // all lanes have read what is replaced
             if (me.run % 2 == 0 && (!upper || other)) {
                 const float4 mine = upper ? sys1 : sys;
                 const float keep = MODE == MARKS ? ex2((odd ? total[1] : total[0]) * (odd ? mine.y : mine.x)) : 1.0f;
