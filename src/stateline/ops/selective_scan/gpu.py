@@ -36,6 +36,8 @@ def problem(A: Tensor, B: Tensor, C: Tensor) -> str | None:
         return f"A is {A.dtype}, its GPU kernels compute in float32."
     if B.dim() == 2 or C.dim() == 2:
         return "a constant B or C is not covered by its GPU kernels."
+    if A.shape[1] == 0:
+        return "there are no states."
     if not _fits(A.shape[1], torch.float32):
         return f"{A.shape[1]} states do not fit into shared memory."
     return None
@@ -134,10 +136,17 @@ def _common(*data: Tensor | None) -> torch.dtype:
 
 def _data(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` as kernels read data: the last dimension adjacent, steps less than 2 GiB apart."""
+    if x.is_neg():  # its sign is still to be changed in memory
+        x = x.resolve_neg()
     if x.dtype != dtype:
         x = x.to(dtype)
     near = x.stride(-1) == 1 or x.shape[-1] <= 1
     return x if near and x.stride(1) * dtype.itemsize < 2**31 else x.contiguous()
+
+
+def _parameter(x: Tensor | None) -> Tensor | None:
+    """`x` as kernels read parameters and states."""
+    return None if x is None else x.resolve_neg().contiguous()
 
 
 def _rows(x: Tensor | None) -> tuple[int, ...]:
@@ -156,8 +165,8 @@ class _Call:
         self.device = u.device.index
         self.u, self.dt, self.B, self.C = (self.data(x) for x in (u, dt, B, C))
         self.z = None if z is None else self.data(z)
-        self.A = A.contiguous()
-        self.D, self.bias, self.initial = (None if x is None else x.contiguous() for x in (D, dt_bias, initial_state))
+        self.A = A.resolve_neg().contiguous()
+        self.D, self.bias, self.initial = (_parameter(x) for x in (D, dt_bias, initial_state))
         self.table = None if segments is None else segments.contiguous()
         self.b, self.t, self.d = u.shape
         self.g, self.n = B.shape[2:]
@@ -229,7 +238,7 @@ class _Gradient:
     """What the backward kernels write, and the gradients they read."""
 
     def __init__(self, call: _Call, dy: Tensor, dstate: Tensor, padded: bool) -> None:
-        self.dy, self.dstate = call.data(dy), dstate.to(torch.float32).contiguous()
+        self.dy, self.dstate = call.data(dy), dstate.to(torch.float32).resolve_neg().contiguous()
         make = torch.zeros if padded else torch.empty
 
         def like(x: Tensor | None) -> Tensor | None:
@@ -350,7 +359,7 @@ def step(
     with torch.cuda.device_of(u):
         inputs = [_data(x, dtype) for x in (u, dt)] + [None if z is None else _data(z, dtype)]
         systems = [_data(x, dtype) for x in (B, C)]
-        A, D, dt_bias = A.contiguous(), *(None if x is None else x.contiguous() for x in (D, dt_bias))
+        A, D, dt_bias = A.resolve_neg().contiguous(), *(_parameter(x) for x in (D, dt_bias))
         index = None if index is None else index.contiguous()
         (b, d), (g, n) = u.shape, B.shape[1:]
         y = torch.empty((b, d), dtype=dtype, device=u.device)
