@@ -135,6 +135,14 @@ def kernel(op: str, device: str, backend: str | None, dtype: torch.dtype | None 
     return _module(op, choice.name)
 
 
+def stand_in(op: str, backend: str | None, why: str) -> ModuleType:
+    """The reference's module where a back end that was chosen does not cover the arguments; BackendError if forced."""
+    if backend is not None:
+        raise BackendError(f"{op}: backend={backend!r} cannot run here: {why}")
+    _say_slow_once(why)
+    return _module(op, "reference")
+
+
 @functools.cache
 def _module(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f"stateline.ops.{op}.{backend}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -210,20 +211,27 @@ def _projection(op: str, sizes: Sizes, name: str, x: Tensor, lead: str, A: Tenso
 # ---- raw ops ---------------------------------------------------------------------------------------------------------
 
 
+def _kernel(device: str, backend: str | None, A: Tensor, B: Tensor, C: Tensor) -> ModuleType:
+    """The back end's module; where it does not cover this system, the reference, or a refusal if it was forced."""
+    module = backends.kernel(OP, device, backend, A.dtype)
+    why = module.problem(A, B, C) if hasattr(module, "problem") else None
+    return module if why is None else backends.stand_in(OP, backend, why)
+
+
 def _run(u: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *rest, backend = args
-    return backends.kernel(OP, u.device.type, backend, rest[1].dtype).forward(u, *rest)
+    return _kernel(u.device.type, backend, *rest[1:4]).forward(u, *rest)
 
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rest, backend = args
-    grads = backends.kernel(OP, dy.device.type, backend, rest[3].dtype).backward(dy, *rest)
+    grads = _kernel(dy.device.type, backend, *rest[3:6]).backward(dy, *rest)
     return tuple(or_empty(g, dy) for g in grads)
 
 
 def _run_step(state: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
-    return backends.kernel(OP, state.device.type, backend, state.dtype).step(state, *rest)
+    return _kernel(state.device.type, backend, *rest[2:5]).step(state, *rest)
 
 
 def _fake(u: Tensor, dt: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """selective_scan in CUDA C++ (gpu*.cu), compiled at first use: the same functions as reference.py.
 
 Real A, B and C per token, data in bfloat16, float16 or float32 (mixed data is read as float32); everything is computed
-in float32. What is not covered, as `problem` says, runs on the reference, with a warning that says why.
+in float32. `problem` says what is not covered.
 
 Suffixes: b batch, t time step, d channel, n state, g group.
 """
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import warnings
 
 import torch
 from torch import Tensor
 
 from stateline.ops import nvrtc
-from stateline.ops.selective_scan import reference
 
 #: Precision of A that the kernels compute in.
 DTYPES = frozenset({torch.float32})
@@ -41,18 +39,6 @@ def problem(A: Tensor, B: Tensor, C: Tensor) -> str | None:
     if not _fits(A.shape[1], torch.float32):
         return f"{A.shape[1]} states do not fit into shared memory."
     return None
-
-
-@functools.cache
-def _say_slow_once(why: str) -> None:
-    warnings.warn(f"selective_scan runs on its slow reference: {why}", RuntimeWarning, stacklevel=4)
-
-
-def _uncovered(A: Tensor, B: Tensor, C: Tensor) -> bool:
-    why = problem(A, B, C)
-    if why is not None:
-        _say_slow_once(why)
-    return why is not None
 
 
 @functools.cache
@@ -285,8 +271,6 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """u, dt, z (b, t, d); A (d, n); B, C (b, t, g, n) -> y (b, t, d), state (n_seq, d, n)."""
     inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
-    if _uncovered(A, B, C):
-        return reference.forward(*inputs)
     with torch.cuda.device_of(u):
         call = _Call(*inputs, FORWARD_BLOCKS)
         make = torch.empty if segments is None else torch.zeros
@@ -318,8 +302,6 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; None where the input was None."""
     inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
-    if _uncovered(A, B, C):
-        return reference.backward(dy, dstate, *inputs)
     with torch.cuda.device_of(u):
         call = _Call(*inputs, BACKWARD_BLOCKS)
         back = _Gradient(call, dy, dstate, segments is not None)
@@ -352,8 +334,6 @@ def step(
     index: Tensor | None,
 ) -> Tensor:
     """One token, in place. u, dt, z (b, d); B, C (b, g, n); index (b) picks rows of state, negative: skip."""
-    if _uncovered(A, B, C):
-        return reference.step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, index)
     dtype = _common(u, dt, B, C, z)
 
     with torch.cuda.device_of(u):
