@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stateline import backends, ops
 from stateline.ops.selective_scan import gpu, reference
 
 pytestmark = pytest.mark.gpu
@@ -181,8 +182,12 @@ def test_what_is_not_covered_says_so_and_runs_on_the_reference(kind):
         args[2] = torch.complex(args[2], torch.randn(8, 4))
         args[3], args[4] = torch.randn(2, 20, 1, 4, 2), torch.randn(2, 20, 1, 4, 2)
         args[-1] = None
-    gpu._say_slow_once.cache_clear()
+    u, dt, A, B, C, D, z, bias, softplus, state = moved(args, "cuda")
+    options = {"D": D, "z": z, "dt_bias": bias, "dt_softplus": softplus, "initial_state": state}
+    backends._say_slow_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="slow reference"):
-        y, _ = gpu.forward(*moved(args, "cuda"), None, False)
+        y, _ = ops.selective_scan(u, dt, A, B, C, **options)
+    with pytest.raises(backends.BackendError, match="backend='gpu' cannot run here"):
+        ops.selective_scan(u, dt, A, B, C, **options, backend="gpu")
     want, _ = reference.forward(*args, None, False)
     near(y, want.double(), BOUND[torch.float32], "y")
