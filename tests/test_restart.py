@@ -86,3 +86,44 @@ def test_a_model_whose_checkpoints_were_deleted_is_kept(text: Path) -> None:
     with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
         train(tiny(text, steps=6, resume=True))
     assert (root / "model" / "model.safetensors").is_file()
+
+
+def test_overwriting_spares_what_is_not_the_runs(text: Path) -> None:
+    root = text.parent / "proj"
+    (root / "data").mkdir(parents=True)
+    (root / "base").mkdir()
+    (root / "tensorboard").mkdir()
+    corpus = Path(shutil.copy(text, root / "data" / "corpus.txt"))
+    mine = [root / "data" / "notes.md", root / "base" / "model.safetensors", root / "tensorboard" / "notes.md"]
+    for path in mine:
+        path.write_text("precious")
+    for _ in range(2):  # no run there, then one
+        train(tiny(corpus, out=root, steps=2, overwrite=True, document_separator="half"))
+        assert [path.read_text() for path in mine] == ["precious"] * 3
+        assert corpus.is_file()
+    assert (root / "data" / "train" / "dataset.json").is_file()
+    train(tiny(corpus, out=root, steps=2, overwrite=True))
+    assert sorted(path.name for path in (root / "data").iterdir()) == ["corpus.txt", "notes.md"]
+
+
+def test_overwriting_refuses_to_delete_what_it_reads_or_does_not_know(text: Path) -> None:
+    root = text.parent / "run"
+    (root / "model").mkdir(parents=True)
+    (root / "model" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="model is not a run's, and the run would write there"):
+        train(tiny(text, overwrite=True))
+    shutil.rmtree(root)
+    train(tiny(text, steps=2))
+    inside = root / "checkpoints" / "step-00000002" / "corpus.txt"
+    shutil.copy(text, inside)
+    for name, settings in {"the text": {"path": inside}, "val": {"val": inside}}.items():
+        with pytest.raises(ValueError, match=f"{name} is .*corpus.txt, which overwrite would delete"):
+            train(tiny(text, overwrite=True, **settings))
+    step = root / "checkpoints" / "step-00000002" / "model"
+    with pytest.raises(ValueError, match=r"init_from is .*, which overwrite would delete"):
+        train(tiny(text, overwrite=True, init_from=step, d_model=None, n_layer=None, d_state=16))
+    (root / "model" / "notes.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"notes\.md is not a run's"):
+        train(tiny(text, overwrite=True))
+    assert inside.is_file()
+    assert (root / "run.json").is_file()

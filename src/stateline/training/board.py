@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +32,14 @@ def require() -> Any:
     return SummaryWriter
 
 
+def remove_events(folder: Path) -> None:
+    """Delete TensorBoard's event files, and their folder if nothing else is in it."""
+    for path in folder.glob("events.out.tfevents.*"):
+        path.unlink()
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 class Board:
     """One event file a session, made anew from metrics.jsonl: what that holds once is here once.
 
@@ -41,7 +48,7 @@ class Board:
 
     def __init__(self, folder: Path, metrics: Path) -> None:
         writer = require()
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_events(folder)
         self._writer = writer(str(folder), purge_step=0)
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         records = [json.loads(line) for line in lines]

@@ -16,7 +16,7 @@ import torch
 from stateline.checks import fail
 from stateline.models import LanguageModel, checkpoint
 from stateline.nn import param_groups
-from stateline.training import adapters, board, resume
+from stateline.training import adapters, board, removal, resume
 from stateline.training.config import SETTINGS_FILE, TrainConfig
 from stateline.training.data import TextData, Windows, load_data
 from stateline.training.ema import Ema
@@ -101,9 +101,9 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
         model = prepared(model, config, data.vocabulary).to(device)
         with resume.locked(config.directory):
             if config.save.overwrite:
-                resume.remove_run(config.directory, keep_prepared=data.lies_in(config.directory))
+                removal.remove_run(config.directory, keep_prepared=data.lies_in(config.directory))
             elif config.save.resume and not start:
-                resume.remove_results(config.directory)
+                removal.remove_results(config.directory)
             resume.clean(config.directory)
             share = schedule.progress(start.position.step, start.position.elapsed) if start else 0.0
             log = MetricsLog(

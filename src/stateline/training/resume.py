@@ -86,8 +86,9 @@ def newest(root: Path) -> Path | None:
 
 
 def holds_run(root: Path) -> bool:
-    """Whether a folder has any trace of a run."""
-    return any((root / name).exists() for name in (SETTINGS_FILE, CHECKPOINTS, MODEL, METRICS))
+    """Whether a folder is a run's: it has a run's settings, or a checkpoint (made before them for given weights)."""
+    last = newest(root)
+    return (root / SETTINGS_FILE).is_file() or (last is not None and (last / "training.json").is_file())
 
 
 def never_saved(root: Path) -> bool:
@@ -95,27 +96,6 @@ def never_saved(root: Path) -> bool:
     folder = root / CHECKPOINTS
     deleted = (folder / LATEST).exists() or ((root / MODEL).exists() and not folder.exists())
     return (root / SETTINGS_FILE).is_file() and not deleted and newest(root) is None
-
-
-def remove_run(root: Path, *, keep_prepared: bool = False) -> None:
-    """Delete a run's own files and nothing else in its folder; `keep_prepared` spares the data prepared there."""
-    _remove(root, CHECKPOINTS)
-    remove_results(root)
-    _remove(root, SETTINGS_FILE, *TOKENIZER_FILES, *[PREPARED] * (not keep_prepared))
-
-
-def remove_results(root: Path) -> None:
-    """Delete what a run has learnt and reported; its settings, tokenizer and prepared data stay."""
-    _remove(root, MODEL, METRICS, BASE, BOARD, CHECKPOINTS)
-
-
-def _remove(root: Path, *names: str) -> None:
-    for name in names:
-        path = root / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def save(

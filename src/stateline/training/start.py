@@ -11,7 +11,7 @@ import torch
 
 from stateline.checks import fail
 from stateline.models import LanguageModel, ModelConfig, checkpoint
-from stateline.training import adapters, resume
+from stateline.training import adapters, removal, resume
 from stateline.training.arguments import read_file
 from stateline.training.config import SETTINGS_FILE, TrainConfig, differences
 from stateline.training.data import TextData
@@ -47,6 +47,8 @@ def refuse_occupied(config: TrainConfig) -> None:
     if resume.holds_run(root) and not (config.save.resume or config.save.overwrite):
         how = "--resume to continue it" if last or never_saved else "--out to choose another folder"
         raise fail("train", f"{root} already holds a run.", f"Use {how}, or --overwrite to delete it and start.")
+    if not config.save.resume:
+        removal.refuse_losses(config)
 
 
 def find_start(config: TrainConfig, data: TextData) -> Start | None:
