@@ -94,6 +94,30 @@ def test_an_interrupted_preparation_goes_on_and_ends_the_same(lines: Path, monke
     assert contents(folder) == contents(lines.parent / "straight")
 
 
+@pytest.mark.parametrize("size", [100, 1 << 20])
+def test_a_preparation_that_fails_at_its_very_end_goes_on_to_the_same_data(
+    size: int, lines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the closing end of text was written and before the index was."""
+    monkeypatch.setattr(shards, "SHARD_TOKENS", size)
+    wanted, folder = request(lines, learn(DOCUMENTS, 300)), lines.parent / "set"
+    straight = prepare(wanted, lines.parent / "straight", progress="off")
+    original = shards.write_atomically
+
+    def failing(path: Path, text: str) -> None:
+        if path.name == shards.INDEX:
+            raise OSError(28, "No space left on device")
+        original(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_atomically", failing)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="could not be written: No space left"):
+                prepare(wanted, folder, progress="off")
+    assert prepare(wanted, folder, progress="off").digest == straight.digest
+    assert contents(folder) == contents(lines.parent / "straight")
+
+
 def test_other_requests_do_not_touch_a_data_set(lines: Path) -> None:
     folder = lines.parent / "set"
     first = prepare(request(lines), folder, progress="off")

@@ -182,7 +182,7 @@ class Writer:
     def finish(self) -> None:
         """Close the last document and shard and write the index: from now on the data set is complete."""
         self._end_of_text()
-        self._close_shard()
+        self._close_shard(last=True)
         self._starts.close()
         self.index.documents_sha256 = _sha256(self.folder / DOCUMENTS)
         self.vocabulary.save(self.folder)
@@ -208,7 +208,11 @@ class Writer:
         self._count += len(ids)
         self.index.tokens += len(ids)
 
-    def _close_shard(self) -> None:
+    def _close_shard(self, *, last: bool = False) -> None:
+        """Put the open shard in place. The last one, which the closing end of text is in, is no progress to go on from.
+
+        A preparation that is killed between it and the index makes it again.
+        """
         if self._shard is None:
             return
         self._shard.close()
@@ -218,7 +222,8 @@ class Writer:
         self._starts.flush()
         flush(self.folder / DOCUMENTS)
         self.index.shards.append((name, self._count, self._digest.hexdigest()))
-        write_atomically(self.folder / PROGRESS, self.index.to_json())
+        if not last:
+            write_atomically(self.folder / PROGRESS, self.index.to_json())
         self._shard, self._digest, self._count = None, hashlib.sha256(), 0
 
     def _name(self) -> str:
