@@ -191,6 +191,24 @@ def test_training_prepares_by_itself_and_resumes_with_the_same_bits(
         train(tiny(lines, resume=True, **settings | {"packing": "stream"}))
 
 
+def test_resuming_keeps_what_was_prepared(tmp_path: Path) -> None:
+    """A source that has changed or gone costs a run nothing; another one is refused, and nothing is written."""
+    source = tmp_path / "text.jsonl"
+    source.write_bytes(json_lines(DOCUMENTS))
+    root = train(tiny(source, steps=2)).directory
+    prepared = contents(root / "data" / "train")
+    with source.open("ab") as file:
+        file.write(json_lines(["one more"]))
+    assert train(tiny(source, steps=3, resume=True)).steps == 3
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(json_lines(DOCUMENTS[:50], "body"))
+    with pytest.raises(ValueError, match=r"path and text_field changed, and .*train, which the run learns from"):
+        train(tiny(other, steps=4, resume=True, text_field="body"))
+    assert contents(root / "data" / "train") == prepared
+    source.unlink()
+    assert train(tiny(source, steps=4, resume=True)).steps == 4
+
+
 def test_bits_per_byte_of_any_vocabulary(lines: Path) -> None:
     """The plain definition, over all bytes; in the log, on the way and at the end."""
     result = train(tiny(lines, tokenizer="bpe:300", log_every=1, eval_every=0, sample_every=0))

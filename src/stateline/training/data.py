@@ -22,7 +22,7 @@ from stateline.training import corpus
 from stateline.training.config import DataConfig
 from stateline.training.prepare import Request, prepare
 from stateline.training.resume import PREPARED
-from stateline.training.shards import INDEX, is_dataset, open_dataset
+from stateline.training.shards import INDEX, PROGRESS, is_dataset, open_dataset, read_index
 from stateline.training.text import IGNORED, Layout, TokenText
 from stateline.training.vocabulary import Vocabulary, beside, bpe_size, named, require_same
 
@@ -67,12 +67,14 @@ def load_data(
     home: Path | None = None,
     model: Path | None = None,
     resumed: bool = False,
+    before: DataConfig | None = None,
     progress: str = "off",
 ) -> TextData:
     """Read and split the text, preparing shards of it where bytes on disk are not yet ids.
 
     home: the run's folder, where prepared shards go unless `config.cache` says otherwise.   model: the folder of the
-    weights that training starts from, whose tokenizer counts; `resumed`: they are this run's own.   progress: as in
+    weights that training starts from, whose tokenizer counts; `resumed`: they are this run's own.   before: the
+    settings that a resumed run has learnt by: what it prepared is read, and never replaced.   progress: as in
     ReportConfig.
 
     Raises ValueError, before any training, if the text is missing, empty, binary or too short, or the tokenizer is not
@@ -83,7 +85,7 @@ def load_data(
     own = beside(model) if model else None
     if own is not None and not (resumed and _is_gone(config.tokenizer)):
         require_same(own, config.tokenizer, str(model), learnt=resumed)
-    source = _Source(config, home, own, str(model), progress)
+    source = _Source(config, home, own, str(model), progress, before)
     text, vocabulary = source.open(config.path, "train")
     if config.val is not None:
         val, _ = replaced(source, own=vocabulary, owner=config.path).open(config.val, "val")
@@ -118,6 +120,7 @@ class _Source:
     own: Vocabulary | None
     owner: str
     progress: str
+    before: DataConfig | None
 
     def open(self, name: str, part: str) -> tuple[TokenText, Vocabulary]:
         """A text file, a folder, a prepared data set, or what has to become one; with its vocabulary."""
@@ -131,6 +134,8 @@ class _Source:
         vocabulary = self.own or named(config.tokenizer)
         if vocabulary is not None and vocabulary.is_bytes and _is_readable(request.files, config):
             return read_text(path, config.pattern, config.force_binary), vocabulary
+        if self.before and kept and is_dataset(kept) and not config.cache:
+            return self._kept(kept, request, part)
         if config.cache:
             kept = Path(config.cache).expanduser() / f"{path.name.partition('.')[0]}-{request.key()}"
         if kept is None:
@@ -138,6 +143,19 @@ class _Source:
         prepare(request, kept, progress=self.progress, replace=True)
         text, vocabulary, _ = open_dataset(kept)
         return text, vocabulary
+
+    def _kept(self, folder: Path, request: Request, part: str) -> tuple[TokenText, Vocabulary]:
+        """What the run prepared and has learnt from, whatever became of its source since."""
+        names = ("path" if part == "train" else "val", "pattern", "force_binary", "text_field", "document_separator")
+        changed = [name for name in names if getattr(self.config, name) != getattr(self.before, name)]
+        index = read_index(folder, INDEX if (folder / INDEX).is_file() else PROGRESS)
+        if changed and index.request != request.record():
+            problem = f"{' and '.join(changed)} changed, and {folder}, which the run learns from, was made otherwise."
+            raise fail("train", problem, "Drop these changes, or start a new run.")
+        if (folder / INDEX).is_file():
+            return self._dataset(folder)
+        prepare(request, folder, progress=self.progress)
+        return self._dataset(folder)
 
     def _dataset(self, folder: Path) -> tuple[TokenText, Vocabulary]:
         given = {"document_separator": None, "text_field": "text", "cache": None, "force_binary": False}

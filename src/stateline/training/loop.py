@@ -37,6 +37,7 @@ from stateline.training.start import (
     prepared,
     refuse_occupied,
     replaces_source,
+    settings_before,
     settled,
     source,
 )
@@ -91,6 +92,7 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
             home=config.directory,
             model=source(config),
             resumed=config.save.resume,
+            before=settings_before(config),
             progress=config.report.progress,
         )
         windows = Windows(data.train, config.data.context, config.seed, apart=config.data.packing == "documents")

@@ -13,7 +13,7 @@ from stateline.checks import fail
 from stateline.models import LanguageModel, ModelConfig, checkpoint
 from stateline.training import adapters, removal, resume
 from stateline.training.arguments import read_file
-from stateline.training.config import SETTINGS_FILE, TrainConfig, differences
+from stateline.training.config import SETTINGS_FILE, DataConfig, TrainConfig, differences
 from stateline.training.data import TextData
 from stateline.training.resume import Position
 from stateline.training.vocabulary import Vocabulary, beside
@@ -60,6 +60,12 @@ def find_start(config: TrainConfig, data: TextData) -> Start | None:
     other = "the text: its contents or its split differ from what the run was started with"
     _refuse_changes(last, old, config, *[other] * (digest != data.digest))
     return Start(last, position, differences(old, config, "free"))
+
+
+def settings_before(config: TrainConfig) -> DataConfig | None:
+    """How the text was read by the run whose checkpoint is resumed, None without one."""
+    last = resume.newest(config.directory) if config.save.resume else None
+    return resume.read_about(last)[1].data if last else None
 
 
 def _refuse_changes(place: Path, old: TrainConfig, new: TrainConfig, *others: str) -> None:
