@@ -14,7 +14,7 @@ from test_resume import LINES, stop_after, tiny
 from torch import nn
 
 import stateline
-from stateline.models import LanguageModel, ModelConfig
+from stateline.models import LanguageModel, ModelConfig, checkpoint
 from stateline.training import Interrupted, TrainConfig, adapters, resume, train
 from stateline.training.config import AdapterConfig
 
@@ -135,3 +135,24 @@ def test_what_cannot_work_is_refused_before_anything_is_written(text: Path, monk
         train(tiny(text, lora=2, **NO_SHAPE), model=small())
     assert not (text.parent / "run").exists()
     assert TrainConfig.of(lora=2).adapters.lora_alpha is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup_steps": 12}, "warmup_steps is 12, but the run has 12 steps"),
+        ({"schedule": "wsd", "decay_share": 0.5, "warmup_steps": 7}, "the decay takes the last 50% of 12 steps"),
+        ({"lora": 2, "lora_targets": "q_proj"}, "lora_targets has 'q_proj'"),
+        ({"lora": 2}, "lora needs peft"),
+    ],
+)
+def test_no_text_is_prepared_for_a_run_that_cannot_be(
+    settings: dict[str, Any], message: str, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if message == "lora needs peft":
+        without_package("peft", monkeypatch)
+    checkpoint.save(small(), text.parent / "given")
+    settings = {**NO_SHAPE, "init_from": text.parent / "given", "document_separator": "half", "steps": 12} | settings
+    with pytest.raises(ValueError, match=message):
+        train(tiny(text, **settings))
+    assert not (text.parent / "run").exists()

@@ -33,22 +33,29 @@ def targets(model: LanguageModel, config: AdapterConfig) -> list[str]:
     return [f"backbone.{name}" for name in found if name.rpartition(".")[2] in wanted]
 
 
+def require() -> Any:
+    """The library. Raises ValueError naming the extra if it is missing."""
+    try:
+        import peft
+    except ImportError as error:
+        remedy = "Install it: pip install 'stateline[lora]'."
+        raise fail("train", "lora needs peft, which is not installed.", remedy) from error
+    return peft
+
+
 def add(model: LanguageModel, config: AdapterConfig) -> None:
     """Give a model adapters, in place, and freeze everything else. Draws A from the global random state.
 
     Raises ValueError naming the extra if peft is missing.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        remedy = "Install it: pip install 'stateline[lora]'."
-        raise fail("train", "lora needs peft, which is not installed.", remedy) from error
+    peft = require()
     alpha: Any = 2 * config.lora if config.lora_alpha is None else config.lora_alpha
     names = targets(model, config)
     with warnings.catch_warnings():
         # peft looks for a transformers configuration; ours says nothing that it needs
         warnings.filterwarnings("ignore", module="peft")
-        inject_adapter_in_model(LoraConfig(r=config.lora, lora_alpha=alpha, target_modules=names), model)
+        wanted = peft.LoraConfig(r=config.lora, lora_alpha=alpha, target_modules=names)
+        peft.inject_adapter_in_model(wanted, model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * len(names), "an A and a B each"
 

@@ -36,6 +36,7 @@ from stateline.training.start import (
     named_model,
     prepared,
     refuse_occupied,
+    refuse_unfit,
     replaces_source,
     settings_before,
     settled,
@@ -87,6 +88,7 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
     cuda = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         model = model or named_model(config, load)
+        refuse_unfit(config, model)
         data = load_data(
             config.data,
             home=config.directory,

@@ -16,6 +16,7 @@ from stateline.training.arguments import read_file
 from stateline.training.config import SETTINGS_FILE, DataConfig, TrainConfig, differences
 from stateline.training.data import TextData
 from stateline.training.resume import Position
+from stateline.training.schedule import make_schedule
 from stateline.training.vocabulary import Vocabulary, beside
 
 #: The name of the model that ships.
@@ -114,6 +115,21 @@ def named_model(config: TrainConfig, load: Loader | None) -> LanguageModel | Non
     return model
 
 
+def refuse_unfit(config: TrainConfig, model: LanguageModel | None) -> None:
+    """Refuse, before any text is prepared, a length that leaves no room for its schedule, and adapters that cannot be.
+
+    model: the weights to start from, None if they are new or a checkpoint's.
+    """
+    if not config.budget.epochs:  # whose steps only the text tells
+        make_schedule(config, 1)
+    if model is not None and adapters.present(model):
+        raise fail("train", "model has adapters already.", "Give a plain one, such as an earlier result's model.")
+    if config.adapters.lora:
+        adapters.require()
+        if model is not None:
+            adapters.targets(model, config.adapters)
+
+
 def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabulary) -> LanguageModel:
     """A checkpoint's model, or a new one, on the CPU."""
     if start:
@@ -133,8 +149,6 @@ def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabula
 def prepared(model: LanguageModel, config: TrainConfig, vocabulary: Vocabulary) -> LanguageModel:
     """The model as it is trained: float32 at least, with adapters if asked, and with room for its activations."""
     _check_vocabulary(model, vocabulary)
-    if adapters.present(model):
-        raise fail("train", "model has adapters already.", "Give a plain one, such as an earlier result's model.")
     if model.backbone.embedding.weight.dtype.itemsize < torch.float32.itemsize:
         model.float()  # steps smaller than half precision can hold would be lost
     if config.adapters.lora:
