@@ -317,6 +317,11 @@ def test_settings_from_yaml(tmp_path: Path, suffix: str, monkeypatch: pytest.Mon
         ("optim: {lrr: 1}", "unknown setting optim.lrr. Did you mean optim.lr?"),
         ("lr: fast", "lr is 'fast', expected a number"),
         ("lr: [1", "cannot be read as settings"),
+        ("steps: 010", "steps is '010', expected a whole number"),
+        ("minutes: 1:30", "minutes is '1:30', expected a number"),
+        ("lr: 1e-3\nseed: 3\nlr: 1e-4", "lr is there twice"),
+        ("optim: {lr: 1e-3, lr: 1e-4}", "lr is there twice"),
+        ("optim: {lr: 1e-3}\nlr: 1e-4", "lr is given twice"),
         ("- 1", "holds list, expected a table"),
         ("path: !!python/object/apply:os.getcwd []", "cannot be read as settings: could not determine a constructor"),
     ):
@@ -326,6 +331,27 @@ def test_settings_from_yaml(tmp_path: Path, suffix: str, monkeypatch: pytest.Mon
     file.write_text(YAML)
     without_package("yaml", monkeypatch)
     with pytest.raises(ValueError, match=r"needs pyyaml, which is not installed: pip install 'stateline\[train\]'"):
+        parse("--config", str(file))
+
+
+def test_settings_of_a_file_and_flags_are_judged_together(tmp_path: Path, text: Path) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text('{"decay_share": 0.3, "optim": {"min_lr_ratio": 0}, "steps": 7, "overwrite": true}')
+    wanted = {"schedule": "wsd", "decay_share": 0.3, "min_lr_ratio": 0, "overwrite": True}
+    flags = ("--config", str(file), "--schedule", "wsd")
+    assert parse(*flags) == TrainConfig.of(**wanted, steps=7)
+    assert parse(*flags, "--epochs", "2") == TrainConfig.of(**wanted, epochs=2)
+    with pytest.raises(ValueError, match="decay_share is set, but schedule is 'cosine'"):
+        parse("--config", str(file))
+    root = train(tiny(text, steps=2)).directory
+    file.write_text('{"overwrite": true}')
+    resumed = parse("--config", str(file), "--resume", "--out", str(root), "--epochs", "2")
+    assert (resumed.budget.steps, resumed.budget.epochs, resumed.save.overwrite) == (None, 2, False)
+    file.write_text('{"steps": 1, "steps": 2}')
+    with pytest.raises(ValueError, match="steps is there twice"):
+        parse("--config", str(file))
+    file.write_text('{"steps": 1, "epochs": 2}')
+    with pytest.raises(ValueError, match="Give one of the two"):
         parse("--config", str(file))
 
 

@@ -315,22 +315,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Read flat names, or groups of them as `to_dict` writes. Raises ValueError for unknown keys."""
-        flat: dict[str, Any] = {}
-        for key, value in values.items():
-            if key not in layout() or not key:
-                flat[key] = value
-            elif not isinstance(value, Mapping):
-                raise ValueError(f"train: {key} is {value!r}, expected a table of settings.")
-            else:
-                for name, inner in value.items():
-                    if name not in layout()[key]:
-                        close = get_close_matches(name, layout()[key], 1)
-                        hint = (
-                            f". Did you mean {key}.{close[0]}?" if close else f"; {key} has {', '.join(layout()[key])}."
-                        )
-                        raise ValueError(f"train: unknown setting {key}.{name}{hint}")
-                    flat[name] = inner
-        return cls.of(**flat)
+        return cls.of(**flat_names(values))
 
     def replace(self, **settings: Any) -> TrainConfig:
         """A copy with some settings changed, by flat name."""
@@ -377,6 +362,30 @@ class TrainConfig:
     def directory(self) -> Path:
         """Where the run is written."""
         return Path(self.save.out) if self.save.out else Path("runs") / (Path(self.data.path).resolve().stem or "text")
+
+
+def flat_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by flat name, of flat names or groups of them; the values are not looked at.
+
+    Raises ValueError for an unknown name in a group, and for a setting that is given twice.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in layout() or not key:
+            given = {key: value}
+        elif isinstance(value, Mapping):
+            given = dict(value)
+            for name in given:
+                if name not in layout()[key]:
+                    close = get_close_matches(name, layout()[key], 1)
+                    hint = f". Did you mean {key}.{close[0]}?" if close else f"; {key} has {', '.join(layout()[key])}."
+                    raise ValueError(f"train: unknown setting {key}.{name}{hint}")
+        else:
+            raise ValueError(f"train: {key} is {value!r}, expected a table of settings.")
+        if twice := flat.keys() & given.keys():
+            raise ValueError(f"train: {min(twice)} is given twice, alone and in a table of settings. Drop one.")
+        flat |= given
+    return flat
 
 
 def differences(old: TrainConfig, new: TrainConfig, kind: str) -> list[str]:
