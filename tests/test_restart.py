@@ -117,13 +117,22 @@ def test_overwriting_refuses_to_delete_what_it_reads_or_does_not_know(text: Path
     inside = root / "checkpoints" / "step-00000002" / "corpus.txt"
     shutil.copy(text, inside)
     for name, settings in {"the text": {"path": inside}, "val": {"val": inside}}.items():
-        with pytest.raises(ValueError, match=f"{name} is .*corpus.txt, which overwrite would delete"):
+        with pytest.raises(ValueError, match=f"{name} is .*corpus.txt, which the run in .* would replace or delete"):
             train(tiny(text, overwrite=True, **settings))
     step = root / "checkpoints" / "step-00000002" / "model"
-    with pytest.raises(ValueError, match=r"init_from is .*, which overwrite would delete"):
+    with pytest.raises(ValueError, match=r"init_from is .*, which the run in .* would replace or delete"):
         train(tiny(text, overwrite=True, init_from=step, d_model=None, n_layer=None, d_state=16))
     (root / "model" / "notes.md").write_text("mine")
     with pytest.raises(ValueError, match=r"notes\.md is not a run's"):
         train(tiny(text, overwrite=True))
     assert inside.is_file()
     assert (root / "run.json").is_file()
+
+
+def test_a_data_set_that_is_read_is_not_prepared_over(text: Path) -> None:
+    root = train(tiny(text, steps=2, document_separator="half")).directory
+    index = (root / "data" / "train" / "dataset.json").read_bytes()
+    with pytest.raises(ValueError, match=r"val is .*train, which the run in .* would replace or delete"):
+        train(tiny(text, overwrite=True, document_separator="some", val=root / "data" / "train"))
+    assert (root / "data" / "train" / "dataset.json").read_bytes() == index
+    assert train(tiny(root / "data" / "train", out=root, overwrite=True, steps=1)).steps == 1

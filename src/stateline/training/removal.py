@@ -24,10 +24,12 @@ _OWN = {
 _OWN[BASE] = _OWN[MODEL]
 #: The data sets that a run prepares, in PREPARED.
 PARTS = ("train", "val")
+#: Whose data set a run may put where it would read the text, or the validation text, from.
+_OTHER = {"the text": "val", "val": "train"}
 
 
 def refuse_losses(config: TrainConfig) -> None:
-    """Raise ValueError if --overwrite would delete what is not the run's, or what the new run reads."""
+    """Raise ValueError if a new run would write over what is no run's, or delete what it reads itself."""
     root = config.directory
     for name in (CHECKPOINTS, MODEL, METRICS, *[BASE] * bool(config.adapters.lora)):
         if (root / name).exists() and (stranger := _stranger(root, name)):
@@ -40,9 +42,10 @@ def refuse_losses(config: TrainConfig) -> None:
         path = Path(place or "").expanduser().resolve()
         if name == "init_from" and path in (root.resolve(), (root / MODEL).resolve()):
             continue  # the run starts by saving these weights again
-        if place and any(path.is_relative_to(there) for there in doomed):
+        replaced = [(root / PREPARED / _OTHER[name]).resolve()] if name in _OTHER else []
+        if place and any(path.is_relative_to(there) for there in [*doomed, *replaced]):
             remedy = "Copy it elsewhere first, or choose another folder with --out."
-            raise fail("train", f"{name} is {path}, which overwrite would delete with the run in {root}.", remedy)
+            raise fail("train", f"{name} is {path}, which the run in {root} would replace or delete.", remedy)
 
 
 def remove_run(root: Path, *, keep_prepared: bool = False) -> None:
