@@ -12,6 +12,7 @@ torch.set_num_threads(1)
 
 # A script's background jobs inherit an ignored Ctrl-C; tests, and the processes they start, do interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,8 @@ def test_stats_count_the_day(run: Callable[..., str], home: Path, tmp_path: Path
         (["--save-stream", "no/such/folder"], "there is no directory"),
         (["--save-stream", "notes"], "notes exists and is no saved stream; it is not replaced"),
         (["--save-stream", "."], "exists and is no saved stream"),
+        (["--save-every", "5"], "--save-every goes with --save-stream FILE"),
+        (["--save-stream", "new", "--save-every", "-1"], "-1 is not a number of minutes from 0"),
     ],
 )
 def test_complaints_come_before_any_text(
@@ -162,6 +167,71 @@ def test_a_reader_that_leaves_still_saves(home: Path, tmp_path: Path) -> None:
         process.stdout.close()  # type: ignore[union-attr]
         assert process.wait(timeout=60) == 141
     assert Stream.load(path, stateline.load(home)).length > 1
+
+
+IN_A_TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # this process's own terminal, whose loss it is told of
+from stateline.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_terminal_that_goes_away_saves(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stream"
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-c", IN_A_TERMINAL, "generate", "x", "--model", str(home), "--endless"]
+    with subprocess.Popen(
+        [*words, "--save-stream", str(path)], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        assert os.read(ours, 9)
+        os.close(ours)
+        assert process.wait(timeout=60) in (2, 130)  # as the write or the signal comes first
+    assert Stream.load(path, stateline.load(home)).length > 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full, a disk without room")
+def test_a_full_disk_saves(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stream"
+    command = [*COMMAND, "x", "--model", str(home), "--endless", "--save-stream", str(path)]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    problem = "the text cannot be written (No space left on device)"
+    assert ended.stderr == f"stateline: error: {problem}; go on with --load-stream {path}\n"
+    assert ended.returncode == 2
+    assert Stream.load(path, stateline.load(home)).length > 1
+
+
+def test_a_kill_costs_no_more_than_the_time_between_saves(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stream"
+    with start(home, "x", *SAMPLED, "--endless", "--save-stream", path, "--save-every", 0.001) as process:
+        until = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < until:
+            process.stdout.read(9)  # type: ignore[union-attr]
+        process.kill()
+    assert Stream.load(path, stateline.load(home)).length > 1
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(None, 2), (0, 1), (10, 2), (31, 1)])
+def test_when_a_stream_is_saved(
+    run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float | None, saves: int
+) -> None:
+    """A text that takes half an hour, on a clock that ticks once, and whose first save finds no room."""
+    times, made = iter([0.0, 1800.0]), []
+
+    def save(stream: Stream, path: Path) -> None:
+        made.append(stream.length)
+        if len(made) < saves:
+            raise OSError("no room.")
+
+    monkeypatch.setattr("stateline.cli.generate.time.monotonic", lambda: next(times, 1800.0))
+    monkeypatch.setattr(Stream, "save", save)
+    monkeypatch.setattr("stateline.cli._warn", lambda message, *_, **__: made.append(str(message)))
+    every = () if minutes is None else ("--save-every", minutes)
+    run("x", "--max-tokens", 40, "--save-stream", tmp_path / "stream", *every)
+    failed = [made[0], "no room. The text goes on, unsaved until the next try."]
+    assert made == [*(failed if saves == 2 else []), 41]
 
 
 def test_a_stop_inside_the_prompt_says_what_was_read(

@@ -244,7 +244,7 @@ def test_one_process_a_folder(text: Path) -> None:
         pass  # released
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_save_and_exit_with_130(text: Path, number: signal.Signals) -> None:
     run = Child(text, steps=100_000, save_every=0)
     run.wait_for_step(3)
@@ -267,16 +267,25 @@ def test_second_signal_stops_at_once() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_job_that_ignores_ctrl_c_goes_on_ignoring_it(text: Path) -> None:
+def test_a_terminal_that_goes_away_twice_is_one_wish_to_stop() -> None:
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.received == "SIGHUP"
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_job_that_ignores_a_signal_goes_on_ignoring_it(number: signal.Signals) -> None:
     """nohup, and a script's background jobs, start programs so."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopSignals() as stop:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
             assert not stop
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_training_in_a_thread_leaves_signals_alone(text: Path) -> None:

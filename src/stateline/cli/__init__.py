@@ -59,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             raise
         _complain(error)
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk, say, which the error is about; what is left cannot be written
+            _abandon_output()
         return 2
 
 

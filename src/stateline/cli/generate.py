@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 MAX_TOKENS = 256
 #: Livelier than greedy, safer than the model's own distribution: the usual choice of text generators.
 TEMPERATURE = 0.8
+#: Minutes between the times an unfinished stream is saved.
+SAVE_EVERY = 10.0
 #: Fields of SamplingConfig that are flags.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_window", "seed")
 
@@ -33,7 +37,7 @@ examples:
   stateline generate --prompt-file book.txt --max-tokens 100     a prompt of any size, in constant memory
   cat notes.txt | stateline generate --prompt-file -
   stateline generate "We" --endless | head -c 1000000            as long as you let it
-  stateline generate "We" --endless --save-stream day.stream     until Ctrl-C, which saves
+  stateline generate "We" --endless --save-stream day.stream     until Ctrl-C, which saves; and every 10 minutes
   stateline generate --load-stream day.stream --save-stream day.stream --endless     go on, byte for byte
   stateline generate "But now" --load-stream day.stream          go on from another text
   stateline generate --batch "One" "Two" "Three"                 one JSON object a line
@@ -45,6 +49,10 @@ With --save-stream the text is not at its end: characters and stop strings that 
 newline is added unless to a terminal, so that the outputs put together are what one run would have written. A loaded
 stream keeps its own sampling, random numbers included: a flag that asks for another is refused.
 """
+
+
+class OutputError(OSError):
+    """The output takes no more: a full disk, a terminal that is gone."""
 
 
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -64,7 +72,13 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     either.add_argument("--endless", action="store_true", help="go on until interrupted, past any end of text")
     length.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     kept = parser.add_argument_group("days on end")
-    kept.add_argument("--save-stream", metavar="FILE", help="keep the stream when the text ends, Ctrl-C included")
+    kept.add_argument("--save-stream", metavar="FILE", help="keep the stream when the text ends, however it does")
+    kept.add_argument(
+        "--save-every",
+        type=_minutes,
+        metavar="MINUTES",
+        help=f"keep it in between too, for a power cut; 0: only at the end (default: {SAVE_EVERY:g})",
+    )
     kept.add_argument("--load-stream", metavar="FILE", help="go on with a kept stream; a prompt is fed to it first")
     _add_sampling(parser)
     add_model_options(parser)
@@ -93,6 +107,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--max-tokens is {options.max_tokens}, expected a whole number from 0")
     sampling = _sampling(options)
     stop_strings(options.stop)
+    if options.save_every is not None and options.save_stream is None:
+        raise UsageError("--save-every goes with --save-stream FILE")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" and goes on
     return _batch(options, sampling) if options.batch else _single(options, sampling)
@@ -124,6 +140,9 @@ def _single(options: argparse.Namespace, sampling: SamplingConfig) -> int:
         except BrokenPipeError:
             stream.save(options.save_stream)
             raise
+        except OutputError as error:
+            stream.save(options.save_stream)
+            raise OutputError(f"{error}; go on with --load-stream {options.save_stream}") from error
         stream.save(options.save_stream)
     if stop:
         raise KeyboardInterrupt(f"{left}go on with --load-stream {options.save_stream}")
@@ -151,6 +170,7 @@ def _open(options: argparse.Namespace, sampling: SamplingConfig) -> Stream:
 def _write(stream: Stream, prompt: Any, options: argparse.Namespace, stop: StopSignals) -> str:
     """Feed the prompt and write the text, until `stop`; what a stop left unread is returned as a remark."""
     started, before = time.perf_counter(), stream.length
+    save_if_due = _Saves(options)
     pieces = stream.read(prompt)
     while not stop and (ids := next(pieces, None)):
         stream.feed_pieces([ids])
@@ -167,6 +187,7 @@ def _write(stream: Stream, prompt: Any, options: argparse.Namespace, stop: StopS
             _show(piece)
             if stop:
                 break
+            save_if_due(stream)
         _show("\n" if ends else "")
     except (KeyboardInterrupt, ValueError):  # an interrupted text still ends its line, before any complaint
         _show("\n")
@@ -176,6 +197,33 @@ def _write(stream: Stream, prompt: Any, options: argparse.Namespace, stop: StopS
             made = stream.sampler.drawn - drawn
             _report(stream, (read, read_at - started), (made, time.perf_counter() - read_at))
     return ""
+
+
+class _Saves:
+    """Saves a stream that is being written, every so often, so that a power cut costs no more than that."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        minutes = SAVE_EVERY if options.save_every is None else options.save_every
+        self.path = options.save_stream
+        self.every = 60 * minutes if self.path is not None and minutes else math.inf
+        self.due = time.monotonic() + self.every
+
+    def __call__(self, stream: Stream) -> None:
+        if time.monotonic() < self.due:
+            return
+        try:
+            stream.save(self.path)
+        except OSError as error:  # the text is better off going on: the disk may have room again at its end
+            warnings.warn(f"{error} The text goes on, unsaved until the next try.", RuntimeWarning, stacklevel=2)
+        self.due = time.monotonic() + self.every
+
+
+def _minutes(text: str) -> float:
+    """Minutes from 0, for `type=`."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes from 0")
+    return value
 
 
 def _check_target(name: str | None) -> None:
@@ -275,8 +323,13 @@ def _show(text: str) -> None:
     """Write text at once; on a terminal without the characters that would steer it, which a model may well produce."""
     if sys.stdout.isatty():
         text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"the text cannot be written ({error.strerror or error})") from error
 
 
 def _report(stream: Stream, prompt: tuple[int, float], text: tuple[int, float]) -> None:

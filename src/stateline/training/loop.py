@@ -70,7 +70,7 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
     Raises:
         ValueError: settings or text that cannot work.
         TrainingError: the loss is no number or has left its bounds, or a checkpoint cannot be saved.
-        Interrupted: (a KeyboardInterrupt) Ctrl-C or SIGTERM came, and a checkpoint was made.
+        Interrupted: (a KeyboardInterrupt) Ctrl-C, SIGTERM or SIGHUP came, and a checkpoint was made.
     """
     device = device_of(config.device)
     if config.report.tensorboard:

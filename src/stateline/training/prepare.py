@@ -72,7 +72,8 @@ def prepare(request: Request, folder: Path, *, progress: str = "auto", replace: 
     replace: a data set of another request there is deleted.
 
     Raises ValueError for sources that cannot be read as text, for a folder that holds something else, and if another
-    process prepares it; TrainingError if the disk is full; Interrupted (a KeyboardInterrupt) after Ctrl-C or SIGTERM.
+    process prepares it; TrainingError if the disk is full; Interrupted (a KeyboardInterrupt) after one
+    of the signals in `StopSignals`.
     """
     wanted = request.record()
     if folder.exists() and not folder.is_dir():

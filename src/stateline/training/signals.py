@@ -1,13 +1,17 @@
-"""Ctrl-C and SIGTERM: finish the step, save, then leave. A second one leaves at once."""
+"""Ctrl-C, SIGTERM and a lost terminal: finish the step, save, then leave. A second Ctrl-C leaves at once."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+#: What ends a run; Windows has no SIGHUP.
+NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -21,9 +25,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM sets `received`; the second raises KeyboardInterrupt.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP sets `received`; a second SIGINT or SIGTERM raises
+    KeyboardInterrupt. A second SIGHUP does not: a terminal that goes away may well send two.
 
-    Outside the main thread Python allows no signal handlers: there it does nothing.
+    Signals that are ignored, as SIGHUP is under nohup, stay so. Outside the main thread Python allows no signal
+    handlers: there it does nothing.
     """
 
     def __init__(self) -> None:
@@ -32,7 +38,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in NUMBERS:
                 if signal.getsignal(number) is signal.SIG_IGN:  # nohup, or a script's background job: meant to go on
                     continue
                 self._before[number] = signal.signal(number, self._handle)
@@ -48,7 +54,13 @@ class StopSignals:
         return self.received is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.received and name == "SIGHUP":
+            return
         if self.received:
             raise KeyboardInterrupt("stopped at once, without saving")
-        self.received = signal.Signals(number).name
-        print("\nStopping after this step, then saving. Again to stop at once.", file=sys.stderr, flush=True)
+        self.received = name
+        try:
+            print("\nStopping after this step, then saving. Again to stop at once.", file=sys.stderr, flush=True)
+        except OSError:  # the terminal is gone: nothing more can be said, but saving must not fail for that
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
