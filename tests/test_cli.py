@@ -56,8 +56,8 @@ FLAGS = {
     "bench": ["--debug", "--help", "--json", "--model", "--quick", "--threads", "-h"],
     "convert": ["--debug", "--dtype", "--force", "--help", "--to", "-h"],
     "eval": [
-        "--context", "--debug", "--device", "--dtype", "--field", "--help", "--json", "--limit", "--lines", "--mode",
-        "--stride", "--threads", "--weights", "-h",
+        "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json", "--limit",
+        "--lines", "--mode", "--stride", "--threads", "--weights", "-h",
     ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "generate": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -217,6 +218,38 @@ def test_folders_files_lines_and_limits(folder: Path) -> None:
     ends = [d.consumed for d in Corpus.of([folder]).documents()]
     assert ends == sorted(ends)
     assert ends[-1] == Corpus.of([folder]).size
+
+
+@pytest.mark.parametrize("kind", [".gz", ".zst"])
+def test_compressed_files_are_the_texts_in_them(folder: Path, kind: str) -> None:
+    compress = gzip.compress if kind == ".gz" else pytest.importorskip("zstandard").compress
+    for name in ("a.jsonl", "b.txt"):
+        (folder / f"{name}{kind}").write_bytes(compress((folder / name).read_bytes()))
+    for lines in (False, True):
+        for limit in (None, 3, 100):
+            for name in ("a.jsonl", "b.txt"):
+                plain, packed = (Corpus.of(folder / f, lines=lines, limit=limit) for f in (name, f"{name}{kind}"))
+                assert [text for _, text in read(packed)] == [text for _, text in read(plain)]
+    ends = [(d.consumed, d.stored) for d in Corpus.of(folder / f"b.txt{kind}").documents()]
+    assert ends == [((folder / f"b.txt{kind}").stat().st_size,) * 2]
+    whole = (folder / f"b.txt{kind}").read_bytes()
+    for damaged, message in ((whole[:-6], "is cut short"), (b"plain", "is damaged, or no")):
+        (folder / f"b.txt{kind}").write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"eval: .*b.txt{kind} {message}"):
+            read(Corpus.of(folder / f"b.txt{kind}"))
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_binary_files_are_no_texts(folder: Path, lines: bool) -> None:
+    image = folder / "picture"
+    for content, message in (
+        (b"a\0b\n", r"picture holds NUL bytes"),
+        (b"caf\xe9\n", r"20.0 % of the bytes of .*picture"),
+    ):
+        image.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"eval: .*{message}.*with --force-binary"):
+            read(Corpus.of(image, lines=lines))
+        assert read(Corpus.of(image, lines=lines, force_binary=True)) == [("picture", content)]
 
 
 def test_bad_files_are_named(folder: Path) -> None:

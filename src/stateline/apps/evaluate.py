@@ -195,7 +195,7 @@ class Evaluator:
                     assert isinstance(part.span.tokens, _Sequence)
                     sequence = part.span.tokens
                     share = (part.first + len(part.targets)) / len(sequence)
-                    ahead = int(len(sequence.document.data) * (1 - share))
+                    ahead = int(sequence.document.stored * (1 - share))
                     progress(sequence.document.consumed - ahead, self._score("total", list(self.tallies), sure=False))
         finally:
             self.model.train(training)

@@ -23,6 +23,7 @@ examples:
   stateline eval bundled letters.txt
   stateline eval runs/book chapters/ --json                    every .txt, .jsonl and .ndjson file of a folder
   stateline eval runs/book news.jsonl --field body             one document a line of JSON
+  stateline eval runs/book news.jsonl.zst book.txt.gz          compressed files are decompressed
   stateline eval runs/book messages.txt --lines                one document a line of text
   stateline eval runs/book long.txt --mode window --context 1024
   stateline eval runs/book long.txt --mode sliding --context 1024 --stride 256
@@ -45,6 +46,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     texts = parser.add_argument_group("what a document is")
     texts.add_argument("--lines", action="store_true", help="each line of a text file (default: the file)")
     texts.add_argument("--field", default="text", help="the field of JSON lines that holds the text (default: text)")
+    texts.add_argument("--force-binary", action="store_true", help="read files even if they are not UTF-8 text")
     texts.add_argument("--limit", type=positive, metavar="BYTES", help="stop after this much text, over all files")
     context = parser.add_argument_group("what the model sees of it")
     context.add_argument("--mode", choices=MODES, default=MODES[0], help="(default: document)")
@@ -60,7 +62,13 @@ def run(options: argparse.Namespace) -> int:
     from stateline.training.progress import Reporter
 
     config = _config(options)
-    corpus = Corpus.of(options.files, lines=options.lines, field=options.field, limit=options.limit)
+    corpus = Corpus.of(
+        options.files,
+        lines=options.lines,
+        field=options.field,
+        limit=options.limit,
+        force_binary=options.force_binary,
+    )
     model = load_model(options)
     evaluator = Evaluator(model, load_tokenizer(directory_of(options.model), model.config.vocab_size), config)
     code = 0

@@ -53,8 +53,8 @@ class Piece:
 class TextCheck:
     """Refuses what is not UTF-8 text: NUL bytes, or too much that cannot be decoded."""
 
-    def __init__(self, file: Path, force: bool) -> None:
-        self.file, self.force = file, force
+    def __init__(self, file: Path, force: bool, op: str = "train") -> None:
+        self.file, self.force, self.op = file, force, op
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._invalid = self._seen = 0
 
@@ -64,7 +64,7 @@ class TextCheck:
             return
         if b"\0" in chunk:
             remedy = "Convert it to UTF-8 (iconv -t utf-8), or read it as it is with --force-binary."
-            raise fail("train", f"{self.file} holds NUL bytes: binary data or UTF-16, expected UTF-8 text.", remedy)
+            raise fail(self.op, f"{self.file} holds NUL bytes: binary data or UTF-16, expected UTF-8 text.", remedy)
         text = self._decoder.decode(chunk)
         self._seen += len(chunk)
         self._invalid += 0 if text.isascii() else len(_ESCAPED.findall(text))
@@ -76,7 +76,7 @@ class TextCheck:
         if self._invalid > INVALID_LIMIT * self._seen:
             share = f"{100 * self._invalid / self._seen:.1f} %"
             remedy = "Convert it (iconv -f latin1 -t utf-8), or read it as it is with --force-binary."
-            raise fail("train", f"{share} of the bytes of {self.file} are not UTF-8 text.", remedy)
+            raise fail(self.op, f"{share} of the bytes of {self.file} are not UTF-8 text.", remedy)
 
 
 def find_files(path: Path, pattern: str) -> list[Path]:
@@ -137,9 +137,9 @@ def pieces(files: list[Path], config: DataConfig) -> Iterator[Piece]:
 
 def _chunks(file: Path, raw: BinaryIO, config: DataConfig) -> Iterator[tuple[bytes, bool]]:
     """(bytes, whether a document ends after them)."""
-    blocks = _blocks(file, raw)
+    blocks = contents(file, raw)
     if is_json_lines(file):
-        for number, line in enumerate(_split(blocks, b"\n"), 1):
+        for number, line in enumerate(split(blocks, b"\n"), 1):
             if line.strip():
                 yield _record(file, number, line, config.text_field), True
         return
@@ -160,14 +160,14 @@ def _checked(blocks: Iterator[bytes], check: TextCheck) -> Iterator[bytes]:
     check.finish()
 
 
-def _blocks(file: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """A file's contents, decompressed, in blocks."""
+def contents(file: Path, raw: BinaryIO, op: str = "train") -> Iterator[bytes]:
+    """A file's contents, decompressed, in blocks. Raises ValueError, as `op`, if it is damaged or cut short."""
     kind = file.suffix.lower()
     if kind not in COMPRESSED:
         while block := raw.read(_READ):
             yield block
         return
-    new = _zstandard if kind == ".zst" else lambda: zlib.decompressobj(wbits=31)
+    new = (lambda: _zstandard(op)) if kind == ".zst" else (lambda: zlib.decompressobj(wbits=31))
     decoder: Any = new()
     fed = False  # of this frame: a file may hold several, one after the other
     try:
@@ -181,20 +181,20 @@ def _blocks(file: Path, raw: BinaryIO) -> Iterator[bytes]:
     except Exception as error:  # zlib.error or zstandard.ZstdError; the latter's package may not be there to be named
         if isinstance(error, OSError | ImportError) or type(error).__name__ not in ("error", "ZstdError"):
             raise
-        raise fail("train", f"{file} is damaged, or no {kind} file: {error}.", "Copy or download it again.") from error
+        raise fail(op, f"{file} is damaged, or no {kind} file: {error}.", "Copy or download it again.") from error
     if fed:
-        raise fail("train", f"{file} is cut short: its last part is missing.", "Copy or download it again.")
+        raise fail(op, f"{file} is cut short: its last part is missing.", "Copy or download it again.")
 
 
-def _zstandard() -> Any:
+def _zstandard(op: str) -> Any:
     try:
         import zstandard
     except ImportError as error:
-        raise fail("train", "reading .zst needs the package zstandard.", "pip install 'stateline[train]'") from error
+        raise fail(op, "reading .zst needs the package zstandard.", "pip install 'stateline[train]'") from error
     return zstandard.ZstdDecompressor().decompressobj()
 
 
-def _split(blocks: Iterator[bytes], mark: bytes) -> Iterator[bytes]:
+def split(blocks: Iterator[bytes], mark: bytes) -> Iterator[bytes]:
     """What stands between marks; the last part may be empty."""
     held: list[bytes] = []
     for block in blocks:
