@@ -19,7 +19,7 @@ from stateline.backends import BackendError
 from stateline.generation.decode import explain, network_of, prepare_for_decode
 from stateline.nn import PackedLinear
 from stateline.ops.decode_token import decode_token_
-from stateline.ops.packed_linear import FORMATS, pack, unpack
+from stateline.ops.packed_linear import FORMATS, pack, packed_linear, unpack
 
 BACKENDS = ["reference", "cpu"] if backends.native_problem() is None else ["reference"]
 needs_native = pytest.mark.skipif(len(BACKENDS) == 1, reason=f"no C++ library: {backends.native_problem()}")
@@ -75,6 +75,31 @@ def test_int4_packs_what_four_bits_can_hold_exactly() -> None:
     steps[:, ::32] = -8  # every group uses its whole range
     weight = steps * torch.tensor([2.0**-i for i in range(20)])[:, None]
     assert torch.equal(unpack(*pack(weight, "int4"), "int4", 20, 64), weight)
+
+
+# ---- extremes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_too_small_or_not_finite(format: str, backend: str) -> None:
+    """Tiny rows are zeros, whose bias is left; an infinity or NaN shows in its whole row, and in no other."""
+    weight, bias = torch.randn(20, 70), torch.randn(20)
+    x = torch.randn(9, 70)
+    for row, largest in enumerate((1e-45, 1e-40, 1e-35, 9.6e-35, 3.8e-34)):
+        x[row] = x[row].sign() * largest
+    x[5, 3], x[6, 3], x[7, 3] = math.inf, -math.inf, math.nan
+    data, scales = pack(weight, format)
+    y = packed_linear(x, data, scales, bias, format=format, rows=20, columns=70, backend=backend)
+    assert torch.equal(y[:5], bias.expand(5, -1))
+    bare = packed_linear(x[:5], data, scales, format=format, rows=20, columns=70, backend=backend)
+    assert (bare == 0).all()  # which a bias would hide
+    assert not torch.isfinite(y[5:8]).any()
+    alone = packed_linear(x[8:], data, scales, bias, format=format, rows=20, columns=70, backend="reference")
+    near(y[8:], alone, 1e-5)
+    small = x[8:] / x[8].abs().max() * 1e-30  # products of steps of both are still normal numbers
+    y = packed_linear(small, data, scales, format=format, rows=20, columns=70, backend=backend)
+    near(y * 1e30, seen(small, format) * 1e30 @ unpack(data, scales, format, 20, 70).double().T, 1e-4)
 
 
 # ---- products -------------------------------------------------------------------------------------------------------
