@@ -79,7 +79,7 @@ static void prepare(const Packed& m, const float* x, char* to) {
     int32_t* groups = (int32_t*)(low + padded);
     const VF factor = splat(largest > 0 ? LARGEST / largest : 0.0f), half = splat(0.5f);
     typedef Vector<int8_t, W>::V Bytes;
-    Sums sums = {largest / LARGEST, 0, 0};
+    Sums sums = {largest - largest == 0 ? largest / LARGEST : __builtin_nanf(""), 0, 0};  // a row with an infinity is lost
     IF all_high = {}, all_low = {};
     for (int64_t g = 0; g < padded / GROUP; g++) {
         IF both = {};
