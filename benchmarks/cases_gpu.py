@@ -16,7 +16,7 @@ from benchmarks.cases import OURS, with_backward, without_grad
 from benchmarks.measure import Work
 from torch import Tensor, nn
 
-from stateline import backends, ops
+from stateline import backends, ops, prepare_for_decode
 from stateline.models import LanguageModel, ModelConfig
 from stateline.nn import Mamba
 
@@ -246,25 +246,30 @@ def training(d: int, layers: int, b: int, t: int, bar: float) -> Case:
 
 
 def decoding(d: int, layers: int, b: int, bar: float) -> Case:
-    """One token of every stream by a captured graph; all weights must be read."""
+    """One token of every stream by a captured graph: packed, a launch a token, and as loaded, layer by layer."""
 
     def make() -> dict[str, Work]:
-        model = language_model(d, layers).eval()
-        ids = torch.randint(0, 50280, (b,), device=DEVICE)
-        state = model.init_state(b)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(3):
-                model.step_(ids, state)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), torch.no_grad():
-            ids.copy_(model.step_(ids, state).argmax(-1))
-        return {OURS: graph.replay}
+        plain = language_model(d, layers).eval()
+        models = {f"{OURS}, {form} packed": prepare_for_decode(plain, form) for form in ("bf16", "int8", "int4")}
+        return {name: captured(model, b) for name, model in (models | {f"{OURS}, layer by layer": plain}).items()}
 
     weights = 2 * (50280 * d + layers * (2 * d * 2 * d + 2 * d * d + 2 * d * (d // 16 + 32) + d // 16 * 2 * d))
     states = b * layers * 2 * d * (16 + 3) * 4 * 2
     return Case("decoding step", f"d{d} layers{layers} b{b}", make, ALL, weights + states, tokens=b, bar=bar)
+
+
+def captured(model: LanguageModel, b: int) -> Work:
+    """A greedy step of b streams, to be replayed."""
+    ids, state = torch.randint(0, 50280, (b,), device=DEVICE), model.init_state(b)
+    with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+        for _ in range(3):
+            model.step_(ids, state)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        ids.copy_(model.step_(ids, state).argmax(-1))
+    keep = model, state, ids  # what the graph reads
+    return lambda: graph.replay() if keep else None
 
 
 def family() -> Iterator[Case]:

@@ -79,10 +79,9 @@ def _forget(model: LanguageModel, _: Any) -> None:
 
 def explain(model: LanguageModel) -> str | None:
     """Why `step_` of a prepared model goes layer by layer; None if it is one native call."""
-    if (problem := backends.native_problem()) is not None:
-        return problem
-    if (device := model.backbone.norm_f.weight.device).type != "cpu":
-        return f"the model is on {device}, the native call needs the CPU"
+    device = model.backbone.norm_f.weight.device.type
+    if (choice := backends.choose("decode_token", device)).name == "reference":
+        return choice.rejected["gpu" if device == "cuda" else "cpu"]
     for block in model.backbone.layers:
         if not isinstance(block, Block) or type(block.mixer) is not Mamba:
             return f"a block holds {type(getattr(block, 'mixer', block)).__name__}, the native call knows Mamba"
@@ -94,7 +93,7 @@ def explain(model: LanguageModel) -> str | None:
         if wrapped:
             kind = type(block.get_submodule(wrapped[0])).__name__
             return f"{wrapped[0]} is a {kind}, the native call needs plain matrices"
-    return None
+    return None if choice.name == "cpu" else backends.kernel("decode_token", device, None).problem(network_of(model))
 
 
 class TokenStep:

@@ -27,8 +27,8 @@ class PackedMatrix(nn.Module):
         self.format = format
         self.rows, self.columns = weight.shape
         data, scales = pack(weight, format)
-        self.register_buffer("data", data.to(weight.device))
-        self.register_buffer("scales", scales.to(weight.device))
+        self.register_buffer("data", data)
+        self.register_buffer("scales", scales)
 
     @property
     def num_bytes(self) -> int:

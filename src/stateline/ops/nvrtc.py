@@ -22,6 +22,7 @@ import torch
 from stateline.backends import BackendError
 
 _DYNAMIC_SHARED, _CARVEOUT = 8, 9  # CU_FUNC_ATTRIBUTE_…
+_SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 
 
 @functools.cache
@@ -47,6 +48,14 @@ def _check(code: int, what: str) -> None:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(code, ctypes.byref(text))
         raise BackendError(f"{what} failed: {(text.value or b'unknown error').decode()} ({code}).")
+
+
+@functools.cache
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block may have on a device."""
+    value = ctypes.c_int()
+    _check(_driver().cuDeviceGetAttribute(ctypes.byref(value), _SHARED_OPTIN, device), "asking for shared memory")
+    return value.value
 
 
 def cache_folder() -> Path:
@@ -125,15 +134,22 @@ class Library:
             self._functions[name] = (function, shared)
         return function
 
-    def launch(self, name: str, blocks: int, threads: int, shared: int, record: Sequence[int]) -> None:
-        """Run `name` on the current stream. `record`: its argument, a whole number for each field."""
+    def launch(
+        self, name: str, blocks: int, threads: int, shared: int, record: Sequence[int], *, cooperative: bool = False
+    ) -> None:
+        """Run `name` on the current stream. `record`: its argument, a whole number for each field.
+
+        cooperative: all blocks run at the same time, so that they may wait for each other.
+        """
         if blocks == 0:
             return
         function = self._function(name, shared)
         fields = (ctypes.c_int64 * len(record))(*record)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(fields))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = _driver().cuLaunchKernel(
-            function, ctypes.c_uint(blocks), 1, 1, threads, 1, 1, shared, stream, arguments, None
-        )
+        grid = (function, ctypes.c_uint(blocks), 1, 1, threads, 1, 1, shared, stream, arguments)
+        if cooperative:
+            code = _driver().cuLaunchCooperativeKernel(*grid)
+        else:
+            code = _driver().cuLaunchKernel(*grid, None)
         _check(code, f"launching {name}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import is_
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A block: float32 tensors, contiguous, on the CPU.
+    """A block: float32 tensors, contiguous, on one device.
 
     norm; in_proj (2d, d_model), x_proj (r + 2n, d), dt_proj (d, r) without its bias, out_proj (d_model, d); taps
     (k, d), oldest first; conv_bias (d) or None; A2 (d, n) = −exp(A_log)·log2(e); D, dt_bias (d); and
@@ -106,7 +107,13 @@ def decode_token_(states: Sequence[Tensor], ids: Tensor, network: Network, *, ba
         if wrong:
             raise checks.fail(OP, f"token id {wrong[0]} is outside the vocabulary, 0 to {network.vocabulary - 1}.")
     with torch.no_grad():
-        return backends.kernel(OP, ids.device.type, backend).step(states, ids.long().contiguous(), network)
+        return _module(ids, network, backend).step(states, ids.long().contiguous(), network)
+
+
+def _module(ids: Tensor, network: Network, backend: str | None) -> ModuleType:
+    module = backends.kernel(OP, ids.device.type, backend)
+    why = module.problem(network) if hasattr(module, "problem") else None
+    return module if why is None else backends.stand_in(OP, backend, why)
 
 
 def _check_states(states: Sequence[Tensor], b: int, device: torch.device, network: Network) -> None:

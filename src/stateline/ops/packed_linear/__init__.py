@@ -33,7 +33,8 @@ def packed_linear(
 
     Args:
         x: bf16 rounds it to bfloat16, int8 and int4 each of its rows to 16 bits; sums are float32 or exact integers.
-            A row's result does not depend on the others.
+            A row's result does not depend on the others. On a GPU every format rounds x to bfloat16, and int4 its
+            weights; products are torch's there.
         data, scales: what `pack(weight, format)` gave for a weight (rows, columns).   bias: (rows) float32.
         format: "bf16", "int8" or "int4".
         backend: "gpu", "cpu" or "reference" forces one, None chooses.

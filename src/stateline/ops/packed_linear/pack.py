@@ -25,7 +25,7 @@ def pack(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
     bf16: no scales (0,). int8: float32 (padded rows,), absmax / 127 of each row. int4: bfloat16 (blocks, groups, 16),
     for the 32 columns of a group the scale, out of a few, that loses least in squares; weights are -8 … 7 times it.
     """
-    weight = weight.detach().to(device="cpu", dtype=torch.float32)
+    weight = weight.detach().float()
     rows, columns = weight.shape
     lane, multiple = COLUMNS[format]
     weight = F.pad(weight, (0, -columns % multiple, 0, -rows % LANES))
@@ -44,7 +44,12 @@ def pack(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
 
 def unpack(data: Tensor, scales: Tensor, format: str, rows: int, columns: int) -> Tensor:
     """The weights that `pack` kept, (rows, columns) float32."""
-    return unpack_rows(data, scales, format, torch.arange(rows), columns)
+    lane, multiple = COLUMNS[format]
+    padded = columns + -columns % multiple
+    if format == "bf16":  # of whole matrices often, on a GPU at every call: one copy
+        blocks = data.view(torch.bfloat16).view(-1, padded // lane, LANES, lane)
+        return blocks.transpose(1, 2).reshape(-1, padded)[:rows, :columns].float()
+    return unpack_rows(data, scales, format, torch.arange(rows, device=data.device), columns)
 
 
 def unpack_rows(data: Tensor, scales: Tensor, format: str, rows: Tensor, columns: int) -> Tensor:
