@@ -95,7 +95,9 @@ def selective_scan(
     }
     checks.same_device(OP, given)
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    return call(_SelectiveScan, *inputs, segments.table, bool(dt_softplus), bool(reverse), backend)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    y, state, _ = call(_SelectiveScan, *inputs, segments.table, bool(dt_softplus), bool(reverse), keep, backend)
+    return y, state
 
 
 def selective_scan_step_(
@@ -218,15 +220,19 @@ def _kernel(device: str, backend: str | None, A: Tensor, B: Tensor, C: Tensor) -
     return module if why is None else backends.stand_in(OP, backend, why)
 
 
-def _run(u: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *rest, backend = args
-    return _kernel(u.device.type, backend, *rest[1:4]).forward(u, *rest)
+def _run(u: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, keep, backend = args
+    module = _kernel(u.device.type, backend, *rest[1:4])
+    if keep and hasattr(module, "forward_kept"):
+        return module.forward_kept(u, *rest)
+    return (*module.forward(u, *rest), u.new_empty(0))
 
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *rest, backend = args
-    grads = _kernel(dy.device.type, backend, *rest[3:6]).backward(dy, *rest)
-    return tuple(or_empty(g, dy) for g in grads)
+    *rest, kept, backend = args
+    module = _kernel(dy.device.type, backend, *rest[3:6])
+    more = (kept,) if kept is not None and kept.numel() else ()
+    return tuple(or_empty(g, dy) for g in module.backward(dy, *rest, *more))
 
 
 def _run_step(state: Tensor, *args: Any) -> Tensor:
@@ -234,10 +240,12 @@ def _run_step(state: Tensor, *args: Any) -> Tensor:
     return _kernel(state.device.type, backend, *rest[2:5]).step(state, *rest)
 
 
-def _fake(u: Tensor, dt: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    segments = args[-3]
+def _fake(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    segments, _, keep, backend = args[-4:]
     rows = u.shape[0] if segments is None else segments.shape[0]
-    return u.new_empty(u.shape), A.new_empty((rows, *A.shape))
+    shape = getattr(_kernel(u.device.type, backend, A, B, C), "kept_shape", None) if keep else None
+    kept = u.new_empty(0) if shape is None else A.new_empty(shape(u, B, segments))
+    return u.new_empty(u.shape), A.new_empty((rows, *A.shape)), kept
 
 
 def _fake_backward(dy: Tensor, dstate: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -252,10 +260,12 @@ def _fake_step(state: Tensor, u: Tensor, *args: Any) -> Tensor:
 
 
 _ARGS = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus"
-_WHERE = "Tensor? initial_state, Tensor? segments, bool reverse, str? backend"
-_forward = define(f"{OP}({_ARGS}, {_WHERE}) -> (Tensor, Tensor)", _run, _fake)
+_WHERE = "Tensor? initial_state, Tensor? segments, bool reverse"
+# `keep` asks for what spares the gradient work, of the back end's own shape: the third result, empty if there is none.
+_forward = define(f"{OP}({_ARGS}, {_WHERE}, bool keep, str? backend) -> (Tensor, Tensor, Tensor)", _run, _fake)
 _backward = define(
-    f"{OP}_backward(Tensor dy, Tensor dstate, {_ARGS}, {_WHERE}) -> ({', '.join(['Tensor'] * 9)})",
+    f"{OP}_backward(Tensor dy, Tensor dstate, {_ARGS}, {_WHERE}, Tensor? kept, str? backend) -> "
+    f"({', '.join(['Tensor'] * 9)})",
     _run_backward,
     _fake_backward,
 )
@@ -269,21 +279,26 @@ class _SelectiveScan(Function):
     def forward(  # setup_context form; spelled out, since compile does not take *args here
         u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, initial_state: Tensor | None, table: Tensor | None, dt_softplus: bool, reverse: bool,
-        backend: str | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return _forward(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, table, reverse, backend)
+        keep: bool, backend: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return _forward(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, table, reverse, keep, backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:10])
-        ctx.options = inputs[10:]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)  # no zeros for what is kept
+        ctx.save_for_backward(*inputs[:10], output[2])
+        ctx.options = inputs[10:12] + inputs[13:]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        u, dt, A, B, C, D, z, dt_bias, initial_state, table = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        u, dt, A, B, C, D, z, dt_bias, initial_state, table, kept = ctx.saved_tensors
         dt_softplus, reverse, backend = ctx.options
+        sequences = u.shape[0] if table is None else table.shape[0]
+        dy = u.new_zeros(u.shape) if dy is None else dy
+        dstate = A.new_zeros((sequences, *A.shape)) if dstate is None else dstate
         inputs = (u, dt, A, B, C, D, z, dt_bias)
-        grads = _backward(dy, dstate, *inputs, dt_softplus, initial_state, table, reverse, backend)
+        grads = _backward(dy, dstate, *inputs, dt_softplus, initial_state, table, reverse, kept, backend)
         given = (*inputs, initial_state)
-        return (*(None if x is None else g for x, g in zip(given, grads, strict=True)), None, None, None, None)
+        return (*(None if x is None else g for x, g in zip(given, grads, strict=True)), *[None] * 5)

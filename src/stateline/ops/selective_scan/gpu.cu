@@ -1,180 +1,187 @@
-// selective_scan on a GPU: the forward pass, and one token.
-// See gpu_common.cuh for how work is laid out.
+// selective_scan on a GPU: the forward pass. See gpu_common.cuh for what is shared.
+//
+// Time is walked through step by step, since that takes the fewest instructions an update. A block has 32 channels, one a
+// lane, and its four warps share the states: a lane keeps STATES of them. What is common to all states is done once for a
+// tile of 32 steps, by all threads: step sizes and inputs before the walk, the sum over warps, skip and gate after it.
+
+#define NEAR (4 * STATES)             // states of a block, n or a few more
+#define PITCH (NEAR + 4)              // floats of a step of B or C; 4 more keep banks apart
+#define SLOTS 36                      // 16-byte slots of a line of 32 channels: even ones, then odd ones, in other banks
+#define ODD 20
+#define WARPS (THREADS / 32)
+constexpr int FOURS = WALK;           // unrolled: four steps each
 
 extern __shared__ __align__(16) unsigned char shared[];
+
+__device__ __forceinline__ int slot(int channel) { return channel % 2 * ODD + channel / 2; }
+
+// A tile of B or C to float32, step by step.
+__device__ __forceinline__ void spread_steps(float* to, const T* raw, const Call& k) {
+#pragma unroll 1
+    for (int i = thread(); i < TILE * padded(k) / VEC; i += THREADS) {
+        const uint4 words = *(const uint4*)(raw + i * VEC);
+        float4* out = (float4*)(to + i % TILE * PITCH + i / TILE * VEC);
+#if DATA == 0
+        out[0] = *(const float4*)&words;
+#else
+        float4 low, high;
+        unpack(words.x, low.x, low.y), unpack(words.y, low.z, low.w);
+        unpack(words.z, high.x, high.y), unpack(words.w, high.z, high.w);
+        out[0] = low, out[1] = high;
+#endif
+    }
+}
+
+// {dt, x, dt, x} of two steps for each channel; dt = 0 past the end, so that the state passes unchanged.
+__device__ __forceinline__ void prepare(float4* to, const T* dt_tile, const T* u_tile, const Call& k, const Place& p, int s) {
+    const int t = thread(), pair = t % 16;
+    const float2 bias = *(const float2*)(p.bias + 2 * pair);
+#pragma unroll
+    for (int v = 0; v < TILE / 16; ++v) {
+        const int two = t / 32 + WARPS * v + t % 32 / 16 * (TILE / 4);  // half a warp is half a tile away: other banks
+        float dt[2][2], x[2][2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int where = at(2 * two + r, 2 * pair);
+            const float2 size = get2(dt_tile + where), in = get2(u_tile + where);
+            dt[0][r] = size.x + bias.x, dt[1][r] = size.y + bias.y;
+            x[0][r] = in.x, x[1][r] = in.y;
+        }
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                if (k.softplus) dt[c][r] = softplus(dt[c][r]);
+                if (s + 2 * two + r >= p.last) dt[c][r] = 0.0f;
+                x[c][r] *= dt[c][r];
+            }
+            to[two * SLOTS + c * ODD + pair] = make_float4(dt[c][0], x[c][0], dt[c][1], x[c][1]);
+        }
+    }
+}
+
+// Outputs of four steps of two channels a thread, from the warps' sums.
+__device__ __forceinline__ void finish(const float4* sums, const T* u_tile, const T* z_tile, const Call& k, const Place& p, int s) {
+    const int t = thread(), c = t % 16 * 2, four = t / 32 + t % 32 / 16 * WARPS;
+    float y[2][4];
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+        const float4* from = sums + four * SLOTS + o * ODD + c / 2;
+        float4 sum = from[0];
+#pragma unroll
+        for (int w = 1; w < WARPS; ++w) {
+            const float4 v = from[w * (TILE / 4) * SLOTS];
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        }
+        y[o][0] = sum.x, y[o][1] = sum.y, y[o][2] = sum.z, y[o][3] = sum.w;
+    }
+    const float2 D = *(const float2*)(p.D + c);
+    const int where = at(4 * four, c);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        const float2 u = get2(u_tile + where + r * WIDTH);
+        y[0][r] = fmaf(D.x, u.x, y[0][r]), y[1][r] = fmaf(D.y, u.y, y[1][r]);
+    }
+    if (k.z.at) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const float2 z = get2(z_tile + where + r * WIDTH);
+            y[0][r] *= z.x * sigmoid(z.x), y[1][r] *= z.y * sigmoid(z.y);
+        }
+    }
+    if (p.whole && s + TILE <= p.last) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) put2(step_of(p.y, s + 4 * four + r) + c, y[0][r], y[1][r]);
+        return;
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        if (s + 4 * four + r >= p.last) break;
+        T* out = step_of(p.y, s + 4 * four + r) + c;
+        if (p.c0 + c < p.c1) out[0] = narrow(y[0][r]);
+        if (p.c0 + c + 1 < p.c1) out[1] = narrow(y[1][r]);
+    }
+}
+
+// A tile of the lane's states; leaves the warp's sums over them.
+__device__ __forceinline__ void walk(float (&h)[STATES], const float (&A)[STATES], const float4* from, const float* B, const float* C, float4* to) {
+#pragma unroll (FOURS)
+    for (int four = 0; four < TILE / 4; ++four) {
+        float y[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const float4 two = from[(2 * four + r / 2) * SLOTS];
+            const float dt = r % 2 ? two.z : two.x, x = r % 2 ? two.w : two.y;
+            const int line = (4 * four + r) * PITCH;
+#pragma unroll
+            for (int i = 0; i < STATES; i += 4) {
+                const float4 b = *(const float4*)(B + line + i), c = *(const float4*)(C + line + i);
+                h[i] = fmaf(ex2(dt * A[i]), h[i], x * b.x);
+                h[i + 1] = fmaf(ex2(dt * A[i + 1]), h[i + 1], x * b.y);
+                h[i + 2] = fmaf(ex2(dt * A[i + 2]), h[i + 2], x * b.z);
+                h[i + 3] = fmaf(ex2(dt * A[i + 3]), h[i + 3], x * b.w);
+                y[r] = i ? fmaf(c.x, h[i], y[r]) : c.x * h[i];
+                y[r] = fmaf(c.y, h[i + 1], y[r]);
+                y[r] = fmaf(c.z, h[i + 2], y[r]);
+                y[r] = fmaf(c.w, h[i + 3], y[r]);
+            }
+        }
+        to[four * SLOTS] = make_float4(y[0], y[1], y[2], y[3]);
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forward(const __grid_constant__ Call k) {
     __shared__ Place p;
     if (!locate(k, p)) return;
-    const int n = (int)k.n, raw_size = TILE * padded(k);
-    T *u_tile = (T*)shared, *dt_tile = u_tile + BUFFER, *z_tile = dt_tile + BUFFER;
-    T *b_raw = z_tile + BUFFER, *c_raw = b_raw + raw_size;
-    float *B = (float*)(c_raw + raw_size), *C = B + n * TILE;
-    float4* system = (float4*)(C + n * TILE);
-    auto fetch = [&](int s) {
+    const int raw_size = TILE * padded(k);
+    T *u_tile = (T*)shared, *z_tile = u_tile + 2 * BUFFER, *dt_tile = z_tile + 2 * BUFFER;  // u and z twice
+    T *b_raw = dt_tile + BUFFER, *c_raw = b_raw + raw_size;
+    float *B = (float*)(c_raw + raw_size), *C = B + TILE * PITCH;
+    float4 *steps = (float4*)(C + TILE * PITCH), *sums = steps + TILE / 2 * SLOTS;
+    auto fetch = [&](int stage, int s) {
         if (s < p.last) {
-            load_rows(u_tile, p, p.u, s);
             load_rows(dt_tile, p, p.dt, s);
+            load_rows(u_tile + stage * BUFFER, p, p.u, s);
+            if (k.z.at && k.y.at) load_rows(z_tile + stage * BUFFER, p, p.z, s);
             load_groups(b_raw, k, p, p.B, s);
             load_groups(c_raw, k, p, p.C, s);
         }
         commit();
     };
-    auto fetch_gate = [&](int s) {
-        if (k.z.at && s < p.last) load_rows(z_tile, p, p.z, s);
-        commit();
-    };
-    fetch(p.first);
-    fetch_gate(p.first);
-    load_system(system, k, p);  // enter() reads what the same thread writes here
-    enter(system, k, p);
-#pragma unroll 1
-    for (int s = p.first; s < p.last; s += TILE) {
-        wait<1>();
-        __syncthreads();
-        float dt[2][RUN], x[2][RUN], y[2][RUN], before[2] = {0.0f, 0.0f};
-        spread(B, b_raw, k);
-        spread(C, c_raw, k);
-        {
-            const Lane me = lane_of();
-            const float2 D = parameter(p.D, me);
-            const T* from = u_tile + at(me.run * RUN, me.channel);
-            step_sizes(dt, dt_tile, k, p, me, s);
+    fetch(0, p.first);
+    for (int i = thread(); i < 2 * TILE * PITCH; i += THREADS) B[i] = 0.0f;  // states from n on
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = p.c0 + lane, j0 = warp * STATES, n = (int)k.n;
+    float A[STATES], h[STATES];
 #pragma unroll
-            for (int r = 0; r < RUN; ++r) {
-                float2 in = get2(from + r * WIDTH);
-                x[0][r] = dt[0][r] * in.x, x[1][r] = dt[1][r] * in.y;
-                y[0][r] = D.x * in.x, y[1][r] = D.y * in.y;
-                before[0] += dt[0][r], before[1] += dt[1][r];
-                keep(x[0][r]), keep(x[1][r]), keep(dt[0][r]), keep(dt[1][r]);
-            }
-            before[0] = beside<true>(before[0], 0.0f), before[1] = beside<true>(before[1], 0.0f);
-        }
-        __syncthreads();
-        fetch(s + TILE);
-        {
-            const Lane me = lane_of();
-            const float* line_at = B + me.run * 4;
-            float4* system_j = system + me.pair;
-            const bool last_run = me.run == LANES_T - 1;
-            const int turn = turn_of(me.run);
-            float line[RUN];
-            float4 sys = *system_j;
-            load_run(line, line_at, turn);
-#pragma unroll 1
-            for (int j = 0; j < n; ++j, system_j += PAIRS) {
-                float a[2][RUN], drive[2][RUN], end[2], C_line[RUN], h[2];
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const float A = c ? sys.y : sys.x;
-#pragma unroll
-                    for (int r = 0; r < RUN; ++r) {
-                        a[c][r] = ex2(dt[c][r] * A);
-                        drive[c][r] = x[c][r] * line[r];
-                        end[c] = r ? fmaf(a[c][r], end[c], drive[c][r]) : drive[c][r];
-                    }
-                    h[c] = scan_lanes<true>(end[c], ex2(before[c] * A), c ? sys.w : sys.z);
-                }
-                load_run(C_line, line_at + n * TILE, turn);
-                if (j + 1 < n) {  // early, for the next state
-                    line_at += TILE;
-                    load_run(line, line_at, turn);
-                    sys = system_j[PAIRS];
-                }
-#pragma unroll
-                for (int c = 0; c < 2; ++c)
-#pragma unroll
-                    for (int r = 0; r < RUN; ++r) {
-                        h[c] = fmaf(a[c][r], h[c], drive[c][r]);
-                        y[c][r] = fmaf(C_line[r], h[c], y[c][r]);
-                    }
-                __syncwarp();  // all lanes have read what is replaced
-                if (last_run) *(float2*)&system_j->z = make_float2(h[0], h[1]);
-            }
-        }
-        wait<1>();
-        __syncthreads();
-        {
-            const Lane me = lane_of();
-            T* out = z_tile + at(me.run * RUN, me.channel);
-            if (k.z.at) {
-#pragma unroll
-                for (int r = 0; r < RUN; ++r) {
-                    float2 z = get2(out + r * WIDTH);
-                    y[0][r] *= z.x * sigmoid(z.x), y[1][r] *= z.y * sigmoid(z.y);
-                }
-            }
-#pragma unroll
-            for (int r = 0; r < RUN; ++r) put2(out + r * WIDTH, y[0][r], y[1][r]);
-        }
-        __syncthreads();
-        store_rows(z_tile, p, p.y, s);
-        if (!p.vectors || (p.c1 - p.c0) % VEC) __syncthreads();
-        fetch_gate(s + TILE);  // where aligned, a thread loads what it has stored itself
+    for (int i = 0; i < STATES; ++i) {
+        const bool here = c < p.c1 && j0 + i < n;
+        A[i] = here ? k.A[(i64)c * n + j0 + i] * LOG2E : 0.0f;
+        h[i] = here ? entering(k, p, A[i], c, j0 + i) : 0.0f;
     }
-    __syncthreads();
-    if (p.last == p.length) save<true>(k.state + p.seq * k.d * n, system, k, p);
-}
-
-// One token, in place: 4 lanes a channel, each every fourth quarter of the states.
-struct Step {
-    i64 b, d, g, n, slots, slot_stride, softplus;
-    const T* u; i64 u_b;
-    const T* dt; i64 dt_b;
-    const T* z; i64 z_b;
-    const T* B; i64 B_b, B_g;
-    const T* C; i64 C_b, C_g;
-    const float *A, *D, *bias;
-    float* state;
-    T* y;
-    const void* index;
-    i64 index_wide;
-};
-
-extern "C" __global__ void __launch_bounds__(256) scan_step(const __grid_constant__ Step k) {
-    i64 item = ((i64)blockIdx.x * 256 + threadIdx.x) / 4;
-    const int lane = threadIdx.x % 4, n = (int)k.n;
-    const bool mine = item < k.b * k.d;
-    if (!mine) item = 0;
-    const i64 row = item / k.d, c = item % k.d, group = c * k.g / k.d;
-    i64 slot = !k.index ? row : k.index_wide ? ((const i64*)k.index)[row] : ((const int*)k.index)[row];
-    const bool live = mine && slot >= 0 && slot < k.slots;
-    float y = 0.0f, u = 0.0f;
-    if (live) {
-        u = wide(k.u[row * k.u_b + c]);
-        float dt = wide(k.dt[row * k.dt_b + c]) + (k.bias ? k.bias[c] : 0.0f);
-        if (k.softplus) dt = softplus(dt);
-        float* h = k.state + slot * k.slot_stride + c * n;
-        const float* A = k.A + c * n;
-        const T *B = k.B + row * k.B_b + group * k.B_g, *C = k.C + row * k.C_b + group * k.C_g;
-        const float scale = dt * LOG2E, x = dt * u;
-        if (n % 4 == 0 && (((i64)k.state | (i64)k.A) & 15) == 0) {
-            for (int j = 4 * lane; j < n; j += 16) {
-                float4 v = *(const float4*)(h + j), a = *(const float4*)(A + j);
-                v.x = fmaf(ex2(scale * a.x), v.x, x * wide(B[j]));
-                v.y = fmaf(ex2(scale * a.y), v.y, x * wide(B[j + 1]));
-                v.z = fmaf(ex2(scale * a.z), v.z, x * wide(B[j + 2]));
-                v.w = fmaf(ex2(scale * a.w), v.w, x * wide(B[j + 3]));
-                *(float4*)(h + j) = v;
-                y += v.x * wide(C[j]) + v.y * wide(C[j + 1]) + v.z * wide(C[j + 2]) + v.w * wide(C[j + 3]);
-            }
-        } else {
-            for (int j = lane; j < n; j += 4) {
-                h[j] = fmaf(ex2(scale * A[j]), h[j], x * wide(B[j]));
-                y = fmaf(h[j], wide(C[j]), y);
-            }
+    int stage = 0;
+#pragma unroll 1
+    for (int s = p.first; s < p.last; s += TILE, stage ^= 1) {
+        if (k.marks && s % MARK == 0) {
+            float* mark = (float*)mark_of(k, p, s) + j0 * WIDTH + lane;
+#pragma unroll
+            for (int i = 0; i < STATES; ++i)
+                if (j0 + i < n) mark[i * WIDTH] = h[i];
         }
+        wait<0>();
+        __syncthreads();
+        spread_steps(B, b_raw, k);
+        spread_steps(C, c_raw, k);
+        prepare(steps, dt_tile, u_tile + stage * BUFFER, k, p, s);
+        __syncthreads();
+        fetch(stage ^ 1, s + TILE);
+        walk(h, A, steps + slot(lane), B + j0, C + j0, sums + warp * (TILE / 4) * SLOTS + slot(lane));
+        __syncthreads();
+        if (k.y.at) finish(sums, u_tile + stage * BUFFER, z_tile + stage * BUFFER, k, p, s);
     }
-    y += __shfl_xor_sync(FULL, y, 1);
-    y += __shfl_xor_sync(FULL, y, 2);
-    if (mine && lane == 0) {
-        if (live) {
-            if (k.D) y = fmaf(k.D[c], u, y);
-            if (k.z) {
-                float z = wide(k.z[row * k.z_b + c]);
-                y *= z * sigmoid(z);
-            }
-        }
-        k.y[row * k.d + c] = narrow(y);
+    if (k.state && p.last == p.length && c < p.c1) {
+        float* to = k.state + (p.seq * k.d + c) * n + j0;
+#pragma unroll
+        for (int i = 0; i < STATES; ++i)
+            if (j0 + i < n) to[i] = h[i];
     }
 }

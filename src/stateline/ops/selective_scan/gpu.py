@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +20,39 @@ from stateline.ops import nvrtc
 #: Precision of A that the kernels compute in.
 DTYPES = frozenset({torch.float32})
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: Steps a lane keeps in registers, and blocks that share a multiprocessor: what registers allow (benchmarks/NOTES.md).
-RUN, FORWARD_BLOCKS, BACKWARD_BLOCKS = 8, 4, 2
-#: Steps of a lane where only sums are needed.
-ENDS_RUN = 16
+#: Steps a lane keeps in registers: of a tile in the forward pass, of the gradient, and where only sums are needed.
+RUN, BACKWARD_RUN, ENDS_RUN = 4, 8, 16
 THREADS, WARPS, WIDTH, PAIRS, LANES = 128, 4, 32, 16, 8
+#: Steps between the states that the forward pass keeps for the gradient: a tile of the latter.
+MARK = LANES * BACKWARD_RUN
+#: Fours of steps that the forward pass unrolls.
+WALK = 2
 #: A chunk is not shorter: finding what it leaves to the next has to pay.
 LEAST_CHUNK = 2048
+#: Shared memory of a block besides what is asked for: its place, and what the device keeps.
+_OWN_SHARED, _RESERVED = 512, 1024
+
+
+class Limits(NamedTuple):
+    """What tiles depend on: multiprocessors; bytes of shared memory of a block and of a multiprocessor."""
+
+    processors: int
+    block: int
+    whole: int
+
+    def resident(self, shared: int) -> int:
+        """Blocks of `shared` bytes that a multiprocessor holds at once; 0 if not even one fits."""
+        if shared + _OWN_SHARED > self.block:
+            return 0
+        return self.whole // (shared + _OWN_SHARED + _RESERVED)
+
+
+class Plan(NamedTuple):
+    """How a kernel is compiled and launched: its options, blocks that share a multiprocessor, bytes a block."""
+
+    options: tuple[str, ...]
+    resident: int
+    shared: int
 
 
 def problem(A: Tensor, B: Tensor, C: Tensor) -> str | None:
@@ -34,34 +61,41 @@ def problem(A: Tensor, B: Tensor, C: Tensor) -> str | None:
         return f"A is {A.dtype}, its GPU kernels compute in float32."
     if B.dim() == 2 or C.dim() == 2:
         return "a constant B or C is not covered by its GPU kernels."
-    if A.shape[1] == 0:
+    n = int(A.shape[1])
+    if n == 0:
         return "there are no states."
-    if not _fits(A.shape[1], torch.float32):
-        return f"{A.shape[1]} states do not fit into shared memory."
+    if not covers(n, _limits(A.device.index)):
+        return f"{n} states do not fit into shared memory."
     return None
 
 
 @functools.cache
-def _fits(n: int, dtype: torch.dtype) -> bool:
-    return _shared_backward(n, dtype) <= 226 * 1024  # a block may have 227 KiB, some of it is static
+def covers(n: int, limits: Limits) -> bool:
+    """Whether a device of these limits holds tiles of n states, whatever the data's dtype."""
+    return all(p(n, torch.float32, limits).resident > 0 for p in (forward_plan, ends_plan, backward_plan))
 
 
 @functools.cache
-def _source(name: str) -> str:
+def _limits(device: int) -> Limits:
+    of: Any = torch.cuda.get_device_properties(device)  # torch's types leave out half of it
+    return Limits(of.multi_processor_count, of.shared_memory_per_block_optin, of.shared_memory_per_multiprocessor)
+
+
+@functools.cache
+def source(name: str) -> str:
+    """A kernel file with what all of them share in front."""
     folder = importlib.resources.files("stateline.ops.selective_scan")
     return "".join((folder / part).read_text() for part in ("gpu_common.cuh", name))
 
 
 @functools.cache
-def _library(name: str, dtype: torch.dtype, device: int, run: int) -> nvrtc.Library:
-    options = {
-        "DATA": _KINDS[dtype], "RUN": run, "FORWARD_BLOCKS": FORWARD_BLOCKS, "BACKWARD_BLOCKS": BACKWARD_BLOCKS,
-    }  # fmt: skip
-    return nvrtc.Library(_source(name), [f"-D{k}={v}" for k, v in options.items()], device)
+def _library(name: str, options: tuple[str, ...], device: int) -> nvrtc.Library:
+    return nvrtc.Library(source(name), options, device)
 
 
-def _tile() -> int:
-    return LANES * RUN
+def _options(dtype: torch.dtype, run: int, **rest: int) -> tuple[str, ...]:
+    every = {"DATA": _KINDS[dtype], "RUN": run, "MARK": MARK} | rest
+    return tuple(f"-D{name}={value}" for name, value in every.items())
 
 
 def _buffer(tile: int) -> int:
@@ -73,21 +107,43 @@ def _raw(n: int, dtype: torch.dtype, tile: int) -> int:
     return tile * -(-n // vector) * vector * dtype.itemsize
 
 
-def _shared_forward(n: int, dtype: torch.dtype) -> int:
-    tile = _tile()
-    return 3 * _buffer(tile) * dtype.itemsize + 2 * _raw(n, dtype, tile) + 2 * n * tile * 4 + n * PAIRS * 16
+@functools.cache
+def forward_plan(n: int, dtype: torch.dtype, limits: Limits) -> Plan:
+    """Of scan_forward: each of a block's warps keeps a multiple of four states."""
+    states, tile = 4 * -(-n // 16), LANES * RUN
+    lines = 2 * tile * (WARPS * states + 4) * 4
+    shared = 5 * _buffer(tile) * dtype.itemsize + 2 * _raw(n, dtype, tile) + lines + (tile // 2 + tile) * 36 * 16
+    resident = min(4 if states <= 16 else 3, limits.resident(shared))
+    return Plan(_options(dtype, RUN, STATES=states, WALK=WALK, FORWARD_BLOCKS=max(1, resident)), resident, shared)
 
 
-def _shared_sweep(n: int, dtype: torch.dtype, tile: int) -> int:
-    return 3 * _buffer(tile) * dtype.itemsize + _raw(n, dtype, tile) + n * tile * 4 + n * PAIRS * 16
+@functools.cache
+def ends_plan(n: int, dtype: torch.dtype, limits: Limits) -> Plan:
+    """Of chunk_ends and adjoint_ends."""
+    tile = LANES * ENDS_RUN
+    shared = 3 * _buffer(tile) * dtype.itemsize + _raw(n, dtype, tile) + n * tile * 4 + n * PAIRS * 16
+    return Plan(_options(dtype, ENDS_RUN), limits.resident(shared), shared)
 
 
-def _shared_backward(n: int, dtype: torch.dtype) -> int:
-    tile = _tile()
-    group = 8 if dtype == torch.float32 else 16
-    parts = 4 * WARPS * 2 * (PAIRS // WARPS * (2 * tile + 8) + group * tile)  # of pairs, in turn; of warps
-    rows = 8 * _buffer(tile) * dtype.itemsize
-    return rows + 2 * _raw(n, dtype, tile) + 2 * n * tile * 4 + parts + 2 * n * PAIRS * (16 + 8)
+@functools.cache
+def backward_plan(n: int, dtype: torch.dtype, limits: Limits, crowded: bool = False) -> Plan:
+    """Of scan_backward: GROUP states of each warp and TURNS of its lines wait in shared memory to be added up.
+
+    crowded: three blocks a multiprocessor, on fewer registers, where they fit. All plans give the same bits.
+    """
+    aim = 3 if crowded else 2
+
+    def plan(group: int, turns: int) -> Plan:
+        tile = MARK
+        parts = 4 * WARPS * (turns * PAIRS // WARPS * (2 * tile + 8) + group * 2 * tile)
+        rows = 8 * _buffer(tile) * dtype.itemsize
+        shared = rows + 2 * _raw(n, dtype, tile) + 2 * n * tile * 4 + parts + 2 * n * PAIRS * (16 + 8)
+        resident = min(aim, limits.resident(shared))
+        return Plan(
+            _options(dtype, BACKWARD_RUN, GROUP=group, TURNS=turns, BACKWARD_BLOCKS=max(1, resident)), resident, shared
+        )
+
+    return max((plan(16, 2), plan(8, 2), plan(4, 1)), key=lambda p: p.resident)
 
 
 @functools.cache
@@ -145,10 +201,10 @@ class _Call:
     def __init__(
         self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None, segments: Tensor | None,
-        reverse: bool, resident: int,
+        reverse: bool,
     ) -> None:  # fmt: skip
         self.dtype = _common(u, dt, B, C, z)
-        self.device = u.device.index
+        self.device, self.limits = u.device.index, _limits(u.device.index)
         self.u, self.dt, self.B, self.C = (self.data(x) for x in (u, dt, B, C))
         self.z = None if z is None else self.data(z)
         self.A = A.resolve_neg().contiguous()
@@ -157,21 +213,24 @@ class _Call:
         self.b, self.t, self.d = u.shape
         self.g, self.n = B.shape[2:]
         self.sequences = self.b if segments is None else segments.shape[0]
-        self.chunk = chunk_length(self.t, self.d, _processors(self.device), resident)
-        self.chunks = max(1, -(-self.t // self.chunk))
         self.flags = (int(dt_softplus), int(reverse))
-        self.blocks_in_group = (self.d + self.g * WIDTH - 1) // (self.g * WIDTH)
-        self.blocks = self.blocks_in_group * self.g * self.chunks * self.sequences
+        self.across = _across(self.d, self.g)
+
+    def cut(self, plan: Plan) -> None:
+        """Cut sequences into chunks for kernels of this plan."""
+        self.chunk = chunk_length(self.t, self.d, self.limits.processors, plan.resident)
+        self.chunks = max(1, -(-self.t // self.chunk))
+        self.blocks = self.across * self.chunks * self.sequences
 
     def data(self, x: Tensor) -> Tensor:
         return _data(x, self.dtype)
 
-    def rows_of(self, length: int) -> int:
-        """Rows that hold one entry for each `length` steps of each sequence."""
-        return self.b * self.t // length + self.sequences + 1
-
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.u.device)
+
+    def chunk_rows(self, *shape: int) -> Tensor:
+        """Room for something of this shape for each chunk of each sequence."""
+        return self.empty(rows_of(self.b, self.t, self.sequences, self.chunk), *shape)
 
     def _aligned(self, *tensors: Tensor | None) -> int:
         together = 0  # bits below 16 of any address or step in bytes
@@ -187,9 +246,8 @@ class _Call:
         self,
         y: Tensor | None,
         state: Tensor | None,
-        ends: Tensor | None,
-        sums: Tensor | None,
-        marks: Tensor | None = None,
+        ends: tuple[Tensor | None, Tensor | None],
+        marks: Tensor | None,
         back: _Gradient | None = None,
     ) -> list[int]:
         """The kernels' record `Call`."""
@@ -200,47 +258,45 @@ class _Call:
             self._aligned(self.u, self.dt, self.z, y, *outputs), self._aligned(self.B, self.C),
             *_rows(self.u), *_rows(self.dt), *_rows(self.z), *_rows(y), *_rows(None if back is None else back.dy),
             *groups, _address(self.A), _address(self.D), _address(self.bias), _address(self.initial),
-            _address(self.table), _address(state), _address(ends), _address(sums), _address(marks),
+            _address(self.table), _address(state), _address(ends[0]), _address(ends[1]), _address(marks),
             *([0] * 19 if back is None else back.record()),
         ]  # fmt: skip
 
-    def run(self, source: str, kernel: str, shared: int, record: list[int], blocks: int | None = None) -> None:
-        library = _library(source, self.dtype, self.device, RUN)
-        library.launch(kernel, self.blocks if blocks is None else blocks, THREADS, shared, record)
+    def run(self, file: str, kernel: str, plan: Plan, record: list[int], blocks: int | None = None) -> None:
+        library = _library(file, plan.options, self.device)
+        library.launch(kernel, self.blocks if blocks is None else blocks, THREADS, plan.shared, record)
 
-    def sweep(self, kernel: str, record: list[int], run: int) -> None:
-        library = _library("gpu_sweep.cu", self.dtype, self.device, run)
-        library.launch(kernel, self.blocks, THREADS, _shared_sweep(self.n, self.dtype, LANES * run), record)
-
-    def ends(self) -> tuple[Tensor | None, Tensor | None]:
+    def ends(self, *shape: int) -> tuple[Tensor | None, Tensor | None]:
         """Room for the state at the end of each chunk and for its summed step sizes, if there is more than one."""
-        if self.chunks == 1:
-            return None, None
-        rows = self.rows_of(self.chunk)
-        return self.empty(rows, self.d, self.n), self.empty(rows, self.d)
+        return (None, None) if self.chunks == 1 else (self.chunk_rows(self.d, self.n), self.chunk_rows(self.d))
+
+    def scan(self, y: Tensor | None, state: Tensor | None, marks: Tensor | None) -> None:
+        """The forward pass, into what is given."""
+        plan = forward_plan(self.n, self.dtype, self.limits)
+        self.cut(plan)
+        record = self.record(y, state, self.ends(), marks)
+        if self.chunks > 1:
+            self.run("gpu_sweep.cu", "chunk_ends", ends_plan(self.n, self.dtype, self.limits), record)
+        self.run("gpu.cu", "scan_forward", plan, record)
 
 
 class _Gradient:
     """What the backward kernels write, and the gradients they read."""
 
-    def __init__(self, call: _Call, dy: Tensor, dstate: Tensor, padded: bool) -> None:
+    def __init__(self, call: _Call, dy: Tensor, dstate: Tensor) -> None:
         self.dy, self.dstate = call.data(dy), dstate.to(torch.float32).resolve_neg().contiguous()
-        make = torch.zeros if padded else torch.empty
+        make = torch.empty if call.table is None else torch.zeros
 
         def like(x: Tensor | None) -> Tensor | None:
             return None if x is None else make(x.shape, dtype=call.dtype, device=x.device)
 
-        def rows(*shape: int) -> Tensor:
-            return torch.zeros(call.rows_of(call.chunk), *shape, dtype=torch.float32, device=dy.device)
-
         self.du, self.ddt, self.dz, self.dB, self.dC = (like(x) for x in (call.u, call.dt, call.z, call.B, call.C))
         self.adjoint_ends, self.adjoint_sums = call.ends()
         self.dinitial = None if call.initial is None else torch.empty_like(call.initial)
-        self.dA = rows(call.d, call.n)
-        self.dD = None if call.D is None else rows(call.d)
-        self.dbias = None if call.bias is None else rows(call.d)
-        blocks = call.blocks_in_group * call.g
-        self.parts = make(blocks, call.b, 2, call.n, call.t, dtype=torch.float32, device=dy.device)
+        self.dA = call.chunk_rows(call.d, call.n)
+        self.dD = None if call.D is None else call.chunk_rows(call.d)
+        self.dbias = None if call.bias is None else call.chunk_rows(call.d)
+        self.parts = make(call.across, call.b, 2, call.n, call.t, dtype=torch.float32, device=dy.device)
 
     def record(self) -> list[int]:
         plain = (self.adjoint_ends, self.adjoint_sums, self.dinitial, self.dA, self.dD, self.dbias, self.parts)
@@ -250,74 +306,89 @@ class _Gradient:
         ]  # fmt: skip
 
 
-@functools.cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def rows_of(b: int, t: int, sequences: int, length: int) -> int:
+    """Rows that hold one entry for each `length` steps of each sequence."""
+    return b * t // length + sequences + 1
+
+
+def _across(d: int, g: int) -> int:
+    """Blocks across channels; none reads two groups."""
+    return (d + g * WIDTH - 1) // (g * WIDTH) * g
+
+
+def kept_shape(u: Tensor, B: Tensor, segments: Tensor | None) -> tuple[int, ...]:
+    """Shape of what `forward` keeps for `backward`, float32: a state (d, n) every MARK steps."""
+    (b, t, d), (g, n) = u.shape, B.shape[2:]
+    return rows_of(b, t, b if segments is None else segments.shape[0], MARK), _across(d, g), n, WIDTH
+
+
+def forward_kept(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None, segments: Tensor | None, reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `forward`, and third what spares `backward` a scan, n·d·4 bytes every 64 steps."""
+    kept = torch.empty(kept_shape(u, B, segments), dtype=torch.float32, device=u.device)
+    return *_forward((u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse), kept), kept
 
 
 def forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    segments: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None, segments: Tensor | None, reverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """u, dt, z (b, t, d); A (d, n); B, C (b, t, g, n) -> y (b, t, d), state (n_seq, d, n)."""
-    inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+    return _forward((u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse), None)
+
+
+def _forward(inputs: tuple[Any, ...], kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    u = inputs[0]
     with torch.cuda.device_of(u):
-        call = _Call(*inputs, FORWARD_BLOCKS)
-        make = torch.empty if segments is None else torch.zeros
+        call = _Call(*inputs)
+        make = torch.empty if call.table is None else torch.zeros
         y = make(u.shape, dtype=call.dtype, device=u.device)
         state = call.empty(call.sequences, call.d, call.n)
-        ends, sums = call.ends()
-        record = call.record(y, state, ends, sums)
-        if call.chunks > 1:
-            call.sweep("chunk_ends", record, ENDS_RUN)
-        call.run("gpu.cu", "scan_forward", _shared_forward(call.n, call.dtype), record)
+        call.scan(y, state, kept)
     return y if y.dtype == u.dtype else y.to(u.dtype), state
 
 
 def backward(
-    dy: Tensor,
-    dstate: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    segments: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; None where the input was None."""
-    inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+    dy: Tensor, dstate: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None,
+    segments: Tensor | None, reverse: bool, kept: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; None where the input was None.
+
+    kept: the third result of `forward_kept` for the same inputs; without it a forward pass makes it again.
+    """
     with torch.cuda.device_of(u):
-        call = _Call(*inputs, BACKWARD_BLOCKS)
-        back = _Gradient(call, dy, dstate, segments is not None)
-        ends, sums = call.ends()
-        marks = call.empty(call.rows_of(_tile()), call.blocks_in_group * call.g, call.n, WIDTH)
-        record = call.record(None, None, ends, sums, marks, back)
+        call = _Call(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+        if kept is None:
+            kept = call.empty(*kept_shape(u, B, segments))
+            call.scan(None, None, kept)
+        plan = backward_plan(call.n, call.dtype, call.limits)
+        call.cut(plan)
+        back = _Gradient(call, dy, dstate)
+        record = call.record(None, None, (None, None), kept, back)
         if call.chunks > 1:
-            call.sweep("chunk_ends", record, ENDS_RUN)
-            call.sweep("adjoint_ends", record, ENDS_RUN)
-        call.sweep("tile_marks", record, RUN)
-        call.run("gpu_backward.cu", "scan_backward", _shared_backward(call.n, call.dtype), record)
-        call.run("gpu_backward.cu", "sum_parts", 0, record, -(-2 * call.b * call.g * call.n * call.t // THREADS))
-    dA, dD, dbias = (None if x is None else x.sum(0) for x in (back.dA, back.dD, back.dbias))
+            call.run("gpu_sweep.cu", "adjoint_ends", ends_plan(call.n, call.dtype, call.limits), record)
+        call.run("gpu_backward.cu", "scan_backward", _crowded(plan, call), record)
+        pieces = 2 * call.b * call.g * call.n * -(-call.t // THREADS) + -(-call.d * (call.n + 2) // THREADS)
+        call.run("gpu_backward.cu", "add_up", plan._replace(shared=0), record, pieces)
+    dA, dD, dbias = (None if x is None else x[0] for x in (back.dA, back.dD, back.dbias))
     grads = (back.du, back.ddt, dA, back.dB, back.dC, dD, back.dz, dbias, back.dinitial)
     wanted = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, wanted, strict=True))
+
+
+def _crowded(plan: Plan, call: _Call) -> Plan:
+    """`plan`, or the one of three blocks a multiprocessor where it saves so many rounds that its slower blocks pay."""
+    crowded = backward_plan(call.n, call.dtype, call.limits, crowded=True)
+    if crowded.resident <= plan.resident:
+        return plan
+
+    def rounds(resident: int) -> int:
+        return -(-call.blocks // (resident * call.limits.processors))
+
+    return crowded if 1.4 * rounds(crowded.resident) < rounds(plan.resident) else plan
 
 
 def step(
@@ -338,17 +409,21 @@ def step(
 
     with torch.cuda.device_of(u):
         inputs = [_data(x, dtype) for x in (u, dt)] + [None if z is None else _data(z, dtype)]
-        systems = [_data(x, dtype) for x in (B, C)]
+        B, C = (_data(x, dtype) for x in (B, C))
         A, D, dt_bias = A.resolve_neg().contiguous(), *(_parameter(x) for x in (D, dt_bias))
         index = None if index is None else index.contiguous()
         (b, d), (g, n) = u.shape, B.shape[1:]
         y = torch.empty((b, d), dtype=dtype, device=u.device)
+        fours = (B.stride(0) | B.stride(1) | C.stride(0) | C.stride(1) | n) % 4 == 0
+        vectors = fours and (state.data_ptr() | A.data_ptr() | B.data_ptr() | C.data_ptr()) % 16 == 0
+        across = -(-4 * d // THREADS)
         record = [
-            b, d, g, n, state.shape[0], state.stride(0), int(dt_softplus),
+            b, d, g, n, across, state.shape[0], state.stride(0), int(dt_softplus), int(vectors),
             *(f for x in inputs for f in ((0, 0) if x is None else (x.data_ptr(), x.stride(0)))),
-            *(f for x in systems for f in (x.data_ptr(), x.stride(0), x.stride(1))),
+            *(f for x in (B, C) for f in (x.data_ptr(), x.stride(0), x.stride(1))),
             _address(A), _address(D), _address(dt_bias), state.data_ptr(), y.data_ptr(), _address(index),
             int(index is not None and index.dtype == torch.int64),
         ]  # fmt: skip
-        _library("gpu.cu", dtype, u.device.index, RUN).launch("scan_step", -(-4 * b * d // 256), 256, 0, record)
+        library = _library("gpu_step.cu", _options(dtype, RUN), u.device.index)
+        library.launch("scan_step", across * -(-b // 4), THREADS, 0, record)
     return y.to(u.dtype)

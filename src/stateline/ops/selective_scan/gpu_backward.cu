@@ -3,11 +3,10 @@
 //     g[s] = C[s] dy[s] + a[s+1] g[s+1]       the same scan with lanes reversed
 //     dx = sum_n g B    pull = sum_n a g h[s-1] A    dB = sum_d g x    dC = sum_d h dy
 //
-// States before each tile come from tile_marks. Sums over channels: a thread adds its two, the four pairs of a warp meet
-// in shared memory after every state, the four warps after GROUP states, and each block writes its own part; `sum_parts`
-// adds the parts in order.
+// States before each tile come from the forward pass, its marks. Sums over channels: a thread adds its two, the four pairs
+// of a warp meet in shared memory after every state (TURNS: lines that they use in turn), the four warps after GROUP
+// states, and each block writes its own part; `add_up` adds the parts in order.
 
-#define GROUP (DATA == 0 ? 8 : 16)  // what shared memory allows with 64 states
 #define LINE (2 * TILE)               // dB and dC of one state
 #define OWN (LANES_C * (LINE + 8))    // floats of a warp's pairs; 8 more keep banks apart
 #define LN2 0.6931471805599453f
@@ -231,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
     if (!locate(k, p)) return;
     const int n = (int)k.n, raw_size = TILE * padded(k);
     T *tiles = (T*)shared, *b_raw = tiles + 2 * 4 * BUFFER, *c_raw = b_raw + raw_size;  // u, dt, z, dy, twice
-    float *B = (float*)(c_raw + raw_size), *own = B + 2 * n * TILE, *warps = own + THREADS / 32 * 2 * OWN;
+    float *B = (float*)(c_raw + raw_size), *own = B + 2 * n * TILE, *warps = own + THREADS / 32 * TURNS * OWN;
     float4 *system = (float4*)(warps + THREADS / 32 * GROUP * LINE), *adjoint = system + n * PAIRS;
     float2* marks = (float2*)(adjoint + n * PAIRS);  // twice
     auto fetch = [&](int stage, int s) {
@@ -275,10 +274,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
             const int states = n - j < GROUP ? n - j : GROUP, warp = thread() / 32;
 #pragma unroll 1
             for (int i = 0; i < states; ++i) {
-                float* mine = own + (warp * 2 + i % 2) * OWN;  // two in turn: one barrier a state
+                float* mine = own + (warp * TURNS + i % TURNS) * OWN;
                 one_state(q, B + (j + i) * TILE + me.run * 4, n * TILE, system + (j + i) * PAIRS + me.pair,
                           marks + (stage * n + j + i) * PAIRS + me.pair, adjoint + (j + i) * PAIRS + me.pair, mine, me);
                 join_pairs(mine, warps + (warp * GROUP + i) * LINE);
+                if (TURNS == 1) __syncwarp();  // the next state's sums replace these
             }
             __syncthreads();
             write_parts(warps, sum, k, j, states);
@@ -312,16 +312,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
 }
 
 // dB and dC (b, t, g, n) from the parts of the group's blocks, in their order.
-extern "C" __global__ void __launch_bounds__(THREADS) sum_parts(const __grid_constant__ Call k) {
-    const i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= k.b * k.g * 2 * k.n * k.t) return;
-    const i64 t = i % k.t, j = i / k.t % k.n, which = i / k.t / k.n % 2, row = i / k.t / k.n / 2 % k.b;
-    const i64 group = i / k.t / k.n / 2 / k.b, blocks = ((k.d + k.g - 1) / k.g + WIDTH - 1) / WIDTH;
-    const i64 used = (first_channel(k, group + 1) - first_channel(k, group) + WIDTH - 1) / WIDTH;
-    const i64 stride = k.b * 2 * k.n * k.t;
+__device__ __forceinline__ void add_parts(const Call& k, unsigned block) {
+    const unsigned pieces = (unsigned)((k.t + THREADS - 1) / THREADS), line = block / pieces;
+    const i64 t = (i64)(block % pieces) * THREADS + threadIdx.x;
+    const unsigned n = (unsigned)k.n, b = (unsigned)k.b;
+    const i64 j = line % n, which = line / n % 2, row = line / n / 2 % b, group = line / n / 2 / b;
+    const i64 blocks = ((k.d + k.g - 1) / k.g + WIDTH - 1) / WIDTH, stride = k.b * 2 * k.n * k.t;
+    const int used = (int)((first_channel(k, group + 1) - first_channel(k, group) + WIDTH - 1) / WIDTH);
+    if (t >= k.t) return;
     const float* from = k.parts + group * blocks * stride + ((row * 2 + which) * k.n + j) * k.t + t;
     float sum = 0.0f;
 #pragma unroll 8
-    for (i64 q = 0; q < used; ++q) sum += from[q * stride];
+    for (int q = 0; q < used; ++q, from += stride) sum += *from;
     (which ? k.dC : k.dB)[((row * k.t + t) * k.g + group) * k.n + j] = narrow(sum);
+}
+
+// Gradients of A, D and the bias from the rows of all chunks, in their order. The sums replace the first row.
+__device__ __forceinline__ void add_rows(const Call& k, i64 i) {
+    const i64 across = k.d * k.n, rest = i - across;
+    if (rest >= 2 * k.d) return;
+    float* to = rest < 0 ? k.dA : rest < k.d ? k.dD : k.dbias;
+    if (!to) return;
+    to += rest < 0 ? i : rest < k.d ? rest : rest - k.d;
+    const i64 stride = rest < 0 ? across : k.d;
+    float sum = 0.0f;
+#pragma unroll 1
+    for (i64 seq = 0; seq < k.sequences; ++seq) {
+        const i64 row = k.table ? k.table[3 * seq] : seq, start = k.table ? k.table[3 * seq + 1] : 0;
+        const i64 length = k.table ? k.table[3 * seq + 2] - start : k.t;
+        const float* from = to + ((row * k.t + start) / k.chunk + seq) * stride;
+        sum += *from;
+#pragma unroll 4
+        for (i64 done = k.chunk; done < length; done += k.chunk) from += stride, sum += *from;
+    }
+    *to = sum;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) add_up(const __grid_constant__ Call k) {
+    const i64 parts = 2 * k.b * k.g * k.n * ((k.t + THREADS - 1) / THREADS);
+    if (blockIdx.x < parts)
+        add_parts(k, blockIdx.x);
+    else
+        add_rows(k, (blockIdx.x - parts) * THREADS + threadIdx.x);
 }

@@ -57,7 +57,7 @@ struct Place {
     Track u, dt, z, y, dy, du, ddt, dz, B, C;
     i64 row;                              // batch row of the sequence
     int start, length, first, last;       // time of its first step; steps [first, last) of it
-    i64 chunk_row, tile_row;              // rows of this sequence in `ends` and in `marks`
+    i64 chunk_row, mark_row;              // rows of this sequence in `ends` and in `marks`
     int seq, chunk, group, block, c0, c1; // channels [c0, c1)
     __align__(8) float D[WIDTH], bias[WIDTH];       // of the block's channels, zeros if there is none
     int vectors, whole;                   // whether rows are read 16 bytes at a time; whether all 32 channels are there
@@ -172,7 +172,7 @@ __device__ __forceinline__ bool locate(const Call& k, Place& p) {
         }
         i64 linear = p.row * k.t + p.start;  // rows of shorter sequences follow one another
         p.chunk_row = linear / k.chunk + p.seq;
-        p.tile_row = linear / TILE + p.seq;
+        p.mark_row = linear / MARK + p.seq;
         const i64 first = p.chunk * k.chunk;
         p.first = (int)(first < p.length ? first : p.length);
         p.last = (int)(first + k.chunk < p.length ? first + k.chunk : p.length);
@@ -346,16 +346,6 @@ __device__ __forceinline__ float entering(const Call& k, const Place& p, float a
     }
     return h;
 }
-__device__ __forceinline__ void enter(float4* system, const Call& k, const Place& p) {
-    int n = (int)k.n;
-#pragma unroll 1
-    for (int i = thread(); i < PAIRS * n; i += THREADS) {
-        int pair = i / n, j = i % n, c = p.c0 + 2 * pair;
-        float4& x = system[j * PAIRS + pair];
-        if (c < p.c1) x.z = entering(k, p, x.x, c, j);
-        if (c + 1 < p.c1) x.w = entering(k, p, x.y, c + 1, j);
-    }
-}
 
 // The last (HIGH) or first two of each four, to (d, n) rows in memory.
 template <bool HIGH> __device__ __forceinline__ void save(float* to, const float4* system, const Call& k, const Place& p) {
@@ -370,10 +360,10 @@ template <bool HIGH> __device__ __forceinline__ void save(float* to, const float
     }
 }
 
-// Marks: the states of a block before one of its tiles, (n, 32), blocks within tiles.
+// Marks: the states of a block every MARK steps, (n, 32), blocks within marks.
 __device__ __forceinline__ float2* mark_of(const Call& k, const Place& p, int s) {
     const i64 blocks = ((k.d + k.g - 1) / k.g + WIDTH - 1) / WIDTH * k.g;
-    return (float2*)(k.marks + ((p.tile_row + s / TILE) * blocks + p.block) * k.n * WIDTH);
+    return (float2*)(k.marks + ((p.mark_row + s / MARK) * blocks + p.block) * k.n * WIDTH);
 }
 
 // Where a thread works. Found anew in each phase: registers are what limits these kernels.
