@@ -158,14 +158,70 @@ def test_a_row_does_not_depend_on_its_batch_and_bits_repeat():
             assert torch.equal(x[1:2], z)
 
 
+@pytest.mark.parametrize("case", [(2, 150, 40, 16, 1), (1, 4500, 33, 16, 3), (2, 70, 40, 39, 2)])
+def test_what_the_forward_pass_keeps_changes_nothing(case):
+    args = moved(inputs(*case, dtype=torch.bfloat16), "cuda")
+    b, t, d, n, _ = case
+    dy, dstate = torch.randn(b, t, d, device="cuda").bfloat16(), torch.randn(b, d, n, device="cuda")
+    y, state, kept = gpu.forward_kept(*args, None, False)
+    assert kept.shape == gpu.kept_shape(args[0], args[3], None)
+    assert all(map(torch.equal, (y, state), gpu.forward(*args, None, False)))
+    with_it = gpu.backward(dy, dstate, *args, None, False, kept)
+    assert all(map(torch.equal, with_it, gpu.backward(dy, dstate, *args, None, False)))
+
+
+def test_three_blocks_a_multiprocessor_give_the_same_bits(monkeypatch):
+    args = moved(inputs(2, 300, 70, 16, dtype=torch.bfloat16), "cuda")
+    grads = [torch.randn(2, 300, 70, device="cuda").bfloat16(), torch.randn(2, 70, 16, device="cuda")]
+    plan, runs = gpu.backward_plan, []
+    for crowded in (False, True):
+        monkeypatch.setattr(gpu, "_crowded", lambda p, call, c=crowded: plan(call.n, call.dtype, call.limits, c))
+        runs.append(gpu.backward(*grads, *args, None, False))
+    assert all(map(torch.equal, *runs))
+
+
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
-@pytest.mark.parametrize(("n", "g"), [(16, 1), (5, 3), (64, 2)])
-def test_step(dtype, n, g):
-    args = inputs(4, 1, 40, n, g, dtype, sequences=7)
+def test_tiles_of_a_device_with_less_shared_memory(monkeypatch, dtype):
+    monkeypatch.setattr(gpu, "_limits", lambda _: gpu.Limits(132, 101376, 102400))
+    check(inputs(2, 133, 40, 16, 2, dtype))
+    check(inputs(1, 4500, 33, 5, dtype=dtype), reverse=True)
+    check(inputs(1, 130, 40, 16, dtype=dtype, sequences=3), [(0, 0, 64), (0, 64, 97), (0, 97, 130)])
+
+
+def test_raw_ops_have_the_shapes_that_tracing_expects():
+    u, dt, A, B, C, D, z, bias, softplus, state = moved(inputs(2, 70, 40, 16), "cuda")
+    head, where = (u, dt, A, B, C, D, z, bias, softplus), (state, None, False)
+    raw, checks = torch.ops.stateline, ("test_schema", "test_faketensor")
+    for keep in (False, True):
+        torch.library.opcheck(raw.selective_scan.default, (*head, *where, keep, None), test_utils=checks)
+    kept = raw.selective_scan(*head, *where, True, None)[2]
+    torch.library.opcheck(raw.selective_scan_backward.default, (u, state, *head, *where, kept, None), test_utils=checks)
+
+
+def test_gradients_of_the_operation():
+    args = moved(inputs(2, 300, 40, 16), "cuda")
+    leaves = {n: x.requires_grad_() for n, x in zip(NAMES, args, strict=True) if n != "softplus"}
+    options = {n: leaves[n] for n in list(leaves)[5:]}
+    y, state = ops.selective_scan(*args[:5], **options, dt_softplus=True)
+    dy, dstate = torch.randn_like(y), torch.randn_like(state)
+    got = torch.autograd.grad((y, state), list(leaves.values()), (dy, dstate))
+    wide = moved([x.detach() if isinstance(x, Tensor) else x for x in args], "cpu", torch.float64)
+    want = reference.backward(dy.cpu().double(), dstate.cpu().double(), *wide, None, False)
+    for name, a, b in zip(leaves, got, want, strict=True):
+        near(a, b, BOUND[torch.float32], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize(
+    ("b", "d", "n", "g"), [(4, 40, 16, 1), (4, 40, 5, 3), (4, 64, 64, 2), (1, 33, 20, 1), (7, 40, 16, 4)]
+)
+def test_step(dtype, b, d, n, g):
+    args = inputs(b, 1, d, n, g, dtype, sequences=9)
     u, dt, A, B, C, D, z, bias, softplus, state = args
     token = [x[:, 0] for x in (u, dt)] + [A, B[:, 0], C[:, 0], D, z[:, 0], bias]
-    for index in (None, torch.tensor([5, -1, 0, 2]), torch.tensor([5, -1, 0, 2], dtype=torch.int32)):
-        h = state[:4] if index is None else state
+    slots = torch.tensor([5, -1, 0, 2, 8, 3, 1])[:b]
+    for index in (None, slots, slots.int()):
+        h = state[:b] if index is None else state
         mine, right = h.clone().cuda(), h.double()
         y = gpu.step(mine, *moved(token, "cuda"), softplus, None if index is None else index.cuda())
         want = reference.step(right, *moved(token, dtype=torch.float64), softplus, index)

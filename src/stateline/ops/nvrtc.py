@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import warnings
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from stateline.backends import BackendError
 
 _DYNAMIC_SHARED, _CARVEOUT = 8, 9  # CU_FUNC_ATTRIBUTE_…
-_SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_Pointer, _Number = ctypes.c_void_p, ctypes.c_uint
 
 
 @functools.cache
@@ -40,7 +41,11 @@ def _nvrtc() -> ctypes.CDLL:
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    driver = ctypes.CDLL("libcuda.so.1")
+    call = [_Pointer, *[_Number] * 7, _Pointer, _Pointer]
+    driver.cuLaunchCooperativeKernel.argtypes = call
+    driver.cuLaunchKernel.argtypes = [*call, _Pointer]
+    return driver
 
 
 def _check(code: int, what: str) -> None:
@@ -48,14 +53,6 @@ def _check(code: int, what: str) -> None:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(code, ctypes.byref(text))
         raise BackendError(f"{what} failed: {(text.value or b'unknown error').decode()} ({code}).")
-
-
-@functools.cache
-def shared_memory(device: int) -> int:
-    """Bytes of shared memory that a block may have on a device."""
-    value = ctypes.c_int()
-    _check(_driver().cuDeviceGetAttribute(ctypes.byref(value), _SHARED_OPTIN, device), "asking for shared memory")
-    return value.value
 
 
 def cache_folder() -> Path:
@@ -118,6 +115,7 @@ class Library:
 
     def __init__(self, source: str, options: Sequence[str], device: int) -> None:
         major, minor = torch.cuda.get_device_capability(device)
+        self._device = device
         self._code = compile_cubin(source, options, f"sm_{major}{minor}")
         self._module = ctypes.c_void_p()
         self._functions: dict[str, tuple[ctypes.c_void_p, int]] = {}
@@ -144,12 +142,10 @@ class Library:
         if blocks == 0:
             return
         function = self._function(name, shared)
-        fields = (ctypes.c_int64 * len(record))(*record)
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(fields))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        grid = (function, ctypes.c_uint(blocks), 1, 1, threads, 1, 1, shared, stream, arguments)
-        if cooperative:
-            code = _driver().cuLaunchCooperativeKernel(*grid)
-        else:
-            code = _driver().cuLaunchKernel(*grid, None)
-        _check(code, f"launching {name}")
+        fields = array("q", record)  # three times as fast as an array of ctypes
+        arguments = _Pointer(fields.buffer_info()[0])
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        call = (function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.byref(arguments))
+        code = _driver().cuLaunchCooperativeKernel(*call) if cooperative else _driver().cuLaunchKernel(*call, None)
+        if code:
+            _check(code, f"launching {name}")

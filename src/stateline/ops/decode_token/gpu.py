@@ -174,7 +174,8 @@ def _shared(tiles: int, n: int) -> int:
 
 @functools.cache
 def _stages(tiles: int, n: int, device: torch.device) -> int:
-    return min(12, (nvrtc.shared_memory(device.index) - 1024 - _shared(tiles, n)) // (STAGE + 16))
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # its stubs lack it
+    return min(12, (limit - 1024 - _shared(tiles, n)) // (STAGE + 16))
 
 
 @functools.cache

@@ -20,11 +20,9 @@ from stateline.ops import nvrtc
 #: Precision of A that the kernels compute in.
 DTYPES = frozenset({torch.float32})
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: Steps a lane keeps in registers: of a tile in the forward pass, of the gradient, and where only sums are needed.
-RUN, BACKWARD_RUN, ENDS_RUN = 4, 8, 16
+#: An eighth of a tile's steps, which the kernels call a run: of the forward pass, and where only sums are needed.
+RUN, ENDS_RUN = 4, 16
 THREADS, WARPS, WIDTH, PAIRS, LANES = 128, 4, 32, 16, 8
-#: Steps between the states that the forward pass keeps for the gradient: a tile of the latter.
-MARK = LANES * BACKWARD_RUN
 #: Fours of steps that the forward pass unrolls.
 WALK = 2
 #: A chunk is not shorter: finding what it leaves to the next has to pay.
@@ -39,6 +37,16 @@ class Limits(NamedTuple):
     processors: int
     block: int
     whole: int
+
+    @property
+    def backward_run(self) -> int:
+        """The gradient's run: half of it where a block has 99 KB, so that 16 states fit."""
+        return 8 if self.block >= 160 * 1024 else 4
+
+    @property
+    def mark(self) -> int:
+        """Steps between the states that the forward pass keeps for the gradient: a tile of the latter."""
+        return LANES * self.backward_run
 
     def resident(self, shared: int) -> int:
         """Blocks of `shared` bytes that a multiprocessor holds at once; 0 if not even one fits."""
@@ -93,8 +101,8 @@ def _library(name: str, options: tuple[str, ...], device: int) -> nvrtc.Library:
     return nvrtc.Library(source(name), options, device)
 
 
-def _options(dtype: torch.dtype, run: int, **rest: int) -> tuple[str, ...]:
-    every = {"DATA": _KINDS[dtype], "RUN": run, "MARK": MARK} | rest
+def _options(dtype: torch.dtype, run: int, mark: int, **rest: int) -> tuple[str, ...]:
+    every = {"DATA": _KINDS[dtype], "RUN": run, "MARK": mark} | rest
     return tuple(f"-D{name}={value}" for name, value in every.items())
 
 
@@ -114,7 +122,8 @@ def forward_plan(n: int, dtype: torch.dtype, limits: Limits) -> Plan:
     lines = 2 * tile * (WARPS * states + 4) * 4
     shared = 5 * _buffer(tile) * dtype.itemsize + 2 * _raw(n, dtype, tile) + lines + (tile // 2 + tile) * 36 * 16
     resident = min(4 if states <= 16 else 3, limits.resident(shared))
-    return Plan(_options(dtype, RUN, STATES=states, WALK=WALK, FORWARD_BLOCKS=max(1, resident)), resident, shared)
+    rest = {"STATES": states, "WALK": WALK, "FORWARD_BLOCKS": max(1, resident)}
+    return Plan(_options(dtype, RUN, limits.mark, **rest), resident, shared)
 
 
 @functools.cache
@@ -122,7 +131,7 @@ def ends_plan(n: int, dtype: torch.dtype, limits: Limits) -> Plan:
     """Of chunk_ends and adjoint_ends."""
     tile = LANES * ENDS_RUN
     shared = 3 * _buffer(tile) * dtype.itemsize + _raw(n, dtype, tile) + n * tile * 4 + n * PAIRS * 16
-    return Plan(_options(dtype, ENDS_RUN), limits.resident(shared), shared)
+    return Plan(_options(dtype, ENDS_RUN, limits.mark), limits.resident(shared), shared)
 
 
 @functools.cache
@@ -131,19 +140,24 @@ def backward_plan(n: int, dtype: torch.dtype, limits: Limits, crowded: bool = Fa
 
     crowded: three blocks a multiprocessor, on fewer registers, where they fit. All plans give the same bits.
     """
-    aim = 3 if crowded else 2
+    aim = 4 if limits.backward_run == 4 else 3 if crowded else 2  # what registers allow
 
     def plan(group: int, turns: int) -> Plan:
-        tile = MARK
+        tile = limits.mark
         parts = 4 * WARPS * (turns * PAIRS // WARPS * (2 * tile + 8) + group * 2 * tile)
         rows = 8 * _buffer(tile) * dtype.itemsize
         shared = rows + 2 * _raw(n, dtype, tile) + 2 * n * tile * 4 + parts + 2 * n * PAIRS * (16 + 8)
         resident = min(aim, limits.resident(shared))
-        return Plan(
-            _options(dtype, BACKWARD_RUN, GROUP=group, TURNS=turns, BACKWARD_BLOCKS=max(1, resident)), resident, shared
-        )
+        rest = {"GROUP": group, "TURNS": turns, "BACKWARD_BLOCKS": max(1, resident)}
+        return Plan(_options(dtype, limits.backward_run, tile, **rest), resident, shared)
 
     return max((plan(16, 2), plan(8, 2), plan(4, 1)), key=lambda p: p.resident)
+
+
+@functools.cache
+def step_plan(dtype: torch.dtype) -> Plan:
+    """Of scan_step, whose tiles depend on nothing."""
+    return Plan(_options(dtype, RUN, LANES), 1, 0)
 
 
 @functools.cache
@@ -166,6 +180,34 @@ def chunk_length(t: int, d: int, processors: int, resident: int) -> int:
     return max(1, -(-t // chunks // tile)) * tile
 
 
+class _View(NamedTuple):
+    """A tensor as kernels read it, kept alive; its address and the elements between entries of all dimensions but the
+    last; and what of these, in bytes, may keep it from being read 16 bytes at a time."""
+
+    tensor: Tensor | None
+    fields: tuple[int, ...]
+    bits: int
+
+
+def _view(x: Tensor, dtype: torch.dtype) -> _View:
+    """`x` as kernels read data: the last dimension adjacent, steps less than 2 GiB apart."""
+    if x.is_neg():  # its sign is still to be changed in memory
+        x = x.resolve_neg()
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    *steps, last = x.stride()
+    if (last != 1 and x.shape[-1] > 1) or (len(steps) > 1 and steps[1] * dtype.itemsize >= 2**31):
+        x = x.contiguous()
+        *steps, last = x.stride()
+    at = bits = x.data_ptr()
+    for step in steps:
+        bits |= step * dtype.itemsize
+    return _View(x, (at, *steps), bits)
+
+
+_NO_ROWS = _View(None, (0, 0, 0), 0)
+
+
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -176,23 +218,11 @@ def _common(*data: Tensor | None) -> torch.dtype:
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
-def _data(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` as kernels read data: the last dimension adjacent, steps less than 2 GiB apart."""
-    if x.is_neg():  # its sign is still to be changed in memory
-        x = x.resolve_neg()
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    near = x.stride(-1) == 1 or x.shape[-1] <= 1
-    return x if near and x.stride(1) * dtype.itemsize < 2**31 else x.contiguous()
-
-
 def _parameter(x: Tensor | None) -> Tensor | None:
     """`x` as kernels read parameters and states."""
-    return None if x is None else x.resolve_neg().contiguous()
-
-
-def _rows(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+    if x is None:
+        return None
+    return (x.resolve_neg() if x.is_neg() else x).contiguous()
 
 
 class _Call:
@@ -204,12 +234,13 @@ class _Call:
         reverse: bool,
     ) -> None:  # fmt: skip
         self.dtype = _common(u, dt, B, C, z)
-        self.device, self.limits = u.device.index, _limits(u.device.index)
-        self.u, self.dt, self.B, self.C = (self.data(x) for x in (u, dt, B, C))
-        self.z = None if z is None else self.data(z)
-        self.A = A.resolve_neg().contiguous()
-        self.D, self.bias, self.initial = (_parameter(x) for x in (D, dt_bias, initial_state))
+        self.device = u.get_device()
+        self.limits = _limits(self.device)
+        self.u, self.dt, self.z = self.rows(u), self.rows(dt), self.rows(z)
+        self.B, self.C = _view(B, self.dtype), _view(C, self.dtype)
         self.table = None if segments is None else segments.contiguous()
+        self.parameters = tuple(map(_parameter, (A, D, dt_bias, initial_state)))
+        self.like = A  # float32, on the device
         self.b, self.t, self.d = u.shape
         self.g, self.n = B.shape[2:]
         self.sequences = self.b if segments is None else segments.shape[0]
@@ -222,43 +253,41 @@ class _Call:
         self.chunks = max(1, -(-self.t // self.chunk))
         self.blocks = self.across * self.chunks * self.sequences
 
-    def data(self, x: Tensor) -> Tensor:
-        return _data(x, self.dtype)
+    def rows(self, x: Tensor | None) -> _View:
+        return _NO_ROWS if x is None else _view(x, self.dtype)
+
+    def result(self, x: _View) -> _View:
+        """Memory for a result or gradient like x; zeros where segments may leave tokens unwritten."""
+        if x.tensor is None:
+            return x
+        made = x.tensor.new_empty(x.tensor.shape)
+        return _view(made if self.table is None else made.zero_(), self.dtype)
 
     def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.u.device)
+        return self.like.new_empty(shape)
 
     def chunk_rows(self, *shape: int) -> Tensor:
         """Room for something of this shape for each chunk of each sequence."""
         return self.empty(rows_of(self.b, self.t, self.sequences, self.chunk), *shape)
 
-    def _aligned(self, *tensors: Tensor | None) -> int:
-        together = 0  # bits below 16 of any address or step in bytes
-        for x in tensors:
-            if x is not None:
-                bits = 0
-                for step in x.stride()[:-1]:
-                    bits |= step
-                together |= x.data_ptr() | bits * self.dtype.itemsize
-        return int(together % 16 == 0)
-
     def record(
         self,
-        y: Tensor | None,
+        y: _View,
         state: Tensor | None,
         ends: tuple[Tensor | None, Tensor | None],
         marks: Tensor | None,
         back: _Gradient | None = None,
     ) -> list[int]:
         """The kernels' record `Call`."""
-        outputs = () if back is None else (back.dy, back.du, back.ddt, back.dz)
-        groups = [f for x in (self.B, self.C) for f in (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))]
+        bits, dy = self.u.bits | self.dt.bits | self.z.bits | y.bits, _NO_ROWS
+        if back is not None:
+            dy = back.dy
+            bits |= dy.bits | back.du.bits | back.ddt.bits | back.dz.bits
         return [
             self.b, self.t, self.d, self.g, self.n, self.chunk, self.chunks, self.sequences, *self.flags,
-            self._aligned(self.u, self.dt, self.z, y, *outputs), self._aligned(self.B, self.C),
-            *_rows(self.u), *_rows(self.dt), *_rows(self.z), *_rows(y), *_rows(None if back is None else back.dy),
-            *groups, _address(self.A), _address(self.D), _address(self.bias), _address(self.initial),
-            _address(self.table), _address(state), _address(ends[0]), _address(ends[1]), _address(marks),
+            int(bits % 16 == 0), int((self.B.bits | self.C.bits) % 16 == 0),
+            *self.u.fields, *self.dt.fields, *self.z.fields, *y.fields, *dy.fields, *self.B.fields, *self.C.fields,
+            *map(_address, (*self.parameters, self.table, state, *ends, marks)),
             *([0] * 19 if back is None else back.record()),
         ]  # fmt: skip
 
@@ -266,15 +295,16 @@ class _Call:
         library = _library(file, plan.options, self.device)
         library.launch(kernel, self.blocks if blocks is None else blocks, THREADS, plan.shared, record)
 
-    def ends(self, *shape: int) -> tuple[Tensor | None, Tensor | None]:
+    def ends(self) -> tuple[Tensor | None, Tensor | None]:
         """Room for the state at the end of each chunk and for its summed step sizes, if there is more than one."""
         return (None, None) if self.chunks == 1 else (self.chunk_rows(self.d, self.n), self.chunk_rows(self.d))
 
-    def scan(self, y: Tensor | None, state: Tensor | None, marks: Tensor | None) -> None:
+    def scan(self, y: _View, state: Tensor | None, marks: Tensor | None) -> None:
         """The forward pass, into what is given."""
         plan = forward_plan(self.n, self.dtype, self.limits)
         self.cut(plan)
-        record = self.record(y, state, self.ends(), marks)
+        ends = self.ends()
+        record = self.record(y, state, ends, marks)
         if self.chunks > 1:
             self.run("gpu_sweep.cu", "chunk_ends", ends_plan(self.n, self.dtype, self.limits), record)
         self.run("gpu.cu", "scan_forward", plan, record)
@@ -284,25 +314,24 @@ class _Gradient:
     """What the backward kernels write, and the gradients they read."""
 
     def __init__(self, call: _Call, dy: Tensor, dstate: Tensor) -> None:
-        self.dy, self.dstate = call.data(dy), dstate.to(torch.float32).resolve_neg().contiguous()
-        make = torch.empty if call.table is None else torch.zeros
-
-        def like(x: Tensor | None) -> Tensor | None:
-            return None if x is None else make(x.shape, dtype=call.dtype, device=x.device)
-
-        self.du, self.ddt, self.dz, self.dB, self.dC = (like(x) for x in (call.u, call.dt, call.z, call.B, call.C))
-        self.adjoint_ends, self.adjoint_sums = call.ends()
-        self.dinitial = None if call.initial is None else torch.empty_like(call.initial)
+        self.dy = call.rows(dy)
+        self.dstate = _parameter(dstate.to(torch.float32))
+        self.du, self.ddt, self.dz, self.dB, self.dC = map(call.result, (call.u, call.dt, call.z, call.B, call.C))
+        self.adjoint = call.ends()
+        _, D, bias, initial = call.parameters
+        self.dinitial = None if initial is None else torch.empty_like(initial)
         self.dA = call.chunk_rows(call.d, call.n)
-        self.dD = None if call.D is None else call.chunk_rows(call.d)
-        self.dbias = None if call.bias is None else call.chunk_rows(call.d)
-        self.parts = make(call.across, call.b, 2, call.n, call.t, dtype=torch.float32, device=dy.device)
+        self.dD = None if D is None else call.chunk_rows(call.d)
+        self.dbias = None if bias is None else call.chunk_rows(call.d)
+        self.parts = call.empty(call.across, call.b, 2, call.n, call.t)
+        if call.table is not None:
+            self.parts.zero_()
 
     def record(self) -> list[int]:
-        plain = (self.adjoint_ends, self.adjoint_sums, self.dinitial, self.dA, self.dD, self.dbias, self.parts)
+        plain = (*self.adjoint, self.dinitial, self.dA, self.dD, self.dbias, self.parts)
         return [
-            _address(self.dstate), *_rows(self.du), *_rows(self.ddt), *_rows(self.dz), *(_address(x) for x in plain),
-            _address(self.dB), _address(self.dC),
+            _address(self.dstate), *self.du.fields, *self.ddt.fields, *self.dz.fields, *map(_address, plain),
+            self.dB.fields[0], self.dC.fields[0],
         ]  # fmt: skip
 
 
@@ -317,9 +346,10 @@ def _across(d: int, g: int) -> int:
 
 
 def kept_shape(u: Tensor, B: Tensor, segments: Tensor | None) -> tuple[int, ...]:
-    """Shape of what `forward` keeps for `backward`, float32: a state (d, n) every MARK steps."""
+    """Shape of what `forward_kept` keeps for `backward`, float32: a state (d, n) every 64 steps (or 32)."""
     (b, t, d), (g, n) = u.shape, B.shape[2:]
-    return rows_of(b, t, b if segments is None else segments.shape[0], MARK), _across(d, g), n, WIDTH
+    sequences = b if segments is None else segments.shape[0]
+    return rows_of(b, t, sequences, _limits(u.get_device()).mark), _across(d, g), n, WIDTH
 
 
 def forward_kept(
@@ -343,10 +373,11 @@ def _forward(inputs: tuple[Any, ...], kept: Tensor | None) -> tuple[Tensor, Tens
     u = inputs[0]
     with torch.cuda.device_of(u):
         call = _Call(*inputs)
-        make = torch.empty if call.table is None else torch.zeros
-        y = make(u.shape, dtype=call.dtype, device=u.device)
+        y = u.new_empty(u.shape, dtype=call.dtype)
+        if call.table is not None:
+            y.zero_()
         state = call.empty(call.sequences, call.d, call.n)
-        call.scan(y, state, kept)
+        call.scan(_view(y, call.dtype), state, kept)
     return y if y.dtype == u.dtype else y.to(u.dtype), state
 
 
@@ -363,18 +394,19 @@ def backward(
         call = _Call(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
         if kept is None:
             kept = call.empty(*kept_shape(u, B, segments))
-            call.scan(None, None, kept)
+            call.scan(_NO_ROWS, None, kept)
         plan = backward_plan(call.n, call.dtype, call.limits)
         call.cut(plan)
         back = _Gradient(call, dy, dstate)
-        record = call.record(None, None, (None, None), kept, back)
+        record = call.record(_NO_ROWS, None, (None, None), kept, back)
         if call.chunks > 1:
             call.run("gpu_sweep.cu", "adjoint_ends", ends_plan(call.n, call.dtype, call.limits), record)
         call.run("gpu_backward.cu", "scan_backward", _crowded(plan, call), record)
         pieces = 2 * call.b * call.g * call.n * -(-call.t // THREADS) + -(-call.d * (call.n + 2) // THREADS)
         call.run("gpu_backward.cu", "add_up", plan._replace(shared=0), record, pieces)
     dA, dD, dbias = (None if x is None else x[0] for x in (back.dA, back.dD, back.dbias))
-    grads = (back.du, back.ddt, dA, back.dB, back.dC, dD, back.dz, dbias, back.dinitial)
+    du, ddt, dB, dC, dz = (x.tensor for x in (back.du, back.ddt, back.dB, back.dC, back.dz))
+    grads = (du, ddt, dA, dB, dC, dD, dz, dbias, back.dinitial)
     wanted = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, wanted, strict=True))
 
@@ -406,24 +438,21 @@ def step(
 ) -> Tensor:
     """One token, in place. u, dt, z (b, d); B, C (b, g, n); index (b) picks rows of state, negative: skip."""
     dtype = _common(u, dt, B, C, z)
-
     with torch.cuda.device_of(u):
-        inputs = [_data(x, dtype) for x in (u, dt)] + [None if z is None else _data(z, dtype)]
-        B, C = (_data(x, dtype) for x in (B, C))
-        A, D, dt_bias = A.resolve_neg().contiguous(), *(_parameter(x) for x in (D, dt_bias))
-        index = None if index is None else index.contiguous()
         (b, d), (g, n) = u.shape, B.shape[1:]
-        y = torch.empty((b, d), dtype=dtype, device=u.device)
-        fours = (B.stride(0) | B.stride(1) | C.stride(0) | C.stride(1) | n) % 4 == 0
-        vectors = fours and (state.data_ptr() | A.data_ptr() | B.data_ptr() | C.data_ptr()) % 16 == 0
+        rows = [_view(x, dtype) for x in (u, dt)] + [_View(None, (0, 0), 0) if z is None else _view(z, dtype)]
+        systems = [_view(x, dtype) for x in (B, C)]
+        parameters = tuple(map(_parameter, (A, D, dt_bias)))
+        index = None if index is None else index.contiguous()
+        y = u.new_empty((b, d), dtype=dtype)
+        # Four states at a time: 16 bytes of the state and of A, as many of B and C as four take.
+        bits = (systems[0].bits | systems[1].bits) * (4 // dtype.itemsize) | state.data_ptr() | _address(parameters[0])
         across = -(-4 * d // THREADS)
         record = [
-            b, d, g, n, across, state.shape[0], state.stride(0), int(dt_softplus), int(vectors),
-            *(f for x in inputs for f in ((0, 0) if x is None else (x.data_ptr(), x.stride(0)))),
-            *(f for x in (B, C) for f in (x.data_ptr(), x.stride(0), x.stride(1))),
-            _address(A), _address(D), _address(dt_bias), state.data_ptr(), y.data_ptr(), _address(index),
-            int(index is not None and index.dtype == torch.int64),
+            b, d, g, n, across, state.shape[0], state.stride(0), int(dt_softplus), int(bits % 16 == n % 4 == 0),
+            *(f for x in rows for f in x.fields), *(f for x in systems for f in x.fields),
+            *map(_address, (*parameters, state, y, index)), int(index is not None and index.dtype == torch.int64),
         ]  # fmt: skip
-        library = _library("gpu_step.cu", _options(dtype, RUN), u.device.index)
+        library = _library("gpu_step.cu", step_plan(dtype).options, u.get_device())
         library.launch("scan_step", across * -(-b // 4), THREADS, 0, record)
-    return y.to(u.dtype)
+    return y if y.dtype == u.dtype else y.to(u.dtype)

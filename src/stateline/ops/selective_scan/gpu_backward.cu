@@ -35,10 +35,11 @@ __device__ __forceinline__ void enter_adjoint(float4* adjoint, const float4* sys
     }
 }
 
-// Where a thread adds up two steps of one state's dB or dC: warp 2 i + w does state i of two, B (w = 0) or C.
+// Where a thread adds up two steps of one state's dB or dC: threads go through LINE, then the next state's.
+#define AT_ONCE (THREADS / TILE)      // states
 struct Sum { float *to, *next; int from; bool first, second, paired; };
 __device__ __forceinline__ Sum sum_of(const Call& k, const Place& p, int s) {
-    const int t = thread(), line = t / 32, where = t % 32 * 2, left = p.last - s;
+    const int line = thread() * 2 / TILE, where = thread() * 2 % TILE, left = p.last - s;
     const int step = where % (LANES_T * 4) / 4 * RUN + where / (LANES_T * 4) * 4 + where % 4;
     Sum x;
     x.from = line * TILE + where;
@@ -51,7 +52,7 @@ __device__ __forceinline__ Sum sum_of(const Call& k, const Place& p, int s) {
 // Adds the warps' sums of `states` states from j on and writes the block's.
 __device__ __forceinline__ void write_parts(const float* warps, const Sum& x, const Call& k, int j, int states) {
 #pragma unroll 1
-    for (int i = 0; i + thread() / 64 < states; i += 2) {
+    for (int i = 0; i + thread() / TILE < states; i += AT_ONCE) {
         float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
         for (int q = 0; q < THREADS / 32; ++q) {
@@ -72,6 +73,7 @@ __device__ __forceinline__ void join_pairs(const float* own, float* to) {
     const int lane = thread() % 32;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     __syncwarp();
+    if (lane * 4 >= LINE) return;
 #pragma unroll
     for (int q = 0; q < LANES_C; ++q) {
         float4 v = *(const float4*)(own + q * (LINE + 8) + lane * 4);
