@@ -8,6 +8,8 @@
 #define PITCH (NEAR + 4)              // floats of a step of B or C; 4 more keep banks apart
 #define SLOTS 36                      // 16-byte slots of a line of 32 channels: even ones, then odd ones, in other banks
 #define ODD 20
+// ex2.approx of numbers just below 0 is 6e-9 too small on average (measured): thousands of steps would show it.
+#define NUDGE 9e-9f
 #define WARPS (THREADS / 32)
 constexpr int FOURS = WALK;           // unrolled: four steps each
 
@@ -15,25 +17,34 @@ extern __shared__ __align__(16) unsigned char shared[];
 
 __device__ __forceinline__ int slot(int channel) { return channel % 2 * ODD + channel / 2; }
 
-// A tile of B or C to float32, step by step.
-__device__ __forceinline__ void spread_steps(float* to, const T* raw, const Call& k) {
-#pragma unroll 1
-    for (int i = thread(); i < TILE * padded(k) / VEC; i += THREADS) {
-        const uint4 words = *(const uint4*)(raw + i * VEC);
-        float4* out = (float4*)(to + i % TILE * PITCH + i / TILE * VEC);
+// A tile of B and one of C, next to each other, to float32, step by step.
+__device__ __forceinline__ void spread_vectors(float* to, const T* raw, int i, int vectors) {
+    const bool second = i >= vectors;
+    const int v = second ? i - vectors : i;
+    const uint4 words = *(const uint4*)(raw + i * VEC);
+    float4* out = (float4*)(to + (second ? TILE * PITCH : 0) + v % TILE * PITCH + v / TILE * VEC);
 #if DATA == 0
-        out[0] = *(const float4*)&words;
+    out[0] = *(const float4*)&words;
 #else
-        float4 low, high;
-        unpack(words.x, low.x, low.y), unpack(words.y, low.z, low.w);
-        unpack(words.z, high.x, high.y), unpack(words.w, high.z, high.w);
-        out[0] = low, out[1] = high;
+    float4 low, high;
+    unpack(words.x, low.x, low.y), unpack(words.y, low.z, low.w);
+    unpack(words.z, high.x, high.y), unpack(words.w, high.z, high.w);
+    out[0] = low, out[1] = high;
 #endif
+}
+__device__ __forceinline__ void spread_steps(float* to, const T* raw, const Call& k) {
+    const int vectors = TILE * padded(k) / VEC;
+    if (2 * vectors == THREADS) {
+        spread_vectors(to, raw, thread(), THREADS / 2);
+        return;
     }
+#pragma unroll 1
+    for (int i = thread(); i < 2 * vectors; i += THREADS) spread_vectors(to, raw, i, vectors);
 }
 
 // {dt, x, dt, x} of two steps for each channel; dt = 0 past the end, so that the state passes unchanged.
-__device__ __forceinline__ void prepare(float4* to, const T* dt_tile, const T* u_tile, const Call& k, const Place& p, int s) {
+__device__ __forceinline__ void prepare(
+    float4* to, const T* dt_tile, const T* u_tile, const Call& k, const Place& p, int s) {
     const int t = thread(), pair = t % 16;
     const float2 bias = *(const float2*)(p.bias + 2 * pair);
 #pragma unroll
@@ -61,7 +72,8 @@ __device__ __forceinline__ void prepare(float4* to, const T* dt_tile, const T* u
 }
 
 // Outputs of four steps of two channels a thread, from the warps' sums.
-__device__ __forceinline__ void finish(const float4* sums, const T* u_tile, const T* z_tile, const Call& k, const Place& p, int s) {
+__device__ __forceinline__ void finish(
+    const float4* sums, const T* u_tile, const T* z_tile, const Call& k, const Place& p, int s) {
     const int t = thread(), c = t % 16 * 2, four = t / 32 + t % 32 / 16 * WARPS;
     float y[2][4];
 #pragma unroll
@@ -89,22 +101,42 @@ __device__ __forceinline__ void finish(const float4* sums, const T* u_tile, cons
             y[0][r] *= z.x * sigmoid(z.x), y[1][r] *= z.y * sigmoid(z.y);
         }
     }
+    char* out = (char*)(step_of(p.y, s + 4 * four) + c);
     if (p.whole && s + TILE <= p.last) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) put2(step_of(p.y, s + 4 * four + r) + c, y[0][r], y[1][r]);
+        for (int r = 0; r < 4; ++r, out += p.y.stride) put2((T*)out, y[0][r], y[1][r]);
         return;
     }
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < 4; ++r, out += p.y.stride) {
         if (s + 4 * four + r >= p.last) break;
-        T* out = step_of(p.y, s + 4 * four + r) + c;
-        if (p.c0 + c < p.c1) out[0] = narrow(y[0][r]);
-        if (p.c0 + c + 1 < p.c1) out[1] = narrow(y[1][r]);
+        if (p.c0 + c < p.c1) ((T*)out)[0] = narrow(y[0][r]);
+        if (p.c0 + c + 1 < p.c1) ((T*)out)[1] = narrow(y[1][r]);
     }
 }
 
+// Where a thread reads whole tiles, kept in registers: 16 bytes of u, dt and z, and of B or C if one pass covers both.
+struct Feed {
+    const char *u, *dt, *z, *group;
+    int u_step, dt_step, z_step, group_step;  // bytes to the next tile
+    bool whole, whole_groups;
+};
+__device__ __forceinline__ Feed feed_of(const Call& k, const Place& p) {
+    const int t = thread(), step = p.first + t / (WIDTH / VEC), c = t % (WIDTH / VEC) * VEC, half = t % (THREADS / 2);
+    const Track& g = t < THREADS / 2 ? p.B : p.C;
+    Feed f;
+    f.u = (const char*)(step_of(p.u, step) + c), f.u_step = p.u.stride * TILE;
+    f.dt = (const char*)(step_of(p.dt, step) + c), f.dt_step = p.dt.stride * TILE;
+    f.z = (const char*)(step_of(p.z, step) + c), f.z_step = p.z.stride * TILE;
+    f.group = (const char*)(step_of(g, p.first + half % TILE) + half / TILE * VEC), f.group_step = g.stride * TILE;
+    f.whole = p.whole && ROWS >= TILE;
+    f.whole_groups = k.aligned_bc && k.n * TILE == THREADS / 2 * VEC;
+    return f;
+}
+
 // A tile of the lane's states; leaves the warp's sums over them.
-__device__ __forceinline__ void walk(float (&h)[STATES], const float (&A)[STATES], const float4* from, const float* B, const float* C, float4* to) {
+__device__ __forceinline__ void walk(
+    float (&h)[STATES], const float (&A)[STATES], const float4* from, const float* B, const float* C, float4* to) {
 #pragma unroll (FOURS)
     for (int four = 0; four < TILE / 4; ++four) {
         float y[4];
@@ -116,10 +148,10 @@ __device__ __forceinline__ void walk(float (&h)[STATES], const float (&A)[STATES
 #pragma unroll
             for (int i = 0; i < STATES; i += 4) {
                 const float4 b = *(const float4*)(B + line + i), c = *(const float4*)(C + line + i);
-                h[i] = fmaf(ex2(dt * A[i]), h[i], x * b.x);
-                h[i + 1] = fmaf(ex2(dt * A[i + 1]), h[i + 1], x * b.y);
-                h[i + 2] = fmaf(ex2(dt * A[i + 2]), h[i + 2], x * b.z);
-                h[i + 3] = fmaf(ex2(dt * A[i + 3]), h[i + 3], x * b.w);
+                h[i] = fmaf(ex2(fmaf(dt, A[i], NUDGE)), h[i], x * b.x);
+                h[i + 1] = fmaf(ex2(fmaf(dt, A[i + 1], NUDGE)), h[i + 1], x * b.y);
+                h[i + 2] = fmaf(ex2(fmaf(dt, A[i + 2], NUDGE)), h[i + 2], x * b.z);
+                h[i + 3] = fmaf(ex2(fmaf(dt, A[i + 3], NUDGE)), h[i + 3], x * b.w);
                 y[r] = i ? fmaf(c.x, h[i], y[r]) : c.x * h[i];
                 y[r] = fmaf(c.y, h[i + 1], y[r]);
                 y[r] = fmaf(c.z, h[i + 2], y[r]);
@@ -138,11 +170,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forwa
     T *b_raw = dt_tile + BUFFER, *c_raw = b_raw + raw_size;
     float *B = (float*)(c_raw + raw_size), *C = B + TILE * PITCH;
     float4 *steps = (float4*)(C + TILE * PITCH), *sums = steps + TILE / 2 * SLOTS;
+    Feed f = feed_of(k, p);
+    T* const to = dt_tile + at(thread() / (WIDTH / VEC), thread() % (WIDTH / VEC) * VEC);
+    const bool gated = k.z.at && k.y.at;
     auto fetch = [&](int stage, int s) {
-        if (s < p.last) {
+        const bool full = s + TILE <= p.last;
+        if (full && f.whole) {
+            copy_async(to, f.dt, 16);
+            copy_async(to + (stage - 4) * BUFFER, f.u, 16);
+            if (gated) copy_async(to + (stage - 2) * BUFFER, f.z, 16);
+            f.u += f.u_step, f.dt += f.dt_step, f.z += f.z_step;
+        } else if (s < p.last) {
             load_rows(dt_tile, p, p.dt, s);
             load_rows(u_tile + stage * BUFFER, p, p.u, s);
-            if (k.z.at && k.y.at) load_rows(z_tile + stage * BUFFER, p, p.z, s);
+            if (gated) load_rows(z_tile + stage * BUFFER, p, p.z, s);
+        }
+        if (full && f.whole_groups) {
+            copy_async(b_raw + thread() * VEC, f.group, 16);
+            f.group += f.group_step;
+        } else if (s < p.last) {
             load_groups(b_raw, k, p, p.B, s);
             load_groups(c_raw, k, p, p.C, s);
         }
@@ -158,25 +204,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) scan_forwa
         A[i] = here ? k.A[(i64)c * n + j0 + i] * LOG2E : 0.0f;
         h[i] = here ? entering(k, p, A[i], c, j0 + i) : 0.0f;
     }
-    int stage = 0;
+    int stage = 0, s = p.first;
+    wait<0>();
+    __syncthreads();
+    if (s < p.last) {
+        spread_steps(B, b_raw, k);
+        prepare(steps, dt_tile, u_tile, k, p, s);
+    }
 #pragma unroll 1
-    for (int s = p.first; s < p.last; s += TILE, stage ^= 1) {
+    for (; s < p.last; s += TILE) {
         if (k.marks && s % MARK == 0) {
-            float* mark = (float*)mark_of(k, p, s) + j0 * WIDTH + lane;
+            float* mark = mark_of(p, s) + j0 * WIDTH + lane;
 #pragma unroll
             for (int i = 0; i < STATES; ++i)
                 if (j0 + i < n) mark[i * WIDTH] = h[i];
         }
-        wait<0>();
-        __syncthreads();
-        spread_steps(B, b_raw, k);
-        spread_steps(C, c_raw, k);
-        prepare(steps, dt_tile, u_tile + stage * BUFFER, k, p, s);
         __syncthreads();
         fetch(stage ^ 1, s + TILE);
         walk(h, A, steps + slot(lane), B + j0, C + j0, sums + warp * (TILE / 4) * SLOTS + slot(lane));
+        wait<0>();
         __syncthreads();
         if (k.y.at) finish(sums, u_tile + stage * BUFFER, z_tile + stage * BUFFER, k, p, s);
+        stage ^= 1;
+        if (s + TILE < p.last) {
+            spread_steps(B, b_raw, k);
+            prepare(steps, dt_tile, u_tile + stage * BUFFER, k, p, s + TILE);
+        }
     }
     if (k.state && p.last == p.length && c < p.c1) {
         float* to = k.state + (p.seq * k.d + c) * n + j0;

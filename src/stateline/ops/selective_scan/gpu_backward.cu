@@ -244,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
             load_rows(to + 3 * BUFFER, p, p.dy, s);
             load_groups(b_raw, k, p, p.B, s);
             load_groups(c_raw, k, p, p.C, s);
-            const float2* from = mark_of(k, p, s);
+            const float2* from = (const float2*)mark_of(p, s);
 #pragma unroll 1
             for (int i = 2 * thread(); i < n * PAIRS; i += 2 * THREADS)
                 copy_async(marks + stage * n * PAIRS + i, from + i, 16);
@@ -274,13 +274,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
         for (int j = 0; j < n; j += GROUP) {
             const Lane me = lane_of();
             const int states = n - j < GROUP ? n - j : GROUP, warp = thread() / 32;
+            const float* line = B + j * TILE + me.run * 4;
+            const float4* system_j = system + j * PAIRS + me.pair;
+            const float2* mark = marks + (stage * n + j) * PAIRS + me.pair;
+            float *mine = own + warp * TURNS * OWN, *to = warps + warp * GROUP * LINE;
 #pragma unroll 1
-            for (int i = 0; i < states; ++i) {
-                float* mine = own + (warp * TURNS + i % TURNS) * OWN;
-                one_state(q, B + (j + i) * TILE + me.run * 4, n * TILE, system + (j + i) * PAIRS + me.pair,
-                          marks + (stage * n + j + i) * PAIRS + me.pair, adjoint + (j + i) * PAIRS + me.pair, mine, me);
-                join_pairs(mine, warps + (warp * GROUP + i) * LINE);
+            for (int left = states; left > 0; --left) {
+                one_state(q, line, n * TILE, system_j, mark, const_cast<float4*>(system_j) + n * PAIRS, mine, me);
+                join_pairs(mine, to);
                 if (TURNS == 1) __syncwarp();  // the next state's sums replace these
+                if (TURNS == 2) mine = own + warp * TURNS * OWN + (left + states + 1) % 2 * OWN;
+                line += TILE, system_j += PAIRS, mark += PAIRS, to += LINE;
             }
             __syncthreads();
             write_parts(warps, sum, k, j, states);

@@ -1,13 +1,14 @@
 // selective_scan on a GPU: what its kernels share. Built at first use through NVRTC; needs no header.
 //
-// Time is spread over lanes, since batch x channels x states are too few threads. A warp holds 8 runs of RUN
-// consecutive steps (lane / 4) of 4 pairs of channels (lane % 4); a lane keeps the step sizes, inputs and outputs of its
-// run and pair in registers and goes through the states one by one: decays once, the state at the end of its run from
-// zero, a scan over the 8 runs by shuffles, then the states themselves. A block has 4 warps, 32 channels, and walks
-// through its part of time in tiles of 8 runs; the state between tiles is in shared memory, beside A.
+// A block has 4 warps and 32 channels and walks through its part of time in tiles of 8 runs of RUN steps. The forward pass
+// goes step by step (gpu.cu). The gradient and the sums that chunks start from spread time over lanes: a warp holds the 8
+// runs (lane / 4) of 4 pairs of channels (lane % 4); a lane keeps the step sizes, inputs and outputs of its run and pair in
+// registers and goes through the states one by one: decays once, the state at the end of its run from zero, a scan over
+// the 8 runs by shuffles, then the states themselves. The state between tiles is in shared memory, beside A.
 //
 // Longer sequences are cut into chunks, anchored at each sequence's start, whose length does not depend on the batch:
-// `chunk_ends` finds the state at the end of each chunk from zero, and every later kernel starts a chunk from them.
+// `chunk_ends` finds the state at the end of each chunk from zero, and the forward pass starts a chunk from them. It keeps
+// the state every MARK steps for the gradient.
 //
 // b batch, t time step, s step of a sequence (time run forwards), d channel, n state, g group.
 // DATA 0 float32, 1 bfloat16, 2 float16.  A is scaled by log2 e where it is loaded, since ex2 is what the chip has.
@@ -57,7 +58,9 @@ struct Place {
     Track u, dt, z, y, dy, du, ddt, dz, B, C;
     i64 row;                              // batch row of the sequence
     int start, length, first, last;       // time of its first step; steps [first, last) of it
-    i64 chunk_row, mark_row;              // rows of this sequence in `ends` and in `marks`
+    i64 chunk_row;                        // row of this sequence in `ends`
+    float* marks;                         // the block's states before its steps, (n, 32), every MARK steps ...
+    i64 mark_stride;                      // ... so many floats apart
     int seq, chunk, group, block, c0, c1; // channels [c0, c1)
     __align__(8) float D[WIDTH], bias[WIDTH];       // of the block's channels, zeros if there is none
     int vectors, whole;                   // whether rows are read 16 bytes at a time; whether all 32 channels are there
@@ -131,7 +134,13 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
 }
 // A value the compiler must keep, not compute again.
 __device__ __forceinline__ void keep(float& x) { asm volatile("" : "+f"(x)); }
-__device__ __forceinline__ int thread() { int x; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x)); return x; }
+// Read anew where it is used: registers are what limits these kernels.
+__device__ __forceinline__ int thread() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    __builtin_assume(x >= 0 && x < THREADS);  // no sign to look at in divisions
+    return x;
+}
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
@@ -172,7 +181,8 @@ __device__ __forceinline__ bool locate(const Call& k, Place& p) {
         }
         i64 linear = p.row * k.t + p.start;  // rows of shorter sequences follow one another
         p.chunk_row = linear / k.chunk + p.seq;
-        p.mark_row = linear / MARK + p.seq;
+        p.mark_stride = across * k.n * WIDTH;
+        p.marks = k.marks + (linear / MARK + p.seq) * p.mark_stride + p.block * k.n * WIDTH;
         const i64 first = p.chunk * k.chunk;
         p.first = (int)(first < p.length ? first : p.length);
         p.last = (int)(first + k.chunk < p.length ? first + k.chunk : p.length);
@@ -360,11 +370,7 @@ template <bool HIGH> __device__ __forceinline__ void save(float* to, const float
     }
 }
 
-// Marks: the states of a block every MARK steps, (n, 32), blocks within marks.
-__device__ __forceinline__ float2* mark_of(const Call& k, const Place& p, int s) {
-    const i64 blocks = ((k.d + k.g - 1) / k.g + WIDTH - 1) / WIDTH * k.g;
-    return (float2*)(k.marks + ((p.mark_row + s / MARK) * blocks + p.block) * k.n * WIDTH);
-}
+__device__ __forceinline__ float* mark_of(const Place& p, int s) { return p.marks + (s / MARK) * p.mark_stride; }
 
 // Where a thread works. Found anew in each phase: registers are what limits these kernels.
 struct Lane { int run, pair, channel; };  // channel: the first of the pair, in the block

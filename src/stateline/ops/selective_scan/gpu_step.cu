@@ -17,16 +17,18 @@ struct Step {
     i64 index_wide;
 };
 
-__device__ __forceinline__ float4 get4(const T* p) {
+// Four states of B or C as they are in memory, and as numbers.
 #if DATA == 0
-    return *(const float4*)p;
+typedef float4 Four;
+__device__ __forceinline__ float4 numbers(const Four& x) { return x; }
 #else
-    const uint2 words = *(const uint2*)p;
+typedef uint2 Four;
+__device__ __forceinline__ float4 numbers(const Four& x) {
     float4 v;
-    unpack(words.x, v.x, v.y), unpack(words.y, v.z, v.w);
+    unpack(x.x, v.x, v.y), unpack(x.y, v.z, v.w);
     return v;
-#endif
 }
+#endif
 
 // The state of a row, null where there is none.
 __device__ __forceinline__ float* state_of(const Step& k, i64 row, i64 c) {
@@ -35,70 +37,79 @@ __device__ __forceinline__ float* state_of(const Step& k, i64 row, i64 c) {
     return slot >= 0 && slot < k.slots ? k.state + slot * k.slot_stride + c * k.n : nullptr;
 }
 
-// Four rows of eight channels a warp: a lane owns one row's scalars and shares them with the other lanes of its channel,
-// which own the other rows'. All loads of states are under way before the first is used.
-extern "C" __global__ void __launch_bounds__(THREADS) scan_step(const __grid_constant__ Step k) {
+// What a lane reads of four states of its rows, all of it under way before the first is used.
+struct Reads {
+    float4 A, h[QUAD];
+    Four B[QUAD], C[QUAD];
+};
+__device__ __forceinline__ void read(
+    Reads& x, const Step& k, float* const (&h)[QUAD], const float* A, const T* B, const T* C, int j) {
+    if (j >= (int)k.n) return;
+#pragma unroll
+    for (int r = 0; r < QUAD; ++r)
+        if (h[r]) x.h[r] = __ldcs((const float4*)(h[r] + j));
+    if (h[0] || h[1] || h[2] || h[3]) x.A = *(const float4*)(A + j);
+#pragma unroll
+    for (int r = 0; r < QUAD; ++r)
+        if (h[r]) x.B[r] = *(const Four*)(B + r * k.B_b + j), x.C[r] = *(const Four*)(C + r * k.C_b + j);
+}
+
+// Four rows of eight channels a warp, enough loads for the rate of copying; states are not kept in caches. A lane owns one row's scalars and shares them with the other lanes of its channel,
+// which own the other rows'.
+extern "C" __global__ void __launch_bounds__(THREADS, 4) scan_step(const __grid_constant__ Step k) {
     const int lane = threadIdx.x % QUAD, n = (int)k.n, across = (int)k.across;
     const i64 c = (i64)(blockIdx.x % across) * (THREADS / QUAD) + threadIdx.x / QUAD;
     const i64 first = (i64)(blockIdx.x / across) * QUAD, mine = first + lane;
     const i64 group = k.g == 1 || c >= k.d ? 0 : c * k.g / k.d;
+    const T *B = k.B + first * k.B_b + group * k.B_g, *C = k.C + first * k.C_b + group * k.C_g;
+    const float* A = k.A + c * n;
     float* h[QUAD];
 #pragma unroll
     for (int r = 0; r < QUAD; ++r) h[r] = state_of(k, first + r, c);
-    float4 v[QUAD];
-    int j = 4 * lane;
-    if (k.vectors && j < n) {
-#pragma unroll
-        for (int r = 0; r < QUAD; ++r)
-            if (h[r]) v[r] = *(const float4*)(h[r] + j);
-    }
     const bool live = lane == 0 ? h[0] : lane == 1 ? h[1] : lane == 2 ? h[2] : h[3];
-    float u = 0.0f, dt = 0.0f, z = 0.0f;
+    T u_raw = (T)0, dt_raw = (T)0, z_raw = (T)0;
+    float bias = 0.0f, D = 0.0f;
     if (live) {
-        u = wide(k.u[mine * k.u_b + c]);
-        dt = wide(k.dt[mine * k.dt_b + c]) + (k.bias ? k.bias[c] : 0.0f);
-        if (k.z) z = wide(k.z[mine * k.z_b + c]);
-        if (k.softplus) dt = softplus(dt);
+        u_raw = k.u[mine * k.u_b + c], dt_raw = k.dt[mine * k.dt_b + c];
+        if (k.z) z_raw = k.z[mine * k.z_b + c];
+        if (k.bias) bias = k.bias[c];
+        if (k.D) D = k.D[c];
     }
-    float y[QUAD] = {0.0f, 0.0f, 0.0f, 0.0f}, scale[QUAD], x[QUAD];
+    Reads x;
+    if (k.vectors) read(x, k, h, A, B, C, 4 * lane);
+    const float u = wide(u_raw), raw = wide(dt_raw) + bias, size = live ? (k.softplus ? softplus(raw) : raw) : 0.0f;
+    float y[QUAD] = {0.0f, 0.0f, 0.0f, 0.0f}, dt[QUAD], in[QUAD];
 #pragma unroll
     for (int r = 0; r < QUAD; ++r) {
-        scale[r] = __shfl_sync(FULL, dt * LOG2E, r, QUAD);
-        x[r] = __shfl_sync(FULL, dt * u, r, QUAD);
+        dt[r] = __shfl_sync(FULL, size * LOG2E, r, QUAD);
+        in[r] = __shfl_sync(FULL, size * u, r, QUAD);
     }
-    const T *B = k.B + first * k.B_b + group * k.B_g, *C = k.C + first * k.C_b + group * k.C_g;
-    const float* A = k.A + c * n;
     if (k.vectors) {
 #pragma unroll 1
-        while (j < n) {
-            const float4 a = h[0] || h[1] || h[2] || h[3] ? *(const float4*)(A + j) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int j = 4 * lane; j < n; j += 4 * QUAD) {
 #pragma unroll
-            for (int r = 0; r < QUAD; ++r)
-                if (h[r]) {
-                    const float4 in = get4(B + r * k.B_b + j), out = get4(C + r * k.C_b + j);
-                    v[r].x = fmaf(ex2(scale[r] * a.x), v[r].x, x[r] * in.x);
-                    v[r].y = fmaf(ex2(scale[r] * a.y), v[r].y, x[r] * in.y);
-                    v[r].z = fmaf(ex2(scale[r] * a.z), v[r].z, x[r] * in.z);
-                    v[r].w = fmaf(ex2(scale[r] * a.w), v[r].w, x[r] * in.w);
-                    *(float4*)(h[r] + j) = v[r];
-                    y[r] = fmaf(v[r].x, out.x, fmaf(v[r].y, out.y, fmaf(v[r].z, out.z, fmaf(v[r].w, out.w, y[r]))));
-                }
-            j += 4 * QUAD;
-            if (j < n) {
-#pragma unroll
-                for (int r = 0; r < QUAD; ++r)
-                    if (h[r]) v[r] = *(const float4*)(h[r] + j);
+            for (int r = 0; r < QUAD; ++r) {
+                if (!h[r]) continue;
+                const float4 b = numbers(x.B[r]), g = numbers(x.C[r]);
+                float4 v = x.h[r];
+                v.x = fmaf(ex2(dt[r] * x.A.x), v.x, in[r] * b.x);
+                v.y = fmaf(ex2(dt[r] * x.A.y), v.y, in[r] * b.y);
+                v.z = fmaf(ex2(dt[r] * x.A.z), v.z, in[r] * b.z);
+                v.w = fmaf(ex2(dt[r] * x.A.w), v.w, in[r] * b.w);
+                __stcs((float4*)(h[r] + j), v);
+                y[r] = fmaf(v.x, g.x, fmaf(v.y, g.y, fmaf(v.z, g.z, fmaf(v.w, g.w, y[r]))));
             }
+            read(x, k, h, A, B, C, j + 4 * QUAD);
         }
     } else {
 #pragma unroll
         for (int r = 0; r < QUAD; ++r) {
             if (!h[r]) continue;
 #pragma unroll 1
-            for (int i = lane; i < n; i += QUAD) {
-                const float state = fmaf(ex2(scale[r] * A[i]), h[r][i], x[r] * wide(B[r * k.B_b + i]));
-                h[r][i] = state;
-                y[r] = fmaf(state, wide(C[r * k.C_b + i]), y[r]);
+            for (int j = lane; j < n; j += QUAD) {
+                const float state = fmaf(ex2(dt[r] * A[j]), h[r][j], in[r] * wide(B[r * k.B_b + j]));
+                h[r][j] = state;
+                y[r] = fmaf(state, wide(C[r * k.C_b + j]), y[r]);
             }
         }
     }
@@ -108,11 +119,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_step(const __grid_con
     const float up = (odd ? y[3] : y[2]) + __shfl_xor_sync(FULL, odd ? y[2] : y[3], 1);
     float sum = (high ? up : low) + __shfl_xor_sync(FULL, high ? low : up, 2);
     if (mine >= k.b || c >= k.d) return;
-    if (live) {
-        if (k.D) sum = fmaf(k.D[c], u, sum);
-        if (k.z) sum *= z * sigmoid(z);
-    } else {
-        sum = 0.0f;
-    }
-    k.y[mine * k.d + c] = narrow(sum);
+    const float z = wide(z_raw);
+    sum = fmaf(D, u, sum);
+    if (k.z) sum *= z * sigmoid(z);
+    k.y[mine * k.d + c] = narrow(live ? sum : 0.0f);
 }
