@@ -95,7 +95,8 @@ def selective_scan(
     }
     checks.same_device(OP, given)
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    wanted = torch.is_grad_enabled() and not torch.compiler.is_exporting()  # an exported graph calls the raw op alone
+    keep = wanted and any(x is not None and x.requires_grad for x in inputs)
     y, state, _ = call(_SelectiveScan, *inputs, segments.table, bool(dt_softplus), bool(reverse), keep, backend)
     return y, state
 
