@@ -17,6 +17,7 @@ import warnings
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def _nvrtc() -> ctypes.CDLL:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     driver = ctypes.CDLL("libcuda.so.1")
-    call = [_Pointer, *[_Number] * 7, _Pointer, _Pointer]
+    call: list[Any] = [_Pointer, *[_Number] * 7, _Pointer, _Pointer]
     driver.cuLaunchCooperativeKernel.argtypes = call
     driver.cuLaunchKernel.argtypes = [*call, _Pointer]
     return driver
@@ -144,7 +145,7 @@ class Library:
         function = self._function(name, shared)
         fields = array("q", record)  # three times as fast as an array of ctypes
         arguments = _Pointer(fields.buffer_info()[0])
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(self._device)  # without making a torch.cuda.Stream
         call = (function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.byref(arguments))
         code = _driver().cuLaunchCooperativeKernel(*call) if cooperative else _driver().cuLaunchKernel(*call, None)
         if code:

@@ -10,6 +10,7 @@ import importlib.resources
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -174,8 +175,8 @@ def _shared(tiles: int, n: int) -> int:
 
 @functools.cache
 def _stages(tiles: int, n: int, device: torch.device) -> int:
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # its stubs lack it
-    return min(12, (limit - 1024 - _shared(tiles, n)) // (STAGE + 16))
+    of: Any = torch.cuda.get_device_properties(device)  # torch's types leave out half of it
+    return min(12, (of.shared_memory_per_block_optin - 1024 - _shared(tiles, n)) // (STAGE + 16))
 
 
 @functools.cache

@@ -195,14 +195,14 @@ def _view(x: Tensor, dtype: torch.dtype) -> _View:
         x = x.resolve_neg()
     if x.dtype != dtype:
         x = x.to(dtype)
-    *steps, last = x.stride()
-    if (last != 1 and x.shape[-1] > 1) or (len(steps) > 1 and steps[1] * dtype.itemsize >= 2**31):
+    steps, size = x.stride(), dtype.itemsize
+    if (steps[-1] != 1 and x.shape[-1] > 1) or (len(steps) > 2 and steps[1] * size >= 2**31):
         x = x.contiguous()
-        *steps, last = x.stride()
-    at = bits = x.data_ptr()
-    for step in steps:
-        bits |= step * dtype.itemsize
-    return _View(x, (at, *steps), bits)
+        steps = x.stride()
+    at, bits = x.data_ptr(), 0
+    for step in steps[:-1]:
+        bits |= step
+    return _View(x, (at, *steps[:-1]), at | bits * size)
 
 
 _NO_ROWS = _View(None, (0, 0, 0), 0)
@@ -315,7 +315,7 @@ class _Gradient:
 
     def __init__(self, call: _Call, dy: Tensor, dstate: Tensor) -> None:
         self.dy = call.rows(dy)
-        self.dstate = _parameter(dstate.to(torch.float32))
+        self.dstate = _parameter(dstate if dstate.dtype == torch.float32 else dstate.float())
         self.du, self.ddt, self.dz, self.dB, self.dC = map(call.result, (call.u, call.dt, call.z, call.B, call.C))
         self.adjoint = call.ends()
         _, D, bias, initial = call.parameters
@@ -408,7 +408,8 @@ def backward(
     du, ddt, dB, dC, dz = (x.tensor for x in (back.du, back.ddt, back.dB, back.dC, back.dz))
     grads = (du, ddt, dA, dB, dC, dD, dz, dbias, back.dinitial)
     wanted = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, wanted, strict=True))
+    results = (None if x is None else g for g, x in zip(grads, wanted, strict=True))
+    return tuple(g if g is None or g.dtype == x.dtype else g.to(x.dtype) for g, x in zip(results, wanted, strict=True))
 
 
 def _crowded(plan: Plan, call: _Call) -> Plan:
