@@ -288,7 +288,7 @@ class _Call:
             int(bits % 16 == 0), int((self.B.bits | self.C.bits) % 16 == 0),
             *self.u.fields, *self.dt.fields, *self.z.fields, *y.fields, *dy.fields, *self.B.fields, *self.C.fields,
             *map(_address, (*self.parameters, self.table, state, *ends, marks)),
-            *([0] * 19 if back is None else back.record()),
+            *([0] * 22 if back is None else back.record()),
         ]  # fmt: skip
 
     def run(self, file: str, kernel: str, plan: Plan, record: list[int], blocks: int | None = None) -> None:
@@ -318,17 +318,17 @@ class _Gradient:
         self.dstate = _parameter(dstate if dstate.dtype == torch.float32 else dstate.float())
         self.du, self.ddt, self.dz, self.dB, self.dC = map(call.result, (call.u, call.dt, call.z, call.B, call.C))
         self.adjoint = call.ends()
-        _, D, bias, initial = call.parameters
+        *summed, initial = call.parameters
         self.dinitial = None if initial is None else torch.empty_like(initial)
-        self.dA = call.chunk_rows(call.d, call.n)
-        self.dD = None if D is None else call.chunk_rows(call.d)
-        self.dbias = None if bias is None else call.chunk_rows(call.d)
+        # Of A, D and the bias: a row for each chunk, and their sums.
+        self.rows = [None if x is None else call.chunk_rows(*x.shape) for x in summed]
+        self.sums = [None if x is None else torch.empty_like(x) for x in summed]
         self.parts = call.empty(call.across, call.b, 2, call.n, call.t)
         if call.table is not None:
             self.parts.zero_()
 
     def record(self) -> list[int]:
-        plain = (*self.adjoint, self.dinitial, self.dA, self.dD, self.dbias, self.parts)
+        plain = (*self.adjoint, self.dinitial, *self.rows, self.parts, *self.sums)
         return [
             _address(self.dstate), *self.du.fields, *self.ddt.fields, *self.dz.fields, *map(_address, plain),
             self.dB.fields[0], self.dC.fields[0],
@@ -404,12 +404,14 @@ def backward(
         call.run("gpu_backward.cu", "scan_backward", _crowded(plan, call), record)
         pieces = 2 * call.b * call.g * call.n * -(-call.t // THREADS) + -(-call.d * (call.n + 2) // THREADS)
         call.run("gpu_backward.cu", "add_up", plan._replace(shared=0), record, pieces)
-    dA, dD, dbias = (None if x is None else x[0] for x in (back.dA, back.dD, back.dbias))
     du, ddt, dB, dC, dz = (x.tensor for x in (back.du, back.ddt, back.dB, back.dC, back.dz))
+    dA, dD, dbias = back.sums
     grads = (du, ddt, dA, dB, dC, dD, dz, dbias, back.dinitial)
     wanted = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    results = (None if x is None else g for g, x in zip(grads, wanted, strict=True))
-    return tuple(g if g is None or g.dtype == x.dtype else g.to(x.dtype) for g, x in zip(results, wanted, strict=True))
+    return tuple(
+        None if g is None or x is None else g if g.dtype == x.dtype else g.to(x.dtype)
+        for g, x in zip(grads, wanted, strict=True)
+    )
 
 
 def _crowded(plan: Plan, call: _Call) -> Plan:

@@ -299,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
     wait<0>();
     __syncthreads();
     const i64 row = p.chunk_row + p.chunk;
-    save<false>(k.dA + row * k.d * n, adjoint, k, p);
+    save<false>(k.dA_rows + row * k.d * n, adjoint, k, p);
     if (k.dinitial && p.chunk == 0) save<true>(k.dinitial + p.seq * k.d * n, adjoint, k, p);
     const Lane me = lane_of();
 #pragma unroll
@@ -310,10 +310,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) scan_back
     const int c = p.c0 + me.channel;
     if (me.run == 0 && c < p.c1) {
         const bool two = c + 1 < p.c1;
-        if (k.dD) k.dD[row * k.d + c] = dD.x;
-        if (k.dD && two) k.dD[row * k.d + c + 1] = dD.y;
-        if (k.dbias) k.dbias[row * k.d + c] = dbias.x;
-        if (k.dbias && two) k.dbias[row * k.d + c + 1] = dbias.y;
+        if (k.dD) k.dD_rows[row * k.d + c] = dD.x;
+        if (k.dD && two) k.dD_rows[row * k.d + c + 1] = dD.y;
+        if (k.dbias) k.dbias_rows[row * k.d + c] = dbias.x;
+        if (k.dbias && two) k.dbias_rows[row * k.d + c + 1] = dbias.y;
     }
 }
 
@@ -333,25 +333,25 @@ __device__ __forceinline__ void add_parts(const Call& k, unsigned block) {
     (which ? k.dC : k.dB)[((row * k.t + t) * k.g + group) * k.n + j] = narrow(sum);
 }
 
-// Gradients of A, D and the bias from the rows of all chunks, in their order. The sums replace the first row.
+// Gradients of A, D and the bias from the rows of all chunks, in their order.
 __device__ __forceinline__ void add_rows(const Call& k, i64 i) {
     const i64 across = k.d * k.n, rest = i - across;
     if (rest >= 2 * k.d) return;
     float* to = rest < 0 ? k.dA : rest < k.d ? k.dD : k.dbias;
+    const float* rows = rest < 0 ? k.dA_rows : rest < k.d ? k.dD_rows : k.dbias_rows;
     if (!to) return;
-    to += rest < 0 ? i : rest < k.d ? rest : rest - k.d;
-    const i64 stride = rest < 0 ? across : k.d;
+    const i64 stride = rest < 0 ? across : k.d, at = rest < 0 ? i : rest % k.d;
     float sum = 0.0f;
 #pragma unroll 1
     for (i64 seq = 0; seq < k.sequences; ++seq) {
         const i64 row = k.table ? k.table[3 * seq] : seq, start = k.table ? k.table[3 * seq + 1] : 0;
         const i64 length = k.table ? k.table[3 * seq + 2] - start : k.t;
-        const float* from = to + ((row * k.t + start) / k.chunk + seq) * stride;
+        const float* from = rows + ((row * k.t + start) / k.chunk + seq) * stride + at;
         sum += *from;
 #pragma unroll 4
         for (i64 done = k.chunk; done < length; done += k.chunk) from += stride, sum += *from;
     }
-    *to = sum;
+    to[at] = sum;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) add_up(const __grid_constant__ Call k) {

@@ -45,7 +45,7 @@ struct Call {
     float *state, *ends, *sums, *marks;
     const float* dstate;
     Rows du, ddt, dz;
-    float *adjoint_ends, *adjoint_sums, *dinitial, *dA, *dD, *dbias, *parts;
+    float *adjoint_ends, *adjoint_sums, *dinitial, *dA_rows, *dD_rows, *dbias_rows, *parts, *dA, *dD, *dbias;
     T *dB, *dC;
 };
 
