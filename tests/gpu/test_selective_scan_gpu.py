@@ -192,9 +192,9 @@ def test_raw_ops_have_the_shapes_that_tracing_expects():
     u, dt, A, B, C, D, z, bias, softplus, state = moved(inputs(2, 70, 40, 16), "cuda")
     head, where = (u, dt, A, B, C, D, z, bias, softplus), (state, None, False)
     raw, checks = torch.ops.stateline, ("test_schema", "test_faketensor")
-    for keep in (False, True):
-        torch.library.opcheck(raw.selective_scan.default, (*head, *where, keep, None), test_utils=checks)
-    kept = raw.selective_scan(*head, *where, True, None)[2]
+    for op in (raw.selective_scan, raw.selective_scan_kept):
+        torch.library.opcheck(op.default, (*head, *where, None), test_utils=checks)
+    kept = raw.selective_scan_kept(*head, *where, None)[2]
     torch.library.opcheck(raw.selective_scan_backward.default, (u, state, *head, *where, kept, None), test_utils=checks)
 
 

@@ -221,10 +221,15 @@ def _kernel(device: str, backend: str | None, A: Tensor, B: Tensor, C: Tensor) -
     return module if why is None else backends.stand_in(OP, backend, why)
 
 
-def _run(u: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *rest, keep, backend = args
+def _run(u: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *rest, backend = args
+    return _kernel(u.device.type, backend, *rest[1:4]).forward(u, *rest)
+
+
+def _run_kept(u: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, backend = args
     module = _kernel(u.device.type, backend, *rest[1:4])
-    if keep and hasattr(module, "forward_kept"):
+    if hasattr(module, "forward_kept"):
         return module.forward_kept(u, *rest)
     return (*module.forward(u, *rest), u.new_empty(0))
 
@@ -241,12 +246,17 @@ def _run_step(state: Tensor, *args: Any) -> Tensor:
     return _kernel(state.device.type, backend, *rest[2:5]).step(state, *rest)
 
 
-def _fake(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    segments, _, keep, backend = args[-4:]
+def _fake(u: Tensor, dt: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    segments = args[-3]
     rows = u.shape[0] if segments is None else segments.shape[0]
-    shape = getattr(_kernel(u.device.type, backend, A, B, C), "kept_shape", None) if keep else None
+    return u.new_empty(u.shape), A.new_empty((rows, *A.shape))
+
+
+def _fake_kept(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    segments, _, backend = args[-3:]
+    shape = getattr(_kernel(u.device.type, backend, A, B, C), "kept_shape", None)
     kept = u.new_empty(0) if shape is None else A.new_empty(shape(u, B, segments))
-    return u.new_empty(u.shape), A.new_empty((rows, *A.shape)), kept
+    return (*_fake(u, dt, A, *args), kept)
 
 
 def _fake_backward(dy: Tensor, dstate: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -262,8 +272,9 @@ def _fake_step(state: Tensor, u: Tensor, *args: Any) -> Tensor:
 
 _ARGS = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus"
 _WHERE = "Tensor? initial_state, Tensor? segments, bool reverse"
-# `keep` asks for what spares the gradient work, of the back end's own shape: the third result, empty if there is none.
-_forward = define(f"{OP}({_ARGS}, {_WHERE}, bool keep, str? backend) -> (Tensor, Tensor, Tensor)", _run, _fake)
+_forward = define(f"{OP}({_ARGS}, {_WHERE}, str? backend) -> (Tensor, Tensor)", _run, _fake)
+# The third result spares the gradient work; its shape is the back end's own, and it is empty if there is none.
+_forward_kept = define(f"{OP}_kept({_ARGS}, {_WHERE}, str? backend) -> (Tensor, Tensor, Tensor)", _run_kept, _fake_kept)
 _backward = define(
     f"{OP}_backward(Tensor dy, Tensor dstate, {_ARGS}, {_WHERE}, Tensor? kept, str? backend) -> "
     f"({', '.join(['Tensor'] * 9)})",
@@ -281,12 +292,14 @@ class _SelectiveScan(Function):
         u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, initial_state: Tensor | None, table: Tensor | None, dt_softplus: bool, reverse: bool,
         keep: bool, backend: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return _forward(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, table, reverse, keep, backend)
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        args = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, table, reverse, backend)
+        return _forward_kept(*args) if keep else (*_forward(*args), None)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[2])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        if output[2] is not None:
+            ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)  # no zeros for what is kept
         ctx.save_for_backward(*inputs[:10], output[2])
         ctx.options = inputs[10:12] + inputs[13:]
