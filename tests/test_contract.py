@@ -52,6 +52,34 @@ def test_gradcheck_of_rms_norm(backend: str) -> None:
     assert torch.autograd.gradcheck(lambda x, w, r: ops.rms_norm(x, w, residual=r, backend=backend), leaves)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_back_end_keeps_reaches_its_backward(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    from stateline.ops.selective_scan import reference
+
+    shape, seen, backward = (5, 3), [], reference.backward
+
+    def kept_backward(*args: object) -> tuple[Tensor | None, ...]:
+        seen.append(args[-1])
+        return backward(*args[:-1])
+
+    monkeypatch.setattr(
+        reference, "forward_kept", lambda *a: (*reference.forward(*a), torch.ones(shape)), raising=False
+    )
+    monkeypatch.setattr(reference, "kept_shape", lambda *_: shape, raising=False)
+    monkeypatch.setattr(reference, "backward", kept_backward)
+
+    def loss(u: Tensor, x: dict[str, Tensor]) -> Tensor:
+        return ops.selective_scan(u, *x.values(), backend="reference")[0].square().sum()
+
+    u = torch.randn(2, 6, 4, requires_grad=True)
+    x = {"dt": torch.rand(2, 6, 4), "A": -torch.rand(4, 3), "B": torch.randn(2, 6, 3), "C": torch.randn(2, 6, 3)}
+    (torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss)(u, x).backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], torch.ones(shape))
+    with torch.no_grad():
+        assert ops.selective_scan(u, *x.values(), backend="reference")[0].shape == u.shape
+
+
 def test_opcheck_of_raw_ops() -> None:
     x = plain_scan()
     B, C = x["B"], x["C"]

@@ -54,8 +54,8 @@ __device__ __forceinline__ void read(
         if (h[r]) x.B[r] = *(const Four*)(B + r * k.B_b + j), x.C[r] = *(const Four*)(C + r * k.C_b + j);
 }
 
-// Four rows of eight channels a warp, enough loads for the rate of copying; states are not kept in caches. A lane owns one row's scalars and shares them with the other lanes of its channel,
-// which own the other rows'.
+// Four rows of eight channels a warp: enough loads under way for the rate of copying. States are not kept in caches. A lane
+// owns one row's scalars and shares them with the other lanes of its channel, which own the other rows'.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) scan_step(const __grid_constant__ Step k) {
     const int lane = threadIdx.x % QUAD, n = (int)k.n, across = (int)k.across;
     const i64 c = (i64)(blockIdx.x % across) * (THREADS / QUAD) + threadIdx.x / QUAD;
