@@ -7,10 +7,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*) $(wildcard src/stateline/ops/*/cpu*.cpp src/stateline/ops/*/*.h)
 
-.PHONY: help demo test test-full check bench performance docs data bundled clean
+.PHONY: help demo test test-full check bench performance performance-gpu docs data bundled clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
 
 $(VENV)/core: $(SOURCES)
 	@echo "setting up $(VENV) (torch, numpy, safetensors; a few minutes the first time)"
@@ -50,6 +50,11 @@ performance: $(VENV)/dev  ## measure beside the peers (llama.cpp is built: minut
 	@rm -f build/performance.jsonl && mkdir -p build
 	@$(BIN)/python -m benchmarks.run --peers --out build/performance.jsonl
 	@$(BIN)/python -m benchmarks.report build/performance.jsonl
+
+performance-gpu:  ## measure a CUDA device with the Python at hand (PYTHON=…) and write its half of docs/performance.md
+	@rm -f build/gpu.jsonl && mkdir -p build
+	@PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu --out build/gpu.jsonl
+	@PYTHONPATH=src:. $(PYTHON) -m benchmarks.report build/gpu.jsonl
 
 docs: $(VENV)/docs  ## build the documentation into site/
 	@$(BIN)/mkdocs build --strict

@@ -1,7 +1,7 @@
-"""Turn rows of `benchmarks.run` into docs/performance.md.
+"""Turn rows of `benchmarks.run`, or of `benchmarks.gpu`, into their half of docs/performance.md; the other half stays.
 
-python -m benchmarks.run --peers --out benchmarks/results.jsonl
-python -m benchmarks.report benchmarks/results.jsonl
+python -m benchmarks.run --peers --out build/performance.jsonl && python -m benchmarks.report build/performance.jsonl
+python -m benchmarks.gpu --out build/gpu.jsonl && python -m benchmarks.report build/gpu.jsonl
 """
 
 from __future__ import annotations
@@ -30,6 +30,21 @@ milliseconds. A ratio is the time of a candidate over that of the first one of i
 the others' data: alone, what fits into them runs faster.
 """
 
+GPU_HEAD = """## On a GPU
+
+From a run of their own:
+
+```console
+$ make performance-gpu
+```
+
+"device" is the time of the kernels, which count when calls are queued one after another; "call" is what one call takes
+that is waited for, the host's work before the first kernel included. "floor" is the time in which the device copies as
+many bytes as must move at least: every input read once, every result written once.
+"""
+
+MARK = "<!-- gpu -->"  # the GPU's half begins here
+
 LINEAR = "A scan does the same work for every step, so on a quiet machine twice the length takes twice the time.\n"
 
 
@@ -57,6 +72,29 @@ def table(rows: list[Row]) -> str:
         lines.append(f"| {shown} | {row['by']} | {row['ms_p50']:,.2f} | {row['ms_min']:,.2f} | {ratio} | {speed} |")
         before = case
     return "\n".join(lines)
+
+
+def gpu_table(rows: list[Row]) -> str:
+    """One line a candidate, a case's name once."""
+    lines = [
+        "| case | candidate | device ms | call ms | floor ms | achieved | tokens/s | peak GiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    before = None
+    for row in rows:
+        case = f"{row['op']}, {row['shape']}"
+        device, floor = (f"{row[key]:,.3f}" if key in row else "" for key in ("ms_device", "floor_ms"))
+        tokens = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""
+        cells = [case if case != before else "", row["by"], device, f"{row['ms_p50']:,.3f}", floor, achieved(row)]
+        lines.append(f"| {' | '.join([*cells, tokens, format(row['peak_gib'], '.2f')])} |")
+        before = case
+    return "\n".join(lines)
+
+
+def achieved(row: Row) -> str:
+    """Bytes, exponentials and operations a second, as far as a row counts them."""
+    units = {"tera_bytes_per_s": "TB/s", "tera_exponentials_per_s": "10¹² exp/s", "tera_operations_per_s": "TFLOP/s"}
+    return ", ".join(f"{row[key]:,.2f} {unit}" for key, unit in units.items() if key in row)
 
 
 def rate(row: Row) -> str:
@@ -93,9 +131,9 @@ def sources(rows: list[Row]) -> str:
         peers = ", ".join(f"{name} {number}" for name, number in row["peers"].items()) or "none"
         changed = " with changes" if row["dirty"] else ""
         busy = f", load {row['load']} from other work" if (row.get("load") or 0) > 0.5 else ""
+        what = row.get("gpu") or f"{row['machine']}, {row['threads']} threads{busy}, instruction set {row['isa']}"
         line = (
-            f"- {row['machine']}, {row['threads']} threads{busy}, instruction set {row['isa']}; "
-            f"Python {row['python']}, torch {row['torch']}; commit {row['commit']}{changed}; peers: {peers}"
+            f"- {what}; Python {row['python']}, torch {row['torch']}; commit {row['commit']}{changed}; peers: {peers}"
         )
         if line not in seen:
             seen.append(line)
@@ -103,30 +141,40 @@ def sources(rows: list[Row]) -> str:
 
 
 def render(rows: list[Row]) -> str:
-    """The page."""
+    """The half of the page that rows of one kind of machine make."""
     lengths = [row for row in rows if row["op"].endswith(" length")]
     main = [row for row in rows if row not in lengths]
-    parts = [HEAD, "## Figures\n", table(main), memory(rows), peaks(rows)]
+    gpu = "gpu" in rows[0]
+    figures = [GPU_HEAD, gpu_table(main), ""] if gpu else [HEAD, "## Figures\n", table(main), memory(rows), peaks(rows)]
     if lengths:
-        parts += [
-            "## Time against length\n",
-            LINEAR,
-            table(lengths),
-            "",
-        ]
-    parts += ["## Where they come from\n", sources(rows), ""]
-    return "\n".join(parts)
+        same = "Mixers of sequences, forward and gradient, from one sequence.\n" if gpu else LINEAR
+        title = "### Time against length\n" if gpu else "## Time against length\n"
+        figures += [title, same, (gpu_table if gpu else table)(lengths), ""]
+    return "\n".join([*figures, f"{'###' if gpu else '##'} Where they come from\n", sources(rows), ""])
+
+
+def page(rows: list[Row], before: str) -> str:
+    """The page with one half renewed; `before` is the page as it was."""
+    cpu, mark, gpu = before.partition(MARK)
+    if "gpu" in rows[0]:
+        return f"{cpu.rstrip()}\n\n{MARK}\n\n{render(rows)}"
+    return render(rows) + (f"\n{mark}{gpu}" if mark else "")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path, help="a file that `benchmarks.run --out` wrote")
+    parser.add_argument("rows", type=Path, help="a file that `benchmarks.run --out` or `benchmarks.gpu --out` wrote")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page (default: docs/performance.md)")
     options = parser.parse_args(argv)
     if not options.rows.exists():
         print(f"benchmarks: there is no {options.rows}; make it with benchmarks.run --out", file=sys.stderr)
         return 2
-    options.out.write_text(render(read(options.rows)), encoding="utf-8")
+    rows = read(options.rows)
+    if not rows or len({"gpu" in row for row in rows}) > 1:
+        print(f"benchmarks: {options.rows} holds no rows, or those of a GPU among others", file=sys.stderr)
+        return 2
+    before = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
+    options.out.write_text(page(rows, before), encoding="utf-8")
     print(f"wrote {options.out}")
     return 0
 
