@@ -22,7 +22,6 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "scripts")]  # also runs from a tr
 
 import card  # noqa: E402  # needs the path above
 import data  # noqa: E402
-import graphed  # noqa: E402
 import torch  # noqa: E402
 
 from stateline.models import checkpoint  # noqa: E402
@@ -84,6 +83,7 @@ def settings(options: argparse.Namespace, out: Path) -> TrainConfig:
         overwrite=False,
         device=options.device,
         dtype=options.dtype or ("bfloat16" if gpu else "float32"),
+        cuda_graphs=gpu and not options.eager,
         minutes=options.minutes,
         d_model=options.d_model,
         n_layer=options.n_layer,
@@ -130,8 +130,6 @@ def main(argv: list[str] | None = None) -> int:
     config = settings(options, out)
     if options.finish:
         config = config.replace(minutes=1e-6)  # time is up: only the last checkpoint is judged
-    if options.device.startswith("cuda") and not options.eager:
-        graphed.enable()
     began = time.perf_counter()
     try:
         result = train(config)

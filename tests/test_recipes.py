@@ -114,6 +114,8 @@ def test_rows_check_themselves() -> None:
         ({"lora_alpha": 2.0}, "lora_alpha is set, but lora is 0"),
         ({"patience": 3, "eval_every": 0}, "patience is 3, but eval_every is 0"),
         ({"min_delta": 0.1}, "min_delta is set, but patience is 0"),
+        ({"cuda_graphs": True, "packing": "documents"}, "cuda_graphs is set, but packing is 'documents'"),
+        ({"cuda_graphs": True, "checkpoint_activations": True}, "cuda_graphs and checkpoint_activations are both set"),
         ({"on_spike": "panic"}, "on_spike is 'panic', expected one of 'stop', 'skip', 'ignore'"),
     ],
 )

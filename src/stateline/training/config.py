@@ -298,6 +298,12 @@ class TrainConfig:
         choices=("float32", "bfloat16"),
     )
     device: str = setting("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one", resume="free")
+    cuda_graphs: bool = setting(
+        False,
+        "record a batch's forward and backward pass at the first step and replay it: the same numbers, without the "
+        "host's time for launching kernels; the memory of a batch stays taken. Needs a GPU",
+        resume="free",
+    )
     seed: int = setting(0, "fixes weights, order of the text and samples", low=0, high=2**63 - 1)
 
     def __post_init__(self) -> None:
@@ -435,5 +441,9 @@ def _check_together(config: TrainConfig) -> None:
             raise ValueError(f"train: {name} is set, but lora is 0. Give a rank with --lora.")
     if guard.patience and not config.report.eval_every:
         raise ValueError(f"train: patience is {guard.patience}, but eval_every is 0, so nothing is validated. Set it.")
+    if config.cuda_graphs and config.data.packing == "documents":
+        raise ValueError("train: cuda_graphs is set, but packing is 'documents', whose batches differ in shape.")
+    if config.cuda_graphs and optim.checkpoint_activations:
+        raise ValueError("train: cuda_graphs and checkpoint_activations are both set. Drop one of the two.")
     if guard.min_delta and not guard.patience:
         raise ValueError("train: min_delta is set, but patience is 0. Give the number of validations to wait for.")
