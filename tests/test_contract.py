@@ -80,6 +80,13 @@ def test_what_a_back_end_keeps_reaches_its_backward(monkeypatch: pytest.MonkeyPa
         assert ops.selective_scan(u, *x.values(), backend="reference")[0].shape == u.shape
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck_of_cross_entropy(backend: str) -> None:
+    targets = torch.tensor([3, -1, 0, 5])
+    call = lambda x: ops.cross_entropy(x, targets, classes=6, ignore_index=-1, backend=backend)  # noqa: E731
+    assert torch.autograd.gradcheck(call, leaf((4, 7), torch.float64).requires_grad_())
+
+
 def test_opcheck_of_raw_ops() -> None:
     x = plain_scan()
     B, C = x["B"], x["C"]
@@ -100,6 +107,10 @@ def test_opcheck_of_raw_ops() -> None:
     y, h = OPS.rms_norm(v, b, None, 1e-5, torch.float32, None)
     torch.library.opcheck(OPS.rms_norm.default, (v, b, v, 1e-5, torch.float64, None))
     torch.library.opcheck(OPS.rms_norm_backward.default, (y, h, h, b, 1e-5, torch.float32, None, None))
+    logits, targets = leaf((3, 8), torch.float32), torch.tensor([0, -1, 6])
+    loss, total = OPS.cross_entropy(logits, targets, 7, -1, None)
+    torch.library.opcheck(OPS.cross_entropy.default, (logits, targets, 7, -1, None))
+    torch.library.opcheck(OPS.cross_entropy_backward.default, (loss, logits, total, targets, 7, -1, None))
 
 
 def test_compiles_whole_with_gradients_and_dynamic_length() -> None:

@@ -26,7 +26,7 @@ from stateline.checks import fail
 #: Fastest first. A name stays a string until an op needs it, so an absent back end costs nothing.
 BACKENDS = ("gpu", "cpu", "reference")
 #: Operations that have back ends: the folders of `ops`.
-OPS = ("causal_conv1d", "decode_token", "packed_linear", "rms_norm", "selective_scan")
+OPS = ("causal_conv1d", "cross_entropy", "decode_token", "packed_linear", "rms_norm", "selective_scan")
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
 DECIDES = {"selective_scan": 2}
 #: What `sl_layout` of a fitting library says.

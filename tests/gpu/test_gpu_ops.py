@@ -90,6 +90,46 @@ def test_norm(s: dict[str, Any]) -> None:
         close(name, a.cpu(), b, coarse)
 
 
+LOSS = {"dtype": DTYPES, "rows": [0, 1, 5], "columns": [(1, 1), (17, 15), (4100, 4099)], "strided": FLAG}
+if not INTERPRETED:
+    LOSS |= {"rows": [0, 1, 5, 300], "columns": [(1, 1), (17, 15), (256, 256), (4096, 4096), (50280, 50277)]}
+
+
+@pytest.mark.parametrize("s", pairwise(LOSS), ids=named)
+def test_cross_entropy(s: dict[str, Any]) -> None:
+    dtype, rows, (width, classes) = s["dtype"], s["rows"], s["columns"]
+    logits, targets = (3 * torch.randn(rows, width)).to(dtype), torch.randint(classes, (rows,))
+    ignored = torch.arange(rows) % 4 == 2
+    targets[ignored] = -7
+    exact = logits.double()[:, :classes].requires_grad_()
+    own = torch.nn.functional.one_hot(targets.masked_fill(ignored, 0), classes).double()
+    want = (exact.exp().sum(1).log() - (exact * own).sum(1)).masked_fill(ignored, 0)
+    logits[ignored] = logits[:, classes:] = float("nan")
+    given = (strided(logits.to(DEVICE)) if s["strided"] else logits.to(DEVICE)).requires_grad_()
+    where = targets.to(DEVICE, torch.int32 if s["strided"] else torch.int64)
+    loss = ops.cross_entropy(given, where, classes=classes, ignore_index=-7, backend="gpu")
+    slope = torch.randn(rows)
+    (wanted,) = torch.autograd.grad(want, exact, slope.double())
+    (got,) = torch.autograd.grad(loss, given, slope.to(DEVICE))
+    close("loss", loss.cpu(), want, torch.float32)
+    close("gradient", got.cpu()[:, :classes], wanted, dtype)
+    assert got.dtype == dtype
+    assert not got[ignored.to(DEVICE)].any()
+    assert not got[:, classes:].any()
+
+
+def test_cross_entropy_of_extreme_logits_and_wrong_targets() -> None:
+    inf = float("inf")
+    x = torch.tensor(
+        [[1e4, -1e4, 0.0], [-inf, 2.0, -inf], [-inf, -inf, -inf], [0.0, 0.0, 0.0], [0.0, float("nan"), 0.0]]
+    )
+    loss = ops.cross_entropy(x.to(DEVICE), torch.tensor([0, 1, -100, -100, 0]).to(DEVICE), backend="gpu")
+    assert loss[:4].tolist() == [0, 0, 0, 0]
+    assert loss[4].isnan()
+    if not INTERPRETED:  # where targets can be read they are refused
+        assert ops.cross_entropy(x[3:4].to(DEVICE), torch.tensor([3]).to(DEVICE)).isnan()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_steps_equal_the_sequence(dtype: torch.dtype, k: int) -> None:
@@ -158,6 +198,20 @@ def test_offsets_beyond_two_to_the_31() -> None:
         tail, tail_state = ops.causal_conv1d(x[:, -80:].contiguous(), weight, backend="gpu")
     assert torch.equal(y[:, -64:], tail[:, -64:])
     assert torch.equal(state, tail_state)
+
+
+@needs_cuda
+def test_logits_beyond_two_to_the_31() -> None:
+    rows, v = 43_000, 50_280
+    x = torch.zeros(rows, v, dtype=torch.bfloat16, device=DEVICE)
+    x[-3:] = torch.randn(3, v, device=DEVICE, dtype=torch.bfloat16)
+    targets = torch.randint(v, (rows,), device=DEVICE)
+    tail = x[-3:].clone().requires_grad_()
+    x.requires_grad_()
+    loss, alone = ops.cross_entropy(x, targets), ops.cross_entropy(tail, targets[-3:])
+    assert torch.equal(loss[-3:], alone)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert torch.equal(grad[-3:], torch.autograd.grad(alone.sum(), tail)[0])
 
 
 @needs_cuda

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from stateline import checks
 from stateline.models.backbone import Backbone, ModelConfig, ModelState, check_ids
+from stateline.models.loss import mean_cross_entropy, piece_of
 from stateline.nn.mixer import Lengths, padding
 
 INTEGERS = (torch.int32, torch.int64)
@@ -157,7 +156,7 @@ class LanguageModel(nn.Module):
         lengths: Lengths | None = None,
         cu_seqlens: Tensor | None = None,
         ignore_index: int = -100,
-        chunk: int = 1024,
+        chunk: int | None = None,
     ) -> Tensor:
         """Mean cross-entropy of the targets in nats a token, a scalar; 0 where no target counts.
 
@@ -165,21 +164,18 @@ class LanguageModel(nn.Module):
             input_ids: (b, t).   targets: (b, t) what each position should predict (shift them yourself).
             lengths, cu_seqlens: as in `forward`; targets at padding do not count.
             ignore_index: targets equal to it do not count.
-            chunk: logits are held for at most this many tokens at once, in the backward pass too, where each chunk is
-                computed again. Softmax runs in float32 (float64 in a float64 model).
+            chunk: logits are held for at most this many tokens at once; None: for as many as make 64 million of them.
+                The gradients of a chunk are formed with its loss, so they take no part in what a step keeps, and the
+                head runs once. (Compiled, the backward pass computes each chunk again.)
+
+        Softmax runs in float32 (float64 in a float64 model). First derivatives only.
         """
+        if chunk is None:
+            chunk = piece_of(self.config.embedding_rows)
         checks.number("loss", "chunk", chunk, low=1, integer=True)
         targets = self._targets(input_ids, targets, lengths, ignore_index)
         x = self.backbone(input_ids, lengths=lengths, cu_seqlens=cu_seqlens).flatten(0, 1)
-        total = x.new_zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-        again = torch.is_grad_enabled() and x.shape[0] > chunk  # a single chunk may as well be kept
-        # split, not a range over tokens: a compiled graph then depends on the number of chunks, not on the length
-        for part, wanted in zip(x.split(chunk), targets.split(chunk), strict=True):
-            if again:
-                total = total + checkpoint(self._chunk_loss, part, wanted, ignore_index, use_reentrant=False)
-            else:
-                total = total + self._chunk_loss(part, wanted, ignore_index)
-        return total / (targets != ignore_index).sum().clamp(min=1)
+        return mean_cross_entropy(self.lm_head, x, targets, self.config.vocab_size, ignore_index, chunk)
 
     def _targets(self, input_ids: Tensor, targets: Tensor, lengths: Lengths | None, ignore_index: int) -> Tensor:
         """Checked, flat (b·t) int64 targets with `ignore_index` at padding."""
@@ -194,11 +190,6 @@ class LanguageModel(nn.Module):
         if checks.can_read(targets):
             check_ids("targets", targets[targets != ignore_index], self.config.vocab_size)
         return targets.flatten().long()
-
-    def _chunk_loss(self, x: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        logits = self._logits(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
     def _logits(self, x: Tensor) -> Tensor:
         """(…, d_model) -> (…, v); rows that only pad the matrix are left out."""

@@ -14,6 +14,8 @@ import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
+from stateline.checks import fail
+
 LIBRARY = torch.library.Library("stateline", "DEF")
 
 
@@ -87,3 +89,31 @@ def call(function: type[Function], *args: Any) -> Any:
 def or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """`tensor`, or an empty one where a raw op must return something for an absent argument."""
     return like.new_empty(0) if tensor is None else tensor
+
+
+def first_only(op: str, grad: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """`grad` of an op that has first derivatives only; differentiating it again raises instead of giving zeros.
+
+    For formulas whose incoming gradient may be a constant, which `once_differentiable` lets through. inputs: what the
+    gradient depends on.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grad
+    only: torch.Tensor = _FirstOnly.apply(grad, op, *inputs)
+    return only
+
+
+class _FirstOnly(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: torch.Tensor, op: str, *inputs: torch.Tensor) -> torch.Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.op = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> None:
+        raise fail(ctx.op, "a second derivative was asked for, it has first ones only.", error=RuntimeError)
