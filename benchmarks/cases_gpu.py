@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from stateline import backends, ops, prepare_for_decode
 from stateline.models import LanguageModel, ModelConfig
 from stateline.nn import Mamba
+from stateline.training.data import Batch
+from stateline.training.graphs import Gradients
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
@@ -58,6 +60,7 @@ def cases() -> Iterator[Case]:
         yield from convolution(b, t, d, 4, bars)
     for rows, d in ((16384, 768), (16384, 2560)):
         yield from norm(rows, d)
+    yield from loss(2048, 50280)
     for b, t, d, bars in (
         (8, 2048, 2048, (0.31, 1.5)), (1, 8192, 5120, (0.45, 2.1)), (1, 65536, 2048, (1.3, 6.5)),
         (8, 1024, 1536, (0.12, 0.6)),
@@ -66,7 +69,7 @@ def cases() -> Iterator[Case]:
     for b in (64, 256):
         yield scan_step(b, 5120, 16, {64: 0.0196, 256: 0.0698}[b])
     yield from block(8, 2048, 1024, (0.9, 3.2))
-    yield training(768, 24, 8, 2048, 240_000)
+    yield from training(768, 24, 8, 2048, 240_000)
     for d, layers, b, bar in ((768, 24, 1, 0.45), (768, 24, 64, 0.75), (2560, 64, 1, 2.6), (2560, 64, 64, 4.5)):
         yield decoding(d, layers, b, bar)
     yield from family()
@@ -154,6 +157,22 @@ def norm(rows: int, d: int) -> Iterator[Case]:
     yield Case("add+rms_norm fwd+bwd", shape, lambda: {OURS: both(ours), "torch": both(theirs)}, needs, 28 * rows * d)
 
 
+def loss(rows: int, v: int) -> Iterator[Case]:
+    """The loss of logits; torch's own beside it, which computes in float32 where it is told to."""
+
+    def both(run: Callable[[Tensor, Tensor], Tensor]) -> Work:
+        torch.manual_seed(0)
+        x = torch.randn(rows, v, device=DEVICE).to(BF16).requires_grad_()
+        targets = torch.randint(v, (rows,), device=DEVICE)
+        return lambda: torch.autograd.grad(run(x, targets), x)
+
+    def make() -> dict[str, Work]:
+        ours = lambda x, targets: ops.cross_entropy(x, targets).sum()  # noqa: E731
+        return {OURS: both(ours), "torch": both(lambda x, y: F.cross_entropy(x.float(), y, reduction="sum"))}
+
+    yield Case("cross_entropy fwd+bwd", f"rows{rows} v{v}", make, ("cross_entropy",), 6 * rows * v)
+
+
 def scan_leaves(b: int, t: int, d: int, n: int) -> dict[str, Tensor]:
     """As in a Mamba block: u, dt, z, B, C in bfloat16, the system in float32."""
     torch.manual_seed(0)
@@ -222,27 +241,34 @@ def language_model(d: int, layers: int) -> LanguageModel:
     return LanguageModel(config).to(device=DEVICE, dtype=BF16)
 
 
-def training_step(d: int, layers: int, b: int, t: int) -> Work:
-    """One step of AdamW on random tokens."""
+def training_step(d: int, layers: int, b: int, t: int, how: str) -> Work:
+    """One step of AdamW on random tokens: "eager", "recorded" as a CUDA graph, or "compiled" by torch."""
     model = language_model(d, layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(0, 50280, (b, t), device=DEVICE)
+    ids, targets = torch.randint(0, 50280, (2, b, t), device=DEVICE).unbind()
+    loss = torch.compile(model.loss) if how == "compiled" else model.loss
+    recorded, batch = Gradients(model, None), Batch(ids, targets)
 
     def step() -> None:
-        logits = model(ids)
-        loss = F.cross_entropy(logits.flatten(0, 1)[:-1].float(), ids.flatten()[1:])
-        loss.backward()
+        if how == "recorded":
+            recorded(batch, 1.0)
+        else:
+            loss(ids, targets).backward()
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=how != "recorded")
 
     return step
 
 
-def training(d: int, layers: int, b: int, t: int, bar: float) -> Case:
-    """Tokens a second in training; `bar` is in tokens a second."""
-    shape = f"d{d} layers{layers} b{b} t{t}"
-    make = lambda: {OURS: training_step(d, layers, b, t)}  # noqa: E731
-    return Case("language model training step", shape, make, ALL, tokens=b * t, bar=1e3 * b * t / bar, many=True)
+def training(d: int, layers: int, b: int, t: int, bar: float) -> Iterator[Case]:
+    """Tokens a second in training; `bar` is in tokens a second. One case each, so that none holds another's memory."""
+    for how in ("eager", "recorded", "compiled"):
+        shape = f"d{d} layers{layers} b{b} t{t} {how}"
+        make = lambda how=how: {OURS: training_step(d, layers, b, t, how)}  # noqa: E731
+        needs = (*ALL, "cross_entropy")
+        yield Case(
+            "language model training step", shape, make, needs, tokens=b * t, bar=1e3 * b * t / bar, many=True
+        )  # fmt: skip
 
 
 def decoding(d: int, layers: int, b: int, bar: float) -> Case:
