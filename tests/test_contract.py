@@ -16,6 +16,7 @@ from test_ops import BACKENDS, FLAG, USUAL, cut, leaf, plain_scan, scan_case
 from torch import Tensor
 
 from stateline import backends, ops
+from stateline.ops.causal_conv1d import conv_halves
 
 OPS = torch.ops.stateline
 
@@ -44,6 +45,16 @@ def test_gradcheck_of_every_convolution_argument(backend: str, options: dict[str
     leaves = [leaf(shape, torch.float64).requires_grad_() for shape in ((3, 6, 4), (4, 3), (4,), (3, 2, 4))]
     call = lambda x, w, b, s: ops.causal_conv1d(x, w, b, initial_state=s, backend=backend, **options)  # noqa: E731
     assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", [{}, {"lengths": [2, 0, 6]}], ids=str)
+def test_gradcheck_of_halves(backend: str, where: dict[str, Any]) -> None:
+    leaves = [leaf(shape, torch.float64).requires_grad_() for shape in ((3, 6, 8), (4, 3), (4,), (3, 2, 4))]
+    call = lambda xz, w, b, s: conv_halves(xz, w, b, initial_state=s, backend=backend, **where)  # noqa: E731
+    assert torch.autograd.gradcheck(call, leaves)
+    with pytest.raises(ValueError, match="xz has 7 channels, expected twice the 4 of weight"):
+        call(leaves[0][..., 1:], *leaves[1:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,6 +114,8 @@ def test_opcheck_of_raw_ops() -> None:
     y, taps = OPS.causal_conv1d(v, w, b, True, None, None, False, None)
     torch.library.opcheck(OPS.causal_conv1d.default, (v, w, b, True, None, None, False, None))
     torch.library.opcheck(OPS.causal_conv1d_backward.default, (y, taps, v, w, b, True, taps, None, True, None))
+    halves = (y, y, y, taps, torch.cat([v, v], -1), w, b, True, None, None, False, None)
+    torch.library.opcheck(OPS.causal_conv1d_halves_backward.default, halves)
     torch.library.opcheck(OPS.causal_conv1d_step_.default, (taps, v[:, 0], w, b, True, None, None))
     y, h = OPS.rms_norm(v, b, None, 1e-5, torch.float32, None)
     torch.library.opcheck(OPS.rms_norm.default, (v, b, v, 1e-5, torch.float64, None))

@@ -14,6 +14,7 @@ from torch import Tensor
 from where import DEVICE, INTERPRETED
 
 from stateline import backends, ops
+from stateline.ops.causal_conv1d import conv_halves
 
 # Triton's interpreter cuts bfloat16 off instead of rounding, which is beyond the bound.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
@@ -53,6 +54,37 @@ def _memory_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("s", pairwise(CONV), ids=named)
 def test_convolution(s: dict[str, Any]) -> None:
     check(on_device(conv_case(s | {"strided": False}), s["strided"]), s["dtype"], False)
+
+
+HALVES = {name: values for name, values in CONV.items() if name not in ("silu", "reverse", "strided")}
+HALVES |= {"layout": ["whole", "right", "packed"]} | ({"dtype": [torch.float32], "d": [40]} if INTERPRETED else {})
+
+
+@pytest.mark.parametrize("s", pairwise(HALVES), ids=named)
+def test_gradients_of_halves(s: dict[str, Any]) -> None:
+    """In one pass: two gradients are added, two put together."""
+    dtype, case = s["dtype"], conv_case(s | {"silu": True, "reverse": False})
+    outside = ~case.layout.valid()[..., None]
+    z = torch.randn_like(case.leaves["x"])
+    exact = {name: v.double().requires_grad_() for name, v in case.leaves.items()}
+    leaves = case.leaves | {"x": torch.cat([case.leaves["x"], z], -1)}
+    given = {name: v.to(DEVICE).requires_grad_() for name, v in leaves.items()}
+    place = {name: torch.as_tensor(v).to(DEVICE) for name, v in case.layout.kwargs.items() if name != "padding_side"}
+    u, state = case.oracle(**exact)
+    *got, last = conv_halves(
+        given["x"], given["weight"], given.get("bias"), initial_state=given.get("initial_state"), backend="gpu", **place
+    )
+    close("u", got[0].cpu(), u, dtype)
+    assert torch.equal(got[0], got[1])
+    assert torch.equal(got[2].cpu(), z)
+    dy, more, dz = (torch.randn_like(z).masked_fill(outside, 0) for _ in range(3))
+    dstate = torch.randn(state.shape)
+    state = state + 0 * sum(v.sum() for v in exact.values())  # part of the graph even when empty
+    wanted = torch.autograd.grad((u, state), list(exact.values()), (dy.double() + more.double(), dstate.double()))
+    found = torch.autograd.grad((*got, last), list(given.values()), [g.to(DEVICE) for g in (dy, more, dz, dstate)])
+    assert torch.equal(found[0].cpu()[..., s["d"] :], dz)
+    for name, a, w in zip(exact, found, wanted, strict=True):
+        close(f"d{name}", a.cpu()[..., : w.shape[-1]], w, dtype)
 
 
 NORM = {

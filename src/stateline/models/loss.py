@@ -20,15 +20,16 @@ from stateline import ops
 from stateline.ops.library import first_only
 
 Head = Callable[[Tensor], Tensor]
-#: Numbers that the logits of a piece may have.
-LOGITS = 2**26
+#: Numbers that the logits of a piece may have, by device: adding a piece's gradients of the head costs as much as its
+#: softmax at some 1,500 tokens on a GPU, and little on a CPU.
+LOGITS = {"cuda": 2**28, "cpu": 2**26}
 #: What gradients are multiplied by until they are complete: a sum over a piece's tokens then fits into float16.
 SHRUNK = 2.0**-6
 
 
-def piece_of(classes: int) -> int:
-    """Tokens of a piece: the largest power of two whose logits are at most `LOGITS`, at least 256."""
-    return max(256, 1 << (LOGITS // classes).bit_length() - 1)
+def piece_of(classes: int, device: str) -> int:
+    """Tokens of a piece: the largest power of two whose logits are at most those of `LOGITS`, at least 256."""
+    return max(256, 1 << (LOGITS.get(device, LOGITS["cpu"]) // classes).bit_length() - 1)
 
 
 def mean_cross_entropy(

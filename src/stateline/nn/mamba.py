@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from stateline import checks, ops
 from stateline.nn.mixer import Lengths, Mixer, zero_padding
 from stateline.nn.precision import keep_wide, wide
+from stateline.ops.causal_conv1d import conv_halves
 
 OP = "Mamba"
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts between
@@ -171,11 +172,10 @@ class Mamba(Mixer):
         """x (b, t, d_model) -> y (b, t, d_model), state; see Mixer."""
         self._check(x, "b t d_model")
         where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
-        u, z = self.in_proj(zero_padding(x, lengths)).chunk(2, dim=-1)
-        u, conv = ops.causal_conv1d(
-            u, *self._taps(), activation="silu", initial_state=None if state is None else state.conv, **where
-        )
-        dt, A, B, C = self._select(u)
+        xz = self.in_proj(zero_padding(x, lengths))
+        taps = self._taps()
+        u, same_u, z, conv = conv_halves(xz, *taps, initial_state=None if state is None else state.conv, **where)
+        dt, A, B, C = self._select(same_u)
         y, ssm = ops.selective_scan(
             u, dt, A, B, C, z=z, initial_state=None if state is None else state.ssm, **self._skip_and_bias(u), **where
         )

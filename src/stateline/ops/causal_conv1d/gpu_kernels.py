@@ -117,8 +117,7 @@ def forward(
 
 @triton.jit
 def _slope(out, dy, SILU: tl.constexpr):
-    """Gradient of what goes into the activation."""
-    dy = dy.to(tl.float32)
+    """Gradient of what goes into the activation, from a float32 dy."""
     if SILU:
         gate = tl.sigmoid(out)
         dy = dy * gate * (1 + out * (1 - gate))
@@ -127,33 +126,35 @@ def _slope(out, dy, SILU: tl.constexpr):
 
 @triton.jit
 def _ahead(
-    x, x_t: tl.constexpr, dy, dy_t: tl.constexpr, origin, s0, stop, c, live, TILE: tl.constexpr, REVERSE: tl.constexpr
-):
-    """Inputs and gradients of a tile, to be used while the next ones are on their way."""
-    x_at = _at(x, x_t, origin, s0, c, REVERSE)
-    dy_at = _at(dy, dy_t, origin, s0, c, REVERSE)
-    rows, given = (), ()
+    x, stride: tl.constexpr, origin, s0, stop, c, live, TILE: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """Rows of a tile, to be used while the next ones are on their way."""
+    at = _at(x, stride, origin, s0, c, REVERSE)
+    rows = ()
     for i in tl.static_range(TILE):
-        inside = live & (s0 + i < stop)
-        rows = rows + (tl.load(x_at + (-i if REVERSE else i) * x_t, mask=inside, other=0.0),)
-        given = given + (tl.load(dy_at + (-i if REVERSE else i) * dy_t, mask=inside, other=0.0),)
-    return rows, given
+        rows = rows + (tl.load(at + (-i if REVERSE else i) * stride, mask=live & (s0 + i < stop), other=0.0),)
+    return rows
 
 
 @triton.jit
 def _start_gradient(
-    dinitial, dstate, x, dy, initial, taps, shift, origin, length, c, live,
-    d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
+    dinitial, dstate, x, dy, more, initial, taps, shift, origin, length, c, live,
+    d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr, more_t: tl.constexpr,
+    K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The initial state's gradient, from the first k-1 steps."""
     x_at = _at(x, x_t, origin, 0, c, REVERSE)
     dy_at = _at(dy, dy_t, origin, 0, c, REVERSE)
+    if more is not None:
+        more_at = _at(more, more_t, origin, 0, c, REVERSE)
     rows, slopes = (), ()
     for i in tl.static_range(K - 1):
         rows = rows + (_input(x_at, x_t, i - (K - 1), 0, length, initial, c, live, d, K, REVERSE),)
     for i in tl.static_range(K - 1):
         rows = rows + (_input(x_at, x_t, i, 0, length, None, c, live, d, K, REVERSE),)
-        given = tl.load(dy_at + (-i if REVERSE else i) * dy_t, mask=live & (i < length), other=0.0)
+        given = tl.load(dy_at + (-i if REVERSE else i) * dy_t, mask=live & (i < length), other=0.0).to(tl.float32)
+        if more is not None:
+            given += tl.load(more_at + (-i if REVERSE else i) * more_t, mask=live & (i < length), other=0.0)
         out = shift
         for j in tl.static_range(K):
             out += taps[j] * rows[i + j].to(tl.float32)
@@ -166,11 +167,14 @@ def _start_gradient(
 
 @triton.jit(do_not_specialize=("t", "blocks", "runs"))
 def backward(
-    x, weight, bias, initial, table, tiles, dy, dstate, dx, dinitial, partial, t, blocks, runs, x_b, dy_b,
-    d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr,
+    x, weight, bias, initial, table, tiles, dy, more, dstate, dx, dinitial, partial, t, blocks, runs, x_b, dy_b, more_b,
+    d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr, more_t: tl.constexpr, dx_t: tl.constexpr,
     K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """dx, the initial state's gradient, and this program's sums for taps and bias, (program, k + 1, d)."""
+    """dx, the initial state's gradient, and this program's sums for taps and bias, (program, k + 1, d).
+
+    more: None, or a second gradient of y, added to the first.
+    """
     program = tl.program_id(0)
     sequence, row, first, length, origin, exists = _place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
     c, live = _channels(program % blocks, d, C)
@@ -180,7 +184,9 @@ def backward(
         shift = tl.load(bias + c, mask=live, other=0.0).to(tl.float32)
     x = x + row * x_b
     dy = dy + row * dy_b
-    dx = dx + row * t * d
+    dx = dx + row * t * dx_t
+    if more is not None:
+        more = more + row * more_b
     dstate = dstate + sequence * (K - 1) * d
     if initial is not None:
         initial = initial + sequence * (K - 1) * d
@@ -196,12 +202,20 @@ def backward(
         row_before = _input(x_at, x_t, i - (K - 1), first, seen, initial, c, live, d, K, REVERSE)
         rows = rows + (row_before.to(tl.float32),)
         slopes = slopes + (tl.zeros((C,), tl.float32),)
-    next_x, next_dy = _ahead(x, x_t, dy, dy_t, origin, first, seen, c, live, TILE, REVERSE)
+    next_x = _ahead(x, x_t, origin, first, seen, c, live, TILE, REVERSE)
+    next_dy = _ahead(dy, dy_t, origin, first, seen, c, live, TILE, REVERSE)
+    next_more = next_dy
+    if more is not None:
+        next_more = _ahead(more, more_t, origin, first, seen, c, live, TILE, REVERSE)
     for done in range(0, RUN + (K + TILE - 2) // TILE * TILE, TILE):
         s0 = first + done
-        tile_x, tile_dy = next_x, next_dy
-        next_x, next_dy = _ahead(x, x_t, dy, dy_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
-        dx_at = _at(dx, d, origin, s0 - (K - 1), c, REVERSE)
+        tile_x, tile_dy, tile_more = next_x, next_dy, next_more
+        next_x = _ahead(x, x_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
+        next_dy = _ahead(dy, dy_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
+        next_more = next_dy
+        if more is not None:
+            next_more = _ahead(more, more_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
+        dx_at = _at(dx, dx_t, origin, s0 - (K - 1), c, REVERSE)
         left = s0 - length  # place of step s0 - (k-1) in the last state
         dstate_at = dstate + left * d + c
         for i in tl.static_range(TILE):
@@ -209,7 +223,10 @@ def backward(
             out = shift
             for j in tl.static_range(K):
                 out += taps[j] * rows[j]
-            slope = _slope(out, tile_dy[i], SILU)
+            given = tile_dy[i].to(tl.float32)
+            if more is not None:
+                given += tile_more[i].to(tl.float32)
+            slope = _slope(out, given, SILU)
             slopes = slopes + (slope,)
             own = tl.where(s0 + i < stop, slope, 0.0)
             added = ()
@@ -223,7 +240,7 @@ def backward(
             grad = tl.load(dstate_at + i * d, mask=inside & (left + i >= 0), other=0.0).to(tl.float32)
             for j in tl.static_range(K):
                 grad += taps[j] * slopes[K - 1 - j]
-            tl.store(dx_at + (-i if REVERSE else i) * d, grad.to(dx.dtype.element_ty), mask=inside)
+            tl.store(dx_at + (-i if REVERSE else i) * dx_t, grad.to(dx.dtype.element_ty), mask=inside)
             rows, slopes = rows[1:], slopes[1:]
     partial += (program // blocks).to(tl.int64) * len(sums) * d + c
     for j in tl.static_range(len(sums)):
@@ -232,8 +249,9 @@ def backward(
         if exists & (first == 0) & (K > 1):
             dinitial += sequence * (K - 1) * d
             _start_gradient(
-                dinitial, dstate, x, dy, initial, taps, shift, origin, length, c, live, d, x_t, dy_t, K, SILU, REVERSE
-            )
+                dinitial, dstate, x, dy, more, initial, taps, shift, origin, length, c, live, d, x_t, dy_t, more_t,
+                K, SILU, REVERSE,
+            )  # fmt: skip
 
 
 @triton.jit
