@@ -103,7 +103,7 @@ def profile(case: Case) -> str:
             kernels[event.name] = spent + event.device_time_total / 1e3, count + 1
     total = sum(spent for spent, _ in kernels.values())
     lines = [f"{case.op} {case.shape}: {total:.3f} ms in kernels"]
-    for name, (spent, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:25]:
+    for name, (spent, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:40]:
         lines.append(f"{spent:9.3f} ms {100 * spent / total:5.1f} %  {count:5d} ×  {name[:100]}")
     return "\n".join(lines)
 

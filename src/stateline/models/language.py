@@ -170,10 +170,10 @@ class LanguageModel(nn.Module):
 
         Softmax runs in float32 (float64 in a float64 model). First derivatives only.
         """
-        if chunk is None:
-            chunk = piece_of(self.config.embedding_rows, input_ids.device.type)
-        checks.number("loss", "chunk", chunk, low=1, integer=True)
+        if chunk is not None:
+            checks.number("loss", "chunk", chunk, low=1, integer=True)
         targets = self._targets(input_ids, targets, lengths, ignore_index)
+        chunk = chunk or piece_of(self.config.embedding_rows, targets.device.type)
         x = self.backbone(input_ids, lengths=lengths, cu_seqlens=cu_seqlens).flatten(0, 1)
         return mean_cross_entropy(self.lm_head, x, targets, self.config.vocab_size, ignore_index, chunk)
 
