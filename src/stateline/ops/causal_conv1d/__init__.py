@@ -55,7 +55,9 @@ def causal_conv1d(
     >>> y[0, :, 0].tolist(), state.shape
     ([1.0, 2.0, 3.0, 3.0], torch.Size([1, 2, 1]))
     """
-    segments = _check(x, weight, bias, activation, initial_state, (lengths, padding_side, cu_seqlens))
+    sizes = Sizes(OP)
+    sizes.match("x", x, "b t d")
+    segments = _check(sizes, x, weight, bias, activation, initial_state, (lengths, padding_side, cu_seqlens))
     return call(
         _CausalConv1d, x, weight, bias, initial_state, segments.table, activation == "silu", bool(reverse), backend
     )
@@ -73,18 +75,15 @@ def conv_halves(
     """
     sizes = Sizes(OP)
     sizes.match("xz", xz, "b t 2d")
-    d = weight.shape[0]
-    if xz.shape[2] != 2 * d:
-        raise checks.fail(OP, f"xz has {xz.shape[2]} channels, expected twice the {d} of weight.")
-    x, z = xz.chunk(2, dim=-1)
+    sizes.bind("d", sizes["2d"] // 2, "half of xz")
+    segments = _check(sizes, xz, weight, bias, "silu", initial_state, (lengths, "right", cu_seqlens))
+    if sizes["2d"] != 2 * sizes["d"]:
+        raise checks.fail(OP, f"xz has {sizes['2d']} channels, expected twice the {sizes['d']} of weight.")
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if plain or not (torch.is_grad_enabled() and xz.requires_grad):  # nothing to save, or a graph without aliases
-        u, state = causal_conv1d(
-            x, weight, bias, activation="silu", initial_state=initial_state, lengths=lengths, cu_seqlens=cu_seqlens,
-            backend=backend,
-        )  # fmt: skip
+        x, z = xz.chunk(2, dim=-1)
+        u, state = call(_CausalConv1d, x, weight, bias, initial_state, segments.table, True, False, backend)
         return u, u, z, state
-    segments = _check(x.detach(), weight, bias, "silu", initial_state, (lengths, "right", cu_seqlens))
     made: tuple[Tensor, Tensor, Tensor, Tensor] = call(
         _ConvHalves, xz, weight, bias, initial_state, segments.table, backend
     )
@@ -123,12 +122,10 @@ def causal_conv1d_step_(
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None,
-    where: tuple[Tensor | Sequence[int] | None, str, Tensor | None],
+    sizes: Sizes, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+    initial_state: Tensor | None, where: tuple[Tensor | Sequence[int] | None, str, Tensor | None],
 ) -> Segments:  # fmt: skip
-    """Where sequences lie. Raises ValueError or TypeError for arguments that do not fit together."""
-    sizes = Sizes(OP)
-    sizes.match("x", x, "b t d")
+    """Where sequences lie. Raises ValueError or TypeError for arguments that do not fit together or to `sizes`."""
     _check_taps(OP, sizes, x, weight, bias, activation)
     segments = build(OP, x, *where)
     if initial_state is not None:
