@@ -13,6 +13,7 @@ from test_models import ids, small
 from torch import Tensor, nn
 
 from stateline.models import LanguageModel, checkpoint
+from stateline.models.loss import piece_of
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 14, 1000])
@@ -82,6 +83,13 @@ def test_loss_never_holds_more_than_a_chunk_of_logits(learns: bool) -> None:
     if learns:
         loss.backward()
         assert sizes == [16] * 5, "the head ran again"
+
+
+def test_chunks_follow_the_vocabulary() -> None:
+    assert piece_of(50280, "cpu") == 1024
+    assert piece_of(50280, "cuda") == 4096
+    assert piece_of(256, "cpu") == 2**18
+    assert piece_of(10**7, "cuda") == 256
 
 
 def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:

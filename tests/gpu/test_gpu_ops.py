@@ -57,7 +57,9 @@ def test_convolution(s: dict[str, Any]) -> None:
 
 
 HALVES = {name: values for name, values in CONV.items() if name not in ("silu", "reverse", "strided")}
-HALVES |= {"layout": ["whole", "right", "packed"]} | ({"dtype": [torch.float32], "d": [40]} if INTERPRETED else {})
+HALVES |= {"layout": ["whole", "right", "packed"]}
+if INTERPRETED:
+    HALVES |= {"dtype": [torch.float32], "t": [0, 9], "d": [40], "k": [4]}
 
 
 @pytest.mark.parametrize("s", pairwise(HALVES), ids=named)

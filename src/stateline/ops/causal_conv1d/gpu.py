@@ -101,9 +101,17 @@ def backward_halves(
     """`backward` of dy + more for the first half of xz (b, t, 2d), whose second half has the gradient dz."""
     d = weight.shape[0]
     dxz = cuda.tokens(xz, segments)
-    dxz[..., d:] = dz
+    _paste(dxz[..., d:], dz)
     inputs = (xz[..., :d], weight, bias, silu, initial_state, segments, reverse)
     return dxz, *_gradients(dxz, dy, more, dstate, *inputs, None)
+
+
+def _paste(place: Tensor, x: Tensor) -> None:
+    """Copy x into a part of wider rows, in pieces of eight bytes where they fit, which is twice as fast."""
+    numbers = 8 // x.element_size()
+    if x.dtype == place.dtype and x.is_contiguous() and not (x.shape[-1] % numbers or x.storage_offset() % numbers):
+        place, x = place.view(torch.int64), x.view(torch.int64)
+    place.copy_(x)
 
 
 def _gradients(
