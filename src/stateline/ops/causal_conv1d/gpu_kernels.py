@@ -137,6 +137,17 @@ def _ahead(
 
 
 @triton.jit
+def _more_ahead(
+    given, more, stride: tl.constexpr, origin, s0, stop, c, live, TILE: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """Rows of a second gradient; `given`, which stands for nothing, if there is none."""
+    rows = given
+    if more is not None:
+        rows = _ahead(more, stride, origin, s0, stop, c, live, TILE, REVERSE)
+    return rows
+
+
+@triton.jit
 def _start_gradient(
     dinitial, dstate, x, dy, more, initial, taps, shift, origin, length, c, live,
     d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr, more_t: tl.constexpr,
@@ -171,10 +182,7 @@ def backward(
     d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr, more_t: tl.constexpr, dx_t: tl.constexpr,
     K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """dx, the initial state's gradient, and this program's sums for taps and bias, (program, k + 1, d).
-
-    more: None, or a second gradient of y, added to the first.
-    """
+    """dx of dy + more, the initial state's gradient, and this program's sums for taps and bias, (program, k + 1, d)."""
     program = tl.program_id(0)
     sequence, row, first, length, origin, exists = _place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
     c, live = _channels(program % blocks, d, C)
@@ -204,17 +212,13 @@ def backward(
         slopes = slopes + (tl.zeros((C,), tl.float32),)
     next_x = _ahead(x, x_t, origin, first, seen, c, live, TILE, REVERSE)
     next_dy = _ahead(dy, dy_t, origin, first, seen, c, live, TILE, REVERSE)
-    next_more = next_dy
-    if more is not None:
-        next_more = _ahead(more, more_t, origin, first, seen, c, live, TILE, REVERSE)
+    next_more = _more_ahead(next_dy, more, more_t, origin, first, seen, c, live, TILE, REVERSE)
     for done in range(0, RUN + (K + TILE - 2) // TILE * TILE, TILE):
         s0 = first + done
         tile_x, tile_dy, tile_more = next_x, next_dy, next_more
         next_x = _ahead(x, x_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
         next_dy = _ahead(dy, dy_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
-        next_more = next_dy
-        if more is not None:
-            next_more = _ahead(more, more_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
+        next_more = _more_ahead(next_dy, more, more_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
         dx_at = _at(dx, dx_t, origin, s0 - (K - 1), c, REVERSE)
         left = s0 - length  # place of step s0 - (k-1) in the last state
         dstate_at = dstate + left * d + c
@@ -247,10 +251,9 @@ def backward(
         tl.store(partial + j * d, sums[j], mask=live)
     if dinitial is not None:
         if exists & (first == 0) & (K > 1):
-            dinitial += sequence * (K - 1) * d
             _start_gradient(
-                dinitial, dstate, x, dy, more, initial, taps, shift, origin, length, c, live, d, x_t, dy_t, more_t,
-                K, SILU, REVERSE,
+                dinitial + sequence * (K - 1) * d, dstate, x, dy, more, initial, taps, shift, origin, length, c, live,
+                d, x_t, dy_t, more_t, K, SILU, REVERSE,
             )  # fmt: skip
 
 
