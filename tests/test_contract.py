@@ -14,6 +14,8 @@ import pytest
 import torch
 from test_ops import BACKENDS, FLAG, USUAL, cut, leaf, plain_scan, scan_case
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stateline import backends, ops
 from stateline.ops.causal_conv1d import conv_halves
@@ -442,3 +444,24 @@ def test_without_the_library_everything_works_and_says_so_once(prepare: str, rea
     assert explained.startswith("reference; not gpu: needs CUDA tensors, these are on cpu; not cpu: ")
     assert refused.startswith("refused")
     assert all(reason in line for line in (said, explained, refused))
+
+
+def test_raw_ops_stay_visible_to_whoever_looks() -> None:
+    """Modes, fake tensors and the profiler see each op, although nothing else makes it pass the dispatcher."""
+    x, weight = leaf((2, 5), torch.float32), leaf((5,), torch.float32)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        ops.rms_norm(x, weight.requires_grad_())[0].sum().backward()
+    assert {"stateline.rms_norm.default", "stateline.rms_norm_backward.default"} <= set(seen)
+    with FakeTensorMode() as mode:
+        y, _ = ops.rms_norm(mode.from_tensor(x), mode.from_tensor(weight))
+    assert isinstance(y, FakeTensor)
+    with torch.profiler.profile() as profile:
+        ops.rms_norm(x, weight)
+    assert "stateline::rms_norm" in {event.key for event in profile.key_averages()}
