@@ -90,7 +90,7 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 
 def test_public_names_are_frozen() -> None:
     assert stateline.__all__ == [
-        "LanguageModel", "ModelConfig", "backends", "generate", "generation", "load", "models", "nn", "ops",
+        "Engine", "LanguageModel", "ModelConfig", "backends", "generate", "generation", "load", "models", "nn", "ops",
         "prepare_for_decode", "save", "state", "training",
     ]  # fmt: skip
     for name in stateline.__all__:
