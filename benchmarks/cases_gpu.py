@@ -7,6 +7,7 @@ b batch, t time step, d channel, n state, k taps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from benchmarks.cases import OURS, with_backward, without_grad
 from benchmarks.measure import Work
 from torch import Tensor, nn
 
-from stateline import backends, ops, prepare_for_decode
+from stateline import Engine, backends, ops, prepare_for_decode
+from stateline.generation import SamplingConfig
 from stateline.models import LanguageModel, ModelConfig
 from stateline.nn import Mamba
 from stateline.training.data import Batch
@@ -33,6 +35,7 @@ class Case:
 
     bytes: that must move.   operations: of a matrix product.   tokens: of a call.   bar: milliseconds to be under.
     many: launches too much to queue, so only whole calls are timed.
+    steps: that a call makes; all figures are of one.
     """
 
     op: str
@@ -44,6 +47,7 @@ class Case:
     tokens: int | None = None
     bar: float | None = None
     many: bool = False
+    steps: int = 1
 
     def missing(self) -> str | None:
         """Why a kernel that this case is about does not run here, or None."""
@@ -72,6 +76,7 @@ def cases() -> Iterator[Case]:
     yield from training(768, 24, 8, 2048, 240_000)
     for d, layers, b, bar in ((768, 24, 1, 0.45), (768, 24, 64, 0.75), (2560, 64, 1, 2.6), (2560, 64, 64, 4.5)):
         yield decoding(d, layers, b, bar)
+    yield from serving()
     yield from family()
 
 
@@ -271,6 +276,55 @@ def training(d: int, layers: int, b: int, t: int, bar: float) -> Iterator[Case]:
         )  # fmt: skip
 
 
+DRAWN = {
+    "greedy": SamplingConfig(temperature=0),
+    "plain": SamplingConfig(seed=0),
+    "top-k 50": SamplingConfig(top_k=50, seed=0),
+    "top-p 0.95, penalty": SamplingConfig(top_p=0.95, repetition_penalty=1.1, seed=0),
+}
+
+
+def serving() -> Iterator[Case]:
+    """A step of an engine, from launch to events: sampled in every way, and after texts of any length."""
+
+    @functools.cache
+    def model() -> LanguageModel:
+        return language_model(768, 24).eval()
+
+    def written(b: int, sampling: SamplingConfig, read: int, steps: int) -> Work:
+        engine, generator = Engine(model(), max_batch=b), torch.Generator().manual_seed(0)
+        for _ in range(b):
+            prompt = torch.randint(50280, (read,), generator=generator)
+            engine.add(prompt, max_tokens=None, sampling=sampling)
+
+        def work() -> None:
+            for _ in range(steps):
+                engine.step()
+
+        while not engine.step():  # prompts are read
+            pass
+        return work
+
+    steps = 20
+    for b in (1, 64):
+        for name, sampling in DRAWN.items():
+            yield Case(
+                "engine decode", f"130M b{b} {name}", lambda b=b, s=sampling: {OURS: written(b, s, 8, steps)}, ALL,
+                token_bytes(768, 24, b), tokens=b, many=True, steps=steps,
+            )  # fmt: skip
+    for read in (1024, 65536):
+        yield Case(
+            "engine decode", f"130M b1 after {read}", lambda r=read: {OURS: written(1, DRAWN["greedy"], r, steps)}, ALL,
+            token_bytes(768, 24, 1), tokens=1, many=True, steps=steps,
+        )  # fmt: skip
+
+
+def token_bytes(d: int, layers: int, b: int) -> int:
+    """Bytes of a step of b sequences: all weights in 16 bits, states in float32, read and written."""
+    weights = 2 * (50280 * d + layers * (2 * d * 2 * d + 2 * d * d + 2 * d * (d // 16 + 32) + d // 16 * 2 * d))
+    return weights + b * layers * 2 * d * (16 + 3) * 4 * 2
+
+
 def decoding(d: int, layers: int, b: int, bar: float) -> Case:
     """One token of every stream by a captured graph: packed, a launch a token, and as loaded, layer by layer."""
 
@@ -279,9 +333,8 @@ def decoding(d: int, layers: int, b: int, bar: float) -> Case:
         models = {f"{OURS}, {form} packed": prepare_for_decode(plain, form) for form in ("bf16", "int8", "int4")}
         return {name: captured(model, b) for name, model in (models | {f"{OURS}, layer by layer": plain}).items()}
 
-    weights = 2 * (50280 * d + layers * (2 * d * 2 * d + 2 * d * d + 2 * d * (d // 16 + 32) + d // 16 * 2 * d))
-    states = b * layers * 2 * d * (16 + 3) * 4 * 2
-    return Case("decoding step", f"d{d} layers{layers} b{b}", make, ALL, weights + states, tokens=b, bar=bar)
+    moved = token_bytes(d, layers, b)
+    return Case("decoding step", f"d{d} layers{layers} b{b}", make, ALL, moved, tokens=b, bar=bar)
 
 
 def captured(model: LanguageModel, b: int) -> Work:

@@ -44,8 +44,8 @@ def milliseconds(run: Work, turns: int, hidden: bool) -> list[float]:
     return times
 
 
-def figures(run: Work, many: bool, seconds: float) -> dict[str, float]:
-    """Times, the first call's included, and the most memory a call holds."""
+def figures(run: Work, many: bool, steps: int, seconds: float) -> dict[str, float]:
+    """Times of a step, the first call's, and the most memory a call holds."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -54,10 +54,10 @@ def figures(run: Work, many: bool, seconds: float) -> dict[str, float]:
     first = time.perf_counter() - began
     once = statistics.median(milliseconds(run, 3, False))
     turns = int(min(100, max(5, 1e3 * seconds / once)))
-    whole = milliseconds(run, turns, False)
+    whole = [ms / steps for ms in milliseconds(run, turns, False)]
     row = {"ms_p50": statistics.median(whole), "ms_min": min(whole), "turns": turns, "first_call_s": first}
     if not many:
-        row["ms_device"] = statistics.median(milliseconds(run, turns, True))
+        row["ms_device"] = statistics.median(milliseconds(run, turns, True)) / steps
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return {name: round(value, 4) for name, value in row.items()}
 
@@ -67,7 +67,7 @@ def rows(case: Case, seconds: float, rates: dict[str, float]) -> Iterator[dict[s
     work, ours = case.make(), None
     for name, run in work.items():
         row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": "bfloat16", "by": name}
-        row |= figures(run, case.many, seconds)
+        row |= figures(run, case.many, case.steps, seconds)
         best = row.get("ms_device", row["ms_p50"])
         if case.op.startswith("limit: "):
             kind, amount = ("bytes", case.bytes) if case.bytes else ("operations", case.operations)

@@ -254,7 +254,7 @@ def _prompt(options: argparse.Namespace) -> Any:
 
 
 def _batch(options: argparse.Namespace, sampling: SamplingConfig) -> int:
-    from stateline.generation import generate_batch, load_tokenizer
+    from stateline.generation import Engine, load_tokenizer
 
     for flag in ("endless", "save_stream", "load_stream"):
         if getattr(options, flag):
@@ -262,17 +262,12 @@ def _batch(options: argparse.Namespace, sampling: SamplingConfig) -> int:
     prompts = _prompts(options)
     model = load_model(options)
     tokenizer = load_tokenizer(directory_of(options.model), model.config.vocab_size)
+    engine = Engine(model, max_batch=options.batch_size, tokenizer=tokenizer)
     started = time.perf_counter()
     done = 0
     for group in _groups(prompts, options.batch_size):
-        texts = generate_batch(
-            model,
-            group,
-            max_tokens=options.max_tokens,
-            sampling=sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + done),
-            stop=options.stop,
-            tokenizer=tokenizer,
-        )
+        seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + done)
+        texts = engine.generate(group, max_tokens=options.max_tokens, sampling=seeded, stop=options.stop)
         for prompt, text in zip(group, texts, strict=True):
             shown = prompt.decode("utf-8", "replace")
             line = {"prompt": shown, "text": shown + text if options.echo else text}
