@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent / "gpu" / "test_gpu_ops.py"
+FOLDER = Path(__file__).parent / "gpu"
+TESTS = [str(FOLDER / name) for name in ("test_gpu_ops.py", "test_sampling_gpu.py")]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0")
 def test_kernels_compute_the_same_under_the_interpreter() -> None:
     """In a process of its own: Triton reads the switch when it is imported."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", str(TESTS)],
+        [sys.executable, "-m", "pytest", "-m", "gpu", *TESTS],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

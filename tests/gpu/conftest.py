@@ -38,14 +38,15 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What kernels write into is full of NaN and lies between guard bytes, which must survive."""
+    """What kernels write into is full of NaN, or the largest number, between guard bytes, which must survive."""
     buffers = []
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
         raw = torch.full((2 * GUARD + size,), PATTERN, dtype=torch.uint8, device=like.device)
-        inner = raw[GUARD : GUARD + size].view(dtype).fill_(float("nan"))
+        nothing = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+        inner = raw[GUARD : GUARD + size].view(dtype).fill_(nothing)
         buffers.append((raw, size))
         return inner.view(shape)
 

@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from device_sampling_cases import logits_of, made, samplers_after
 from where import INTERPRETED
 
 from stateline import Engine
 from stateline.generation import SamplingConfig, Stream
-from stateline.generation import device_sampling as on_device
-from stateline.generation.sampling import Sampler, distribution
 from stateline.models import LanguageModel, ModelConfig
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="engines on a device need one, not Triton's interpreter")
@@ -199,30 +196,3 @@ def test_memory_is_constant(model: LanguageModel) -> None:
 
     work()
     assert work() == work()
-
-
-@pytest.mark.parametrize("kind", ["flat", "peaked", "coarse", "ruled"])
-@pytest.mark.parametrize("v", [300, 50_280])
-def test_sampling_on_the_device_is_that_of_the_host(kind: str, v: int) -> None:
-    samplers = samplers_after([[3], [5, 5, 9, 299, 1], list(range(100, 190))])
-    rows, plan = made(samplers, v, "cuda")
-    logits = logits_of(kind, len(samplers), v)
-    found = on_device.distribution(logits.cuda(), rows, plan).cpu()
-    drawn = on_device.draw(logits.cuda(), rows, plan).cpu()
-    for i, sampler in enumerate(samplers):
-        if not sampler.config.greedy:
-            expected = distribution(logits[i], sampler.config, sampler.history)
-            torch.testing.assert_close(found[i], expected, rtol=1e-12, atol=1e-300, msg=f"{sampler.config}")
-        token = sampler.draw(logits[i])
-        assert drawn[i, 0] == token.id
-        assert drawn[i, 1] == pytest.approx(token.logprob, abs=1e-5)
-
-
-@pytest.mark.parametrize("b", [1, 12, 64])
-def test_a_nucleus_of_many_ids(b: int) -> None:
-    config, v = SamplingConfig(top_p=0.7, seed=1), 50_280
-    rows, plan = made([Sampler(config)] * b, v, "cuda")
-    logits = logits_of("coarse", b, v)
-    found = on_device.distribution(logits.cuda(), rows, plan).cpu()
-    for i in range(b):
-        torch.testing.assert_close(found[i], distribution(logits[i], config), rtol=1e-12, atol=0)

@@ -9,6 +9,8 @@ b rows, v ids, w columns of recent ids. Everything has a fixed shape: what no ro
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stateline.generation.sampling import BLOCK, LARGEST, History, SamplingConfig
+from stateline.ops.cuda import DTYPES
 
 Rows = dict[str, Tensor]
 
@@ -118,7 +121,22 @@ def draw(logits: Tensor, rows: Rows, plan: Plan) -> Tensor:
     """The next tokens from logits (b, v), as (b, 2) float64 [id, log-probability]; `rows` advance in place.
 
     Where a row's logits hold NaN or +inf, or none is above -inf, it is [-1, the highest], for `sampling.complaint`.
+    Logits of 16 or 32 bits on a CUDA device go to kernels where Triton is installed, others to their definition here.
     """
+    if logits.is_cuda and logits.dtype in DTYPES and _has_triton():
+        from stateline.generation import gpu_sampling
+
+        return gpu_sampling.draw(logits, rows, plan)
+    return define(logits, rows, plan)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def define(logits: Tensor, rows: Rows, plan: Plan) -> Tensor:
+    """`draw` in PyTorch, for any device and dtype."""
     raw = _padded(logits)
     highest = raw.amax(-1, keepdim=True)
     logz = highest + (raw - highest).exp_().sum(-1, keepdim=True, dtype=torch.float64).log_()
