@@ -318,6 +318,22 @@ def serving() -> Iterator[Case]:
             token_bytes(768, 24, 1), tokens=1, many=True, steps=steps,
         )  # fmt: skip
 
+    def churn() -> Work:
+        engine, generator = Engine(model(), max_batch=64), torch.Generator().manual_seed(0)
+        prompts = torch.randint(50280, (128, 128), generator=generator)
+
+        def work() -> None:
+            for i, prompt in enumerate(prompts):
+                engine.add(prompt, max_tokens=32 + 37 * i % 65, sampling=DRAWN["plain"])
+            for _ in engine.run():
+                pass
+
+        return work
+
+    tokens = sum(32 + 37 * i % 65 for i in range(128))
+    yield Case("engine, texts that come and go", "130M b64 128 × (128 + 32 to 96)", lambda: {OURS: churn()}, ALL,
+               tokens=tokens, many=True)  # fmt: skip
+
 
 def token_bytes(d: int, layers: int, b: int) -> int:
     """Bytes of a step of b sequences: all weights in 16 bits, states in float32, read and written."""

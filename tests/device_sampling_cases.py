@@ -28,10 +28,12 @@ def configs() -> list[SamplingConfig]:
 
 
 def logits_of(kind: str, b: int, v: int, device: str = "cpu") -> Tensor:
-    """Logits (b, v): "flat" and "peaked" ones, "coarse" with many equals, "ruled" with -inf among them."""
+    """Logits (b, v): "flat" and "peaked" ones, "coarse" and "half" with many equals, "ruled" with -inf among them."""
     x = torch.randn(b, v) * {"flat": 0.1, "peaked": 8.0}.get(kind, 3.0)
     if kind == "coarse":
         x = x.bfloat16()
+    if kind == "half":
+        x = x.round(decimals=1).half()
     if kind == "ruled":
         x = x.masked_fill(torch.rand(b, v) < 0.5, -torch.inf)
         x[:, 0] = 0.0

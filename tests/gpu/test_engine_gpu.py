@@ -26,6 +26,11 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _fenced() -> None:
+    """Not here: what a graph fills at every replay is nobody's once the graph is gone."""
+
+
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     """Peaked enough that the last bits of a matrix product change no token."""

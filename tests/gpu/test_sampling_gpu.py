@@ -18,10 +18,13 @@ SIZES = [300] if INTERPRETED else [1, 200, 1024, 3000, 50_280]
 EVERY = 5 if INTERPRETED else 1  # the interpreter takes a minute for all
 
 
-@pytest.mark.parametrize("kind", ["flat", "peaked", "coarse", "ruled"][-2 if INTERPRETED else 0 :])
+@pytest.mark.parametrize("kind", ["flat", "peaked", "half", "coarse", "ruled"][2 if INTERPRETED else 0 :])
 @pytest.mark.parametrize("v", SIZES)
 def test_tokens_are_those_of_the_host(kind: str, v: int) -> None:
-    samplers = samplers_after(PROMPTS)[::EVERY]
+    samplers = samplers_after(PROMPTS)
+    if kind in ("half", "coarse"):  # numbers of 16 bits; a penalty's are of 32
+        samplers = [s for s in samplers if s.config.repetition_penalty == 1]
+    samplers = samplers[:: EVERY if len(samplers) > 20 else 1]
     rows, plan = made(samplers, v, DEVICE)
     for _ in range(1 if INTERPRETED else 70 if v == 200 else 5):  # longer than any window
         logits = logits_of(kind, len(samplers), v)
@@ -39,8 +42,8 @@ def test_each_configuration_alone(config: SamplingConfig) -> None:
     sampler, v = Sampler(config), 3000
     sampler.see([1, 2, 3, 2])
     rows, plan = made([sampler], v, DEVICE)
-    for _ in range(3):
-        logits = logits_of("peaked", 1, v)
+    for kind in ("peaked", "coarse", "half"):
+        logits = logits_of(kind, 1, v)
         assert gpu_sampling.draw(logits.to(DEVICE), rows, plan).cpu()[0, 0] == sampler.draw(logits[0]).id
 
 
@@ -60,9 +63,9 @@ def test_frequencies_are_the_distribution(filters: dict[str, float]) -> None:
     assert ((found - expected).abs() <= 6 * error + 2 / b).all()
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("broken", [math.nan] if INTERPRETED else [math.nan, math.inf, -math.inf])
 def test_broken_logits_harm_no_other_row(broken: float) -> None:
-    samplers = [Sampler(c) for c in configs()[::EVERY]]
+    samplers = [Sampler(c) for c in configs()[1 :: 2 * EVERY]]
     for s in samplers:
         s.see([1])
     rows, plan = made(samplers, 50, DEVICE)
@@ -76,9 +79,10 @@ def test_broken_logits_harm_no_other_row(broken: float) -> None:
     assert torch.equal(found[1::2], whole[1::2])
 
 
+@pytest.mark.skipif(INTERPRETED, reason="takes the interpreter too long")
 def test_rows_of_a_wider_table() -> None:
     """As a model's logits are, whose table is padded; and a row's bits do not depend on its batch."""
-    samplers = samplers_after(PROMPTS)[:: 2 * EVERY]
+    samplers = samplers_after(PROMPTS)[1 :: 2 * EVERY]
     wide = logits_of("peaked", len(samplers), 310, DEVICE)
     rows, plan = made(samplers, 300, DEVICE)
     alone = {name: x[1:2].clone() for name, x in rows.items()}

@@ -18,16 +18,26 @@ def _scores(x, row, v, x_row, block, C: tl.constexpr):
 
 
 @triton.jit
-def _key(x):
-    """Whole numbers in the order of float32 ones; both zeros are one."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _key(x, scores, NARROW: tl.constexpr):
+    """Whole numbers in the order of floats, both zeros one. NARROW: of 16 bits, as what `scores` points to."""
+    if NARROW:
+        bits = (x + 0.0).to(scores.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
+        key = bits ^ ((bits >> 31) & 0x7FFF)
+    else:
+        bits = (x + 0.0).to(tl.int32, bitcast=True)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return key
 
 
 @triton.jit
-def _number(key):
-    """The float32 that has a key."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def _number(key, scores, NARROW: tl.constexpr):
+    """The float that has a key."""
+    if NARROW:
+        bits = (key ^ ((key >> 31) & 0x7FFF)).to(tl.int16)
+        number = bits.to(scores.dtype.element_ty, bitcast=True).to(tl.float32)
+    else:
+        number = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return number
 
 
 @triton.jit
@@ -72,12 +82,11 @@ def survey(logits, scores, highest, sums, best, place, v, x_row, s_row, nb, C: t
 
 
 @triton.jit
-def _found(masses, bases, row, nb, target, shift, NB: tl.constexpr):
-    """Where a search is after a pass: its base and as many steps further as thresholds still reach the target."""
+def _steps(masses, row, nb, target, NB: tl.constexpr):
+    """How many thresholds of a pass, its base aside, still reach the target."""
     i, j = tl.arange(0, NB)[:, None], tl.arange(0, 16)[None, :]
     lines = tl.load(masses + (row * nb + i) * 16 + j, mask=(i < nb) & (j < 16), other=0.0)
-    steps = tl.sum(((tl.sum(lines, 0) >= target) & (tl.arange(0, 16) > 0)).to(tl.int32), 0)
-    return tl.load(bases + row) + (steps << shift)
+    return tl.sum(((tl.sum(lines, 0) >= target) & (tl.arange(0, 16) > 0)).to(tl.int32), 0)
 
 
 @triton.jit
@@ -92,42 +101,69 @@ def _target(settings, first, row, nb, COUNT: tl.constexpr, NB: tl.constexpr):
     return target
 
 
-@triton.jit(do_not_specialize=("shift",))
-def search(
-    scores, best, settings, least, first, before, masses, bases_before, bases, v, s_row, nb, shift, FIRST: tl.constexpr,
-    COUNT: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
+@triton.jit
+def _measure(
+    scores, best, settings, least, masses, base, row, block, v, s_row, nb, shift, COUNT: tl.constexpr,
+    NARROW: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A pass of the search for the largest key from which on a row's weights (or ids, with COUNT) reach the target.
-
-    Four bits a pass: the masses (nb, 16) of a block from each of 16 thresholds on, `1 << shift` apart.
-    """
-    block, row = tl.program_id(0), tl.program_id(1)
-    if FIRST:
-        base = LEAST
-    else:
-        target = _target(settings, first, row, nb, COUNT, NB)
-        base = _found(before, bases_before, row, nb, target, shift + 4, NB)
-    if block == 0:
-        tl.store(bases + row, base)
+    """Fill a line of masses: of a block from each of 16 thresholds on."""
     s = _scores(scores, row, v, s_row, block, C)
-    key = _key(s)
-    if COUNT:
-        weight = (block * C + tl.arange(0, C) < v).to(tl.float64)
-    else:
-        top = tl.max(_line(best, row, nb, float("-inf"), NB), 0)
+    key = _key(s, scores, NARROW)
+    live = block * C + tl.arange(0, C) < v
+    top = tl.max(_line(best, row, nb, float("-inf"), NB), 0)
+    if not COUNT:
         weight = _weight(s, top, tl.load(settings + row * 6))
         if least is not None:
             weight = tl.where(key >= tl.load(least + row), weight, 0.0)
     for j in tl.static_range(0, 16):
-        mass = tl.sum(tl.where(key >= base + (j << shift), weight, 0.0), 0)
+        reached = key >= base + (j << shift)
+        if COUNT:
+            mass = tl.sum((reached & live).to(tl.int32), 0).to(tl.float64)
+        else:
+            mass = tl.sum(tl.where(reached, weight, 0.0), 0)
         tl.store(masses + (row * nb + block) * 16 + j, mass)
+
+
+@triton.jit(do_not_specialize=("shift",))
+def search(
+    scores, best, settings, least, first, before, masses, bases_before, bases, v, s_row, nb, shift, FIRST: tl.constexpr,
+    COUNT: tl.constexpr, NARROW: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A pass of the search for the largest key from which on a row's weights (or ids, with COUNT) reach the target.
+
+    Four bits a pass: thresholds are `1 << shift` apart. A block without any weight between the two thresholds that the
+    pass before has found has the same mass from all of the new ones on.
+    """
+    block, row = tl.program_id(0), tl.program_id(1)
+    if FIRST:
+        base = -32768 if NARROW else LEAST
+        if block == 0:
+            tl.store(bases + row, base)
+        _measure(
+            scores, best, settings, least, masses, base, row, block, v, s_row, nb, shift, COUNT, NARROW, NB, C
+        )  # fmt: skip
+    else:
+        target = _target(settings, first, row, nb, COUNT, NB)
+        steps = _steps(before, row, nb, target, NB)
+        base = tl.load(bases_before + row) + (steps << (shift + 4))
+        if block == 0:
+            tl.store(bases + row, base)
+        line = before + (row * nb + block) * 16
+        here, beyond = tl.load(line + steps), tl.load(line + tl.minimum(steps + 1, 15))
+        if (steps < 15) & (here == beyond):
+            j = tl.arange(0, 16)
+            tl.store(masses + (row * nb + block) * 16 + j, here + j * 0.0)
+        else:
+            _measure(
+                scores, best, settings, least, masses, base, row, block, v, s_row, nb, shift, COUNT, NARROW, NB, C
+            )  # fmt: skip
 
 
 @triton.jit
 def settle(settings, first, masses, bases, least, nb, COUNT: tl.constexpr, NB: tl.constexpr):
     """The key that a search ends with; the least of all where the row asks for no such filter."""
     row = tl.program_id(0)
-    found = _found(masses, bases, row, nb, _target(settings, first, row, nb, COUNT, NB), 0, NB)
+    found = tl.load(bases + row) + _steps(masses, row, nb, _target(settings, first, row, nb, COUNT, NB), NB)
     if COUNT:
         asked = tl.load(settings + row * 6 + 1) > 0
     else:
@@ -136,9 +172,9 @@ def settle(settings, first, masses, bases, least, nb, COUNT: tl.constexpr, NB: t
 
 
 @triton.jit
-def _kept(s, top, row, settings, least, edge):
+def _kept(s, top, row, scores, settings, least, edge, NARROW: tl.constexpr):
     """Weights above the nucleus's edge, 0 elsewhere, and which scores lie on it."""
-    key = _key(s)
+    key = _key(s, scores, NARROW)
     weight = _weight(s, top, tl.load(settings + row * 6))
     live = weight >= tl.load(settings + row * 6 + 3)  # min_p, of the likeliest one's 1
     if least is not None:
@@ -152,19 +188,23 @@ def _kept(s, top, row, settings, least, edge):
 
 
 @triton.jit
-def weigh(scores, best, settings, least, edge, above, equals, v, s_row, nb, NB: tl.constexpr, C: tl.constexpr):
+def weigh(
+    scores, best, settings, least, edge, above, equals, v, s_row, nb, NARROW: tl.constexpr, NB: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
     """Of a block: the weight above the edge, and the number of ids on it."""
     block, row = tl.program_id(0), tl.program_id(1)
     top = tl.max(_line(best, row, nb, float("-inf"), NB), 0)
-    weight, equal = _kept(_scores(scores, row, v, s_row, block, C), top, row, settings, least, edge)
+    s = _scores(scores, row, v, s_row, block, C)
+    weight, equal = _kept(s, top, row, scores, settings, least, edge, NARROW)
     tl.store(above + row * nb + block, tl.sum(weight, 0))
     tl.store(equals + row * nb + block, tl.sum(equal.to(tl.int32), 0))
 
 
 @triton.jit
 def _pick(
-    scores, top, settings, least, edge, first, above, equals, uniform, row, v, s_row, nb, NB: tl.constexpr,
-    C: tl.constexpr,
+    scores, top, settings, least, edge, first, above, equals, uniform, row, v, s_row, nb, NARROW: tl.constexpr,
+    NB: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Inverse transform over the blocks, then inside of one."""
     i = tl.arange(0, NB)
@@ -174,7 +214,7 @@ def _pick(
     if edge is not None:  # of the ids on the edge, the first that are needed to reach top_p
         count = _line(equals, row, nb, 0, NB)
         limit = tl.load(edge + row)
-        each = each + _weight(_number(limit), top, tl.load(settings + row * 6))
+        each = each + _weight(_number(limit, scores, NARROW), top, tl.load(settings + row * 6))
         target = _target(settings, first, row, nb, False, NB)
         before = tl.sum(mass, 0)
         needed = tl.where(limit > LEAST, tl.floor((target - before) / tl.max(each, 0)), 0.0)
@@ -188,7 +228,7 @@ def _pick(
     block = tl.minimum(tl.sum((sums <= goal).to(tl.int32), 0), nb - 1)
     before = tl.sum(tl.where(i == block - 1, sums, 0.0), 0)
     s = _scores(scores, row, v, s_row, block, C)
-    weight, equal = _kept(s, top, row, settings, least, edge)
+    weight, equal = _kept(s, top, row, scores, settings, least, edge, NARROW)
     if edge is not None:
         rank = tl.cumsum(equal.to(tl.int32), 0)
         here = tl.sum(tl.where(i == block, some, 0), 0)
@@ -204,7 +244,7 @@ def _pick(
 def finish(
     logits, scores, highest, sums, best, place, settings, counters, uniforms, recent, least, edge, first, above, equals,
     out, v, x_row, s_row, nb, width, READY: tl.constexpr, RANDOM: tl.constexpr, PENALTY: tl.constexpr,
-    NB: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    NARROW: tl.constexpr, NB: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """The token of a row, its log-probability, and what the row remembers of it."""
     row = tl.program_id(0)
@@ -223,7 +263,7 @@ def finish(
         if tl.load(settings + row * 6 + 5) == 0:
             uniform = tl.load(uniforms + row * READY + drawn % READY)
             token = _pick(
-                scores, top, settings, least, edge, first, above, equals, uniform, row, v, s_row, nb, NB, C
+                scores, top, settings, least, edge, first, above, equals, uniform, row, v, s_row, nb, NARROW, NB, C
             )  # fmt: skip
     token = tl.where(broken, 0, tl.minimum(token, v - 1))
     logprob = tl.load(logits + row.to(tl.int64) * x_row + token).to(tl.float32).to(tl.float64) - logz

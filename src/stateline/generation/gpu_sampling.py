@@ -34,6 +34,7 @@ def draw(logits: Tensor, rows: Rows, plan: Plan) -> Tensor:
     highest, sums, best, place = (cuda.empty((b, nb), dtype, logits) for dtype in (F32, F64, F32, I32))
     strides = logits.stride(0), scores.stride(0)
     _survey(blocks, (logits, scores, highest, sums, best, place, v, *strides, nb), (C,), WARPS)
+    narrow = scores.dtype.itemsize == 2
     least = edge = first = above = equals = None
     if plan.random:
         if plan.top_k:
@@ -41,11 +42,13 @@ def draw(logits: Tensor, rows: Rows, plan: Plan) -> Tensor:
         if plan.top_p:
             edge, first = _threshold(scores, best, settings, least, count=False)
         above, equals = cuda.empty((b, nb), F64, logits), cuda.empty((b, nb), I32, logits)
-        _weigh(blocks, (scores, best, settings, least, edge, above, equals, v, strides[1], nb), (lines, C), WARPS)
+        _weigh(
+            blocks, (scores, best, settings, least, edge, above, equals, v, strides[1], nb), (narrow, lines, C), WARPS
+        )
     out = cuda.empty((b, 2), F64, logits)
     own = (settings, rows["counters"], rows["uniforms"], rows["recent"])
     given = (logits, scores, highest, sums, best, place, *own, least, edge, first, above, equals, out)
-    _finish((b, 1, 1), (*given, v, *strides, nb, width), (READY, plan.random, plan.penalty, lines, C, W), WARPS)
+    _finish((b, 1, 1), (*given, v, *strides, nb, width), (READY, plan.random, plan.penalty, narrow, lines, C, W), WARPS)
     return out
 
 
@@ -56,10 +59,11 @@ def _threshold(
     (b, v), nb = scores.shape, best.shape[1]
     lines = cuda.power_of_2(nb)
     first = before = bases_before = None
-    for shift in range(28, -1, -4):
+    narrow = scores.dtype.itemsize == 2
+    for shift in range(12 if narrow else 28, -1, -4):
         masses, bases = cuda.empty((b, nb, 16), F64, scores), cuda.empty((b,), I32, scores)
         given = (scores, best, settings, least, first, before, masses, bases_before, bases, v, scores.stride(0), nb)
-        _search((nb, b, 1), (*given, shift), (before is None, count, lines, C), WARPS)
+        _search((nb, b, 1), (*given, shift), (before is None, count, narrow, lines, C), WARPS)
         first = masses if first is None else first
         before, bases_before = masses, bases
     found = cuda.empty((b,), I32, scores)
