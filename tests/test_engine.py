@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,16 @@ def test_a_long_prompt_delays_others_by_a_chunk_a_token() -> None:
     assert {event.request for event in engine.run()} == {writing, *several}
 
 
+def test_those_who_queue_are_read_in_groups() -> None:
+    model: Any = Scripted(b"x")
+    engine = Engine(model, max_batch=24)
+    for i in range(60):
+        engine.add("abc", max_tokens=i % 24 + 1, sampling=GREEDY)
+    assert len([event for event in engine.run() if event.reason == "length"]) == 60
+    assert min(b for b, _ in model.read[:-1]) >= 3
+    assert max(model.stepped) == 24
+
+
 def test_steps_compute_no_more_rows_than_texts() -> None:
     model: Any = Scripted(b"x")
     engine = Engine(model, max_batch=8)
@@ -359,6 +370,23 @@ def test_memory_is_constant() -> None:
     list(engine.run())
     assert {x.data_ptr() for x in prefix_leaves(engine._slots.rows.tree)} == places
     assert not any((engine._waiting, engine._reading, engine._flying, engine._events, *engine._rows))
+
+
+def test_requests_come_from_other_threads(model: LanguageModel) -> None:
+    engine, requests = Engine(model, max_batch=3), []
+
+    def ask() -> None:
+        for i in range(8):
+            requests.append(engine.add("abc"[: i % 3 + 1], max_tokens=3, sampling=GREEDY))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    events = []
+    while engine.busy or any(thread.is_alive() for thread in threads):
+        events += engine.step()
+    assert sorted(request.number for request in requests) == list(range(24))
+    assert {event.request for event in events if event.reason == "length"} == set(requests)
 
 
 def test_leaving_the_loop_loses_nothing(model: LanguageModel) -> None:

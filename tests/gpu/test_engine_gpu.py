@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from where import INTERPRETED
 
-from stateline import Engine
+from stateline import Engine, prepare_for_decode
 from stateline.generation import SamplingConfig, Stream
 from stateline.models import LanguageModel, ModelConfig
 
@@ -201,3 +202,39 @@ def test_memory_is_constant(model: LanguageModel) -> None:
 
     work()
     assert work() == work()
+
+
+@pytest.mark.parametrize("kind", ["float64", "packed", "half"])
+def test_models_of_every_form(kind: str, model: LanguageModel) -> None:
+    """Those whose step goes layer by layer through the reference, too; captured all the same."""
+    form = model.cpu()
+    if kind == "packed":
+        form = prepare_for_decode(form, weights="int8").cuda()
+    else:
+        form = copy.deepcopy(form).to("cuda", torch.float64 if kind == "float64" else torch.float16)
+    model.cuda()
+    engine = Engine(form, max_batch=2)
+    request = engine.add([1, 2, 3], max_tokens=12, sampling=SamplingConfig(temperature=0))
+    ids = [event.token.id for event in engine.run() if event.token]
+    assert request.error is None
+    stream = Stream(form, sampling=SamplingConfig(temperature=0))
+    stream.feed([1, 2, 3])
+    assert ids == [token.id for token in stream.tokens(12)]
+
+
+def test_a_step_that_cannot_be_captured_is_refused(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = LanguageModel.step_
+
+    def reads(self: LanguageModel, ids: torch.Tensor, state: Any) -> torch.Tensor:
+        logits = step(self, ids, state)
+        logits[0, 0] += float(logits.sum().item())
+        return logits
+
+    monkeypatch.setattr(LanguageModel, "step_", reads)
+    engine = Engine(model, max_batch=1)
+    engine.add([1], max_tokens=2)
+    with pytest.raises(RuntimeError, match=r"cannot be captured as a CUDA graph: .*Take graphs=False"):
+        engine.step()
+    engine = Engine(model, max_batch=1, graphs=False)
+    engine.add([1], max_tokens=2)
+    assert len(list(engine.run())) == 2

@@ -8,10 +8,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from stateline.models import LanguageModel
 
 OP = "Engine"
+#: A part of all rows that is filled at once where requests queue.
+GROUP = 8
 Flight = tuple[list[Request | None], Callable[[], Drawn]]
 
 
@@ -93,7 +95,7 @@ class Engine:
         self.max_batch, self.chunk, self.deterministic = max_batch, chunk, bool(deterministic)
         self._context, self._device = context, device_of(model)
         self._slots = self._new_slots(graphs)
-        self._count = 0
+        self._numbers = itertools.count()
         self._waiting: deque[Request] = deque()
         self._cancelled: deque[Request] = deque()
         self._reading: list[Request] = []
@@ -267,8 +269,7 @@ class Engine:
                 sampler.see(start.history)
         end = None if ignore_end else getattr(self.tokenizer, "end", None)
         options = Options(max_tokens, end, stops, bool(keep), self._context)
-        self._count += 1
-        return Request(self._count - 1, ids, sampler, options, self.tokenizer, start)
+        return Request(next(self._numbers), ids, sampler, options, self.tokenizer, start)
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
@@ -299,12 +300,7 @@ class Engine:
     def _read(self) -> None:
         """Let the model read the next of the prompts, and place those that are read in rows."""
         self._reading = [request for request in self._reading if request.reason is None]
-        new: list[Request] = []
-        while self._waiting and len(new) + len(self._reading) + self._occupied < self.max_batch:
-            request = self._waiting.popleft()
-            if request.reason is None:
-                new.append(request)
-        self._begin(new)
+        self._begin(self._next())
         batch = self._reading[: 1 if self.deterministic else self.chunk]
         given: dict[Request, list[int]] = {}
         for request in batch:
@@ -316,6 +312,22 @@ class Engine:
         ready = [request for request in given if request.ready and request.reason is None]
         self._reading = [request for request in self._reading if request not in ready]
         self._place(ready)
+
+    def _next(self) -> list[Request]:
+        """Those of the waiting whose turn it is: as many as there are free rows.
+
+        While more wait than can be served, a few rows are left free until there is a group to read together: a call of
+        the model for one short prompt takes as long as several steps of all texts.
+        """
+        free = self.max_batch - len(self._reading) - self._occupied
+        new: list[Request] = []
+        if len(self._waiting) > free and free < self.max_batch // GROUP and self._occupied:
+            return new
+        while self._waiting and len(new) < free:
+            request = self._waiting.popleft()
+            if request.reason is None:
+                new.append(request)
+        return new
 
     def _begin(self, requests: list[Request]) -> None:
         """New requests, from their streams' states or from the beginning."""
@@ -348,7 +360,7 @@ class Engine:
         """The states of prompts that are being read, as one."""
         parts = [request.part for request in requests if request.part is not None]
         found = []
-        for _, group in groupby(parts, key=lambda part: id(part[0])):
+        for _, group in itertools.groupby(parts, key=lambda part: id(part[0])):
             members = list(group)
             memory, rows = members[0][0], [at for _, at in members]
             whole = rows == list(range(_rows_of(memory)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stateline import state
+from stateline.checks import fail
 from stateline.generation import device_sampling
 from stateline.generation.device_sampling import HALF, READY, Plan
 from stateline.generation.request import Request
@@ -175,8 +176,12 @@ class DeviceSlots:
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._captured.values())).pool() if self._captured else None
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self._step(self.rows.view(b), plan)
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._step(self.rows.view(b), plan)
+        except RuntimeError as error:
+            problem = f"a step of this model cannot be captured as a CUDA graph: {error}"
+            raise fail("Engine", problem, "Take graphs=False.", error=RuntimeError) from error
         self._captured[b, plan] = graph
 
     def _run(self, b: int, plan: Plan) -> None:
