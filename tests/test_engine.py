@@ -242,6 +242,17 @@ def test_turns_of_a_talk(model: LanguageModel, tmp_path: Path) -> None:
     assert found == "".join(stream.text(20, final=True))
 
 
+@pytest.mark.usefixtures("slots")
+def test_a_character_begun_by_a_stream_is_finished() -> None:
+    model: Any = Scripted("né!".encode())
+    stream = Stream(model, sampling=GREEDY)
+    stream.feed("x")
+    assert "".join(stream.text(2)) == "n"
+    engine = Engine(model)
+    request = engine.add(after=stream, max_tokens=2)
+    assert texts(engine.run()) == {request: "é!"}
+
+
 # ---- ends, failures --------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +340,22 @@ def test_a_long_prompt_delays_others_by_a_chunk_a_token() -> None:
     assert model.read[-1] == (2, 5)
     engine.cancel(writing)
     assert {event.request for event in engine.run()} == {writing, *several}
+
+
+def test_what_was_cancelled_is_not_read() -> None:
+    model: Any = Scripted(b"x")
+    engine = Engine(model, max_batch=1, chunk=4)
+    writing, waiting = (engine.add("abcdefghijklm", max_tokens=3, sampling=GREEDY) for _ in range(2))
+    engine.step()
+    engine.cancel(waiting)
+    assert [event.reason for event in engine.run() if event.request is waiting] == ["cancelled"]
+    assert sum(t for _, t in model.read) == 12
+    reading = engine.add("abcdefghijklm", max_tokens=3, sampling=GREEDY)
+    engine.step()
+    engine.cancel(reading)
+    assert [event.reason for event in engine.run()] == ["cancelled"]
+    assert sum(t for _, t in model.read) == 16
+    assert (writing.count, waiting.count, reading.count) == (3, 0, 0)
 
 
 def test_those_who_queue_are_read_in_groups() -> None:
