@@ -299,6 +299,8 @@ class Engine:
 
     def _read(self) -> None:
         """Let the model read the next of the prompts, and place those that are read in rows."""
+        if not self._waiting and not self._reading:
+            return
         self._reading = [request for request in self._reading if request.reason is None]
         self._begin(self._next())
         batch = self._reading[: 1 if self.deterministic else self.chunk]
