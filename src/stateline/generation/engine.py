@@ -401,12 +401,14 @@ class Engine:
             return self.max_batch
         size = count if self._slots.exact else min(self.max_batch, 1 << (count - 1).bit_length())
         free = (row for row in range(size) if self._rows[row] is None)
-        for source in range(size, self.max_batch):
-            request = self._rows[source]
+        moves = [(row, next(free)) for row in range(size, self.max_batch) if self._rows[row] is not None]
+        if moves:
+            self._slots.rows.move(moves)
+        for source, target in moves:
+            request = self._rows[target] = self._rows[source]
+            self._rows[source] = None
             if request is not None:
-                target = next(free)
-                self._slots.rows.move(source, target)
-                request.row, self._rows[target], self._rows[source] = target, request, None
+                request.row = target
         return size
 
     def _look(self) -> None:
