@@ -282,12 +282,16 @@ def test_nan_ends_one_request_only() -> None:
 def test_a_prompt_that_fails_harms_no_other(model: LanguageModel, tmp_path: Path) -> None:
     engine = Engine(model, max_batch=4, context=40)
     fine = engine.add("fine", max_tokens=5, sampling=GREEDY)
+    stream = Stream(model)
+    stream.feed("x" * 60)
     missing, long = engine.add(tmp_path / "absent", keep=True), engine.add("x" * 41)
+    beyond = engine.add(after=stream)
     found = texts(engine.run())
     assert found[fine] == alone(model, "fine", max_tokens=5, sampling=GREEDY)
     assert isinstance(missing.error, FileNotFoundError)
     assert missing.stream is None
     assert "the prompt has more than 40 tokens" in str(long.error)
+    assert "the prompt has more than 40 tokens" in str(beyond.error)
 
 
 @pytest.mark.usefixtures("slots")
@@ -470,8 +474,11 @@ def test_refusals(model: LanguageModel) -> None:
     plain = Stream(model)
     plain.feed("abc")
     penalty = SamplingConfig(repetition_penalty=1.5)
+    larger = Stream(model)
+    larger.state.layers[0].conv = torch.zeros(1, 9, 32, dtype=torch.float64)
     for options, message in (
         ({"after": other}, "after is a stream of another model"),
+        ({"after": larger}, "after has a state of other sizes than the engine's. Has the engine another context"),
         ({"after": plain, "sampling": penalty}, "did not keep the tokens that a repetition penalty over 64 tokens"),
         ({"max_tokens": -1}, "max_tokens is -1"), ({"stop": ""}, "a stop string is empty"),
     ):  # fmt: skip

@@ -15,16 +15,16 @@ from stateline.generation.sampling import Sampler
 
 PROMPTS = [[3], [5, 5, 9, 299, 1], list(range(100, 190))]
 SIZES = [300] if INTERPRETED else [1, 200, 1024, 3000, 50_280]
-EVERY = 5 if INTERPRETED else 1  # the interpreter takes a minute for all
+EVERY = 7 if INTERPRETED else 1  # the interpreter takes a minute for all
 
 
-@pytest.mark.parametrize("kind", ["flat", "peaked", "half", "coarse", "ruled"][2 if INTERPRETED else 0 :])
+@pytest.mark.parametrize("kind", ["half", "ruled"] if INTERPRETED else ["flat", "peaked", "half", "coarse", "ruled"])
 @pytest.mark.parametrize("v", SIZES)
 def test_tokens_are_those_of_the_host(kind: str, v: int) -> None:
     samplers = samplers_after(PROMPTS)
     if kind in ("half", "coarse"):  # numbers of 16 bits; a penalty's are of 32
         samplers = [s for s in samplers if s.config.repetition_penalty == 1]
-    samplers = samplers[:: EVERY if len(samplers) > 20 else 1]
+    samplers = samplers[::EVERY]
     rows, plan = made(samplers, v, DEVICE)
     for _ in range(1 if INTERPRETED else 70 if v == 200 else 5):  # longer than any window
         logits = logits_of(kind, len(samplers), v)

@@ -260,6 +260,8 @@ class Engine:
         if after is not None:
             if after.model is not self.model:
                 raise fail(OP, "after is a stream of another model.", "Make the stream and the engine with one model.")
+            if _sizes(after.state) != _sizes(self._slots.rows.tree["state"]):
+                raise fail(OP, "after has a state of other sizes than the engine's.", "Has the engine another context?")
             start = moment_of(after)
             if sampling is None:
                 sampler = Sampler(after.sampler.config)
@@ -451,6 +453,11 @@ class Engine:
 
 def _rows_of(memory: Any) -> int:
     return len(next(x for x in pytree.tree_leaves(memory) if isinstance(x, Tensor)))
+
+
+def _sizes(memory: Any) -> list[Any]:
+    """Of the parts of a sequence's state."""
+    return [(x.shape[1:], x.dtype) for x in pytree.tree_leaves(memory)]
 
 
 def _check_history(sampling: SamplingConfig, after: Stream) -> None:

@@ -104,6 +104,9 @@ class Request:
                     self._see(opening(self._tokenizer) + first_ids(self._tokenizer))
             else:
                 self._see(ids if self.length else opening(self._tokenizer) + ids)
+        if self.options.context is not None and self.length > self.options.context:
+            problem = f"the prompt has more than {self.options.context} tokens, the engine's context."
+            raise fail("Engine", problem, "Shorten it, or make an engine with a larger context.")
         count = min(room, len(self.unread) - 1)
         ids, self.unread = self.unread[:count], self.unread[count:]
         if self.ready:
@@ -115,9 +118,6 @@ class Request:
         self.sampler.see(ids)
         self.unread += ids
         self.length += len(ids)
-        if self.options.context is not None and self.length > self.options.context:
-            problem = f"the prompt has more than {self.options.context} tokens, the engine's context."
-            raise fail("Engine", problem, "Shorten it, or make an engine with a larger context.")
 
     def take(self, drawn: GeneratedToken | Exception) -> Event:
         """What a drawn token, or the failure to draw one, means for the text."""
