@@ -372,6 +372,19 @@ def test_those_who_queue_are_read_in_groups() -> None:
     assert max(model.stepped) == 24
 
 
+def test_nobody_queues_for_ever() -> None:
+    """Where texts have no end, the few rows that are free are not kept for a group that never comes."""
+    model: Any = Scripted(b"x")
+    engine = Engine(model, max_batch=32)
+    for _ in range(30):
+        engine.add("abc", max_tokens=None, sampling=GREEDY)
+    engine.step()
+    short = [engine.add("abc", max_tokens=2, sampling=GREEDY) for _ in range(9)]
+    for _ in range(100):
+        engine.step()
+    assert [request.reason for request in short] == ["length"] * 9
+
+
 def test_steps_compute_no_more_rows_than_texts() -> None:
     model: Any = Scripted(b"x")
     engine = Engine(model, max_batch=8)

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from stateline.models import LanguageModel
 
 OP = "Engine"
-#: A part of all rows that is filled at once where requests queue.
-GROUP = 8
+#: Where requests queue, this part of all rows is filled at once, unless it does not come free within so many steps.
+GROUP, PATIENCE = 8, 16
 Flight = tuple[list[Request | None], Callable[[], Drawn]]
 
 
@@ -102,6 +102,7 @@ class Engine:
         self._rows: list[Request | None] = [None] * max_batch
         self._flying: deque[Flight] = deque()
         self._events: deque[Event] = deque()
+        self._held = 0  # steps that free rows have waited for others
         self._torn = False
 
     def _new_slots(self, graphs: bool | None) -> HostSlots | DeviceSlots:
@@ -320,13 +321,15 @@ class Engine:
     def _next(self) -> list[Request]:
         """Those of the waiting whose turn it is: as many as there are free rows.
 
-        While more wait than can be served, a few rows are left free until there is a group to read together: a call of
-        the model for one short prompt takes as long as several steps of all texts.
+        While more wait than can be served, a few rows are left free for a few steps, until there is a group to read
+        together: a call of the model for one short prompt takes as long as several steps of all texts.
         """
         free = self.max_batch - len(self._reading) - self._occupied
         new: list[Request] = []
-        if len(self._waiting) > free and free < self.max_batch // GROUP and self._occupied:
+        if 0 < free < min(self.max_batch // GROUP, len(self._waiting)) and self._occupied and self._held < PATIENCE:
+            self._held += 1
             return new
+        self._held = 0
         while self._waiting and len(new) < free:
             request = self._waiting.popleft()
             if request.reason is None:
