@@ -11,24 +11,7 @@ Suffixes: s step of a sequence, running forwards or backwards through memory; j 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _place(table, tiles, index, t, runs, RUN: tl.constexpr, REVERSE: tl.constexpr):
-    """Of program `index`: sequence, batch row, its first step, number of steps, place of step 0, whether it is one."""
-    if table is None:
-        sequence = index // runs
-        first = (index % runs) * RUN
-        row, start, stop = sequence.to(tl.int64), 0, t
-        exists = True
-    else:
-        sequence = tl.load(tiles + 2 * index)
-        first = tl.load(tiles + 2 * index + 1).to(tl.int32) * RUN
-        exists = sequence >= 0
-        row = tl.load(table + 3 * sequence, mask=exists, other=0)
-        start = tl.load(table + 3 * sequence + 1, mask=exists, other=0).to(tl.int32)
-        stop = tl.load(table + 3 * sequence + 2, mask=exists, other=0).to(tl.int32)
-    origin = stop - 1 if REVERSE else start
-    return sequence.to(tl.int64), row, first, stop - start, origin, exists
+from stateline.ops.gpu_kernels import place
 
 
 @triton.jit
@@ -79,7 +62,7 @@ def forward(
 ):  # fmt: skip
     """y and the last state; one program a run and block of channels."""
     program = tl.program_id(0)
-    sequence, row, first, length, origin, exists = _place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
+    sequence, row, first, length, origin, exists = place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
     if exists:
         c, live = _channels(program % blocks, d, C)
         taps = _taps(weight, c, live, K)
@@ -184,7 +167,7 @@ def backward(
 ):  # fmt: skip
     """dx of dy + more, the initial state's gradient, and this program's sums for taps and bias, (program, k + 1, d)."""
     program = tl.program_id(0)
-    sequence, row, first, length, origin, exists = _place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
+    sequence, row, first, length, origin, exists = place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
     c, live = _channels(program % blocks, d, C)
     taps = _taps(weight, c, live, K)
     shift = tl.zeros((C,), tl.float32)
