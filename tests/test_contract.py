@@ -367,7 +367,7 @@ def test_an_op_without_gpu_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_precision_of_a_scan_is_that_of_its_a(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(backends, "_unavailable", lambda name, op, device, dtype: seen.append(dtype))
+    monkeypatch.setattr(backends, "_unavailable", lambda name, op, device, dtype, args: seen.append(dtype))
     u, A = torch.zeros(1, 2, 3), torch.zeros(3, 4, dtype=torch.complex64)
     backends.explain(ops.selective_scan, u, u, A)
     backends.explain(ops.selective_scan, u)

@@ -49,6 +49,17 @@ def _driver() -> ctypes.CDLL:
     return driver
 
 
+@functools.cache
+def problem() -> str | None:
+    """Why nothing can be compiled and launched here, or None if it can."""
+    try:
+        _nvrtc()
+        _driver()
+    except (BackendError, OSError) as error:
+        return str(error)
+    return None
+
+
 def _check(code: int, what: str) -> None:
     if code:
         text = ctypes.c_char_p()

@@ -1,7 +1,7 @@
 """selective_scan in CUDA C++ (gpu*.cu), compiled at first use: the same functions as reference.py.
 
 Real A, B and C per token, data in bfloat16, float16 or float32 (mixed data is read as float32); everything is computed
-in float32. `problem` says what is not covered.
+in float32. What these kernels do not cover, and everything where they cannot be compiled, goes to gpu_triton.py.
 
 Suffixes: b batch, t time step, d channel, n state, g group.
 """
@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import importlib.util
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stateline import backends
 from stateline.ops import nvrtc
 
-#: Precision of A that the kernels compute in.
-DTYPES = frozenset({torch.float32})
+#: Precision of A that the kernels compute in; complex ones are Triton's.
+DTYPES = frozenset({torch.float32, torch.complex64})
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: An eighth of a tile's steps, which the kernels call a run: of the forward pass, and where only sums are needed.
 RUN, ENDS_RUN = 4, 16
@@ -63,18 +66,47 @@ class Plan(NamedTuple):
     shared: int
 
 
-def problem(A: Tensor, B: Tensor, C: Tensor) -> str | None:
-    """Why the kernels do not cover this system, or None if they do."""
-    if A.dtype not in DTYPES:
-        return f"A is {A.dtype}, its GPU kernels compute in float32."
+def problem(*args: Tensor) -> str | None:
+    """Why neither kernel covers (u, dt, A, B, C), or None if one does."""
+    why = _uncovered(*args[2:5]) if len(args) >= 5 else None
+    if why is None or importlib.util.find_spec("triton") is not None:
+        return None
+    return f"{why}, and the Triton kernel needs triton, which is not installed. pip install triton"
+
+
+def detail(*args: Tensor) -> str:
+    """Which kernel runs for (u, dt, A, B, C), and why not the faster one."""
+    if len(args) < 5:
+        return ""
+    why = _uncovered(*args[2:5])
+    return "the CUDA kernels run" if why is None else f"{why}; the Triton kernel runs"
+
+
+def _uncovered(A: Tensor, B: Tensor, C: Tensor) -> str | None:
+    """Why the CUDA kernels do not serve this system, or None if they do."""
+    if A.dtype != torch.float32:
+        return "CUDA kernels do not cover complex A"
     if B.dim() == 2 or C.dim() == 2:
-        return "a constant B or C is not covered by its GPU kernels."
+        return f"CUDA kernels do not cover constant {'B' if B.dim() == 2 else 'C'}"
     n = int(A.shape[1])
     if n == 0:
-        return "there are no states."
+        return "CUDA kernels do not cover systems without states"
     if not covers(n, _limits(A.device.index)):
-        return f"{n} states do not fit into shared memory."
-    return None
+        return f"CUDA kernels do not cover {n} states, which do not fit into shared memory"
+    why = nvrtc.problem()
+    return why and f"CUDA kernels cannot be compiled here: {why.rstrip('.')}"
+
+
+def _instead(A: Tensor, B: Tensor, C: Tensor) -> ModuleType | None:
+    """The Triton kernels where the CUDA kernels do not serve this system; said once where they never can."""
+    why = _uncovered(A, B, C)
+    if why is None:
+        return None
+    if why.startswith("CUDA kernels cannot"):
+        backends.say_once(f"selective_scan: {why}; the Triton kernel runs. Results agree within the published bounds.")
+    from stateline.ops.selective_scan import gpu_triton
+
+    return gpu_triton
 
 
 @functools.cache
@@ -345,8 +377,13 @@ def _across(d: int, g: int) -> int:
     return (d + g * WIDTH - 1) // (g * WIDTH) * g
 
 
-def kept_shape(u: Tensor, B: Tensor, segments: Tensor | None) -> tuple[int, ...]:
-    """Shape of what `forward_kept` keeps for `backward`, float32: a state (d, n) every 64 steps (or 32)."""
+def kept_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: Tensor | None) -> tuple[int, ...]:
+    """Shape of what `forward_kept` keeps for `backward`, float32: a state (d, n) every 64 steps (or 32).
+
+    Nothing where the Triton kernels run.
+    """
+    if _instead(A, B, C) is not None:
+        return (0,)
     (b, t, d), (g, n) = u.shape, B.shape[2:]
     sequences = b if segments is None else segments.shape[0]
     return rows_of(b, t, sequences, _limits(u.get_device()).mark), _across(d, g), n, WIDTH
@@ -357,8 +394,11 @@ def forward_kept(
     dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None, segments: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `forward`, and third what spares `backward` a scan, n·d·4 bytes every 64 steps."""
-    kept = torch.empty(kept_shape(u, B, segments), dtype=torch.float32, device=u.device)
-    return *_forward((u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse), kept), kept
+    inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+    kept = torch.empty(kept_shape(u, A, B, C, segments), dtype=torch.float32, device=u.device)
+    if (other := _instead(A, B, C)) is not None:
+        return *other.forward(*inputs), kept
+    return *_forward(inputs, kept), kept
 
 
 def forward(
@@ -366,7 +406,10 @@ def forward(
     dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None, segments: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """u, dt, z (b, t, d); A (d, n); B, C (b, t, g, n) -> y (b, t, d), state (n_seq, d, n)."""
-    return _forward((u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse), None)
+    inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+    if (other := _instead(A, B, C)) is not None:
+        return other.forward(*inputs)
+    return _forward(inputs, None)
 
 
 def _forward(inputs: tuple[Any, ...], kept: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -390,10 +433,13 @@ def backward(
 
     kept: the third result of `forward_kept` for the same inputs; without it a forward pass makes it again.
     """
+    inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+    if (other := _instead(A, B, C)) is not None:
+        return other.backward(dy, dstate, *inputs)
     with torch.cuda.device_of(u):
-        call = _Call(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+        call = _Call(*inputs)
         if kept is None:
-            kept = call.empty(*kept_shape(u, B, segments))
+            kept = call.empty(*kept_shape(u, A, B, C, segments))
             call.scan(_NO_ROWS, None, kept)
         plan = backward_plan(call.n, call.dtype, call.limits)
         call.cut(plan)
@@ -440,6 +486,8 @@ def step(
     index: Tensor | None,
 ) -> Tensor:
     """One token, in place. u, dt, z (b, d); B, C (b, g, n); index (b) picks rows of state, negative: skip."""
+    if (other := _instead(A, B, C)) is not None:
+        return other.step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, index)
     dtype = _common(u, dt, B, C, z)
     with torch.cuda.device_of(u):
         (b, d), (g, n) = u.shape, B.shape[1:]
