@@ -70,6 +70,9 @@ def cases() -> Iterator[Case]:
         (8, 1024, 1536, (0.12, 0.6)),
     ):  # fmt: skip
         yield from scan(b, t, d, 16, bars)
+    for n, constant in ((64, True), (64, False)):
+        yield from complex_scan(8, 2048, 512, n, constant)
+    yield from scan(8, 2048, 512, 256, (None, None))
     for b in (64, 256):
         yield scan_step(b, 5120, 16, {64: 0.0196, 256: 0.0698}[b])
     yield from block(8, 2048, 1024, (0.9, 3.2))
@@ -188,7 +191,7 @@ def scan_leaves(b: int, t: int, d: int, n: int) -> dict[str, Tensor]:
     return token | {"A": A, "D": torch.randn(d, device=DEVICE), "dt_bias": torch.rand(d, device=DEVICE) - 4}
 
 
-def scan(b: int, t: int, d: int, n: int, bars: tuple[float, float]) -> Iterator[Case]:
+def scan(b: int, t: int, d: int, n: int, bars: tuple[float | None, float | None]) -> Iterator[Case]:
     """The scan as a Mamba block calls it: softplus with bias, skip and gate."""
 
     def ours(**x: Tensor) -> Tensor:
@@ -204,6 +207,34 @@ def scan(b: int, t: int, d: int, n: int, bars: tuple[float, float]) -> Iterator[
         "selective_scan fwd+bwd", shape, lambda: {OURS: gradients(ours, scan_leaves(b, t, d, n))}, needs,
         moved * (11 * d + 6 * n), tokens=b * t, bar=bars[1],
     )  # fmt: skip
+
+
+def complex_scan(b: int, t: int, d: int, n: int, constant: bool) -> Iterator[Case]:
+    """The scan of a complex system, with B and C constant as in S4D or per token; the reference beside it."""
+
+    def leaves() -> dict[str, Tensor]:
+        x = scan_leaves(b, t, d, n)
+        x["A"] = torch.complex(-torch.rand(d, n, device=DEVICE) - 0.1, 10 * torch.randn(d, n, device=DEVICE))
+        for name in ("B", "C"):
+            per_token = torch.randn(b, t, n, 2, device=DEVICE, dtype=BF16)
+            x[name] = torch.randn(d, n, dtype=x["A"].dtype, device=DEVICE) if constant else per_token
+        return x
+
+    def run(backend: str | None) -> Callable[..., Tensor]:
+        return lambda **x: ops.selective_scan(**x, dt_softplus=True, backend=backend)[0]
+
+    def forward() -> dict[str, Work]:
+        x = leaves()
+        return {OURS: without_grad(lambda: run(None)(**x)), "reference": without_grad(lambda: run("reference")(**x))}
+
+    def both() -> dict[str, Work]:
+        return {OURS: gradients(run(None), leaves()), "reference": gradients(run("reference"), leaves())}
+
+    system = "constant" if constant else "per token"
+    shape, needs, moved = f"b{b} t{t} d{d} n{n} complex, B and C {system}", ("selective_scan",), 2 * b * t
+    per_token = 0 if constant else 4 * n
+    yield Case("selective_scan fwd", shape, forward, needs, moved * (4 * d + per_token), tokens=b * t, many=True)
+    yield Case("selective_scan fwd+bwd", shape, both, needs, moved * (11 * d + 3 * per_token), tokens=b * t, many=True)
 
 
 def scan_step(b: int, d: int, n: int, bar: float) -> Case:
