@@ -40,6 +40,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "problem", lambda: None)
     found = backends._unavailable
     monkeypatch.setattr(backends, "_unavailable", lambda name, op, device, *rest: found(name, op, "cuda", *rest))
+    monkeypatch.setattr(gpu, "_triton_is_there", lambda: True)
     backends.gpu_problem.cache_clear()
     yield
     backends.gpu_problem.cache_clear()
@@ -82,8 +83,7 @@ def test_a_compiler_that_does_not_load_is_a_reason_and_no_crash(monkeypatch: pyt
 def test_without_triton_only_the_cuda_kernels_systems_have_a_gpu_back_end(
     said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = gpu.importlib.util.find_spec
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    monkeypatch.setattr(gpu, "_triton_is_there", lambda: False)
     choice = backends.explain("selective_scan", *system(**SYSTEMS[said]))
     assert choice.name == "reference"
     assert choice.rejected["gpu"].endswith("needs triton, which is not installed. pip install triton")

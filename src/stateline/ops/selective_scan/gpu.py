@@ -69,9 +69,14 @@ class Plan(NamedTuple):
 def problem(*args: Tensor) -> str | None:
     """Why neither kernel covers (u, dt, A, B, C), or None if one does."""
     why = _uncovered(*args[2:5]) if len(args) >= 5 else None
-    if why is None or importlib.util.find_spec("triton") is not None:
+    if why is None or _triton_is_there():
         return None
     return f"{why}, and the Triton kernel needs triton, which is not installed. pip install triton"
+
+
+@functools.cache
+def _triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def detail(*args: Tensor) -> str:
