@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import is_
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -107,13 +106,8 @@ def decode_token_(states: Sequence[Tensor], ids: Tensor, network: Network, *, ba
         if wrong:
             raise checks.fail(OP, f"token id {wrong[0]} is outside the vocabulary, 0 to {network.vocabulary - 1}.")
     with torch.no_grad():
-        return _module(ids, network, backend).step(states, ids.long().contiguous(), network)
-
-
-def _module(ids: Tensor, network: Network, backend: str | None) -> ModuleType:
-    module = backends.kernel(OP, ids.device.type, backend)
-    why = module.problem(network) if hasattr(module, "problem") else None
-    return module if why is None else backends.stand_in(OP, backend, why)
+        module = backends.kernel(OP, ids.device.type, backend, args=(network,))
+        return module.step(states, ids.long().contiguous(), network)
 
 
 def _check_states(states: Sequence[Tensor], b: int, device: torch.device, network: Network) -> None:

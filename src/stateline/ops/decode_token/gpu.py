@@ -32,8 +32,10 @@ AT_ONCE = {1: (8, 6), 2: (6, 4), 4: (4, 3), 8: (3, 2)}
 LEAST_STAGES = 5
 
 
-def problem(network: Network) -> str | None:
-    """Why the kernel does not cover this model on this device, or None if it does."""
+def problem(network: Network | None = None) -> str | None:
+    """Why the kernel does not cover this model on this device, or None if it does; asked of none, what holds for all."""
+    if network is None:
+        return None
     if network not in _problems:
         _problems[network] = _problem(network)
     return _problems[network]
