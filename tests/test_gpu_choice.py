@@ -41,6 +41,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     found = backends._unavailable
     monkeypatch.setattr(backends, "_unavailable", lambda name, op, device, *rest: found(name, op, "cuda", *rest))
     monkeypatch.setattr(gpu, "_triton_is_there", lambda: True)
+    monkeypatch.setattr(gpu, "_limits", lambda _: gpu.Limits(132, 232448, 233472))
     backends.gpu_problem.cache_clear()
     yield
     backends.gpu_problem.cache_clear()

@@ -12,7 +12,7 @@ import torch
 
 from stateline.backends import BackendError
 from stateline.ops import nvrtc
-from stateline.ops.selective_scan import gpu
+from stateline.ops.selective_scan import gpu, gpu_plan
 
 # Multiprocessors, shared memory of a block and of a multiprocessor: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
 DEVICES = {
@@ -52,7 +52,7 @@ def test_chunks_depend_on_one_sequence_alone() -> None:
     for t, d in ((1024, 1536), (8192, 5120), (65536, 2048)):
         chunk = gpu.chunk_length(t, d, limits.processors, 4)
         assert chunk % limits.mark == 0
-        assert chunk >= min(t, gpu.LEAST_CHUNK)
+        assert chunk >= min(t, gpu_plan.LEAST_CHUNK)
     assert gpu.chunk_length(8192, 5120, 132, 4) < 8192
 
 

@@ -33,7 +33,7 @@ LEAST_STAGES = 5
 
 
 def problem(network: Network | None = None) -> str | None:
-    """Why the kernel does not cover this model on this device, or None if it does; asked of none, what holds for all."""
+    """Why the kernel does not cover this model on this device, or None if it does."""
     if network is None:
         return None
     if network not in _problems:
