@@ -22,7 +22,7 @@ from stateline.training import Interrupted, bits_per_byte, load_data, loop, resu
 #: Options that meet in every case: documents apart, two batches a step, a mean of the weights, a guard, room saved.
 SHARED: dict[str, Any] = {
     "packing": "documents", "accumulate": 2, "ema": 0.8, "schedule": "wsd", "on_spike": "skip", "patience": 9,
-    "checkpoint_activations": True,
+    "checkpoint_activations": True, "dropout": 0.1,
 }  # fmt: skip
 GIVEN = {"d_model": None, "n_layer": None, "d_state": 16}  # shapes that come with weights
 #: Text, and what is done with it; names of files are those of `files`.

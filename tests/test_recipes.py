@@ -175,7 +175,7 @@ def test_the_mean_is_what_is_judged_and_saved(text: Path) -> None:
 def test_resume_gives_the_same_bits_with_every_recipe(text: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {
         "ema": 0.9, "schedule": "wsd", "decay_form": "sqrt", "on_spike": "skip", "spike_window": 10,
-        "patience": 50, "checkpoint_activations": True, "dtype": "bfloat16",
+        "patience": 50, "checkpoint_activations": True, "dtype": "bfloat16", "dropout": 0.05,
     }  # fmt: skip
     data = tiny(text).data
     bad, _ = Windows(load_data(data).train, data.context, 0).batch(16 * 4, 2)  # the first half of step 16

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -111,6 +112,8 @@ class Backbone(nn.Module):
 
     checkpoint_activations: keep only what goes into each block, and compute the block again in the backward pass: the
         same numbers from less memory and more time. An attribute, set at will; no part of the configuration.
+    dropout: share of the numbers that the embedding and each block write into the residual stream which are set to 0 in
+        training mode, the others growing to make up for it. An attribute too.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
+        self.dropout = 0.0
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         norm_class = RMSNorm if config.rms_norm else LayerNorm
 
@@ -161,6 +165,7 @@ class Backbone(nn.Module):
         residual = None
         for block in self._blocks():
             x, residual = self._run(block, x, residual, lengths=lengths, cu_seqlens=cu_seqlens)
+            x = self._thinned(x)
         return zero_padding(self.norm_f(x, residual)[0], lengths)
 
     def extend(
@@ -178,6 +183,7 @@ class Backbone(nn.Module):
         after = []
         for block, given in zip(self._blocks(), before, strict=True):
             x, residual, new = self._run(block.extend, x, residual, given, lengths=lengths, cu_seqlens=cu_seqlens)
+            x = self._thinned(x)
             after.append(new)
         return zero_padding(self.norm_f(x, residual)[0], lengths), ModelState(after)
 
@@ -217,7 +223,10 @@ class Backbone(nn.Module):
             sizes.match("lengths", lengths, "b")
             ids = ids.masked_fill(padding(ids, lengths), 0)  # whatever stands there is not looked up
         check_ids("input_ids", ids, self.config.vocab_size)
-        return self.embedding(ids), lengths
+        return self._thinned(self.embedding(ids)), lengths
+
+    def _thinned(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

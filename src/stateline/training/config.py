@@ -148,6 +148,12 @@ class OptimConfig:
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient", low=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", low=0, below=1)
     weight_decay: float = setting(0.1, "weight decay of the matrices (norms, biases, A, D and dt have none)", low=0)
+    dropout: float = setting(
+        0.0,
+        "share of what each block adds that is set to 0 in training, e.g. 0.1, against learning a small text by heart",
+        low=0,
+        below=1,
+    )
     clip: float = setting(1.0, "largest norm of the gradient; 0 means no clipping", low=0)
     ema: float = setting(
         0.0,
@@ -266,8 +272,8 @@ class SaveConfig:
     keep: int = setting(2, "how many of the newest checkpoints to keep", low=1, resume="free")
     init_from: str | None = setting(
         None,
-        "start from these weights (fine-tuning): 'bundled', a training run, or a model folder in any format that "
-        "`stateline info` reads",
+        "start from these weights (fine-tuning): 'bundled', 'bundled-zh', a training run, or a model folder in any "
+        "format that `stateline info` reads",
         metavar="MODEL",
     )
     resume: bool = setting(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
 from stateline.checks import fail
+from stateline.files import bundled
 from stateline.models import LanguageModel, ModelConfig, checkpoint
 from stateline.training import adapters, removal, resume
 from stateline.training.arguments import read_file
@@ -19,8 +19,6 @@ from stateline.training.resume import Position
 from stateline.training.schedule import make_schedule
 from stateline.training.vocabulary import Vocabulary, beside
 
-#: The name of the model that ships.
-BUNDLED = "bundled"
 #: Reads the model that `init_from` names.
 Loader = Callable[[str], LanguageModel]
 
@@ -83,7 +81,7 @@ def settled(config: TrainConfig) -> TrainConfig:
     named = {"path": data.path, "val": data.val, "cache": data.cache}
     if data.tokenizer and data.tokenizer != "bytes" and not data.tokenizer.startswith("bpe:"):
         named["tokenizer"] = data.tokenizer
-    if save.init_from and save.init_from != BUNDLED and Path(save.init_from).expanduser().exists():
+    if save.init_from and bundled(save.init_from) is None and Path(save.init_from).expanduser().exists():
         named["init_from"] = save.init_from  # what is not there keeps its name, for the loader to refuse
     places = {name: str(Path(place).expanduser().resolve()) for name, place in named.items() if place}
     return config.replace(lr=config.peak_lr, **places)
@@ -147,13 +145,14 @@ def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabula
 
 
 def prepared(model: LanguageModel, config: TrainConfig, vocabulary: Vocabulary) -> LanguageModel:
-    """The model as it is trained: float32 at least, with adapters if asked, and with room for its activations."""
+    """The model as it is trained: float32 at least, with adapters, dropout and checkpointing if asked."""
     _check_vocabulary(model, vocabulary)
     if model.backbone.embedding.weight.dtype.itemsize < torch.float32.itemsize:
         model.float()  # steps smaller than half precision can hold would be lost
     if config.adapters.lora:
         adapters.add(model, config.adapters)
     model.backbone.checkpoint_activations = config.optim.checkpoint_activations
+    model.backbone.dropout = config.optim.dropout
     return model
 
 
@@ -171,9 +170,9 @@ def device_of(name: str) -> torch.device:
 
 
 def _folder(name: str) -> Path:
-    """Where the model of that name lies: the bundled one, a run's best one, or the folder itself."""
-    if name == BUNDLED:
-        return Path(str(files("stateline") / BUNDLED / "model"))
+    """Where the model of that name lies: one that ships, a run's best one, or the folder itself."""
+    if (ours := bundled(name)) is not None:
+        return ours
     folder = Path(name).expanduser()
     return folder / resume.MODEL if (folder / resume.MODEL).is_dir() else folder
 
