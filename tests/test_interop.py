@@ -14,9 +14,12 @@ from makers import FORMATS, contents, edit, ids, small
 from safetensors.torch import load_file, save_file
 
 import stateline
+from stateline.files import bundled
+from stateline.generation import SamplingConfig, load_tokenizer
 from stateline.interop import CheckpointError, detect
 from stateline.models import checkpoint
 from stateline.nn.precision import full_precision_names
+from stateline.training import bits_per_byte
 
 try:
     import transformers
@@ -386,8 +389,44 @@ def test_bundled_is_a_name_not_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
     import importlib.resources
 
     stateline.save(small(), tmp_path / "bundled" / "model")
-    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
-    assert stateline.load("bundled").config.d_model == 20
-    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path / "none")
-    with pytest.raises(CheckpointError, match=r"no bundled model. Reinstall"):
-        stateline.load("bundled")
+    stateline.save(small(n_layer=1), tmp_path / "bundled" / "chinese")
+    monkeypatch.chdir(tmp_path)  # where a folder has the name
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.resources, "files", lambda package: tmp_path)
+        assert stateline.load("bundled").config.n_layer == 2
+        assert stateline.load("bundled-zh").config.n_layer == 1
+        patch.setattr(importlib.resources, "files", lambda package: tmp_path / "none")
+        for name in ("bundled", "bundled-zh"):
+            with pytest.raises(CheckpointError, match=f"no {name} model. Reinstall"):
+                stateline.load(name)
+    with pytest.raises(
+        CheckpointError, match=r'bundled-cn is no directory. Models that ship: "bundled" or "bundled-zh"'
+    ):
+        stateline.load("bundled-cn")
+
+
+def test_the_bundled_models_are_what_their_cards_say() -> None:
+    """Small enough to ship, and able to predict text they have not seen."""
+    poem = "聖主覃恩徧九垓，碧油紅旆出關來。鄉中父老如相問，十五年前趙秀才。"  # of the test
+    speech = "Tonight, I want to speak about the choices before our Nation. "
+    for name, text, worst in (("bundled", speech, 2.5), ("bundled-zh", poem, 3.0)):
+        folder = bundled(name)
+        assert folder is not None
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 10_000_000
+        model = stateline.load(name)
+        assert f"{model.num_parameters():,}" in (folder / "README.md").read_text(encoding="utf-8")
+        bits = bits_per_byte(model, text, tokenizer=load_tokenizer(name, model.config.vocab_size))
+        assert bits is not None
+        assert bits < worst, name
+
+
+def test_a_poem_begins_and_ends() -> None:
+    """The tokenizer puts the end-of-text id before a prompt, as training did, and the model ends what it writes."""
+    model = stateline.load("bundled-zh")
+    tokenizer = load_tokenizer("bundled-zh", model.config.vocab_size)
+    assert tokenizer.prefix == (tokenizer.end,)
+    sampling = SamplingConfig(temperature=0.8, top_p=0.95, seed=1)
+    text = "春" + "".join(stateline.generate(model, "春", tokenizer=tokenizer, max_tokens=300, sampling=sampling))
+    lines = text.rstrip("。").replace("，", "。").split("。")
+    assert len(lines) >= 4
+    assert len({len(line) for line in lines}) == 1, text

@@ -9,12 +9,13 @@ from typing import Any
 
 from stateline.cli.convert import size_of
 from stateline.cli.explain import machine, show
-from stateline.cli.parser import Parser, directory_of, new_parser, source_of
+from stateline.cli.parser import NAMED, Parser, directory_of, new_parser, source_of
 
 DESCRIPTION = "Describe a model: its format, sizes, data types, state, provenance, and the machine it would run on."
 EPILOG = """\
 examples:
-  stateline info                       the bundled model
+  stateline info                       the bundled model of English
+  stateline info bundled-zh            that of Chinese poems
   stateline info runs/book
   stateline info mamba-130m --json     for scripts
 """
@@ -24,7 +25,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """Define the subcommand."""
     parser = new_parser(commands, "info", DESCRIPTION, EPILOG, summary="describe a model or checkpoint")
     parser.set_defaults(run=run)
-    parser.add_argument("model", nargs="?", default="bundled", help='a directory, or "bundled" (default)')
+    parser.add_argument("model", nargs="?", default="bundled", help=f"{NAMED} (default: bundled)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 

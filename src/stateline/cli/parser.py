@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from stateline.files import BUNDLED_NAMES, bundled
+
 if TYPE_CHECKING:
     from stateline.models import LanguageModel
 
+#: What a model may be called, for help texts.
+NAMED = f"a directory, {BUNDLED_NAMES}"
 Later = Callable[[argparse.ArgumentParser], None]
 
 WEIGHTS = ("bf16", "int8", "int4")
@@ -100,16 +103,14 @@ def check_device(name: str) -> None:
 def source_of(model: str) -> str:
     """What to load for a name: itself, or for a training run the model it keeps."""
     kept = Path(model).expanduser() / "model"
-    if model == "bundled":
+    if bundled(model) is not None:
         return model
     return str(kept) if (kept / "config.json").is_file() and not (kept.parent / "config.json").exists() else model
 
 
 def directory_of(model: str) -> Path:
-    """Where a model's files lie; "bundled" is never a directory of that name."""
-    if model == "bundled":
-        return Path(str(importlib.resources.files("stateline") / "bundled" / "model"))
-    return Path(source_of(model)).expanduser()
+    """Where a model's files lie; the name of one that ships is never a directory of that name."""
+    return bundled(model) or Path(source_of(model)).expanduser()
 
 
 def positive(text: str) -> int:
