@@ -42,7 +42,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield load
     for name in set(sys.modules) - before:
-        if name in ("archives", "bundled", "card", "compressors", "data", "graphed"):
+        if name in ("archives", "bundled", "card", "compressors", "data"):
             del sys.modules[name]
 
 
