@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from benchmarks import peers
 from benchmarks.cases import OURS, with_backward, without_grad
 from benchmarks.measure import Work
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 class Case:
     """Candidates by name, made when asked; `needs` are the ops whose GPU kernels the case is about.
 
-    bytes: that must move.   operations: of a matrix product.   tokens: of a call.   bar: milliseconds to be under.
+    bytes: that must move.   exponentials: that must be taken.   operations: of a matrix product.
+    tokens: of a call.   bar: milliseconds to be under.
     many: launches too much to queue, so only whole calls are timed.
     steps: that a call makes; all figures are of one.
     """
@@ -43,6 +45,7 @@ class Case:
     make: Callable[[], dict[str, Work]]
     needs: tuple[str, ...] = ()
     bytes: int | None = None
+    exponentials: int | None = None
     operations: int | None = None
     tokens: int | None = None
     bar: float | None = None
@@ -113,19 +116,27 @@ def convolution(b: int, t: int, d: int, k: int, bars: tuple[float | None, float 
     def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.silu(F.conv1d(x, weight[:, None], bias, padding=k - 1, groups=d)[..., :t])
 
+    channels_first = {"F.conv1d": theirs} | named("causal_conv1d", peers.cuda_convolution())
+
     def forward() -> dict[str, Work]:
         x = leaves()
         y = x | {"x": x["x"].transpose(1, 2).contiguous()}
-        return {OURS: without_grad(lambda: ours(**x)), "F.conv1d": without_grad(lambda: theirs(**y))}
+        others = {name: without_grad(lambda run=run: run(**y)) for name, run in channels_first.items()}
+        return {OURS: without_grad(lambda: ours(**x))} | others
 
     def both() -> dict[str, Work]:
         x = leaves()
         y = x | {"x": x["x"].transpose(1, 2).contiguous()}
-        return {OURS: gradients(ours, x), "F.conv1d": gradients(theirs, y)}
+        return {OURS: gradients(ours, x)} | {name: gradients(run, y) for name, run in channels_first.items()}
 
     shape, moved, needs = f"b{b} t{t} d{d} k{k}", b * t * d * 2, ("causal_conv1d",)
     yield Case("causal_conv1d+silu fwd", shape, forward, needs, 2 * moved, tokens=b * t, bar=bars[0])
     yield Case("causal_conv1d+silu fwd+bwd", shape, both, needs, 5 * moved, tokens=b * t, bar=bars[1])
+
+
+def named(name: str, run: Callable[..., Tensor] | None) -> dict[str, Callable[..., Tensor]]:
+    """A peer by name, if it is installed."""
+    return {} if run is None else {name: run}
 
 
 def gradients(forward: Callable[..., Tensor], leaves: dict[str, Tensor]) -> Work:
@@ -197,16 +208,31 @@ def scan(b: int, t: int, d: int, n: int, bars: tuple[float | None, float | None]
     def ours(**x: Tensor) -> Tensor:
         return ops.selective_scan(**x, dt_softplus=True)[0]
 
+    theirs = named("mamba_ssm", peers.cuda_scan())
+
     def forward() -> dict[str, Work]:
         x = scan_leaves(b, t, d, n)
-        return {OURS: without_grad(lambda: ours(**x))}
+        y = channels_first(x)
+        return {OURS: without_grad(lambda: ours(**x))} | {
+            name: without_grad(lambda run=run: run(**y)) for name, run in theirs.items()
+        }
 
-    shape, needs, moved = f"b{b} t{t} d{d} n{n}", ("selective_scan",), 2 * b * t
-    yield Case("selective_scan fwd", shape, forward, needs, moved * (4 * d + 2 * n), tokens=b * t, bar=bars[0])
+    def both() -> dict[str, Work]:
+        x = scan_leaves(b, t, d, n)
+        return {OURS: gradients(ours, x)} | {name: gradients(run, channels_first(x)) for name, run in theirs.items()}
+
+    shape, needs, moved, updates = f"b{b} t{t} d{d} n{n}", ("selective_scan",), 2 * b * t, b * t * d * n
     yield Case(
-        "selective_scan fwd+bwd", shape, lambda: {OURS: gradients(ours, scan_leaves(b, t, d, n))}, needs,
-        moved * (11 * d + 6 * n), tokens=b * t, bar=bars[1],
+        "selective_scan fwd", shape, forward, needs, moved * (4 * d + 2 * n), updates, tokens=b * t, bar=bars[0]
     )  # fmt: skip
+    yield Case(
+        "selective_scan fwd+bwd", shape, both, needs, moved * (11 * d + 6 * n), 2 * updates, tokens=b * t, bar=bars[1]
+    )  # fmt: skip
+
+
+def channels_first(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Data (b, t, …) as (b, …, t), which is how the older libraries keep it; parameters as they are."""
+    return {name: v.transpose(1, 2).contiguous() if v.dim() == 3 else v for name, v in x.items()}
 
 
 def complex_scan(b: int, t: int, d: int, n: int, constant: bool) -> Iterator[Case]:
@@ -245,7 +271,11 @@ def scan_step(b: int, d: int, n: int, bar: float) -> Case:
         x = {name: v if name in ("A", "D", "dt_bias") else v[:, 0].contiguous() for name, v in x.items()}
         x |= {name: x[name][:, None] for name in ("B", "C")}
         state = torch.zeros(b, d, n, device=DEVICE)
-        return {OURS: lambda: ops.selective_scan_step_(state, **x, dt_softplus=True)}
+        y = {name: v[:, 0] if name in ("B", "C") else v for name, v in x.items()}
+        theirs = named("mamba_ssm", peers.cuda_scan_step())
+        return {OURS: lambda: ops.selective_scan_step_(state, **x, dt_softplus=True)} | {
+            name: without_grad(lambda run=run: run(state, **y)) for name, run in theirs.items()
+        }
 
     moved = 2 * b * d * n * 4 + 4 * b * d * 2
     return Case("selective_scan step", f"b{b} d{d} n{n}", make, ("selective_scan",), moved, tokens=b, bar=bar)

@@ -73,9 +73,13 @@ def rows(case: Case, seconds: float, rates: dict[str, float]) -> Iterator[dict[s
             kind, amount = ("bytes", case.bytes) if case.bytes else ("operations", case.operations)
             rates[kind] = (amount or 0) / best
             row[f"tera_{kind}_per_s"] = round(rates[kind] / 1e9, 3)
-        elif case.bytes and "bytes" in rates:
-            row["floor_ms"] = round(case.bytes / rates["bytes"], 4)
-            row["share_of_floor"] = round(row["floor_ms"] / best, 3)
+        else:
+            if case.bytes and "bytes" in rates:
+                row["floor_ms"] = round(case.bytes / rates["bytes"], 4)
+                row["share_of_floor"] = round(row["floor_ms"] / best, 3)
+            for kind, amount in (("bytes", case.bytes), ("exponentials", case.exponentials)):
+                if amount:
+                    row[f"tera_{kind}_per_s"] = round(amount / best / 1e9, 3)
         if case.tokens:
             row["tokens_per_s"] = round(1e3 * case.tokens / row["ms_p50"])
         if ours is None:
@@ -141,8 +145,8 @@ def main(argv: list[str] | None = None) -> int:
 def shown(row: dict[str, Any]) -> str:
     """A row as a line to read."""
     device = f", device {row['ms_device']:.4f}" if "ms_device" in row else ""
-    rest = "".join(f"  {k} {row[k]}" for k in ("floor_ms", "bar_ms", "ratio", "tera_bytes_per_s",
-                   "tera_operations_per_s", "peak_gib", "first_call_s") if k in row)  # fmt: skip
+    shown = ("floor_ms", "bar_ms", "ratio", *(f"tera_{kind}_per_s" for kind in ("bytes", "exponentials", "operations")))
+    rest = "".join(f"  {k} {row[k]}" for k in (*shown, "peak_gib", "first_call_s") if k in row)
     return f"{row['op']} {row['shape']} [{row['by']}] {row['ms_p50']:.4f} ms{device}{rest}"
 
 
