@@ -89,7 +89,7 @@ class _Known:
     fixed: tuple[int, ...]
     table: Tensor
     formats: tuple[str, ...]
-    scratch: dict[tuple[int, int], list[Tensor]]
+    scratch: dict[tuple[int, int], tuple[Tensor, list[int]]]
 
     @classmethod
     def of(cls, network: Network) -> _Known:
@@ -118,29 +118,27 @@ class _Known:
         addresses = [x.data_ptr() for x in states]
         record = [
             len(addresses) // 2, b, *self.widths, *self.fixed, self.table.data_ptr(), ids.data_ptr(), logits.data_ptr(),
-            *(x.data_ptr() for x in scratch), stages, *addresses, *[0] * (2 * LAYERS - len(addresses)),
+            *scratch, stages, *addresses, *[0] * (2 * LAYERS - len(addresses)),
         ]  # fmt: skip
         library = _library(tiles, self.taps, self.slices > 1, self.formats, device.index)
         shared = stages * (STAGE + 16) + _shared(tiles, self.widths[2])
         library.launch("decode_token", blocks, 32 * (WARPS + 1), shared, record, cooperative=True)
 
-    def _scratch(self, tiles: int, device: torch.device) -> list[Tensor]:
-        """Vectors between phases, and where blocks meet; of each stream its own, since launches may overlap."""
+    def _scratch(self, tiles: int, device: torch.device) -> list[int]:
+        """Where vectors between phases lie, and where blocks meet; each stream has its own, since launches may overlap.
+
+        One piece of memory, zero at first: a graph that is the first to want it fills it at every replay.
+        """
         key = tiles, torch.cuda.current_stream(device).cuda_stream
         if key not in self.scratch:
             d, e, n, r = self.widths
-            columns = 8 * tiles
-
-            def zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-                return torch.zeros(count, dtype=dtype, device=device)
-
-            def vector(size: int) -> Tensor:
-                return zeros(-(-size // 64) * 64 * columns, torch.bfloat16)
-
             parts = self.slices * -(-(r + 2 * n) // TILE) * TILE if self.slices > 1 else 0
-            plain = [zeros(columns * size) for size in (d, e, e, 2 * n, -(-d // TILE), parts)]
-            self.scratch[key] = [*plain, *(vector(size) for size in (d, e, e, r)), zeros(64, torch.int32)]
-        return self.scratch[key]
+            numbers = [4 * 8 * tiles * size for size in (d, e, e, 2 * n, -(-d // TILE), parts)]
+            vectors = [2 * 8 * tiles * 64 * -(-size // 64) for size in (d, e, e, r)]
+            ends = list(itertools.accumulate(-(-size // 256) * 256 for size in (*numbers, *vectors, 256)))
+            self.scratch[key] = torch.zeros(ends[-1], dtype=torch.uint8, device=device), [0, *ends[:-1]]
+        memory, places = self.scratch[key]
+        return [memory.data_ptr() + place for place in places]
 
 
 _known: WeakKeyDictionary[Network, _Known] = WeakKeyDictionary()
