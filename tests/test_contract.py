@@ -15,6 +15,7 @@ import torch
 from test_ops import BACKENDS, FLAG, USUAL, cut, leaf, plain_scan, scan_case
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stateline import backends, ops
@@ -465,3 +466,51 @@ def test_raw_ops_stay_visible_to_whoever_looks() -> None:
     with torch.profiler.profile() as profile:
         ops.rms_norm(x, weight)
     assert "stateline::rms_norm" in {event.key for event in profile.key_averages()}
+    with torch.no_grad():
+        trace = torch.jit.trace(lambda *v: ops.rms_norm(*v)[0], (x, weight), check_trace=False)
+    assert "stateline::rms_norm" in str(trace.graph)
+
+
+def _with_each_argument() -> Iterator[Any]:
+    x = plain_scan()
+    token = {k: v[:, 0] if k in ("u", "dt", "B", "C", "z") else v for k, v in x.items()}
+    token["state"] = token.pop("initial_state")
+    taps = {
+        "x": leaf((2, 6, 4), torch.float32),
+        "weight": leaf((4, 3), torch.float32),
+        "bias": leaf((4,), torch.float32),
+    }
+    state = leaf((2, 2, 4), torch.float32)
+    norm = {"x": taps["x"], "weight": taps["bias"], "residual": taps["x"]}
+    loss = {"logits": leaf((2, 5), torch.float32), "targets": torch.tensor([1, 4])}
+    for op, arguments in (
+        (ops.selective_scan, x),
+        (ops.selective_scan_step_, token | {"index": torch.tensor([1, 0])}),
+        (ops.causal_conv1d, taps | {"initial_state": state}),
+        (ops.causal_conv1d_step_, taps | {"x": taps["x"][:, 0], "state": state, "index": torch.tensor([1, 0])}),
+        (ops.rms_norm, norm),
+        (ops.cross_entropy, loss),
+    ):
+        for name in arguments:
+            yield pytest.param(op, arguments, name, id=f"{op.__name__}-{name}")
+
+
+@pytest.mark.parametrize(("op", "arguments", "name"), list(_with_each_argument()))
+def test_a_tensor_with_a_way_of_its_own_is_not_read_as_memory(op: Any, arguments: dict[str, Any], name: str) -> None:
+    """Wrappers (DTensor, TwoTensor) have none: whatever argument is one, the dispatcher asks it."""
+    plain, wrapped = ({k: v.clone() for k, v in arguments.items()} for _ in range(2))
+    wrapped[name] = TwoTensor(wrapped[name], wrapped[name].clone())
+    with torch.no_grad():
+        wanted, got = op(**plain), op(**wrapped)
+    for a, b in zip(*((v,) if isinstance(v, Tensor) else v for v in (got, wanted)), strict=True):
+        assert isinstance(a, TwoTensor)
+        assert torch.equal(a.a, b)
+
+
+@pytest.mark.parametrize("grad", FLAG)
+def test_a_trace_holds_the_op_and_not_its_result(grad: bool) -> None:
+    x = plain_scan()
+    run = lambda u: ops.selective_scan(**(x | {"u": u}))[0]  # noqa: E731
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(run, (x["u"],), check_trace=False)
+        torch.testing.assert_close(traced(3 * x["u"]), run(3 * x["u"]))

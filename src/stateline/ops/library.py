@@ -7,7 +7,7 @@ attached to a custom op make torch.func.jvp return zero tangents silently.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch.autograd import Function, forward_ad
 from stateline.checks import fail
 
 LIBRARY = torch.library.Library("stateline", "DEF")
-#: Types of tensors that have no way of their own to run an op.
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+#: Types of arguments that have no way of their own to run an op: of tensors, and of what else an op takes.
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype})
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +43,8 @@ def _direct(op: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., An
     def direct(*args: Any) -> Any:
         if (
             torch.compiler.is_compiling()
-            or type(args[0]) not in PLAIN
+            or not _plain(args)
+            or torch._C._get_tracing_state()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._are_functorch_transforms_active()
             or torch.autograd._profiler_enabled()
@@ -52,6 +53,13 @@ def _direct(op: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., An
         return run(*args)
 
     return direct
+
+
+def _plain(args: Sequence[Any]) -> bool:
+    """Whether every argument, those in lists too, is one that `run` can take as it is: it reads tensors' memory."""
+    if PLAIN.issuperset(map(type, args)):
+        return True
+    return all(type(a) in PLAIN or (type(a) in (list, tuple) and _plain(a)) for a in args)
 
 
 def _without_grad(run: Callable[..., Any]) -> Callable[..., Any]:
