@@ -171,6 +171,95 @@ def test_a_head_may_learn_what_it_does_not_own() -> None:
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+def test_hooks_on_gradients_of_the_head_run_once_on_the_whole() -> None:
+    model, x = small(tie_embeddings=False), ids(2, 9)
+    outside = nn.Parameter(torch.ones(64))
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda h: head(h) * outside  # type: ignore[method-assign]  # as patches do
+    want = gradients(model, model.loss(x, x))["lm_head.weight"]
+    for chunk in (18, 4):
+        seen: list[Tensor] = []
+        model.zero_grad()
+        handles = [model.lm_head.weight.register_hook(lambda g: 2 * g), outside.register_hook(seen.append)]
+        handles.append(model.lm_head.weight.register_post_accumulate_grad_hook(seen.append))
+        model.loss(x, x, chunk=chunk).backward()
+        assert len(seen) == 2
+        grad = model.lm_head.weight.grad
+        assert grad is not None
+        same_gradients({"": grad / 2}, {"": want})
+        for handle in handles[::2]:
+            handle.remove()
+        model.loss(x, x, chunk=chunk).backward()  # a hook on what is not the head's own
+        assert len(seen) == 3
+        handles[1].remove()
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_backward_hooks_of_the_head_run_in_the_backward_pass(everywhere: bool) -> None:
+    model, x = small(tie_embeddings=False), ids(2, 9)
+    found = {}
+    for chunk in (18, 4):
+        seen: list[Tensor] = []
+
+        def look(module: nn.Module, _: Any, grads: Any, seen: list[Tensor] = seen) -> None:
+            if module is model.lm_head:
+                seen.append(grads[0])
+
+        at = nn.modules.module.register_module_full_backward_hook if everywhere else None
+        handle = at(look) if at else model.lm_head.register_full_backward_hook(look)
+        loss = model.loss(x, x, chunk=chunk)
+        assert not seen
+        loss.backward()
+        handle.remove()
+        found[chunk] = torch.cat(seen[::-1])  # the last piece's gradient is computed first
+    same_gradients({"": found[4]}, {"": found[18]})
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("kind", ["cached", "made before"])
+def test_pieces_may_share_what_a_head_computed_once(kind: str, late: bool) -> None:
+    """late: the backward pass runs when the cache is gone."""
+    model, x = small(tie_embeddings=False), ids(2, 9)
+    inner = nn.Parameter(torch.randn(64, 16))
+    found = []
+    if kind == "cached":
+        nn.utils.parametrizations.weight_norm(model.lm_head)
+    else:
+        made = inner.sin()
+        model.lm_head.forward = lambda h: F.linear(h, made)  # type: ignore[method-assign]  # as hypernetworks do
+    for chunk in (18, 4):
+        model.zero_grad()
+        inner.grad = None
+        with nn.utils.parametrize.cached():
+            loss = model.loss(x, x, chunk=chunk)
+            if not late:
+                loss.backward(retain_graph=True)
+        if late:
+            loss.backward(retain_graph=True)
+        found.append({n: p.grad for n, p in [*model.named_parameters(), ("inner", inner)] if p.grad is not None})
+    assert "inner" in found[0] or "lm_head.parametrizations.weight.original0" in found[0]
+    same_gradients(found[1], found[0])
+
+
+def test_a_tensor_parallel_head_learns_in_chunks() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model, x = small(tie_embeddings=False), ids(2, 9)
+    want = gradients(model, model.loss(x, x))
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+        parallelize_module(model, init_device_mesh("cpu", (1,)), plan)  # type: ignore[arg-type]  # its own union
+        got = gradients(model, model.loss(x, x, chunk=4))
+        whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in got.items()}
+    finally:
+        dist.destroy_process_group()
+    same_gradients(whole, want)
+
+
 def test_one_gradient_for_two_parameters_is_added_up_once() -> None:
     class Doubled(nn.Module):
         def __init__(self, base: nn.Linear) -> None:

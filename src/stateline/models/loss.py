@@ -2,7 +2,8 @@
 
 The gradients of a piece, those of its hidden vectors and of the head's parameters, are formed as soon as its loss is,
 and added in float32. The backward pass only multiplies what is there by the gradient of the loss. The head is called as
-a module and differentiated by autograd, so adapters, quantised and parallel heads work as they are.
+a module and differentiated by autograd, so adapters, quantised and parallel heads work as they are. Where forming them
+early would show (hooks look at them, or pieces share a part of the graph), each piece is computed again instead.
 Suffixes: r row (token), d width.
 """
 
@@ -14,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.modules import module
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from stateline import ops
@@ -46,21 +49,67 @@ def mean_cross_entropy(
         return ops.cross_entropy(head(part), wanted, classes=classes, ignore_index=ignore_index)
 
     learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in head.parameters()))
-    compiling = torch.compiler.is_compiling()
-    if learns and x.shape[0] > piece and not compiling and not torch._C._are_functorch_transforms_active():
-        return _formed(head, losses, x, targets, counted, piece)
+    compiling = torch.compiler.is_compiling()  # a compiler does not trace a gradient inside a forward pass
+    again = learns and x.shape[0] > piece and (compiling or not torch._C._are_functorch_transforms_active())
+    if again and not compiling:
+        losses = _with(_kept(head), losses)
+        formed = None if _watched(head) else _formed(head, losses, x, targets, counted, piece)
+        if formed is not None:
+            return formed
     # split, not a range over tokens: a compiled graph then depends on the number of pieces, not on the length
-    again = learns and compiling and x.shape[0] > piece  # a compiler does not trace a gradient inside a forward pass
     for part, wanted in zip(x.split(piece), targets.split(piece), strict=True):
         loss = checkpoint(losses, part, wanted, use_reentrant=False) if again else losses(part, wanted)
         total = total + loss.sum()
     return total / counted
 
 
+def _watched(head: nn.Module) -> bool:
+    """Whether hooks look at gradients of the head: they see them whole and in the backward pass."""
+    return bool(
+        module._global_backward_hooks
+        or module._global_backward_pre_hooks
+        or any(map(_hooked, head.parameters()))
+        or any(m._backward_hooks or m._backward_pre_hooks for m in head.modules())
+    )
+
+
+def _hooked(x: Tensor) -> bool:
+    return bool(x._backward_hooks)
+
+
+def _kept(head: nn.Module) -> dict[tuple[int, str], Tensor | None]:
+    """What `parametrize.cached` makes all pieces share: tensors of the head that are computed from its parameters."""
+    if not parametrize._cache_enabled:
+        return {}
+    found = ((m, name) for m in head.modules() if parametrize.is_parametrized(m) for name in _parametrized(m))
+    return {(id(m), name): getattr(m, name) for m, name in found}
+
+
+def _parametrized(m: nn.Module) -> Iterator[str]:
+    return iter(cast(nn.ModuleDict, m.parametrizations))
+
+
+def _with(kept: dict[tuple[int, str], Tensor | None], losses: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`losses` with the tensors of a cache that may be gone in the backward pass, where it runs again."""
+    if not kept:
+        return losses
+
+    def run(part: Tensor, wanted: Tensor) -> Tensor:
+        with parametrize.cached():
+            parametrize._cache.update(kept)
+            return losses(part, wanted)
+
+    return run
+
+
 def _formed(
     head: nn.Module, losses: Callable[..., Tensor], x: Tensor, targets: Tensor, counted: Tensor, piece: int
-) -> Tensor:
-    """The mean loss with its gradients already formed, of a head called once for each piece."""
+) -> Tensor | None:
+    """The mean loss with its gradients already formed, of a head called once for each piece.
+
+    None if the head uses a tensor whose gradient hooks look at, or what was computed before its call: pieces would
+    share that, and the first one's gradient would free it.
+    """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = x.new_zeros((), dtype=wide)
     parameters: list[Tensor] = [p for p in head.parameters() if p.requires_grad]
@@ -69,11 +118,15 @@ def _formed(
     start = 0
     # Hooks of the surrounding graph (offloading, recomputation) are for what waits for its backward pass.
     with torch.autograd.graph.saved_tensors_hooks(_same, _same), torch.enable_grad():
+        earlier = cast(Any, torch.empty(0, requires_grad=True).clone().grad_fn)._sequence_nr()
         for part, wanted in zip(x.detach().split(piece), targets.split(piece), strict=True):
             part = part.detach().requires_grad_(x.requires_grad)
             loss = losses(part, wanted)
             if start == 0:
-                parameters = _leaves(loss, parameters, part)
+                leaves = _leaves(loss, earlier)
+                if leaves is None or any(map(_hooked, leaves)):
+                    return None
+                parameters = list({id(p): p for p in (*parameters, *leaves) if p is not part}.values())
                 sums = [None] * len(parameters)
             total += loss.detach().sum()
             inputs = [part, *parameters] if dx is not None else parameters
@@ -94,26 +147,20 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _leaves(loss: Tensor, known: list[Tensor], part: Tensor) -> list[Tensor]:
-    """`known` and what else `loss` depends on and learns, apart from `part`: a head may use tensors it does not own."""
-    found = {id(p): p for p in known}
-    for leaf in _variables(loss):
-        if leaf is not part:
-            found.setdefault(id(leaf), leaf)
-    return list(found.values())
-
-
-def _variables(loss: Tensor) -> Iterator[Tensor]:
-    """Leaves of the graph behind `loss`."""
-    waiting, seen = [loss.grad_fn], set()
+def _leaves(loss: Tensor, earlier: int) -> list[Tensor] | None:
+    """What `loss` depends on and learns, owned by the head or not; None if a part of its graph is from `earlier`."""
+    waiting, seen, leaves = [cast(Any, loss.grad_fn)], set(), []
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
+        if node._sequence_nr() < earlier:
+            return None
         seen.add(node)
         if node.name().endswith("AccumulateGrad"):
-            yield cast(Any, node).variable
+            leaves.append(node.variable)
         waiting += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def _added(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
@@ -152,4 +199,4 @@ class _Formed(Function):
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """grad · scale, multiplied in float32 at least and rounded once."""
     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    return torch.mul(wide, scale, out=torch.empty(grad.shape, dtype=dtype, device=grad.device))
+    return (wide * scale).to(dtype)  # not out=: a tensor-parallel head's are DTensors
