@@ -19,6 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stateline import backends, ops
+from stateline.nn import Mamba
 from stateline.ops.causal_conv1d import conv_halves
 
 OPS = torch.ops.stateline
@@ -187,6 +188,34 @@ def test_functional_transforms() -> None:
     (g,) = torch.autograd.grad(energy(u), u, create_graph=True)
     with pytest.raises(RuntimeError):  # first derivatives only: said, not silently zero
         torch.autograd.grad(g.sum(), u)
+
+
+W, TAPS3 = torch.rand(8, dtype=torch.float64), torch.rand(8, 3, dtype=torch.float64)
+DIFFERENTIABLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "causal_conv1d": lambda x: ops.causal_conv1d(x, TAPS3, activation="silu")[0].sum(),
+    "conv_halves": lambda x: sum(y.sum() for y in conv_halves(x, TAPS3[:4], None)),  # type: ignore[arg-type, return-value]
+    "rms_norm": lambda x: ops.rms_norm(x, W)[0].sum(),
+    "cross_entropy": lambda x: ops.cross_entropy(x.flatten(0, 1), torch.arange(4)).sum(),
+    "Mamba": Mamba(8).double(),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_second_derivative_is_refused_however_it_is_asked_for(name: str) -> None:
+    """Also where the incoming gradient is a constant, as that of a sum."""
+    run, x = DIFFERENTIABLE[name], torch.rand(1, 4, 8, dtype=torch.float64)
+    total = lambda v: run(v).sum()  # noqa: E731
+    refused = pytest.raises(RuntimeError, match="a second derivative was asked for, it has first ones only")
+    with refused:
+        torch.autograd.functional.hessian(total, x)
+    with refused:
+        torch.func.jacrev(torch.func.jacrev(total))(x)
+    v = x.requires_grad_()
+    (g,) = torch.autograd.grad(total(v), v, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(total(v), v)[0], g)
+    penalty = g.square().sum() + v.sum()
+    with refused:
+        penalty.backward()
 
 
 def test_activation_checkpointing_gives_the_same_gradients() -> None:

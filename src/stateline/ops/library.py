@@ -132,6 +132,18 @@ def first_only(op: str, grad: torch.Tensor, *inputs: torch.Tensor) -> torch.Tens
     return only
 
 
+def first_only_of(
+    op: str, given: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor], *incoming: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """`first_only` of the gradients of an op's tensors `given`; None where such a tensor is absent.
+
+    incoming: the gradients that these were computed from.
+    """
+    inputs = (*incoming, *(x for x in given if x is not None))
+    pairs = zip(given, grads, strict=True)
+    return tuple(None if x is None else first_only(op, g, *inputs) for x, g in pairs)
+
+
 class _FirstOnly(Function):
     generate_vmap_rule = True
 

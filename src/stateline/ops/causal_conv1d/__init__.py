@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.library import call, define, or_empty
+from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.segments import Segments, build
 from stateline.ops.selective_scan import check_slots
 
@@ -237,13 +236,12 @@ class _CausalConv1d(Function):
         ctx.options = inputs[5:]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial_state, table = ctx.saved_tensors
         silu, reverse, backend = ctx.options
         grads = _backward(dy, dstate, x, weight, bias, silu, initial_state, table, reverse, backend)
         given = (x, weight, bias, initial_state)
-        return (*(None if v is None else g for v, g in zip(given, grads, strict=True)), None, None, None, None)
+        return (*first_only_of(OP, given, grads, dy, dstate), None, None, None, None)
 
 
 class _ConvHalves(Function):
@@ -264,10 +262,9 @@ class _ConvHalves(Function):
         ctx.backend = inputs[5]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, more: Tensor, dz: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         xz, weight, bias, initial_state, table = ctx.saved_tensors
         where = (True, initial_state, table, False, ctx.backend)
         grads = _backward_halves(dy, more, dz, dstate, xz, weight, bias, *where)
         given = (xz, weight, bias, initial_state)
-        return (*(None if v is None else g for v, g in zip(given, grads, strict=True)), None, None)
+        return (*first_only_of(OP, given, grads, dy, more, dz, dstate), None, None)

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.library import call, define, or_empty
+from stateline.ops.library import call, define, first_only_of, or_empty
 
 OP = "rms_norm"
 
@@ -123,9 +122,9 @@ class _RMSNorm(Function):
         ctx.options = (eps, x.dtype, None if residual is None else residual.dtype, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
         eps, x_dtype, residual_dtype, backend = ctx.options
-        dx, dweight, dresidual = _backward(dy, dh, h, weight, eps, x_dtype, residual_dtype, backend)
-        return dx, dweight, None if residual_dtype is None else dresidual, None, None, None
+        grads = _backward(dy, dh, h, weight, eps, x_dtype, residual_dtype, backend)
+        given = (h, weight, None if residual_dtype is None else h)
+        return (*first_only_of(OP, given, grads, dy, dh), None, None, None)
