@@ -89,6 +89,22 @@ def test_compiles_and_transforms() -> None:
     assert torch.allclose(rows, want, atol=1e-6)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("wrong", [5, 6, 8, -1, 10**12, -(2**63), 2**63 - 1])
+def test_compiled_a_target_that_is_none_has_no_loss(wrong: int) -> None:
+    """Values are not checked there, and memory beyond the row is not read: the loss is NaN, as on a GPU."""
+    x, targets = torch.zeros(3, 8)[:, :6].requires_grad_(), torch.tensor([1, wrong, 4])
+    run = torch.compile(lambda x, t: ops.cross_entropy(x, t, classes=5), backend="aot_eager", dynamic=True)
+    loss = run(x, targets)
+    assert loss.isnan().tolist() == [False, True, False]
+    (grad,) = torch.autograd.grad(loss, x, torch.ones(3))
+    want = torch.full((5,), 0.2)
+    assert torch.allclose(grad[1, :5], want)
+    assert not grad[:, 5].any()
+    with pytest.raises(ValueError, match="a target is"):
+        ops.cross_entropy(x, targets, classes=5)
+
+
 @pytest.mark.parametrize("given", [
     (torch.randn(2, 3, 4), torch.zeros(2, dtype=torch.long), {}, "logits has shape (2, 3, 4), expected (r, v)"),
     (torch.randn(2, 3), torch.zeros(3, dtype=torch.long), {}, "targets has shape (3,), expected (r,) with r = 2"),

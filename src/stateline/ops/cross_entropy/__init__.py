@@ -38,7 +38,7 @@ def cross_entropy(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came. A target outside the classes is
-            found on CPU tensors; on a GPU its loss is NaN.
+            found on CPU tensors; on a GPU, and in a compiled graph, its loss is NaN.
 
     >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2])).exp().item()
     4.0

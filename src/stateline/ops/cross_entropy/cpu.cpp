@@ -22,6 +22,7 @@ struct Args {
     int64_t out_dtype;
 
     const char* at(int64_t row, int64_t column) const { return logits + dtype_size(dtype) * (row * stride + column); }
+    bool inside(int64_t row) const { return targets[row] >= 0 && targets[row] < classes; }
     double cost_us() const { return 1e-3 * double(rows) * double(classes); }
 };
 
@@ -93,8 +94,8 @@ void forward_task(void* context, int64_t task) {
                 total = total * (top == next ? R(1) : R(::exp(double(top - shift)))) + sum_exp(x, count, shift);
                 top = next;
             }
-            R own;
-            read_numbers(&own, 1, a.dtype, a.at(row, a.targets[row]));
+            R own = R(__builtin_nan(""));  // for a target that is none: nothing is read beyond the row
+            if (a.inside(row)) read_numbers(&own, 1, a.dtype, a.at(row, a.targets[row]));
             result = (top == -infinity<R>() ? R(0) : top) + R(::log(double(total)));
             loss = result - own;
         }
@@ -124,7 +125,7 @@ void backward_task(void* context, int64_t task) {
         const R given = ((const R*)a.loss)[row];
         const auto scale = splat(given), shift = splat(((const R*)a.log_sum)[row]);
         for (int64_t first = 0; first < a.classes; first += PIECE) {
-            const int64_t count = read_piece(a, row, first, x), own = a.targets[row] - first;
+            const int64_t count = read_piece(a, row, first, x), own = a.inside(row) ? a.targets[row] - first : -1;
             for (int64_t i = 0; i < count; i += W) store(x + i, exp(load(x + i) - shift) * scale);
             if (own >= 0 && own < count) x[own] -= given;
             write_numbers(x, count, a.out_dtype, out + size * first);
