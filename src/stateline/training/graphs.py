@@ -25,7 +25,7 @@ def refuse(device: torch.device) -> None:
 
 
 class Gradients:
-    """Adds a batch's gradients to `.grad` of every parameter that learns, as `loss.backward()` does.
+    """Adds a batch's gradients to `.grad` of every parameter that the loss reaches, as `loss.backward()` does.
 
     Records at the first batch; later ones must have its shape. `.grad` belongs to the recording: set it to zero in
     place, never to None.
@@ -58,21 +58,26 @@ class Gradients:
         self._inputs, self._targets = batch.inputs.to(device, copy=True), batch.targets.to(device, copy=True)
         self._divisor = torch.ones((), device=device)
         for p in self._learning:
-            p.grad = torch.zeros_like(p)
-        with torch.cuda.device(device):
+            p.grad = None
+        with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):  # dropout's numbers are the run's
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
+                    self._clear()
                     self._pass()
             torch.cuda.synchronize()
+            self._clear()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, stream=stream):  # computes nothing
                 self._loss = self._pass()
-        for p in self._learning:  # recording computes nothing, warming up did
-            assert p.grad is not None
-            p.grad.zero_()
         self._graph = graph
+
+    def _clear(self) -> None:
+        """Zeros where the last pass left gradients; None where the loss does not reach, which an optimiser skips."""
+        for p in self._learning:
+            if p.grad is not None:
+                p.grad = torch.zeros_like(p)
 
     def _pass(self) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast is not None):
