@@ -111,6 +111,28 @@ def test_dropout_thins_what_blocks_add_and_only_in_training() -> None:
     assert not torch.equal(written[1], written[2])
 
 
+@pytest.mark.parametrize(("own", "asked"), [(0.0, 0.2), (0.2, 0.2), (0.3, 0.0), (0.3, 0.2)])
+def test_dropout_of_a_given_model_is_kept_or_refused(own: float, asked: float, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"To be, or not to be: that is the question. " * 40)
+    model, seen = small(n_layer=1), set()
+    model.backbone.dropout = own
+    model.backbone.layers[0].register_forward_pre_hook(
+        lambda *_: seen.add(model.backbone.dropout) if model.training else None
+    )
+    config = TrainConfig.of(
+        path=str(tmp_path / "text.txt"), out=str(tmp_path / "run"), steps=1, context=32, batch_size=1, eval_bytes=200,
+        dropout=asked, progress="off",
+    )  # fmt: skip
+    if own not in (0.0, asked):
+        with pytest.raises(ValueError, match=f"model.backbone.dropout is {own:g}, the settings' dropout is {asked:g}"):
+            train(config, model=model)
+        assert not (tmp_path / "run").exists()
+    else:
+        train(config, model=model)
+        assert seen == {asked}
+    assert model.backbone.dropout == own
+
+
 def test_dropout_learns_less_by_heart(tmp_path: Path) -> None:
     """A short text many times over: the gap between what is learnt and what is held out shrinks."""
     text = (Path(str(files("stateline") / "bundled" / "excerpt")) / "train.txt").read_bytes()

@@ -65,7 +65,8 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
 
     Args:
         model: the starting weights, instead of `config.save.init_from`; it is trained in place (with `config.adapters`
-            it keeps its adapters; the result's model has them merged).
+            it keeps its adapters; the result's model has them merged). Its `backbone.dropout` must be 0 or that of the
+            settings, and is afterwards what it was.
         load: reads what `init_from` names; `stateline.load` knows every format, the default our own and "bundled".
 
     Raises:
@@ -120,7 +121,8 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
             with StopSignals() as stop, Reporter(config.report.progress, share) as reporter, log:
                 run = _Run(config, model, data, windows, schedule, _Session(stop, reporter, log))
                 run.begin(start, once=given or replaces_source(config))
-                return run.finish()
+                with _dropping(model, config.optim.dropout):
+                    return run.finish()
 
 
 @dataclass(frozen=True)
@@ -410,6 +412,16 @@ class _Run:
             say(f"Resumed at step {start.position.step} from {start.path}{changed}")
         elif self.config.save.resume:
             say("No checkpoint was made before the run stopped: starting it again")
+
+
+@contextmanager
+def _dropping(model: LanguageModel, share: float) -> Iterator[None]:
+    """While entered, the model drops `share` of what its blocks add: a setting of the run, not of the model."""
+    before, model.backbone.dropout = model.backbone.dropout, share
+    try:
+        yield
+    finally:
+        model.backbone.dropout = before
 
 
 def _due(step: int, every: int) -> bool:

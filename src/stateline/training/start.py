@@ -114,7 +114,7 @@ def named_model(config: TrainConfig, load: Loader | None) -> LanguageModel | Non
 
 
 def refuse_unfit(config: TrainConfig, model: LanguageModel | None) -> None:
-    """Refuse, before any text is prepared, a length that leaves no room for its schedule, and adapters that cannot be.
+    """Refuse, before any text is prepared, a length too short for its schedule, and a model at odds with the settings.
 
     model: the weights to start from, None if they are new or a checkpoint's.
     """
@@ -122,6 +122,10 @@ def refuse_unfit(config: TrainConfig, model: LanguageModel | None) -> None:
         make_schedule(config, 1)
     if model is not None and adapters.present(model):
         raise fail("train", "model has adapters already.", "Give a plain one, such as an earlier result's model.")
+    dropout = config.optim.dropout
+    if model is not None and model.backbone.dropout not in (0.0, dropout):
+        problem = f"model.backbone.dropout is {model.backbone.dropout:g}, the settings' dropout is {dropout:g}."
+        raise fail("train", problem, "Set the wanted one in the settings (--dropout); a resumed run reads it there.")
     if config.adapters.lora:
         adapters.require()
         if model is not None:
@@ -145,14 +149,13 @@ def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabula
 
 
 def prepared(model: LanguageModel, config: TrainConfig, vocabulary: Vocabulary) -> LanguageModel:
-    """The model as it is trained: float32 at least, with adapters, dropout and checkpointing if asked."""
+    """The model as it is trained: float32 at least, with adapters and checkpointing if asked."""
     _check_vocabulary(model, vocabulary)
     if model.backbone.embedding.weight.dtype.itemsize < torch.float32.itemsize:
         model.float()  # steps smaller than half precision can hold would be lost
     if config.adapters.lora:
         adapters.add(model, config.adapters)
     model.backbone.checkpoint_activations = config.optim.checkpoint_activations
-    model.backbone.dropout = config.optim.dropout
     return model
 
 
