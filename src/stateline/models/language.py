@@ -164,9 +164,10 @@ class LanguageModel(nn.Module):
             input_ids: (b, t).   targets: (b, t) what each position should predict (shift them yourself).
             lengths, cu_seqlens: as in `forward`; targets at padding do not count.
             ignore_index: targets equal to it do not count.
-            chunk: logits are held for at most this many tokens at once; None: for as many as make 64 million of them,
-                256 million on a GPU. The gradients of a chunk are formed with its loss, so no logits are kept for the
-                backward pass, and the head runs once. (Compiled, the backward pass computes each chunk again.)
+            chunk: logits are held for at most this many tokens at once; None: for as many, a power of two and at least
+                256, as make 64 million of them, 256 million on a GPU. The gradients of a chunk are formed with its
+                loss, so no logits are kept for the backward pass, and the head runs once. (Compiled, or where hooks
+                look at the head's gradients, the backward pass computes each chunk again.)
 
         Softmax runs in float32 (float64 in a float64 model). First derivatives only.
         """
