@@ -54,7 +54,7 @@ def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 FLAGS = {
     "bench": ["--debug", "--help", "--json", "--model", "--quick", "--threads", "-h"],
-    "convert": ["--debug", "--dtype", "--force", "--help", "--to", "-h"],
+    "convert": ["--debug", "--dtype", "--force", "--help", "--no-tokenizer", "--to", "-h"],
     "eval": [
         "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json", "--limit",
         "--lines", "--mode", "--stride", "--threads", "--weights", "-h",
@@ -366,7 +366,7 @@ WRONG = [
     (["generate", "--model", "MODEL", "--nonsense"], "unrecognized arguments: --nonsense"),
     (["convert", "MODEL", "MODEL"], "exists; --force replaces it"),
     (["convert", "MODEL", "no/such/parent"], "there is no directory"),
-    (["convert", "MODEL", "out", "--to", "gguf"], "invalid choice: 'gguf'"),
+    (["convert", "MODEL", "out", "--to", "keras"], "invalid choice: 'gguf'"),
     (["convert", "absent", "out"], "absent"),
     (["info", "absent"], "absent"),
     (["explain", "nonsense"], "the operation is 'nonsense', expected one of"),

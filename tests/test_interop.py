@@ -204,8 +204,8 @@ def test_what_transformers_cannot_express_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "m").exists()
     with pytest.raises(ValueError, match=r"norm_eps is 0.001, mamba_ssm has only"):
         stateline.save(small(norm_eps=1e-3), tmp_path / "m", "mamba_ssm")
-    with pytest.raises(ValueError, match="format is 'gguf', expected one of 'stateline'"):
-        stateline.save(small(), tmp_path / "m", "gguf")
+    with pytest.raises(ValueError, match="format is 'keras', expected one of 'stateline'"):
+        stateline.save(small(), tmp_path / "m", "keras")
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "falcon_mamba", "llama", "jamba"])

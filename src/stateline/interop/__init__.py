@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from stateline import checks
-from stateline.interop import huggingface, mamba_ssm
+from stateline.interop import gguf, huggingface, mamba_ssm
 from stateline.interop.export import export_model, exported_program, load_exported
 from stateline.models import LanguageModel, checkpoint
 from stateline.models.checkpoint import CheckpointError
@@ -19,6 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
+GGUF = "gguf"  # one file, for llama.cpp; written and not read
 BUNDLED = "bundled"
 _LOAD = {"stateline": checkpoint.load, "mamba_ssm": mamba_ssm.load, "huggingface": huggingface.load}
 _SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface": huggingface.save}
@@ -52,18 +53,36 @@ def load(
 
 
 def save(
-    model: LanguageModel, path: str | Path, format: str = "stateline", *, dtype: torch.dtype | None = None
+    model: LanguageModel,
+    path: str | Path,
+    format: str = "stateline",
+    *,
+    dtype: torch.dtype | str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> None:
-    """Write a model to a directory as "stateline", "mamba_ssm" or "huggingface".
+    """Write a model to a directory as "stateline", "mamba_ssm" or "huggingface", or to one file as "gguf".
 
-    Every file is whole or not there. Ours changes in one rename; the others are two files, renamed one after the other,
-    and older weights beside them are removed.
+    Every file is whole or not there. Ours changes in one rename; the other directories are two files, renamed one after
+    the other, and older weights beside them are removed.
 
-    dtype: of the stored weights; None stores them as they are. Time constants are never rounded.
+    dtype: of the stored weights; None stores them as they are. Time constants are never rounded. For "gguf" also one of
+        `gguf.KINDS`, such as "Q8_0".
+    tokenizer: for "gguf" alone, which holds it: a directory with tokenizer.json, or "none"; see `gguf.save`.
 
     Raises ValueError for what the format cannot express, and where the directory holds a model in another format.
     """
-    checks.choice("save", "format", format, FORMATS)
+    checks.choice("save", "format", format, (*FORMATS, GGUF))
+    if format == GGUF:
+        kind = gguf.KIND_OF.get(dtype) if isinstance(dtype, torch.dtype) else dtype
+        if dtype is not None and kind is None:
+            raise checks.fail("save", f"dtype is {dtype}, GGUF has {', '.join(gguf.KINDS)}.")
+        return gguf.save(model, path, kind, tokenizer=tokenizer)
+    if tokenizer is not None:
+        raise checks.fail(
+            "save", f"tokenizer was given for format={format!r}.", "Copy tokenizer.json beside the weights."
+        )
+    if isinstance(dtype, str):
+        raise checks.fail("save", f"dtype is {dtype!r}, expected a torch.dtype.", 'Names are for format="gguf".')
     model = checkpoint.plain(model)
     target = Path(path).expanduser()
     if (target / checkpoint.CONFIG).exists():
@@ -77,6 +96,8 @@ def detect(path: str | Path) -> str:
     """The format of the model in a directory, from what its config.json says; CheckpointError if none is known."""
     path = Path(path).expanduser()
     if not path.is_dir():
+        if path.suffix == ".gguf":
+            raise CheckpointError(f"{path}: GGUF files are written and not read. Give the directory it was made from.")
         if path.is_file():
             raise CheckpointError(f"{path} is a file. Give the directory that holds config.json and the weights.")
         hint = f" Or is it a model's name? Download it first, e.g. `hf download {path} --local-dir DIR`, and load DIR."
