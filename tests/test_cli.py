@@ -366,7 +366,7 @@ WRONG = [
     (["generate", "--model", "MODEL", "--nonsense"], "unrecognized arguments: --nonsense"),
     (["convert", "MODEL", "MODEL"], "exists; --force replaces it"),
     (["convert", "MODEL", "no/such/parent"], "there is no directory"),
-    (["convert", "MODEL", "out", "--to", "keras"], "invalid choice: 'gguf'"),
+    (["convert", "MODEL", "out", "--to", "keras"], "invalid choice: 'keras'"),
     (["convert", "absent", "out"], "absent"),
     (["info", "absent"], "absent"),
     (["explain", "nonsense"], "the operation is 'nonsense', expected one of"),
