@@ -106,10 +106,12 @@ def source_of(model: str) -> str:
 
 
 def directory_of(model: str) -> Path:
-    """Where a model's files lie; "bundled" is never a directory of that name."""
+    """Where a model's files lie; "bundled" is no directory's name, "organisation/model" may be of the Hub."""
     if model == "bundled":
         return Path(str(importlib.resources.files("stateline") / "bundled" / "model"))
-    return Path(source_of(model)).expanduser()
+    from stateline.interop import resolve
+
+    return resolve(source_of(model))
 
 
 def positive(text: str) -> int:

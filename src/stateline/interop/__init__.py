@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 from stateline import checks
-from stateline.interop import gguf, huggingface, mamba_ssm
+from stateline.interop import gguf, hub, huggingface, mamba_ssm
 from stateline.interop.export import export_model, exported_program, load_exported
 from stateline.models import LanguageModel, checkpoint
 from stateline.models.checkpoint import CheckpointError
 from stateline.training.config import SETTINGS_FILE
 
 __all__ = [
-    "CheckpointError", "FORMATS", "detect", "export_model", "exported_program", "load", "load_exported", "save",
+    "CheckpointError", "FORMATS", "detect", "export_model", "exported_program", "load", "load_exported", "resolve",
+    "save",
 ]  # fmt: skip
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
@@ -28,11 +29,14 @@ _SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface
 def load(
     path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """The model in a directory of any known format, or the one that ships as "bundled"; in evaluation mode.
+    """The model in a directory of any known format, the one that ships as "bundled", or one of the Hugging Face Hub.
+
+    It comes in evaluation mode.
 
     Args:
-        path_or_name: a directory (of a model, or of a training run, whose best model is meant), or "bundled".
-            Nothing is ever downloaded.
+        path_or_name: a directory (of a model, or of a training run, whose best model is meant), "bundled", or a name,
+            "organisation/model" or "organisation/model@revision". Only such a name, where no directory has it, is
+            looked for on the Hub, by huggingface_hub (extra `hf`), which downloads what is not here yet.
         device: where the weights go; CPU if None.
         dtype: of the weights; None keeps the checkpoint's. Time constants stay float32 at least.
 
@@ -46,10 +50,17 @@ def load(
                     "this installation has no bundled model. Reinstall stateline, or give a directory."
                 )
             return checkpoint.load(path, device=device, dtype=dtype)
-    path = Path(path_or_name).expanduser()
+    path = resolve(path_or_name)
     if (path / SETTINGS_FILE).is_file():  # a training run: its best model
         path = path / "model"
     return _LOAD[detect(path)](path, device=device, dtype=dtype)
+
+
+def resolve(path_or_name: str | Path) -> Path:
+    """The directory that a path or a name on the Hub stands for; see `load`."""
+    path = Path(path_or_name).expanduser()
+    named = isinstance(path_or_name, str) and hub.is_name(path_or_name)
+    return hub.fetch(str(path_or_name)) if named and not path.exists() and not path.parent.is_dir() else path
 
 
 def save(
@@ -100,8 +111,7 @@ def detect(path: str | Path) -> str:
             raise CheckpointError(f"{path}: GGUF files are written and not read. Give the directory it was made from.")
         if path.is_file():
             raise CheckpointError(f"{path} is a file. Give the directory that holds config.json and the weights.")
-        hint = f" Or is it a model's name? Download it first, e.g. `hf download {path} --local-dir DIR`, and load DIR."
-        raise CheckpointError(f"{path} is no directory.{hint if len(path.parts) <= 2 else ''}")
+        raise CheckpointError(f"{path} is no directory.")
     if not (path / checkpoint.CONFIG).exists() and checkpoint.is_complete(path / checkpoint.WEIGHTS):
         return "stateline"  # a kill came between the renames of a first save
     config = checkpoint.read_json(path / checkpoint.CONFIG)
