@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from benchmarks.cases import OURS, Case, without_grad
 from benchmarks.measure import Work
+from torch import Tensor, nn
 
 from stateline.interop.transformers import MIXERS, accelerate
 
 D_MODEL, FORWARD, BACKWARD = 768, 2048, 256
-ATTENTION = {"num_attention_heads": 12, "mamba_dt_rank": 48}
-#: model -> what its configuration needs besides the width; one layer each.
+ATTENTION = {"num_attention_heads": 12, "num_key_value_heads": 12, "mamba_dt_rank": 48, "intermediate_size": 64}
+#: model -> what its configuration needs besides the width; as few layers as it can have.
 SHAPES: dict[str, dict[str, Any]] = {
-    "mamba": {},
-    "falcon_mamba": {},
-    "jamba": ATTENTION | {"num_key_value_heads": 12},
-    "zamba": ATTENTION | {"n_mamba_heads": 2, "layers_block_type": ["mamba"]},
+    "mamba": {"num_hidden_layers": 1},
+    "falcon_mamba": {"num_hidden_layers": 1},
+    "jamba": ATTENTION | {"num_hidden_layers": 1, "num_experts": 1},
+    "zamba": ATTENTION | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 2},
 }
 
 
@@ -50,17 +50,16 @@ def accelerated() -> Iterator[Case]:
                 yield Case(op, f"b1 t{t} d{D_MODEL}", "float32", make, t)
 
 
-def mixer(name: str) -> torch.nn.Module:
-    """A mixer of transformers with random weights."""
-    from transformers import AutoConfig
+def mixer(name: str) -> nn.Module:
+    """A mixer of transformers with random weights, out of a small model of its kind."""
+    from transformers import AutoConfig, AutoModel
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, hidden_size=D_MODEL, num_hidden_layers=1, **SHAPES[name])
-    row = next(row for row in MIXERS.values() if f".{name}." in row.module)
-    return getattr(import_module(row.module), row.name)(config, 0)
+    model = AutoModel.from_config(AutoConfig.for_model(name, **SHAPES[name], hidden_size=D_MODEL, vocab_size=256))
+    return next(m for m in model.modules() if type(m).__name__ in MIXERS).eval()
 
 
-def _work(module: torch.nn.Module, x: torch.Tensor, backward: bool) -> Work:
+def _work(module: nn.Module, x: Tensor, backward: bool) -> Work:
     if not backward:
         return without_grad(lambda: module(x))
     x = x.clone().requires_grad_()
