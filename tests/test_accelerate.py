@@ -286,13 +286,14 @@ def test_offloaded_weights_are_fetched(order: str) -> None:
             fetched.append(type(module).__name__)
             return args, kwargs
 
-    for module in (fast.backbone.layers[0].mixer, fast.backbone.layers[0].mixer.conv1d):
+    mixer = fast.backbone.layers[0].mixer
+    for module in (mixer, mixer.conv1d, mixer.dt_proj):
         hooks.add_hook_to_module(module, Fetch())
     if order == "hooks first":
         ours.accelerate(fast)
     ids = torch.randint(61, (1, 5))
     assert_close(fast(ids).logits, slow(ids).logits)
-    assert fetched == ["MambaMixer", "Conv1d"]
+    assert fetched == ["MambaMixer", "Conv1d", "Linear"]
     ours.restore(fast)
     assert torch.equal(fast(ids).logits, slow(ids).logits)
 
