@@ -291,7 +291,9 @@ def test_offloaded_weights_are_fetched(order: str) -> None:
         hooks.add_hook_to_module(module, Fetch())
     if order == "hooks first":
         ours.accelerate(fast)
-    assert vars(mixer)["_old_forward"].__func__ is type(mixer).forward is not type(slow.backbone.layers[0].mixer).forward
+    assert (
+        vars(mixer)["_old_forward"].__func__ is type(mixer).forward is not type(slow.backbone.layers[0].mixer).forward
+    )
     ids = torch.randint(61, (1, 5))
     assert_close(fast(ids).logits, slow(ids).logits)
     assert fetched == ["MambaMixer", "Conv1d", "Linear"]
