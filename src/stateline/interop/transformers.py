@@ -44,7 +44,8 @@ class Row:
     """A mixer we can stand in for.
 
     module, name: of its class.   run: (mixer, hidden states, cache, mask, options) -> hidden states.
-    reads: every attribute of itself that its own forward uses. One more or less, and it may compute something else.
+    reads: every attribute of itself that its own forward uses, `NEUTRAL` ones aside. With one more or less it may compute
+        something else.
     """
 
     module: str
@@ -55,11 +56,13 @@ class Row:
 
 _READS = frozenset({
     "A_log", "D", "activation", "conv1d", "conv_kernel_size", "in_proj", "layer_idx", "out_proj", "ssm_state_size",
-    "time_step_rank", "use_associative_scan",
+    "time_step_rank",
 })  # fmt: skip
-_LINEARS = frozenset({"dt_proj", "x_proj", "use_mambapy"})
+_LINEARS = frozenset({"dt_proj", "x_proj"})
 _NORMS = frozenset({"b_layernorm", "c_layernorm", "dt_layernorm", "config"})
-_FUSED = frozenset({"training", "use_bias", "use_conv_bias"})  # of the call to a fused kernel that is not there
+_FUSED = frozenset({"use_bias", "use_conv_bias"})  # of the call to a fused kernel
+#: They choose how transformers computes a thing, and not what.
+NEUTRAL = frozenset({"training", "use_associative_scan", "use_mambapy"})
 _HEADS = frozenset({"dt_proj_bias", "dt_proj_weight", "mamba_head_dim", "n_mamba_heads", "x_proj_weight"})
 
 
@@ -232,15 +235,21 @@ def check_contract(cls: type[nn.Module]) -> None:
 
 def mixer_problems(cls: type[nn.Module]) -> Iterator[str]:
     """How the forward of a class named in `MIXERS` differs from the one that we stand in for."""
-    forward = inspect.unwrap(cls.forward)
+    forward = own_forward(cls)
     parameters = tuple(inspect.signature(forward).parameters)
     if parameters != SIGNATURE:
         yield f"forward takes {', '.join(parameters)}, expected {', '.join(SIGNATURE)}"
-    used, known = attributes_read(forward), MIXERS[cls.__name__].reads
+    used, known = attributes_read(forward) - NEUTRAL, MIXERS[cls.__name__].reads
     if used - known:
         yield f"forward reads {', '.join(sorted(used - known))}, which is new"
     if known - used:
         yield f"forward reads {', '.join(sorted(known - used))} no longer"
+
+
+def own_forward(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The forward that a class was written with, without what transformers wraps around it."""
+    forward = inspect.unwrap(vars(cls)["forward"])
+    return inspect.getclosurevars(forward).nonlocals.get("forward_func", forward)  # older releases leave no __wrapped__
 
 
 def attributes_read(function: Callable[..., Any]) -> set[str]:
