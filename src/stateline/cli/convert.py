@@ -39,7 +39,8 @@ examples:
   stateline convert runs/book book-hf --to huggingface
   stateline convert bundled small --dtype bfloat16 --force
   stateline convert bundled model.onnx --to onnx
-  stateline convert bundled model.gguf --to gguf --dtype Q8_0
+  stateline convert bundled model.gguf --to gguf
+  stateline convert mamba-130m mamba.gguf --to gguf --dtype Q8_0
 """
 
 

@@ -53,8 +53,8 @@ def save(
     Args:
         model: of Mamba layers with expand = 2.
         path: the file.
-        kind: of `KINDS`, how matrices are kept; None keeps their dtype. Rows that are no multiple of 32 long are kept
-            as F16 where Q8_0 or Q4_0 is asked for.
+        kind: of `KINDS`, how matrices are kept; None keeps their dtype. Q8_0 and Q4_0 want a d_model that is a multiple
+            of 32, their block; a small matrix that does not fit beside it (that of the step sizes) is kept as F16.
         tokenizer: a directory with tokenizer.json, or "none" to write none, for programs that pass ids. None: the bytes
             themselves for a vocabulary of 256; refused for any other.
 
@@ -70,6 +70,10 @@ def save(
         raise checks.fail(OP, f"{target} cannot be written as a file.", "Give a file in a directory that exists.")
     library = _library()
     layer = _layer(model)
+    if kind in BLOCKED and model.config.d_model % BLOCK:
+        raise checks.fail(
+            OP, f"d_model is {model.config.d_model}, {kind} keeps rows in blocks of {BLOCK}.", "Use F16 or BF16."
+        )
     vocabulary = gguf_vocabulary.read(tokenizer, model.config.vocab_size)
 
     def write(file: Path) -> None:

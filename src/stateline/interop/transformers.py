@@ -44,8 +44,8 @@ class Row:
     """A mixer we can stand in for.
 
     module, name: of its class.   run: (mixer, hidden states, cache, mask, options) -> hidden states.
-    reads: every attribute of itself that its own forward uses, `NEUTRAL` ones aside. With one more or less it may compute
-        something else.
+    reads: every attribute of itself that its own forward uses, `NEUTRAL` ones aside. With one more or less it may
+        compute something else.
     """
 
     module: str
