@@ -243,6 +243,23 @@ def test_turns_of_a_talk(model: LanguageModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("slots")
+def test_a_kept_text_is_cancelled_after_any_step(model: LanguageModel) -> None:
+    """Its stream goes on after what was told, also where the last token was under way."""
+    whole = Stream(model, sampling=GREEDY)
+    whole.feed("War and")
+    expected = [token.id for token in whole.tokens(9)]
+    for steps in range(1, 6):
+        engine = Engine(model, max_batch=2)
+        request = engine.add("War and", max_tokens=4, sampling=GREEDY, keep=True)
+        events = [event for _ in range(steps) for event in engine.step()]
+        engine.cancel(request)
+        events += engine.run()
+        assert request.stream is not None
+        told = [event.token.id for event in events if event.token]
+        assert told + [token.id for token in request.stream.tokens(9 - len(told))] == expected
+
+
+@pytest.mark.usefixtures("slots")
 def test_a_character_begun_by_a_stream_is_finished() -> None:
     model: Any = Scripted("né!".encode())
     stream = Stream(model, sampling=GREEDY)

@@ -284,7 +284,10 @@ class Engine:
         with torch.no_grad(), self._current():
             self._drop()
             self._read()
-            waits = not self._launch() or any(r is not None and r.options.keep for r in self._rows)
+            # A stream that is kept goes on where its text is, so no state may be ahead of what was told. The last step
+            # of a text has left its row already, and is still under way.
+            launched = self._launch()
+            waits = not launched or any(r is not None and r.options.keep for step, _ in self._flying for r in step)
             while len(self._flying) > (0 if waits else self._slots.behind):
                 self._look()
         self._torn = False
