@@ -125,6 +125,12 @@ class DeviceSlots:
         self._told = [torch.empty_like(out, pin_memory=self._device.type == "cuda") for _ in range(BEHIND + 2)]
         self._turn = 0
         self._captured: dict[tuple[int, Plan], torch.cuda.CUDAGraph] = {}
+        # A step is warmed up and captured on this stream, which belongs to these slots. Kernels may keep scratch memory
+        # for each stream (`ops.decode_token` does, and zeroes it once): so the warm-up makes and zeroes it, not the
+        # graph, which would do so at every replay, and another engine's graphs have their own. (Torch gives out 32
+        # streams a device in turn: of more engines than that, those that share one must not run at once.) Torch's
+        # default stream for captures serves the whole process, and lies on the device of the first capture.
+        self._aside = torch.cuda.Stream(self._device) if graphs else None
         self._planned: tuple[list[Request | None], Plan] | None = None
 
     def put(self, rows: Sequence[int], memory: Any, requests: Sequence[Request]) -> None:
@@ -173,17 +179,17 @@ class DeviceSlots:
 
     def _capture(self, b: int, plan: Plan) -> None:
         """Capture a step, which is tried on copies first: the rows stay as they are."""
+        assert self._aside is not None
         copies = state.clone(self.rows.view(b))
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        self._aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._aside):
             for _ in range(WARM_UP):
                 self._step(copies, plan)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(self._aside)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._captured.values())).pool() if self._captured else None
         try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self._aside, capture_error_mode="thread_local"):
                 self._step(self.rows.view(b), plan)
         except RuntimeError as error:
             problem = f"a step of this model cannot be captured as a CUDA graph: {error}"
