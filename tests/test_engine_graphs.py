@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import stateline
 from stateline import Engine
-from stateline.generation import SamplingConfig, generate
+from stateline.generation import SamplingConfig, Stream, generate
 from stateline.generation import engine as engine_module
 from stateline.generation.slots import DeviceSlots
 from stateline.models import LanguageModel, ModelConfig
@@ -136,3 +137,32 @@ def test_graphs_write_what_streams_write(fake: Fake) -> None:
         found[event.request] += event.text
     assert list(found.values()) == expected
     assert fake.captured
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_loaded_between_texts_are_those_that_graphs_read(fake: Fake, packed: bool, assign: bool) -> None:
+    """A packed model's step reads copies that are made anew; others' tensors move where they are not copied into."""
+    old, new = (stateline.prepare_for_decode(m, "int8") if packed else m for m in (random_model(3), random_model(4)))
+    engine = Engine(old, max_batch=2)
+    before = engine.generate(["abc", "d"], max_tokens=9, sampling=GREEDY)
+    captures = len(fake.captured)
+    assert before == engine.generate(["abc", "d"], max_tokens=9, sampling=GREEDY)
+    assert len(fake.captured) == captures
+    old.load_state_dict({name: x.clone() for name, x in new.state_dict().items()}, assign=assign)
+    after = engine.generate(["abc", "d"], max_tokens=9, sampling=GREEDY)
+    assert after == ["".join(generate(new, prompt, max_tokens=9, sampling=GREEDY)) for prompt in ("abc", "d")]
+    assert after != before
+    assert (len(fake.captured) > captures) == (packed or assign)
+
+
+def test_a_stream_beside_an_engine_does_no_harm_after_weights_were_loaded(fake: Fake) -> None:
+    """It makes the copies that a packed model's step reads, before the engine asks for them."""
+    model = stateline.prepare_for_decode(random_model(3), "int8")
+    engine = Engine(model, max_batch=1)
+    engine.prepare(GREEDY)
+    model.load_state_dict(stateline.prepare_for_decode(random_model(4), "int8").state_dict())
+    stream = Stream(model, sampling=GREEDY)
+    stream.feed("abc")
+    expected = "".join(stream.text(9, final=True))
+    assert engine.generate(["abc"], max_tokens=9, sampling=GREEDY) == [expected]

@@ -125,6 +125,9 @@ class DeviceSlots:
         self._told = [torch.empty_like(out, pin_memory=self._device.type == "cuda") for _ in range(BEHIND + 2)]
         self._turn = 0
         self._captured: dict[tuple[int, Plan], torch.cuda.CUDAGraph] = {}
+        self._reads: tuple[Any, ...] = ()  # where graphs read the model
+        names = [name.rpartition(".") for name, _ in model.named_parameters()]
+        self._ends = [(model.get_submodule(module), name) for module, _, name in (names[0], names[-1])]
         # A step is warmed up and captured on this stream, which belongs to these slots. Kernels may keep scratch memory
         # for each stream (`ops.decode_token` does, and zeroes it once): so the warm-up makes and zeroes it, not the
         # graph, which would do so at every replay, and another engine's graphs have their own. (Torch gives out 32
@@ -174,8 +177,32 @@ class DeviceSlots:
         """Have a graph ready for steps of b rows that are drawn so."""
         self._make_room(max(device_sampling.width_for(config, self._v) for config in configs))
         plan = device_sampling.plan_for(configs, self._v)
-        if self._graphs and (b, plan) not in self._captured:
+        if self._graphs:
+            self._graph(b, plan)
+
+    def _graph(self, b: int, plan: Plan) -> torch.cuda.CUDAGraph:
+        """The graph of such a step, captured unless there is one that reads the model where it is now."""
+        if self._captured and self._reads != self._places():
+            self._forget()
+        if (b, plan) not in self._captured:
             self._capture(b, plan)
+        return self._captured[b, plan]
+
+    def _places(self) -> tuple[Any, ...]:
+        """What shows that a model's tensors are where graphs read them, in a few microseconds.
+
+        What a packed model's step reads is made anew after weights were loaded or tensors moved, and is kept from being
+        freed here; of the model's own, the first and the last tell.
+        """
+        network = getattr(getattr(self._model, "token_step", None), "network", None)  # a `decode.TokenStep`, if any
+        ends = (getattr(module, name).data_ptr() for module, name in self._ends)
+        return network, network is None or network.at_home(), *ends
+
+    def _forget(self) -> None:
+        """Drop the graphs, which read or write tensors that are no more."""
+        if self._captured:
+            torch.cuda.synchronize()
+            self._captured.clear()
 
     def _capture(self, b: int, plan: Plan) -> None:
         """Capture a step, which is tried on copies first: the rows stay as they are."""
@@ -194,13 +221,11 @@ class DeviceSlots:
         except RuntimeError as error:
             problem = f"a step of this model cannot be captured as a CUDA graph: {error}"
             raise fail("Engine", problem, "Take graphs=False.", error=RuntimeError) from error
-        self._captured[b, plan] = graph
+        self._captured[b, plan], self._reads = graph, self._places()
 
     def _run(self, b: int, plan: Plan) -> None:
         if self._graphs:
-            if (b, plan) not in self._captured:
-                self._capture(b, plan)
-            self._captured[b, plan].replay()
+            self._graph(b, plan).replay()
         else:
             self._step(self.rows.view(b), plan)
 
@@ -228,7 +253,5 @@ class DeviceSlots:
     def _make_room(self, width: int) -> None:
         """Columns for the recent ids of a penalty that looks further back than any before."""
         if width > self.rows.tree["recent"].shape[1]:
-            if self._captured:
-                torch.cuda.synchronize()
-                self._captured.clear()
+            self._forget()
             self.rows.replace("recent", device_sampling.widened(self.rows.tree, width))
