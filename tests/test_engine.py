@@ -311,6 +311,29 @@ def test_a_prompt_that_fails_harms_no_other(model: LanguageModel, tmp_path: Path
     assert "the prompt has more than 40 tokens" in str(beyond.error)
 
 
+def test_a_penalty_that_looks_too_far_back_for_a_device_is_refused(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = SamplingConfig(temperature=0, repetition_penalty=1.1, repetition_window=10**11)
+    expected = alone(model, "a", max_tokens=6, sampling=far)
+    assert Engine(model).generate(["a"], max_tokens=6, sampling=far) == [expected]
+    monkeypatch.setattr(engine_module, "HostSlots", lambda *given: DeviceSlots(*given, False))
+    engine, stream = Engine(model, max_batch=4), Stream(model, sampling=far)
+    for ask in (
+        lambda: engine.add("b", sampling=far),
+        lambda: engine.add("b", after=stream),
+        lambda: engine.stream(["b"], sampling=far),
+        lambda: engine.prepare(far),
+    ):
+        with pytest.raises(ValueError, match=r"repetition_window is 100000000000, .* at most 65536 .*None"):
+            ask()  # type: ignore[no-untyped-call]
+    for window in (65536, None):
+        near = SamplingConfig(temperature=0, repetition_penalty=1.1, repetition_window=window)
+        assert engine.generate(["a"], max_tokens=6, sampling=near) == [expected]
+    unused = SamplingConfig(temperature=0, repetition_window=10**11)
+    assert engine.generate(["a"], max_tokens=6, sampling=unused) == [alone(model, "a", max_tokens=6, sampling=GREEDY)]
+
+
 @pytest.mark.usefixtures("slots")
 def test_a_failing_call_for_prompts_harms_no_text(model: LanguageModel) -> None:
     engine = Engine(model, max_batch=4)

@@ -270,6 +270,7 @@ class Engine:
             else:
                 _check_history(sampling, after)
                 sampler.see(start.history)
+        self._slots.check(sampler.config)
         end = None if ignore_end else getattr(self.tokenizer, "end", None)
         options = Options(max_tokens, end, stops, bool(keep), self._context)
         return Request(next(self._numbers), ids, sampler, options, self.tokenizer, start)

@@ -27,6 +27,8 @@ Drawn = list[GeneratedToken | Exception | None]
 #: Steps that are launched before the tokens of an earlier one are looked at, on a device.
 BEHIND = 1
 WARM_UP = 2
+#: Tokens that a penalty may look back at on a device, where there is room for them in every row; or as many as ids.
+LONGEST = 2**16
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -82,6 +84,9 @@ class HostSlots:
         self._model, self._v = model, v
         self.rows = Rows(state=memory, ids=ids)
 
+    def check(self, config: SamplingConfig) -> None:
+        """Every way to draw is possible here."""
+
     def put(self, rows: Sequence[int], memory: Any, requests: Sequence[Request]) -> None:
         """Place requests, whose prompts were read, in rows; memory: their states."""
         device = self.rows.tree["ids"].device
@@ -136,6 +141,13 @@ class DeviceSlots:
         self._aside = torch.cuda.Stream(self._device) if graphs else None
         self._planned: tuple[list[Request | None], Plan] | None = None
 
+    def check(self, config: SamplingConfig) -> None:
+        """Raise ValueError for a penalty that looks back further than there is room for."""
+        longest = max(LONGEST, self._v)
+        if device_sampling.width_for(config, self._v) > longest:
+            problem = f"repetition_window is {config.repetition_window}, on a device it is at most {longest} tokens."
+            raise fail("Engine", problem, "Take less, or None to look at the whole text.")
+
     def put(self, rows: Sequence[int], memory: Any, requests: Sequence[Request]) -> None:
         """As in `HostSlots`; a row of the sampler for each request, too."""
         self._make_room(max(device_sampling.width_for(r.sampler.config, self._v) for r in requests))
@@ -175,6 +187,8 @@ class DeviceSlots:
 
     def capture(self, b: int, configs: Sequence[SamplingConfig]) -> None:
         """Have a graph ready for steps of b rows that are drawn so."""
+        for config in configs:
+            self.check(config)
         self._make_room(max(device_sampling.width_for(config, self._v) for config in configs))
         plan = device_sampling.plan_for(configs, self._v)
         if self._graphs:
