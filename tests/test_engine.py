@@ -410,6 +410,61 @@ def test_leaving_the_loop_loses_nothing(model: LanguageModel) -> None:
     assert list(said.values()) == [alone(model, p, max_tokens=6, sampling=GREEDY) for p in ("a", "bb", "ccc")]
 
 
+@pytest.mark.usefixtures("slots")
+def test_streams_and_requests_share_an_engine(model: LanguageModel) -> None:
+    """Each loop is told of its own, whichever of them made the step."""
+    prompts, options = ["a", "bb", "ccc", "dddd"], {"max_tokens": 9, "sampling": GREEDY}
+    engine = Engine(model, max_batch=3)
+    first, second = engine.stream(prompts[:2], **options), engine.stream(prompts[2:], **options)
+    found, requests = [""] * 4, []
+    for row, piece in first:
+        found[row] += piece
+        if len(requests) < 3:
+            requests.append(engine.add("e", max_tokens=5, sampling=GREEDY))
+        for row, piece in second:
+            found[2 + row] += piece
+            break
+    assert engine.generate(["f"], **options) == [alone(model, "f", **options)]
+    told = texts(engine.run())
+    for row, piece in second:
+        found[2 + row] += piece
+    assert found == [alone(model, prompt, **options) for prompt in prompts]
+    assert told == dict.fromkeys(requests, alone(model, "e", max_tokens=5, sampling=GREEDY))
+    assert not engine.busy
+
+
+@pytest.mark.usefixtures("slots")
+def test_a_stream_is_queued_at_once_and_left_at_any_time(model: LanguageModel) -> None:
+    engine = Engine(model, max_batch=2)
+    pieces = engine.stream(["a", "b"], max_tokens=4, sampling=GREEDY)
+    assert engine.busy
+    assert list(engine.run()) == []  # nobody else's to tell
+    assert "".join(piece for row, piece in pieces if row == 1) == alone(model, "b", max_tokens=4, sampling=GREEDY)
+    engine.stream(["a"], max_tokens=None)  # never looked at
+    for _ in engine.stream(["a", "b", "c"], max_tokens=None):
+        break
+    other = engine.add("b", max_tokens=4, sampling=GREEDY)
+    assert texts(engine.run()) == {other: alone(model, "b", max_tokens=4, sampling=GREEDY)}
+    assert not engine.busy
+
+
+@pytest.mark.usefixtures("slots")
+def test_a_failed_prompt_of_a_list_raises_and_the_others_are_dropped(model: LanguageModel, tmp_path: Path) -> None:
+    engine = Engine(model, max_batch=2)
+    other = engine.add("b", max_tokens=4, sampling=GREEDY)
+    with pytest.raises(FileNotFoundError):
+        engine.generate(["a", tmp_path / "absent", "c"], max_tokens=10**9)
+    assert texts(engine.run()) == {other: alone(model, "b", max_tokens=4, sampling=GREEDY)}
+
+
+def test_only_its_own_requests_are_cancelled(model: LanguageModel) -> None:
+    engine, foreign = Engine(model), Engine(model).add("a")
+    with pytest.raises(ValueError, match="cancel: request is of another engine"):
+        engine.cancel(foreign)
+    assert not engine.busy
+    assert foreign.reason is None
+
+
 def test_an_interrupt_inside_a_step_is_not_glossed_over() -> None:
     model: Any = Scripted(b"x")
     engine = Engine(model)
@@ -465,5 +520,3 @@ def test_refusals(model: LanguageModel) -> None:
             engine.add("x", **options)  # type: ignore[arg-type]
     assert not engine.busy
     engine.add("x", after=Stream(model), sampling=penalty)  # which has nothing to forget
-    with pytest.raises(ValueError, match="busy with requests of its own"):
-        engine.generate(["a"])
