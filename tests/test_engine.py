@@ -195,6 +195,39 @@ def test_a_prefix_is_read_once_and_serves_many(model: LanguageModel, options: di
     assert all(map(torch.equal, prefix_leaves(before), prefix_leaves(prefix.state)))
 
 
+def test_requests_that_wait_after_a_stream_share_one_copy(model: LanguageModel) -> None:
+    engine, stream = Engine(model, max_batch=1), Stream(model, sampling=GREEDY, rollback=8)
+    expected = []
+
+    def ask(end: str) -> Request:
+        turn = stream.fork()
+        turn.feed(end)
+        expected.append("".join(turn.text(5, final=True)))
+        return engine.add(end, after=stream, max_tokens=5)
+
+    def places(requests: list[Request]) -> set[int]:
+        return {prefix_leaves(request.part[0])[0].data_ptr() for request in requests if request.part}
+
+    stream.feed("A prefix")
+    requests = [ask(end) for end in ("a", "b", "c")]
+    assert len(places(requests)) == 1
+    assert places(requests) != {prefix_leaves(stream.state)[0].data_ptr()}
+    for change in (
+        lambda: list(stream.tokens(1)),
+        lambda: stream.feed("d"),
+        lambda: (stream.rollback(1), stream.feed("e")),  # as long, and another text
+        lambda: (stream.rollback(1), list(stream.tokens(1))),
+    ):
+        before = places(requests)
+        change()  # type: ignore[no-untyped-call]
+        new = [ask("f"), ask("g")]
+        assert len(places(new) - before) == len(places(new)) == 1
+        requests += new
+    found = texts(engine.run())
+    assert [found[request] for request in requests] == expected
+    assert engine.add(after=stream).part[0] is not stream.state  # type: ignore[index]
+
+
 def prefix_leaves(tree: Any) -> list[torch.Tensor]:
     return list(torch.utils._pytree.tree_leaves(tree))
 
