@@ -340,8 +340,8 @@ def test_a_prompt_that_fails_harms_no_other(model: LanguageModel, tmp_path: Path
     assert found[fine] == alone(model, "fine", max_tokens=5, sampling=GREEDY)
     assert isinstance(missing.error, FileNotFoundError)
     assert missing.stream is None
-    assert "the prompt has more than 40 tokens" in str(long.error)
-    assert "the prompt has more than 40 tokens" in str(beyond.error)
+    assert "has more than 40 tokens, the engine's context" in str(long.error)
+    assert "has more than 40 tokens, the engine's context" in str(beyond.error)
 
 
 def test_a_penalty_that_looks_too_far_back_for_a_device_is_refused(
@@ -384,9 +384,17 @@ def test_a_failing_call_for_prompts_harms_no_text(model: LanguageModel) -> None:
 @pytest.mark.usefixtures("slots")
 def test_a_context_ends_texts(model: LanguageModel) -> None:
     engine = Engine(model, max_batch=2, context=10)
-    request = engine.add("123456", max_tokens=None)
-    assert len(list(engine.run())) == request.count == 5  # the tenth token is read, the eleventh is the last drawn
+    request = engine.add("123456", max_tokens=None, keep=True)
+    assert len(list(engine.run())) == request.count == 4
     assert request.reason == "length"
+    assert request.stream is not None
+    assert request.stream.length == 10
+    full, none = engine.add("1234567890"), engine.add(after=request.stream)
+    beyond = engine.add("1", after=request.stream)
+    assert [event.token for event in engine.run()] == [None] * 3
+    assert full.reason == none.reason == "length"
+    message = "Engine: the prompt, with any text before it, has more than 10 tokens, the engine's context. Shorten it"
+    assert str(beyond.error).startswith(message)
 
 
 @pytest.mark.usefixtures("slots")

@@ -105,7 +105,7 @@ class Request:
     def read(self, room: int) -> list[int]:
         """The prompt's next ids, at most `room`, for the model to read; its very last one stays.
 
-        Raises what reading the prompt raises, ValueError where it is longer than the engine's context.
+        Raises what reading the prompt raises, ValueError where the text is longer than the engine's context.
         """
         while self._ids is not None and len(self.unread) <= room + 1:  # enough to know whether one is left
             ids = next(self._ids, None)
@@ -116,12 +116,13 @@ class Request:
             else:
                 self._see(ids if self.length else opening(self._tokenizer) + ids)
         if self.options.context is not None and self.length > self.options.context:
-            problem = f"the prompt has more than {self.options.context} tokens, the engine's context."
+            most = f"more than {self.options.context} tokens, the engine's context"
+            problem = f"the prompt, with any text before it, has {most}."
             raise fail(OP, problem, "Shorten it, or make an engine with a larger context.")
         count = min(room, len(self.unread) - 1)
         ids, self.unread = self.unread[:count], self.unread[count:]
         if self.ready:
-            left = None if self.options.context is None else self.options.context - self.length + 1
+            left = None if self.options.context is None else self.options.context - self.length
             self.limit = min((n for n in (self.options.max_tokens, left) if n is not None), default=None)
         return ids
 
