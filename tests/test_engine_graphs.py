@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import GREEDY
 
 import stateline
 from stateline import Engine
@@ -15,8 +16,6 @@ from stateline.generation import SamplingConfig, Stream, generate
 from stateline.generation import engine as engine_module
 from stateline.generation.slots import DeviceSlots
 from stateline.models import LanguageModel, ModelConfig
-
-GREEDY = SamplingConfig(temperature=0)
 
 
 class FakeStream:
