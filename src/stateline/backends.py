@@ -2,6 +2,7 @@
 
 gpu         Triton kernels (module `ops.<op>.gpu`); CUDA tensors of the dtypes the module names
 cpu         C++ with vector instructions, loaded through ctypes; CPU tensors
+chunked     PyTorch, whole chunks as matrix products; any device; operations that have such a form
 reference   PyTorch, the definition; any device, any dtype
 """
 
@@ -24,11 +25,15 @@ from torch import Tensor
 from stateline.checks import fail
 
 #: Fastest first. A name stays a string until an op needs it, so an absent back end costs nothing.
-BACKENDS = ("gpu", "cpu", "reference")
+BACKENDS = ("gpu", "cpu", "chunked", "reference")
 #: Operations that have back ends: the folders of `ops`.
-OPS = ("causal_conv1d", "decode_token", "packed_linear", "rms_norm", "selective_scan")
+OPS = ("causal_conv1d", "decode_token", "packed_linear", "rms_norm", "selective_scan", "ssd")
+#: Operations with a second form in PyTorch, faster than the definition.
+CHUNKED = ("ssd",)
+#: Operations without C++ kernels.
+NO_CPU = ("ssd",)
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
-DECIDES = {"selective_scan": 2}
+DECIDES = {"selective_scan": 2, "ssd": 2}
 #: What `sl_layout` of a fitting library says.
 LAYOUT = 1
 REBUILD = "Reinstall stateline, or build it again."
@@ -78,7 +83,8 @@ def choose(op: str, device: str, backend: str | None = None, dtype: torch.dtype 
     if name not in OPS:
         raise fail("explain", f"{op!r} is no operation, expected one of {', '.join(OPS)}.")
     rejected: dict[str, str] = {}
-    for candidate in BACKENDS:
+    offered = [b for b in BACKENDS if b != "chunked" or name in CHUNKED]
+    for candidate in offered:
         if backend is not None and backend != candidate:
             continue
         reason = _unavailable(candidate, name, device, dtype)
@@ -87,13 +93,15 @@ def choose(op: str, device: str, backend: str | None = None, dtype: torch.dtype 
         if backend is not None:
             raise BackendError(f"{op}: backend={backend!r} cannot run here: {reason}")
         rejected[candidate] = reason
-    raise fail(op, f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))} or None.")
+    raise fail(op, f"backend is {backend!r}, expected one of {', '.join(map(repr, offered))} or None.")
 
 
 def _unavailable(name: str, op: str, device: str, dtype: torch.dtype | None) -> str | None:
     """Why a back end cannot serve `op` on tensors of this device type and dtype, or None if it can."""
     if name == "gpu":
         return gpu_problem(op, dtype) if device == "cuda" else f"needs CUDA tensors, these are on {device}"
+    if name == "cpu" and op in NO_CPU:
+        return f"C++ kernels of {op} are not part of this release."
     if name == "cpu":
         return native_problem() if device == "cpu" else f"needs CPU tensors, these are on {device}"
     return None
