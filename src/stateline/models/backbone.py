@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stateline import checks
-from stateline.nn import Block, GatedMLP, LayerNorm, Mamba, Mixer, RMSNorm
+from stateline.nn import Block, GatedMLP, LayerNorm, Mamba, Mamba2, Mixer, RMSNorm
 from stateline.nn.mixer import Lengths, padding, zero_padding
 
 #: Mixers by the name `ssm_cfg["layer"]` gives them; its other keys go to the constructor.
-MIXERS: dict[str, type[Mixer]] = {"Mamba1": Mamba}
+MIXERS: dict[str, type[Mixer]] = {"Mamba1": Mamba, "Mamba2": Mamba2}
 _INT32, _INT64 = torch.int32, torch.int64
 
 
@@ -29,7 +29,7 @@ class ModelConfig:
     Args:
         d_model: width of the residual stream.   n_layer: blocks.   vocab_size: token ids are below it.
         d_intermediate: hidden width of a gated MLP in every block, 0 for none.
-        ssm_cfg: {"layer": "Mamba1"} and arguments of the mixer, e.g. {"d_state": 32}.
+        ssm_cfg: {"layer": "Mamba1"} or {"layer": "Mamba2"} and arguments of the mixer, e.g. {"d_state": 32}.
         rms_norm: RMSNorm, else LayerNorm.   norm_eps: of every norm.
         residual_in_fp32: keep the residual stream in float32 under 16-bit weights.
         pad_vocab_size_multiple: embedding rows are rounded up to it; logits are not.
@@ -61,7 +61,8 @@ class ModelConfig:
                 raise checks.fail("ModelConfig", f"{name} is {value!r}, expected True or False.", error=TypeError)
         if not isinstance(self.ssm_cfg, Mapping):
             raise checks.fail("ModelConfig", f"ssm_cfg is {self.ssm_cfg!r}, expected a dict.", error=TypeError)
-        object.__setattr__(self, "ssm_cfg", dict(self.ssm_cfg))  # ours: the caller's dict may change
+        # ours: the caller's dict may change
+        object.__setattr__(self, "ssm_cfg", {key: _as_json(value) for key, value in self.ssm_cfg.items()})
         self.make_mixer(device="meta")  # the mixer checks its own arguments
 
     @classmethod
@@ -94,6 +95,13 @@ class ModelConfig:
                 "ModelConfig", f"ssm_cfg has unknown keys {', '.join(unknown)}; {layer} knows {', '.join(known)}."
             )
         return MIXERS[layer](self.d_model, **options, device=device, dtype=dtype)
+
+
+def _as_json(value: Any) -> Any:
+    """A mixer's argument as a checkpoint keeps it: pairs as lists, a bound that is infinite as None."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [None if isinstance(v, float) and math.isinf(v) else v for v in value]
 
 
 @dataclass

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stateline import checks
 from stateline.checks import fail
 
 Lengths = Tensor | Sequence[int]
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts between
 
 
 class Mixer(nn.Module, ABC):
@@ -50,6 +52,15 @@ class Mixer(nn.Module, ABC):
     def forward(self, x: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """y (b, t, d) for whole sequences x (b, t, d); arguments as for `extend`."""
         return self.extend(x, None, lengths=lengths, cu_seqlens=cu_seqlens)[0]
+
+
+def check_input(op: str, x: Tensor, form: str, d_model: int, own: torch.dtype) -> None:
+    """Raise unless x has a layer's width and its own dtype; autocast converts narrow floats by itself."""
+    sizes = checks.Sizes(op)
+    sizes.bind("d_model", d_model, "the layer")
+    sizes.match("x", x, form)
+    if x.dtype != own and not (x.dtype in NARROW and own in NARROW and torch.is_autocast_enabled(x.device.type)):
+        checks.dtype(op, "x", x, (own,), "Convert x, or the layer, with .to(dtype).")
 
 
 def padding(x: Tensor, lengths: Lengths) -> Tensor:

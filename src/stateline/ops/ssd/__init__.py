@@ -20,6 +20,7 @@ from stateline.ops.selective_scan import check_slots
 
 OP = "ssd"
 STEP = "ssd_step_"
+Limit = Sequence[float | None]
 
 
 def ssd(
@@ -33,7 +34,7 @@ def ssd(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
-    dt_limit: tuple[float, float] | None = None,
+    dt_limit: Limit | None = None,
     initial_state: Tensor | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     padding_side: str = "right",
@@ -50,11 +51,11 @@ def ssd(
         A: (h) float32, or float64 where the data is; below 0 for a stable system.
         B, C: (b, t, n) or (b, t, g, n); head i uses group floor(i·g/h): neighbours share one.
         D: (h) or (h, p) skip weight, y += D·x.   z: (b, t, h, p) gate, y *= silu(z).   dt_bias: (h).
-        dt_limit: (low, high) of the step size; None: none.
+        dt_limit: (low, high) of the step size; None, or None for one of them: none.
         initial_state: (n_seq, h, p, n), zeros if None; n_seq is b, or the number of packed sequences.
         lengths, padding_side, cu_seqlens, reverse: as in `selective_scan`.
-        return_decay: return exp(A·Σ dt) of each sequence too. A sequence cut in two, both halves run from zeros, ends in
-            `state_2 + decay_2 · state_1`: all that machines sharing a sequence need to exchange.
+        return_decay: return exp(A·Σ dt) of each sequence too. A sequence cut in two, both halves run from zeros, ends
+            in `state_2 + decay_2 · state_1`: all that machines sharing a sequence need to exchange.
         backend: "gpu", "cpu", "chunked" (PyTorch, matrix products) or "reference" forces one, None chooses.
 
     Returns:
@@ -103,7 +104,7 @@ def ssd_step_(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
-    dt_limit: tuple[float, float] | None = None,
+    dt_limit: Limit | None = None,
     index: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -134,7 +135,7 @@ def ssd_step_(
 
 def _check_system(
     op: str, sizes: Sizes, lead: str, x: Tensor, dt: Tensor, A: Tensor, D: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, dt_limit: tuple[float, float] | None,
+    dt_bias: Tensor | None, dt_limit: Limit | None,
 ) -> tuple[float, float]:  # fmt: skip
     """Check what scan and step share; the limits of dt, infinite where there are none."""
     for name, v, form in (("x", x, f"{lead} h p"), ("dt", dt, f"{lead} h"), ("z", z, f"{lead} h p")):
@@ -153,14 +154,14 @@ def _check_system(
     return check_limit(op, dt_limit)
 
 
-def check_limit(op: str, dt_limit: tuple[float, float] | None) -> tuple[float, float]:
-    """(low, high) of a step size, infinite where there are none; raises unless low ≤ high are two numbers."""
-    if dt_limit is None:
-        return -math.inf, math.inf
-    pair = tuple(dt_limit) if isinstance(dt_limit, Sequence) and not isinstance(dt_limit, str) else ()
-    if len(pair) != 2 or not all(isinstance(v, int | float) for v in pair) or not pair[0] <= pair[1]:
-        raise checks.fail(op, f"dt_limit is {dt_limit!r}, expected two numbers (low, high) with low ≤ high, or None.")
-    return float(pair[0]), float(pair[1])
+def check_limit(op: str, dt_limit: Limit | None) -> tuple[float, float]:
+    """(low, high) of a step size, infinite where there are none; raises unless they are numbers or None, low ≤ high."""
+    pair = (None, None) if dt_limit is None else tuple(dt_limit) if isinstance(dt_limit, list | tuple) else ()
+    if len(pair) == 2 and all(v is None or (isinstance(v, int | float) and not isinstance(v, bool)) for v in pair):
+        low, high = (-math.inf if pair[0] is None else pair[0]), (math.inf if pair[1] is None else pair[1])
+        if low <= high:
+            return float(low), float(high)
+    raise checks.fail(op, f"dt_limit is {dt_limit!r}, expected two numbers (low, high) with low ≤ high, or None.")
 
 
 def _check_state(op: str, name: str, state: Tensor, A: Tensor) -> None:

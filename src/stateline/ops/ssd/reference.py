@@ -2,8 +2,8 @@
 
     S[t] = exp(dt[t] A) S[t-1] + dt[t] x[t]⊗B[t]          y[t] = S[t] C[t]
 
-one decay for the whole (p, n) state of a head (Dao & Gu 2024, "Transformers are SSMs", section 5). dt may first go through
-softplus(dt + dt_bias) and limits; y then gets D·x and is gated by silu(z).
+one decay for the whole (p, n) state of a head (Dao & Gu 2024, "Transformers are SSMs", section 5). dt may first go
+through softplus(dt + dt_bias) and limits; y then gets D·x and is gated by silu(z).
 
 Suffixes: b batch, t time step, h head, p head width, n state, g group.  dt: unitless; > 0.
 The gradient is written out, from the last step to the first, so that only a chunk's states are held at once.
@@ -41,9 +41,8 @@ class Piece:
 
     def chunk(self, start: int, stop: int) -> Piece:
         """Steps start … stop."""
-        tokens = (self.x_bthp, self.dt_bth, self.B_bthn, self.C_bthn, self.gate_bthp, self.slope_bth)
-        x, dt, B, C, gate, slope = (None if v is None else v[:, start:stop] for v in tokens)
-        assert x is not None and dt is not None and B is not None and C is not None
+        x, dt, B, C = (v[:, start:stop] for v in (self.x_bthp, self.dt_bth, self.B_bthn, self.C_bthn))
+        gate, slope = (None if v is None else v[:, start:stop] for v in (self.gate_bthp, self.slope_bth))
         return Piece(x, dt, self.A_h, B, C, gate, slope)
 
     def states(self, S_bhpn: Tensor) -> Tensor:
@@ -244,10 +243,12 @@ def start_sums(
     dstate: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
 ) -> Sums:
     """Zeros for every gradient, the state's as it comes."""
-    x0, dt0, A0, B0, C0, D0, z0 = (
-        None if v is None else torch.zeros(v.shape, dtype=A.dtype, device=v.device) for v in (x, dt, A, B, C, D, z)
-    )
-    assert x0 is not None and dt0 is not None and A0 is not None and B0 is not None and C0 is not None
+
+    def zeros(v: Tensor) -> Tensor:
+        return torch.zeros(v.shape, dtype=A.dtype, device=v.device)
+
+    D0, z0 = (None if v is None else zeros(v) for v in (D, z))
+    x0, dt0, A0, B0, C0 = map(zeros, (x, dt, A, B, C))
     return Sums(x0, dt0, A0, B0, C0, D0, z0, dstate.to(A.dtype).clone(memory_format=torch.contiguous_format))
 
 
