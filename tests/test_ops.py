@@ -237,7 +237,7 @@ CONV = {
     "k": [1, 2, 3, 4, 7, 16], "bias": FLAG, "silu": FLAG, "reverse": FLAG, "initial": FLAG, "strided": FLAG,
 }  # fmt: skip
 SSD = {
-    "backend": ["reference", "chunked"], "dtype": DTYPES, "layout": LAYOUTS, "t": [0, 1, 2, 7, 63, 64, 65, 130],
+    "backend": [*BACKENDS, "chunked"], "dtype": DTYPES, "layout": LAYOUTS, "t": [0, 1, 2, 7, 63, 64, 65, 130],
     "h": [1, 2, 5], "p": [1, 3, 16, 40], "n": [1, 3, 16, 35], "g": [1, 2, 3], "reverse": FLAG, "softplus": FLAG,
     "limit": FLAG, "D": [None, "head", "channel"], "z": FLAG, "dt_bias": FLAG, "initial": FLAG, "strided": FLAG,
 }  # fmt: skip

@@ -30,8 +30,6 @@ BACKENDS = ("gpu", "cpu", "chunked", "reference")
 OPS = ("causal_conv1d", "decode_token", "packed_linear", "rms_norm", "selective_scan", "ssd")
 #: Operations with a second form in PyTorch, faster than the definition.
 CHUNKED = ("ssd",)
-#: Operations without C++ kernels.
-NO_CPU = ("ssd",)
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
 DECIDES = {"selective_scan": 2, "ssd": 2}
 #: What `sl_layout` of a fitting library says.
@@ -100,8 +98,6 @@ def _unavailable(name: str, op: str, device: str, dtype: torch.dtype | None) -> 
     """Why a back end cannot serve `op` on tensors of this device type and dtype, or None if it can."""
     if name == "gpu":
         return gpu_problem(op, dtype) if device == "cuda" else f"needs CUDA tensors, these are on {device}"
-    if name == "cpu" and op in NO_CPU:
-        return f"C++ kernels of {op} are not part of this release."
     if name == "cpu":
         return native_problem() if device == "cpu" else f"needs CPU tensors, these are on {device}"
     return None
