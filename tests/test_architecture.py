@@ -136,7 +136,15 @@ def test_every_op_folder_has_the_same_shape() -> None:
         names = {p.name for p in folder.iterdir()}
         assert {"__init__.py", "reference.py", "cpu.py", "cpu.cpp"} <= names, folder.name
         scripts = {name for name in names if name.endswith(".py")}
-        assert scripts <= {"__init__.py", "reference.py", "cpu.py", "gpu.py", "gpu_kernels.py", "pack.py"}, folder.name
+        assert scripts <= {
+            "__init__.py",
+            "reference.py",
+            "cpu.py",
+            "gpu.py",
+            "gpu_kernels.py",
+            "pack.py",
+            "chunked.py",
+        }, folder.name
 
 
 def test_repository_speaks_of_the_project_alone() -> None:

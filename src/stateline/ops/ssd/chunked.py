@@ -1,8 +1,8 @@
 """ssd as matrix products, in PyTorch: the fast form where there is no kernel of our own.
 
 A chunk of Q steps is a masked matrix that maps inputs to outputs, (C Bᵀ) ∘ L with L[i, j] = exp of the sum of dt·A from
-step j + 1 to i; chunks hand a state on (Dao & Gu 2024, section 6). Arguments and results are those of reference.py, which
-defines them. Exponents are summed and subtracted in float64: their differences are small, they need not be.
+step j + 1 to i; chunks hand a state on (Dao & Gu 2024, section 6). Arguments and results are those of reference.py, the
+definition. Exponents are summed and subtracted in float64: their differences are small, they need not be.
 
 Suffixes: b batch, c chunk, q and k steps of a chunk, h head, p head width, n state. Time runs forwards.
 """
