@@ -132,7 +132,7 @@ def test_opcheck_of_raw_ops() -> None:
 
 def test_compiles_whole_and_exports_with_dynamic_sizes() -> None:
     def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, S: Tensor, lengths: Tensor) -> Tensor:
-        y, state = ops.ssd(x, dt, A, B, B, dt_softplus=True, dt_limit=(0.0, 4.0), initial_state=S, lengths=lengths)
+        y, state = ops.ssd(x, dt, A, B, 2 * B, dt_softplus=True, dt_limit=(0.0, 4.0), initial_state=S, lengths=lengths)
         return y.square().sum() + state.sum()
 
     class Layer(torch.nn.Module):

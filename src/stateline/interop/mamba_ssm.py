@@ -12,6 +12,7 @@ from stateline import checks
 from stateline.interop.weights import read_weights, remove_others
 from stateline.models import LanguageModel, ModelConfig
 from stateline.models.checkpoint import HEAD, MISFIT, CheckpointError, assemble, read_json, weights, write_aside
+from stateline.ops.ssd import check_limit
 
 EPS = 1e-5  # mamba_ssm's norms have no other, and its configuration no field for it
 
@@ -20,6 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "d_model": None, "n_layer": None, "vocab_size": None, "d_intermediate": 0, "ssm_cfg": {}, "rms_norm": True,
     "residual_in_fp32": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True,
 }  # fmt: skip
+#: Arguments of its mixers that choose kernels, or how work is cut for them.
+KERNEL_CHOICES = ("use_fast_path", "use_mem_eff_path", "chunk_size")
 #: Keys that choose kernels or describe attention layers: these values change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "fused_add_norm": (True, False), "attn_layer_idx": ([], None), "attn_cfg": ({}, None),
@@ -38,7 +41,7 @@ def load(
 
 
 def read_config(path: Path) -> ModelConfig:
-    """mamba_ssm's config.json as ours; its `use_fast_path` and `fused_add_norm` choose kernels and are dropped."""
+    """mamba_ssm's config.json as ours; what only chooses kernels there is dropped."""
     values = read_json(path)
     for key, allowed in NEUTRAL.items():
         if values.pop(key, allowed[0]) not in allowed:
@@ -53,7 +56,7 @@ def read_config(path: Path) -> ModelConfig:
     if lost:
         raise CheckpointError(f"{path} lacks {', '.join(lost)}. Copy or download it again.")
     if isinstance(values["ssm_cfg"], dict):
-        values["ssm_cfg"] = {key: v for key, v in values["ssm_cfg"].items() if key != "use_fast_path"}
+        values["ssm_cfg"] = {key: v for key, v in values["ssm_cfg"].items() if key not in KERNEL_CHOICES}
     try:
         return ModelConfig(**values, norm_eps=EPS)
     except MISFIT as error:
@@ -68,6 +71,7 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
             "save", f"norm_eps is {config.norm_eps}, mamba_ssm has only {EPS}.", 'Use format="stateline".'
         )
     values = {key: value for key, value in config.to_dict().items() if key != "norm_eps"}
+    values["ssm_cfg"] = _their_mixer(config.ssm_cfg)
     values.update(attn_layer_idx=[], attn_cfg={}, fused_add_norm=True)
     tensors = weights(model, dtype)
     if config.tie_embeddings:  # mamba_ssm stores it all the same
@@ -79,3 +83,16 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
 
     write_aside(Path(directory), write, ["pytorch_model.bin", "config.json"])
     remove_others(Path(directory), "pytorch_model.bin")
+
+
+def _their_mixer(ours: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of our mixer as its own takes them: both limits of dt are numbers, and its norm has one eps."""
+    theirs = dict(ours)
+    if theirs.pop("norm_eps", EPS) != EPS:
+        raise checks.fail(
+            "save", f"the mixer's norm_eps is {ours['norm_eps']}, mamba_ssm has only {EPS}.", 'Use format="stateline".'
+        )
+    if "dt_limit" in theirs:
+        low, high = check_limit("save", theirs["dt_limit"])
+        theirs["dt_limit"] = [max(low, 0.0), high]  # after softplus, which is never below 0
+    return theirs

@@ -12,7 +12,6 @@ Space Duality", section 7.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +59,7 @@ class Mamba2(Mixer):
         rmsnorm: normalise before out_proj; norm_before_gate: and gate after that, not before.
         dt_min, dt_max, dt_init_floor: initial step sizes are log-uniform in [dt_min, dt_max], at least the floor.
         dt_limit: (low, high) of step sizes, at training and at decoding; None for none, also for one of them.
-        bias, conv_bias: give the two projections, the convolution a bias.
+        bias, conv_bias: give the two projections, the convolution a bias.   norm_eps: of the norm.
 
     A_log, D and dt_bias stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state.
     Projections are called as modules, so adapters and quantised Linears may replace them.
@@ -96,6 +95,7 @@ class Mamba2(Mixer):
         dt_limit: Limit | None = None,
         bias: bool = False,
         conv_bias: bool = True,
+        norm_eps: float = 1e-5,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -132,7 +132,7 @@ class Mamba2(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.nheads, **full))
         self.A_log = nn.Parameter(torch.empty(self.nheads, **full))
         self.D = nn.Parameter(torch.ones(self.d_ssm if D_has_hdim else self.nheads, **full))
-        self.norm = GatedRMSNorm(self.d_ssm, 1e-5, ngroups, norm_before_gate, **made) if rmsnorm else None
+        self.norm = GatedRMSNorm(self.d_ssm, norm_eps, ngroups, norm_before_gate, **made) if rmsnorm else None
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **made)
         self._init_system(conv_init, A_init_range, dt_min, dt_max, dt_init_floor)
 
@@ -248,9 +248,3 @@ def _check_options(sizes: dict[str, int], flags: dict[str, bool]) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise checks.fail(OP, f"{name} is {flag!r}, expected True or False.", error=TypeError)
-
-
-def unlimited(dt_limit: Limit | None) -> bool:
-    """Whether limits change no step size: softplus is never below 0."""
-    low, high = check_limit(OP, dt_limit)
-    return low <= 0 and high == math.inf
