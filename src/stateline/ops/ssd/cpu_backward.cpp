@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int HEADS_IN_PART = 4;
-constexpr int WIDE = 2;              // states that the adjoint takes together
+constexpr int WIDE = 4;              // states that the adjoint takes together
 constexpr int64_t MANY_TILES = 256;  // beyond, marks are coarse
 
 struct Job {
