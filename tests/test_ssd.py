@@ -262,3 +262,79 @@ def test_soak_of_a_quarter_million_steps() -> None:
         assert y.isfinite().all()
         close("y", y, y64, torch.bfloat16)
     assert (state.double() - exact).abs().max() / exact.abs().max() < BOUND[torch.float32]
+
+
+# ---- what the C++ library promises beside right values ---------------------------------------------------------------
+
+needs_native = pytest.mark.skipif("cpu" not in BACKENDS, reason="no C++ library")
+NATIVE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+
+
+def native(x: dict[str, Tensor], table: Tensor | None = None, reverse: bool = False) -> list[Tensor]:
+    """Every result of the C++ kernels: y, state, decay and nine gradients."""
+    from stateline.ops.ssd import cpu
+
+    args = (*(x[k] for k in NATIVE), True, 0.0, 3.0, x["initial_state"], table, reverse)
+    results = cpu.forward(*args)
+    return [*results, *cpu.backward(*results, *args)]
+
+
+@needs_native
+def test_threads_do_not_change_bits() -> None:
+    x, before = plain(t=200, h=9, p=16, n=32, g=2), torch.get_num_threads()
+    library = backends.load_native()
+    try:
+        torch.set_num_threads(1)
+        want = native(x)
+        for own in (0, 1):
+            library.sl_use_own_threads(own)
+            for threads in (2, 5):
+                torch.set_num_threads(threads)
+                for a, b in zip(want, native(x), strict=True):
+                    assert torch.equal(a, b)
+    finally:
+        library.sl_use_own_threads(0)
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize(("h", "p", "n", "g"), [(3, 5, 7, 2), (6, 16, 16, 1), (1, 33, 4, 1)])
+def test_guards_stay_untouched(h: int, p: int, n: int, g: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs and outputs inside larger buffers of NaN: what lies around them is neither read nor written."""
+    from stateline.ops.ssd import cpu
+
+    empty, guards = torch.empty, []
+
+    def fenced(*shape: Any, dtype: torch.dtype = torch.float32, **rest: Any) -> Tensor:
+        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        count = torch.Size(shape).numel()
+        buffer = empty(count + 128, dtype=dtype, **rest).fill_(float("nan"))
+        buffer[:64], buffer[64 + count :] = -77.0, -77.0
+        guards.append((buffer[:64], buffer[64 + count :]))
+        return buffer[64 : 64 + count].view(shape)
+
+    x = plain(t=35, h=h, p=p, n=n, g=g, D="channel")
+    want = native(x)
+    monkeypatch.setattr(torch, "empty", fenced)
+    x = {k: fenced(v.shape, dtype=v.dtype).copy_(v) for k, v in x.items()}
+    for got, same_values in zip(native(x), want, strict=True):
+        assert torch.equal(got, same_values)
+    token = [v[:, 0] if k in TOKENS else v for k, v in ((k, x[k]) for k in NATIVE)]
+    slots = fenced((2, h, p, n)).copy_(x["initial_state"])
+    assert cpu.step(slots, *token, True, 0.0, 3.0, None).isfinite().all()
+    assert slots.isfinite().all()
+    assert len(guards) > 15
+    assert all((side == -77.0).all() for pair in guards for side in pair)
+
+
+@needs_native
+def test_wrong_segments_and_slots_are_refused() -> None:
+    from stateline.ops.ssd import cpu
+
+    x = plain(t=4)
+    for bad in ([0, 0, 5], [2, 0, 1], [0, -1, 2], [0, 3, 2], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="segment"):
+            native(x | {"initial_state": x["initial_state"][:1]}, torch.tensor([bad]))
+    token = [v[:, 0] if k in TOKENS else v for k, v in ((k, x[k]) for k in NATIVE)]
+    with pytest.raises(ValueError, match="index"):
+        cpu.step(x["initial_state"], *token, True, 0.0, 3.0, torch.tensor([0, 2]))
