@@ -109,9 +109,9 @@ def lengths() -> Iterator[Case]:
 
 
 def blocks() -> Iterator[Case]:
-    """A block of each generation with its projections. Peers are timed in float32, which is what they are fastest in."""
+    """A block of each generation with its projections. Peers are timed in float32, where they are fastest."""
     d, t = 768, 2048
-    generations: tuple[tuple[str, Callable[[int], nn.Module], Callable[[int], dict[str, nn.Module]]], ...] = (
+    generations: tuple[tuple[str, Any, Callable[[int], dict[str, nn.Module]]], ...] = (
         ("Mamba", Mamba, peers.blocks), ("Mamba2", Mamba2, peers.blocks_of_mamba2),
     )  # fmt: skip
 

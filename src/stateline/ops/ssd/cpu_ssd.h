@@ -2,8 +2,8 @@
 //
 // A head's state is p channels wide, in lanes, and n deep. Segments are cut into tiles of T steps. Within a tile everything
 // that does not touch the state (dtype conversion, softplus, decays, gate) is done first; the recurrence then runs over a few vectors
-// of channels and a few states at a time, which stay in registers for the whole tile: three multiply-adds an element and step. The
-// form with matrix products needs two and as many again for what happens inside a chunk, and cannot be cut anywhere with the same bits.
+// of channels and a few states at a time, which stay in registers for the whole tile: three vector instructions an element and step.
+// Matrix products over chunks of 64 steps would need 2.3, and could not be cut anywhere with the same bits.
 // Suffixes: b batch, t time step, h head, p head width, n state, g group.
 #pragma once
 #include "pool.h"
