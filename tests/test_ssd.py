@@ -60,8 +60,9 @@ def test_a_row_does_not_depend_on_its_batch(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_steps_follow_the_scan(backend: str, dtype: torch.dtype) -> None:
-    x = plain(t=7, p=19, n=35, D="channel", dtype=dtype)
+@pytest.mark.parametrize("n", [1, 16, 33])
+def test_steps_follow_the_scan(backend: str, dtype: torch.dtype, n: int) -> None:
+    x = plain(t=7, p=19, n=n, D="channel", dtype=dtype)
     how: dict[str, Any] = {"dt_softplus": True, "dt_limit": (0.1, 2.0), "backend": backend}
     whole, last = ops.ssd(**x, **how)
     slots = torch.randn(5, *last.shape[1:], dtype=last.dtype)
@@ -188,6 +189,23 @@ def test_nan_is_passed_on(backend: str, which: str) -> None:
     x[which].view(-1)[0] = float("nan")
     y, _ = ops.ssd(**x, dt_softplus=True, backend=backend)
     assert y[0, 0, 0, 0].isnan()
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("empty", ["p", "n", "b"])
+def test_sizes_of_zero(backend: str, empty: str) -> None:
+    sizes = {"b": 2, "p": 3, "n": 4} | {empty: 0}
+    b, p, n = sizes.values()
+    x, B = torch.randn(b, 40, 2, p, requires_grad=True), torch.randn(b, 40, 1, n)
+    y, state = ops.ssd(x, torch.rand(b, 40, 2), -torch.rand(2), B, B, D=torch.ones(2), backend=backend)
+    assert (y.shape, state.shape) == ((b, 40, 2, p), (b, 2, p, n))
+    assert torch.equal(y, x) or n
+    (y.sum() + state.sum()).backward()
+    assert x.grad is not None
+    y = ops.ssd_step_(
+        state.detach(), x.detach()[:, 0], torch.rand(b, 2), -torch.rand(2), B[:, 0], B[:, 0], backend=backend
+    )
+    assert y.shape == (b, 2, p)
 
 
 @pytest.mark.parametrize("backend", FORMS)
