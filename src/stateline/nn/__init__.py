@@ -1,5 +1,6 @@
 """Layers: each continues a sequence from a state, in any pieces, and gives the state back."""
 
+from stateline.nn.attention import Attention, AttentionState
 from stateline.nn.block import Block, GatedMLP
 from stateline.nn.groups import param_groups
 from stateline.nn.linear import PackedEmbedding, PackedLinear
@@ -8,6 +9,8 @@ from stateline.nn.mixer import Mixer
 from stateline.nn.norm import LayerNorm, RMSNorm
 
 __all__ = [
+    "Attention",
+    "AttentionState",
     "Block",
     "GatedMLP",
     "LayerNorm",

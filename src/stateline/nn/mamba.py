@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateline import checks, ops
-from stateline.nn.mixer import Lengths, Mixer, zero_padding
+from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
 from stateline.nn.precision import keep_wide, wide
 from stateline.ops.causal_conv1d import conv_halves
 
 OP = "Mamba"
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts between
 
 
 @dataclass
@@ -192,13 +191,7 @@ class Mamba(Mixer):
         return self.out_proj(y)
 
     def _check(self, x: Tensor, form: str) -> None:
-        """Raise unless x has the layer's width and dtype; autocast converts narrow floats by itself."""
-        sizes = checks.Sizes(OP)
-        sizes.bind("d_model", self.d_model, "the layer")
-        sizes.match("x", x, form)
-        own = self.conv1d.weight.dtype  # adapters and quantisation leave this one as it was
-        if x.dtype != own and not (x.dtype in NARROW and own in NARROW and torch.is_autocast_enabled(x.device.type)):
-            checks.dtype(OP, "x", x, (own,), "Convert x, or the layer, with .to(dtype).")
+        check_input(OP, x, form, self.d_model, self.conv1d.weight.dtype)  # adapters and packing leave this one alone
 
     def _taps(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stateline import checks
 from stateline.checks import fail
 
 Lengths = Tensor | Sequence[int]
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts between
 
 
 class Mixer(nn.Module, ABC):
@@ -63,3 +65,12 @@ def padding(x: Tensor, lengths: Lengths) -> Tensor:
 def zero_padding(x: Tensor, lengths: Lengths | None) -> Tensor:
     """x (b, t, d) with padding set to 0, whatever it held: a NaN there would reach every weight's gradient as 0·NaN."""
     return x if lengths is None else x.masked_fill(padding(x, lengths)[..., None], 0)
+
+
+def check_input(op: str, x: Tensor, form: str, d_model: int, own: torch.dtype) -> None:
+    """Raise unless x has the layer's width and dtype; autocast converts narrow floats by itself."""
+    sizes = checks.Sizes(op)
+    sizes.bind("d_model", d_model, "the layer")
+    sizes.match("x", x, form)
+    if x.dtype != own and not (x.dtype in NARROW and own in NARROW and torch.is_autocast_enabled(x.device.type)):
+        checks.dtype(op, "x", x, (own,), "Convert x, or the layer, with .to(dtype).")
