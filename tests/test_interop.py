@@ -252,8 +252,12 @@ def test_old_files_of_mamba_ssm_lack_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attn_layer_idx": [1]}, "attn_layer_idx is set; supported are models without attention"),
-        ({"attn_cfg": {"num_heads": 4}}, "attn_cfg is set"),
+        ({"attn_layer_idx": [1]}, "attn_cfg is not causal"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True}}, "attn_cfg has no num_heads"),
+        ({"attn_layer_idx": [2], "attn_cfg": {"causal": True, "num_heads": 4}}, "attn_layer_idx is 2"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "window": 4}}, "attn_cfg has unknown keys window"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "num_heads": 4, "heads": 4}}, "attn_cfg has unknown"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "num_heads": 4}}, "missing: backbone.layers.1.mixer"),
         ({"ssm_cfg": {"layer": "Mamba2"}}, "'Mamba2', expected one of"),
         ({"n_head": 3}, "unknown keys n_head"), ({"vocab_size": None}, "lacks vocab_size"),
         ({"ssm_cfg": {"d_stat": 3}}, "unknown keys d_stat"), ({"d_model": "20"}, "d_model is '20'"),

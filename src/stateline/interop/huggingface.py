@@ -108,6 +108,8 @@ def write_config(model: LanguageModel) -> dict[str, Any]:
     config = model.config
     mixer: Any = config.make_mixer(device="meta")
     problems = []
+    if config.attn_layer_idx:
+        problems.append(f"attn_layer_idx is {config.attn_layer_idx} (no attention there)")
     if config.d_intermediate:
         problems.append(f"d_intermediate is {config.d_intermediate} (no MLP there)")
     if not config.rms_norm:

@@ -175,7 +175,7 @@ class Attention(Mixer):
             raise checks.fail(
                 OP,
                 "it keeps every token of a sequence, and nothing says how many may come.",
-                "Give init_state max_tokens, set the model's (model.max_tokens = 8192), or choose a window.",
+                "Give init_state max_tokens, set the model's (model.max_tokens = 8192; --room), or choose a window.",
             )
         made: dict[str, Any] = {"device": device or self.anchor.device, "dtype": wide(self.anchor.dtype)}
         keys = torch.zeros(batch, min(bounds), self.num_heads_kv, self.head_dim, **made)

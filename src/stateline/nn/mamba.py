@@ -160,6 +160,15 @@ class Mamba(Mixer):
         conv = torch.zeros(batch, self.d_conv - 1, self.d_inner, **made)
         return MambaState(conv, torch.zeros(batch, self.d_inner, self.d_state, **made))
 
+    def forward(
+        self, x: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None, reverse: bool = False
+    ) -> Tensor:
+        """x (b, t, d_model) -> y (b, t, d_model) for whole sequences; see Mixer.
+
+        reverse: run time backwards, from each sequence's last token to its first; nothing is copied for it.
+        """
+        return self._run(x, None, lengths=lengths, cu_seqlens=cu_seqlens, reverse=reverse)[0]
+
     def extend(
         self,
         x: Tensor,
@@ -169,8 +178,13 @@ class Mamba(Mixer):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, MambaState]:
         """x (b, t, d_model) -> y (b, t, d_model), state; see Mixer."""
+        return self._run(x, state, lengths=lengths, cu_seqlens=cu_seqlens)
+
+    def _run(
+        self, x: Tensor, state: MambaState | None, *, lengths: Lengths | None, **where: Any
+    ) -> tuple[Tensor, MambaState]:
         self._check(x, "b t d_model")
-        where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
+        where["lengths"] = lengths
         xz = self.in_proj(zero_padding(x, lengths))
         taps = self._taps()
         u, same_u, z, conv = conv_halves(xz, *taps, initial_state=None if state is None else state.conv, **where)
