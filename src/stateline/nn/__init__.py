@@ -7,10 +7,12 @@ from stateline.nn.linear import PackedEmbedding, PackedLinear
 from stateline.nn.mamba import Mamba, MambaState
 from stateline.nn.mixer import Mixer
 from stateline.nn.norm import LayerNorm, RMSNorm
+from stateline.nn.wrappers import Bidirectional, Scan2d
 
 __all__ = [
     "Attention",
     "AttentionState",
+    "Bidirectional",
     "Block",
     "GatedMLP",
     "LayerNorm",
@@ -20,5 +22,6 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "RMSNorm",
+    "Scan2d",
     "param_groups",
 ]

@@ -88,6 +88,7 @@ class Mamba(Mixer):
 
     no_weight_decay = ("A_log", "D")
     full_precision = ("A_log", "D")
+    reversible = True
 
     def __init__(
         self,

@@ -22,7 +22,13 @@ class Mixer(nn.Module, ABC):
     For any split of x the concatenated outputs of `extend` equal `forward`; `step_` equals `extend` by one token;
     padded (`lengths`) and packed (`cu_seqlens`) batches equal their sequences alone. A state is a dataclass of tensors,
     known to PyTorch as a pytree, with one row a sequence.
+
+    d_model: width of input and output.
+    reversible: whether `forward` takes `reverse=True`, which reads every sequence from its last token to its first.
     """
+
+    d_model: int
+    reversible: bool = False
 
     @abstractmethod
     def init_state(self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None) -> Any:
