@@ -199,6 +199,27 @@ def test_empty_slots_are_never_read() -> None:
     torch.testing.assert_close(layer.step_(x[:, 3], state), layer(x)[:, 3])
 
 
+@pytest.mark.parametrize("name", ["halves turned", "window"])
+def test_rows_of_a_state_have_places_of_their_own(name: str) -> None:
+    layer, x = made(name), torch.randn(3, 12, WIDTH, dtype=torch.float64)
+    whole, lengths = layer(x), [7, 0, 2]
+    _, state = layer.extend(x[:, :7], layer.init_state(3, max_tokens=12), lengths=lengths)
+    for i in range(3):
+        y = layer.step_(torch.stack([row[n + i] for row, n in zip(x, lengths, strict=True)]), state)
+        want = torch.stack([row[n + i] for row, n in zip(whole, lengths, strict=True)])
+        torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-12)
+    assert state.position.tolist() == [10, 3, 5]
+
+
+def test_a_state_shares_no_memory_with_the_one_before() -> None:
+    layer, x = made("convolution and mlp"), torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    _, before = layer.extend(x, layer.init_state(2, max_tokens=9))
+    kept = states.clone(before)
+    for piece in (x[:, :0], x):
+        layer.step_(x[:, 0], layer.extend(piece, before)[1])
+        assert all(map(torch.equal, pytree.tree_leaves(before), pytree.tree_leaves(kept)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

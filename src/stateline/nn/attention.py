@@ -253,29 +253,27 @@ class Attention(Mixer):
             qkv, conv = ops.causal_conv1d(
                 qkv, *self._taps(), initial_state=conv, lengths=lengths, cu_seqlens=cu_seqlens
             )
-        elif conv is not None:
-            conv = conv.clone()
         places = _places(before, x.shape[1], cu_seqlens)
         q, k, v = self._heads(qkv, places)
         parts = [(slice(None), slice(None))]
         if cu_seqlens is not None:  # one after the other: work is then the sum of their squares, not the sum's square
             parts = [(slice(i, i + 1), slice(*bounds)) for i, bounds in enumerate(pairwise(cu_seqlens.tolist()))]
-        outputs, caches, read = [q[:, :0]], [], None if state is None else _read(before)
+        outputs, keys, values = [], [], []
+        read = None if state is None else _read(before)
         for rows, time in parts:
             new = q[:, time], k[:, time], v[:, time]
             outputs.append(self._attend(*new, None if state is None else _past(state, rows, read, q.dtype)))
             if state is not None:
                 where = before[rows], counts[rows]
-                caches.append((_write(state.keys[rows], new[1], *where), _write(state.values[rows], new[2], *where)))
-        y = torch.cat(outputs, 1).flatten(2)
+                keys.append(_write(state.keys[rows], new[1], *where))
+                values.append(_write(state.values[rows], new[2], *where))
+        y = _joined(outputs, 1, q).flatten(2)
         after = None
         if state is not None and conv is not None:
             y = self._poison(y, places, state.keys.shape[1])
-            keys, values = (
-                (torch.cat([pair[i] for pair in caches]) if caches else c.clone())
-                for i, c in enumerate((state.keys, state.values))
+            after = AttentionState(
+                _joined(keys, 0, state.keys), _joined(values, 0, state.values), conv, before + counts
             )
-            after = AttentionState(keys, values, conv, before + counts)
         out = self.out_proj(y if mlp is None else torch.cat([y, mlp], -1))
         return zero_padding(out, lengths), after
 
@@ -284,7 +282,7 @@ class Attention(Mixer):
         t, window = q.shape[1], self.window
         if past is None and (window is None or (not torch.compiler.is_compiling() and t <= window)):
             return self._attention(q, k, v, None)
-        outputs = [q[:, :0]]
+        outputs = []
         for start, stop in _blocks(t, window, 0 if past is None else past.keys.shape[1]):
             first = 0 if window is None else max(0, start - window + 1)
             keys, values = k[:, first:stop], v[:, first:stop]
@@ -296,7 +294,7 @@ class Attention(Mixer):
                 old = _seen(past.position[:, None, None] + mine[:, None], held, window) & (held >= 0)
                 mask = torch.cat([old, mask.expand(old.shape[0], -1, -1)], 2)
             outputs.append(self._attention(q[:, start:stop], keys, values, mask[:, None]))
-        return torch.cat(outputs, 1)
+        return _joined(outputs, 1, q)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax attention, (b, t, h, p); without a mask each token sees those up to itself. Softmax is in float32."""
@@ -366,6 +364,13 @@ class Attention(Mixer):
         """Sizes, for print(model)."""
         heads = f"num_heads={self.num_heads}, num_heads_kv={self.num_heads_kv}, head_dim={self.head_dim}"
         return f"d_model={self.d_model}, {heads}, window={self.window}"
+
+
+def _joined(parts: list[Tensor], dim: int, empty: Tensor) -> Tensor:
+    """Tensors one after the other, a single one as it is; a copy of `empty`, which has no entries, for none."""
+    if not parts:
+        return empty.clone()
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _range(x: Tensor) -> tuple[int | None, int | None]:
