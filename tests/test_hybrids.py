@@ -234,3 +234,20 @@ def test_the_command_line_describes_and_runs_them(tmp_path: Path, capsys: pytest
     command = ["generate", "My", "--model", str(tmp_path / "unbound"), "--max-tokens", "4", "--room", "10"]
     assert main(command) == 0
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_training_makes_them(packing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Round and round the rugged rock the ragged rascal ran.\n\n" * 60)
+    shape = ["--d-model", "24", "--n-layer", "4", "--attention-every", "2", "--attention-window", "8"]
+    run = ["--out", str(tmp_path / "run"), "--context", "24", "--batch-size", "2", "--progress", "off"]
+    data = ["--packing", packing, "--document-separator", "\n\n", "--eval-every", "2", "--sample-every", "0"]
+    assert main(["train", str(text), "--steps", "2", *shape, *run, *data]) == 0
+    assert main(["train", str(text), "--steps", "4", "--resume", *run, *data]) == 0
+    model = stateline.load(tmp_path / "run")
+    assert model.config.attn_layer_idx == [1, 3]
+    assert model.config.attn_cfg["window"] == 8
+    capsys.readouterr()
+    assert main(["generate", "Round", "--model", str(tmp_path / "run"), "--max-tokens", "30"]) == 0
+    assert main(["eval", str(text), "--limit", "500", "--json", str(tmp_path / "run")]) in (0, 2)

@@ -253,6 +253,8 @@ class Attention(Mixer):
             qkv, conv = ops.causal_conv1d(
                 qkv, *self._taps(), initial_state=conv, lengths=lengths, cu_seqlens=cu_seqlens
             )
+        elif conv is not None:
+            conv = conv.clone()  # empty, and still no alias: an exported graph tells its inputs from its outputs
         places = _places(before, x.shape[1], cu_seqlens)
         q, k, v = self._heads(qkv, places)
         parts = [(slice(None), slice(None))]
