@@ -211,6 +211,15 @@ def test_rows_of_a_state_have_places_of_their_own(name: str) -> None:
     assert state.position.tolist() == [10, 3, 5]
 
 
+def test_a_prompt_leaves_the_convolution_its_own_inputs() -> None:
+    """mamba_ssm keeps what came out of the convolution (its issue 1027), and reads on from wrong inputs."""
+    layer, x = made("convolution and mlp"), torch.randn(1, 8, WIDTH, dtype=torch.float64)
+    _, state = layer.extend(x[:, :5], layer.init_state(1, max_tokens=8))
+    torch.testing.assert_close(state.conv, layer.in_proj(x[:, 3:5])[..., : layer.channels])
+    stepped = torch.stack([layer.step_(x[:, i], state) for i in range(5, 8)], 1)
+    torch.testing.assert_close(stepped, layer(x)[:, 5:], rtol=1e-10, atol=1e-12)
+
+
 def test_a_state_shares_no_memory_with_the_one_before() -> None:
     layer, x = made("convolution and mlp"), torch.randn(2, 3, WIDTH, dtype=torch.float64)
     _, before = layer.extend(x, layer.init_state(2, max_tokens=9))

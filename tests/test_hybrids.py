@@ -251,5 +251,5 @@ def test_training_makes_them(packing: str, tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert main(["generate", "Round", "--model", str(tmp_path / "run"), "--max-tokens", "30"]) == 0
     for mode in ("document", "sliding"):
-        given = ["--context", "32"] if mode == "sliding" else []
+        given = ["--context", "32", "--stride", "16"] if mode == "sliding" else []
         assert main(["eval", str(tmp_path / "run"), str(text), "--limit", "500", "--mode", mode, *given]) == 0

@@ -300,9 +300,12 @@ class Attention(Mixer):
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax attention, (b, t, h, p); without a mask each token sees those up to itself. Softmax is in float32."""
-        many = self.num_heads_kv < self.num_heads
-        options: dict[str, Any] = {"scale": self.softmax_scale, "enable_gqa": many}
+        group = self.num_heads // self.num_heads_kv
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if group > 1 and mask is not None and q.device.type != "cpu":
+            # the GPU's only fused kernel that takes a mask wants a key head for every query head
+            k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+        options: dict[str, Any] = {"scale": self.softmax_scale, "enable_gqa": group > 1}
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
         return y.transpose(1, 2)
 
