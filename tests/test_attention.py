@@ -212,7 +212,7 @@ def test_rows_of_a_state_have_places_of_their_own(name: str) -> None:
 
 
 def test_a_prompt_leaves_the_convolution_its_own_inputs() -> None:
-    """mamba_ssm keeps what came out of the convolution (its issue 1027), and reads on from wrong inputs."""
+    """mamba_ssm keeps what came out of it, and a prompt's continuation starts from wrong inputs."""
     layer, x = made("convolution and mlp"), torch.randn(1, 8, WIDTH, dtype=torch.float64)
     _, state = layer.extend(x[:, :5], layer.init_state(1, max_tokens=8))
     torch.testing.assert_close(state.conv, layer.in_proj(x[:, 3:5])[..., : layer.channels])

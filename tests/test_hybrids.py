@@ -20,6 +20,7 @@ from stateline.cli import main
 from stateline.generation import SamplingConfig, Stream, generate_batch
 from stateline.generation.decode import explain
 from stateline.models import MIXERS, LanguageModel, ModelConfig
+from stateline.training import TrainConfig, train
 
 HEADS = {"num_heads": 4, "num_heads_kv": 2, "rotary_emb_dim": 4, "causal": True}
 #: Attention that keeps everything up to a bound, and attention that goes on for ever.
@@ -163,6 +164,12 @@ def test_the_bound_is_the_models_to_set() -> None:
     assert model.init_state(1, max_tokens=5).layers[0].keys.shape[1] == 5
 
 
+def test_states_of_different_room_are_not_stacked() -> None:
+    model = hybrid()
+    with pytest.raises(ValueError, match=r"^state\.stack: .*\(5, 2, 5\) and \(7, 2, 5\).*the same max_tokens"):
+        states.stack([model.init_state(1, max_tokens=n) for n in (7, 5)])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_prepared_models_step_layer_by_layer_and_say_why(kind: str) -> None:
     model = hybrid(kind)
@@ -250,6 +257,10 @@ def test_training_makes_them(packing: str, tmp_path: Path, capsys: pytest.Captur
     assert model.config.attn_cfg["window"] == 8
     capsys.readouterr()
     assert main(["generate", "Round", "--model", str(tmp_path / "run"), "--max-tokens", "30"]) == 0
+    unbound = small(vocab_size=256, attn_layer_idx=[0], attn_cfg=HEADS)
+    with pytest.raises(ValueError, match="attention has no window, and validation and samples read texts"):
+        train(TrainConfig.of(path=str(text), out=str(tmp_path / "other"), steps=1, progress="off"), model=unbound)
+    assert not (tmp_path / "other").exists()
     for mode in ("document", "sliding"):
         given = ["--context", "32", "--stride", "16"] if mode == "sliding" else []
         assert main(["eval", str(tmp_path / "run"), str(text), "--limit", "500", "--mode", mode, *given]) == 0

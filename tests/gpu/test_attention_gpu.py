@@ -1,4 +1,4 @@
-"""Attention on a CUDA device: what it is on the CPU, from a fresh state, a used one, and one that nothing may wait for."""
+"""Attention on a CUDA device: as on the CPU, from fresh and used states, and captured in a graph."""
 
 from __future__ import annotations
 

@@ -163,6 +163,9 @@ def _attention(shape: ShapeConfig, d_model: int, n_layer: int) -> dict[str, Any]
 def prepared(model: LanguageModel, config: TrainConfig, vocabulary: Vocabulary) -> LanguageModel:
     """The model as it is trained: float32 at least, with adapters, dropout and checkpointing if asked."""
     _check_vocabulary(model, vocabulary)
+    if model.config.attn_layer_idx and model.config.attn_cfg.get("window") is None:
+        problem = "the model's attention has no window, and validation and samples read texts of any length."
+        raise fail("train", problem, "Give attn_cfg one; if it is no shorter than --context, it changes no gradient.")
     if model.backbone.embedding.weight.dtype.itemsize < torch.float32.itemsize:
         model.float()  # steps smaller than half precision can hold would be lost
     if config.adapters.lora:
