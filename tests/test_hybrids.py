@@ -22,7 +22,7 @@ from stateline.generation.decode import explain
 from stateline.models import MIXERS, LanguageModel, ModelConfig
 from stateline.training import TrainConfig, train
 
-HEADS = {"num_heads": 4, "num_heads_kv": 2, "rotary_emb_dim": 4, "causal": True}
+HEADS = {"num_heads": 4, "num_heads_kv": 2, "rotary_emb_dim": 4}
 #: Attention that keeps everything up to a bound, and attention that goes on for ever.
 KINDS: dict[str, dict[str, Any]] = {
     "bound": {**HEADS, "max_tokens": 300},
