@@ -83,6 +83,28 @@ def test_it_is_what_the_formula_says(name: str) -> None:
     torch.testing.assert_close(stepped, want, rtol=1e-10, atol=1e-12)
 
 
+def test_heads_turns_and_window_are_those_of_mistral() -> None:
+    """Another library's idea of grouped queries, of the pairing that is not interleaved, and of what a window holds."""
+    mistral = pytest.importorskip("transformers.models.mistral", reason='needs the extra "hf"')
+    config = mistral.MistralConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, sliding_window=5,
+        intermediate_size=8, vocab_size=11,
+    )  # fmt: skip
+    model, seen = mistral.MistralModel(config).eval(), {}
+    theirs = model.layers[0].self_attn
+    ours = sl.Attention(32, 4, 2, rotary_emb_dim=8, window=5, qkv_proj_bias=False, out_proj_bias=False)
+    with torch.no_grad():
+        ours.in_proj.weight.copy_(torch.cat([p.weight for p in (theirs.q_proj, theirs.k_proj, theirs.v_proj)]))
+        ours.out_proj.weight.copy_(theirs.o_proj.weight)
+
+    def keep(module: nn.Module, args: Any, given: dict[str, Any], out: Any) -> None:
+        seen.update(x=given["hidden_states"], y=out[0])
+
+    theirs.register_forward_hook(keep, with_kwargs=True)
+    model(torch.randint(11, (2, 20)))
+    torch.testing.assert_close(ours(seen["x"]), seen["y"], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("window", [None, 5, 300])
 def test_blocks_of_queries_change_nothing(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long sequences are looked at in blocks; here they are short, and there are many."""
