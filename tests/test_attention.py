@@ -174,6 +174,12 @@ def test_a_cache_needs_a_bound_and_keeps_it() -> None:
     with pytest.raises(ValueError, match="becomes 6 tokens long"):
         layer.step_(x[:, 0], state)
     assert all(map(torch.equal, pytree.tree_leaves(state), pytree.tree_leaves(full)))
+    convolved = made("convolution and mlp")
+    _, narrow = convolved.extend(x[:, :3], convolved.init_state(2, max_tokens=3))
+    kept = states.clone(narrow)
+    with pytest.raises(ValueError, match="becomes 4 tokens long"):
+        convolved.step_(x[:, 3], narrow)
+    assert all(map(torch.equal, pytree.tree_leaves(narrow), pytree.tree_leaves(kept)))
     with pytest.raises(ValueError, match="becomes 7 tokens long"):
         layer.extend(x[:1], state, cu_seqlens=torch.tensor([0, 2, 6]))
     layer.step_(x[:1, 0], states.index(state, 1))  # the other row has room

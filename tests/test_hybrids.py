@@ -151,7 +151,7 @@ def test_step_many_takes_in_what_is_committed(kind: str) -> None:
     torch.testing.assert_close(after, model(ids[:1])[:, 8], rtol=1e-4, atol=1e-4)
 
 
-def test_the_bound_is_the_models_to_set() -> None:
+def test_the_bound_is_the_models_to_set(tmp_path: Path) -> None:
     model = small(vocab_size=256, attn_layer_idx=[0], attn_cfg=HEADS)
     with pytest.raises(ValueError, match=r"nothing says how many may come.*model\.max_tokens = 8192"):
         next(stateline.generate(model, "My", max_tokens=3))
@@ -161,6 +161,11 @@ def test_the_bound_is_the_models_to_set() -> None:
     with pytest.raises(ValueError, match="becomes 9 tokens long, its state has room for 8"):
         list(stream.tokens(100))
     assert stream.length == 9
+    stream.save(tmp_path / "full")  # whole: no layer took the token that another refused
+    assert all(s.position.tolist() == [8] for s in stream.state.layers[:1])
+    model.max_tokens = 12
+    with pytest.raises(ValueError, match="holds what no stream holds"):
+        Stream.load(tmp_path / "full", model)
     assert model.init_state(1, max_tokens=5).layers[0].keys.shape[1] == 5
 
 

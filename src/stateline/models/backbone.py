@@ -169,6 +169,8 @@ class Backbone(nn.Module):
 
         self.embedding = nn.Embedding(config.embedding_rows, config.d_model, **made)
         self.layers = nn.ModuleList(block(i) for i in range(config.n_layer))
+        #: Blocks whose state can be full; asking all of them would cost a good part of a small model's token.
+        self._bounded = [i for i in range(config.n_layer) if _can_be_full(self._blocks()[i].mixer)]
         self.norm_f = norm()
         self._initialise()
 
@@ -222,10 +224,16 @@ class Backbone(nn.Module):
     def step_(self, input_ids: Tensor, state: ModelState) -> Tensor:
         """One token each: input_ids (b) -> (b, d_model), writing into `state`. No gradient."""
         x, _ = self._embed(input_ids, None, form="b")
+        self.check_room(state)
         residual = None
         for block, given in zip(self._blocks(), self._layer_states(state), strict=True):
             x, residual = block.step_(x, residual, given)
         return self.norm_f(x, residual)[0]
+
+    def check_room(self, state: ModelState, tokens: int = 1) -> None:
+        """Raise ValueError if some layer has no room for so many more tokens a sequence, while the state is whole."""
+        for i in self._bounded:
+            cast(Block, self.layers[i]).check_room(self._layer_states(state)[i], tokens)
 
     def _run(self, block: Callable[..., Any], *given: Any, **where: Any) -> Any:
         if self.checkpoint_activations and torch.is_grad_enabled():
@@ -258,6 +266,10 @@ class Backbone(nn.Module):
 
     def _thinned(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+
+def _can_be_full(mixer: Mixer) -> bool:
+    return type(mixer).check_room is not Mixer.check_room
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

@@ -117,6 +117,10 @@ class LanguageModel(nn.Module):
             x = _last(x, lengths, cu_seqlens)
         return self._logits(x), state
 
+    def check_room(self, state: ModelState, tokens: int = 1) -> None:
+        """Raise ValueError if some sequence cannot become so many tokens longer, because attention keeps them all."""
+        self.backbone.check_room(state, tokens)
+
     @torch.no_grad()
     def step_(self, input_ids: Tensor, state: ModelState) -> Tensor:
         """One token each: input_ids (b) -> logits (b, v), writing into `state`. No gradient: for engines."""

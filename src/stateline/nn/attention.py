@@ -210,13 +210,13 @@ class Attention(Mixer):
         """x (b, d_model) -> y (b, d_model), writing into `state`; no gradient."""
         self._check(x, "b d_model")
         self._check_state(state, x.shape[0])
+        self.check_room(state)
         qkv, mlp = self._project(x)
         if self.conv1d is not None:
             qkv = ops.causal_conv1d_step_(state.conv, qkv, *self._taps())
         position, room = state.position, state.keys.shape[1]
         q, k, v = self._heads(qkv, position)
         low, high = _range(position)
-        self._refuse_beyond(None if high is None else high + 1, room)
         rows, slot = torch.arange(x.shape[0], device=x.device), position % room
         state.keys[rows, slot] = k.to(state.keys.dtype)
         state.values[rows, slot] = v.to(state.values.dtype)
@@ -329,6 +329,11 @@ class Attention(Mixer):
     def _taps(self) -> tuple[Tensor, Tensor | None]:
         assert self.conv1d is not None
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
+
+    def check_room(self, state: AttentionState, tokens: int = 1) -> None:
+        """Raise ValueError if a sequence of `state` cannot become so many tokens longer."""
+        longest = _range(state.position)[1]
+        self._refuse_beyond(None if longest is None else longest + tokens, state.keys.shape[1])
 
     # ---- what is refused ---------------------------------------------------------------------------------------------
 

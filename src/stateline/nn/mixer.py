@@ -55,6 +55,9 @@ class Mixer(nn.Module, ABC):
     def step_(self, x: Tensor, state: Any) -> Tensor:
         """Continue by one token, x (b, d) -> y (b, d), writing into `state`. No gradient: for engines that generate."""
 
+    def check_room(self, state: Any, tokens: int = 1) -> None:
+        """Raise ValueError if a sequence of `state` cannot become so many tokens longer; most may grow for ever."""
+
     def forward(self, x: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """y (b, t, d) for whole sequences x (b, t, d); arguments as for `extend`."""
         return self.extend(x, None, lengths=lengths, cu_seqlens=cu_seqlens)[0]
