@@ -234,6 +234,7 @@ class Stream:
     def _draw(self) -> GeneratedToken:
         """Give the pending token to the model and draw the next."""
         self._check_whole("generate")
+        self.model.check_room(self.state)
         self._begin()
         self._torn = True
         logits = step(self.model, [self.pending], self.state, self.tokenizer)
@@ -350,7 +351,22 @@ def _fed(stream: Stream, ids: Iterator[list[int]], out: Iterator[T]) -> Iterator
     yield from out
 
 
-# ---- shared with batches ---------------------------------------------------------------------------------------------
+# ---- shared with engines ---------------------------------------------------------------------------------------------
+
+
+def moment_of(stream: Stream) -> Moment:
+    """All that decides what a stream will write, as a copy. Raises ValueError if it was interrupted inside a token."""
+    stream._check_whole("fork")
+    return stream._moment()
+
+
+def stream_at(
+    moment: Moment, model: LanguageModel, sampling: SamplingConfig, tokenizer: Tokenizer | None, chunk: int
+) -> Stream:
+    """A stream that goes on from a moment."""
+    stream = Stream(model, sampling=sampling, tokenizer=tokenizer, chunk=chunk)
+    stream._return_to(moment)
+    return stream
 
 
 def step(model: LanguageModel, pending: Sequence[int | None], memory: Any, tokenizer: Tokenizer | None) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from pathlib import Path
 
 import torch
 
 from stateline import checks
+from stateline.files import BUNDLED_NAMES, bundled
 from stateline.interop import huggingface, mamba_ssm
 from stateline.interop.export import export_model, exported_program, load_exported
 from stateline.models import LanguageModel, checkpoint
@@ -19,7 +19,6 @@ __all__ = [
 ]  # fmt: skip
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
-BUNDLED = "bundled"
 _LOAD = {"stateline": checkpoint.load, "mamba_ssm": mamba_ssm.load, "huggingface": huggingface.load}
 _SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface": huggingface.save}
 
@@ -27,24 +26,23 @@ _SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface
 def load(
     path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """The model in a directory of any known format, or the one that ships as "bundled"; in evaluation mode.
+    """The model in a directory of any known format, or one that ships; in evaluation mode.
 
     Args:
-        path_or_name: a directory (of a model, or of a training run, whose best model is meant), or "bundled".
-            Nothing is ever downloaded.
+        path_or_name: a directory (of a model, or of a training run, whose best model is meant), "bundled" (English, by
+            bytes) or "bundled-zh" (Chinese poems; its text needs `load_tokenizer("bundled-zh", …)`). Nothing is ever
+            downloaded.
         device: where the weights go; CPU if None.
         dtype: of the weights; None keeps the checkpoint's. Time constants stay float32 at least.
 
     Raises CheckpointError naming the file that is missing, damaged, foreign or misfitting, and what to do.
     """
-    if str(path_or_name) == BUNDLED:
-        bundled = importlib.resources.files("stateline") / "bundled" / "model"
-        with importlib.resources.as_file(bundled) as path:
-            if not path.is_dir():
-                raise CheckpointError(
-                    "this installation has no bundled model. Reinstall stateline, or give a directory."
-                )
-            return checkpoint.load(path, device=device, dtype=dtype)
+    if (ours := bundled(path_or_name)) is not None:
+        if not ours.is_dir():
+            raise CheckpointError(
+                f"this installation has no {path_or_name} model. Reinstall stateline, or give a directory."
+            )
+        return checkpoint.load(ours, device=device, dtype=dtype)
     path = Path(path_or_name).expanduser()
     if (path / SETTINGS_FILE).is_file():  # a training run: its best model
         path = path / "model"
@@ -59,11 +57,14 @@ def save(
     Every file is whole or not there. Ours changes in one rename; the others are two files, renamed one after the other,
     and older weights beside them are removed.
 
-    dtype: of the stored weights; None stores them as they are. Time constants are never rounded.
+    dtype: of the stored weights; None stores them as they are; torch.int8, for "stateline" alone, is eight bits for
+        matrices with a scale a row. Time constants are never rounded.
 
     Raises ValueError for what the format cannot express, and where the directory holds a model in another format.
     """
     checks.choice("save", "format", format, FORMATS)
+    if dtype == torch.int8 and format != "stateline":
+        raise checks.fail("save", f"dtype is torch.int8, which {format} does not store.", 'Use format="stateline".')
     model = checkpoint.plain(model)
     target = Path(path).expanduser()
     if (target / checkpoint.CONFIG).exists():
@@ -80,7 +81,8 @@ def detect(path: str | Path) -> str:
         if path.is_file():
             raise CheckpointError(f"{path} is a file. Give the directory that holds config.json and the weights.")
         hint = f" Or is it a model's name? Download it first, e.g. `hf download {path} --local-dir DIR`, and load DIR."
-        raise CheckpointError(f"{path} is no directory.{hint if len(path.parts) <= 2 else ''}")
+        ships = f" Models that ship: {BUNDLED_NAMES}." if str(path).startswith("bundled") else ""
+        raise CheckpointError(f"{path} is no directory.{ships or (hint if len(path.parts) <= 2 else '')}")
     if not (path / checkpoint.CONFIG).exists() and checkpoint.is_complete(path / checkpoint.WEIGHTS):
         return "stateline"  # a kill came between the renames of a first save
     config = checkpoint.read_json(path / checkpoint.CONFIG)

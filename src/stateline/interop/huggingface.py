@@ -170,6 +170,8 @@ def write_config(model: LanguageModel) -> dict[str, Any]:
     mixer: Any = config.make_mixer(device="meta")
     kind = next(k for k in KINDS.values() if k.layer == config.ssm_cfg.get("layer", "Mamba1"))
     problems = []
+    if config.attn_layer_idx:
+        problems.append(f"attn_layer_idx is {config.attn_layer_idx} (no attention there)")
     if config.d_intermediate:
         problems.append(f"d_intermediate is {config.d_intermediate} (no MLP there)")
     if not config.rms_norm:

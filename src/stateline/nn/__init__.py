@@ -1,5 +1,6 @@
 """Layers: each continues a sequence from a state, in any pieces, and gives the state back."""
 
+from stateline.nn.attention import Attention, AttentionState
 from stateline.nn.block import Block, GatedMLP
 from stateline.nn.groups import param_groups
 from stateline.nn.linear import PackedEmbedding, PackedLinear
@@ -7,8 +8,12 @@ from stateline.nn.mamba import Mamba, MambaState
 from stateline.nn.mamba2 import Mamba2, Mamba2State
 from stateline.nn.mixer import Mixer
 from stateline.nn.norm import GatedRMSNorm, LayerNorm, RMSNorm
+from stateline.nn.wrappers import Bidirectional, Scan2d
 
 __all__ = [
+    "Attention",
+    "AttentionState",
+    "Bidirectional",
     "Block",
     "GatedMLP",
     "GatedRMSNorm",
@@ -21,5 +26,6 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "RMSNorm",
+    "Scan2d",
     "param_groups",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from stateline import checks, ops
 from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
 from stateline.nn.precision import keep_wide, wide
+from stateline.ops.causal_conv1d import conv_halves
 
 OP = "Mamba"
 
@@ -101,6 +102,7 @@ class Mamba(Mixer):
 
     no_weight_decay = ("A_log", "D")
     full_precision = ("A_log", "D")
+    reversible = True
 
     def __init__(
         self,
@@ -168,6 +170,15 @@ class Mamba(Mixer):
         conv = torch.zeros(batch, self.d_conv - 1, self.d_inner, **made)
         return MambaState(conv, torch.zeros(batch, self.d_inner, self.d_state, **made))
 
+    def forward(
+        self, x: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None, reverse: bool = False
+    ) -> Tensor:
+        """x (b, t, d_model) -> y (b, t, d_model) for whole sequences; see Mixer.
+
+        reverse: run time backwards, from each sequence's last token to its first; nothing is copied for it.
+        """
+        return self._run(x, None, lengths=lengths, cu_seqlens=cu_seqlens, reverse=reverse)[0]
+
     def extend(
         self,
         x: Tensor,
@@ -177,13 +188,17 @@ class Mamba(Mixer):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, MambaState]:
         """x (b, t, d_model) -> y (b, t, d_model), state; see Mixer."""
+        return self._run(x, state, lengths=lengths, cu_seqlens=cu_seqlens)
+
+    def _run(
+        self, x: Tensor, state: MambaState | None, *, lengths: Lengths | None, **where: Any
+    ) -> tuple[Tensor, MambaState]:
         self._check(x, "b t d_model")
-        where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
-        u, z = self.in_proj(zero_padding(x, lengths)).chunk(2, dim=-1)
-        u, conv = ops.causal_conv1d(
-            u, *self._taps(), activation="silu", initial_state=None if state is None else state.conv, **where
-        )
-        dt, A, B, C = self._select(u)
+        where["lengths"] = lengths
+        xz = self.in_proj(zero_padding(x, lengths))
+        taps = self._taps()
+        u, same_u, z, conv = conv_halves(xz, *taps, initial_state=None if state is None else state.conv, **where)
+        dt, A, B, C = self._select(same_u)
         y, ssm = ops.selective_scan(
             u, dt, A, B, C, z=z, initial_state=None if state is None else state.ssm, **self._skip_and_bias(u), **where
         )
@@ -200,7 +215,7 @@ class Mamba(Mixer):
         return self.out_proj(y)
 
     def _check(self, x: Tensor, form: str) -> None:
-        check_input(OP, x, form, self.d_model, self.conv1d.weight.dtype)  # adapters and quantisation leave that one
+        check_input(OP, x, form, self.d_model, self.conv1d.weight.dtype)  # adapters and packing leave this one alone
 
     def _taps(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias

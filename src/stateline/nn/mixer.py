@@ -22,7 +22,13 @@ class Mixer(nn.Module, ABC):
     For any split of x the concatenated outputs of `extend` equal `forward`; `step_` equals `extend` by one token;
     padded (`lengths`) and packed (`cu_seqlens`) batches equal their sequences alone. A state is a dataclass of tensors,
     known to PyTorch as a pytree, with one row a sequence.
+
+    d_model: width of input and output.
+    reversible: whether `forward` takes `reverse=True`, which reads every sequence from its last token to its first.
     """
+
+    d_model: int
+    reversible: bool = False
 
     @abstractmethod
     def init_state(self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None) -> Any:
@@ -48,6 +54,9 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def step_(self, x: Tensor, state: Any) -> Tensor:
         """Continue by one token, x (b, d) -> y (b, d), writing into `state`. No gradient: for engines that generate."""
+
+    def check_room(self, state: Any, tokens: int = 1) -> None:
+        """Raise ValueError if a sequence of `state` cannot become so many tokens longer; most may grow for ever."""
 
     def forward(self, x: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """y (b, t, d) for whole sequences x (b, t, d); arguments as for `extend`."""
