@@ -57,13 +57,13 @@ FLAGS = {
     "convert": ["--debug", "--dtype", "--force", "--help", "--to", "-h"],
     "eval": [
         "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json", "--limit",
-        "--lines", "--mode", "--stride", "--threads", "--weights", "-h",
+        "--lines", "--mode", "--room", "--stride", "--threads", "--weights", "-h",
     ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "generate": [
         "--batch", "--batch-size", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy", "--help",
         "--load-stream", "--max-tokens", "--min-p", "--model", "--prompt-file", "--repetition-penalty",
-        "--repetition-window", "--save-every", "--save-stream", "--seed", "--stats",
+        "--repetition-window", "--room", "--save-every", "--save-stream", "--seed", "--stats",
         "--stop", "--temperature", "--threads", "--top-k", "--top-p", "--weights", "-h",
     ],
     "info": ["--debug", "--help", "--json", "-h"],

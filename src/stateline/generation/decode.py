@@ -66,7 +66,11 @@ def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageM
     packed: LanguageModel = copy.deepcopy(model, replaced).float().eval().requires_grad_(False)
     if packed.backbone.norm_f.weight.device.type == "cpu":
         gather([m for m in packed.modules() if isinstance(m, PackedMatrix)])
-    packed.token_step = None if explain(packed) else TokenStep(packed)
+    packed.token_step = None if (why := explain(packed)) else TokenStep(packed)
+    if why and packed.backbone.norm_f.weight.is_cuda:
+        backends.say_once(
+            f"{OP}: each token goes layer by layer and unpacks every matrix, slower than the model as it was: {why}"
+        )
     packed.register_load_state_dict_post_hook(_forget)
     return packed
 

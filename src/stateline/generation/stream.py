@@ -235,6 +235,7 @@ class Stream:
     def _draw(self) -> GeneratedToken:
         """Give the pending token to the model and draw the next."""
         self._check_whole("generate")
+        self.model.check_room(self.state)
         self._begin()
         self._torn = True
         logits = step(self.model, [self.pending], self.state, self.tokenizer)
