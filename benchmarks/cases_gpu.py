@@ -7,18 +7,23 @@ b batch, t time step, d channel, n state, k taps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from benchmarks import peers
 from benchmarks.cases import OURS, with_backward, without_grad
 from benchmarks.measure import Work
 from torch import Tensor, nn
 
-from stateline import backends, ops, prepare_for_decode
+from stateline import Engine, backends, ops, prepare_for_decode
+from stateline.generation import SamplingConfig
 from stateline.models import LanguageModel, ModelConfig
 from stateline.nn import Mamba
+from stateline.training.data import Batch
+from stateline.training.graphs import Gradients
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
@@ -29,8 +34,10 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 class Case:
     """Candidates by name, made when asked; `needs` are the ops whose GPU kernels the case is about.
 
-    bytes: that must move.   operations: of a matrix product.   tokens: of a call.   bar: milliseconds to be under.
+    bytes: that must move.   exponentials: that must be taken.   operations: of a matrix product.
+    tokens: of a call.   bar: milliseconds to be under.
     many: launches too much to queue, so only whole calls are timed.
+    steps: that a call makes; all figures are of one.
     """
 
     op: str
@@ -38,10 +45,12 @@ class Case:
     make: Callable[[], dict[str, Work]]
     needs: tuple[str, ...] = ()
     bytes: int | None = None
+    exponentials: int | None = None
     operations: int | None = None
     tokens: int | None = None
     bar: float | None = None
     many: bool = False
+    steps: int = 1
 
     def missing(self) -> str | None:
         """Why a kernel that this case is about does not run here, or None."""
@@ -58,17 +67,22 @@ def cases() -> Iterator[Case]:
         yield from convolution(b, t, d, 4, bars)
     for rows, d in ((16384, 768), (16384, 2560)):
         yield from norm(rows, d)
+    yield from loss(2048, 50280)
     for b, t, d, bars in (
         (8, 2048, 2048, (0.31, 1.5)), (1, 8192, 5120, (0.45, 2.1)), (1, 65536, 2048, (1.3, 6.5)),
         (8, 1024, 1536, (0.12, 0.6)),
     ):  # fmt: skip
         yield from scan(b, t, d, 16, bars)
+    for n, constant in ((64, True), (64, False)):
+        yield from complex_scan(8, 2048, 512, n, constant)
+    yield from scan(8, 2048, 512, 256, (None, None))
     for b in (64, 256):
         yield scan_step(b, 5120, 16, {64: 0.0196, 256: 0.0698}[b])
     yield from block(8, 2048, 1024, (0.9, 3.2))
-    yield training(768, 24, 8, 2048, 240_000)
+    yield from training(768, 24, 8, 2048, 240_000)
     for d, layers, b, bar in ((768, 24, 1, 0.45), (768, 24, 64, 0.75), (2560, 64, 1, 2.6), (2560, 64, 64, 4.5)):
         yield decoding(d, layers, b, bar)
+    yield from serving()
     yield from family()
 
 
@@ -102,19 +116,27 @@ def convolution(b: int, t: int, d: int, k: int, bars: tuple[float | None, float 
     def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.silu(F.conv1d(x, weight[:, None], bias, padding=k - 1, groups=d)[..., :t])
 
+    channels_first = {"F.conv1d": theirs} | named("causal_conv1d", peers.cuda_convolution())
+
     def forward() -> dict[str, Work]:
         x = leaves()
         y = x | {"x": x["x"].transpose(1, 2).contiguous()}
-        return {OURS: without_grad(lambda: ours(**x)), "F.conv1d": without_grad(lambda: theirs(**y))}
+        others = {name: without_grad(lambda run=run: run(**y)) for name, run in channels_first.items()}
+        return {OURS: without_grad(lambda: ours(**x))} | others
 
     def both() -> dict[str, Work]:
         x = leaves()
         y = x | {"x": x["x"].transpose(1, 2).contiguous()}
-        return {OURS: gradients(ours, x), "F.conv1d": gradients(theirs, y)}
+        return {OURS: gradients(ours, x)} | {name: gradients(run, y) for name, run in channels_first.items()}
 
     shape, moved, needs = f"b{b} t{t} d{d} k{k}", b * t * d * 2, ("causal_conv1d",)
     yield Case("causal_conv1d+silu fwd", shape, forward, needs, 2 * moved, tokens=b * t, bar=bars[0])
     yield Case("causal_conv1d+silu fwd+bwd", shape, both, needs, 5 * moved, tokens=b * t, bar=bars[1])
+
+
+def named(name: str, run: Callable[..., Tensor] | None) -> dict[str, Callable[..., Tensor]]:
+    """A peer by name, if it is installed."""
+    return {} if run is None else {name: run}
 
 
 def gradients(forward: Callable[..., Tensor], leaves: dict[str, Tensor]) -> Work:
@@ -154,6 +176,22 @@ def norm(rows: int, d: int) -> Iterator[Case]:
     yield Case("add+rms_norm fwd+bwd", shape, lambda: {OURS: both(ours), "torch": both(theirs)}, needs, 28 * rows * d)
 
 
+def loss(rows: int, v: int) -> Iterator[Case]:
+    """The loss of logits; torch's own beside it, which computes in float32 where it is told to."""
+
+    def both(run: Callable[[Tensor, Tensor], Tensor]) -> Work:
+        torch.manual_seed(0)
+        x = torch.randn(rows, v, device=DEVICE).to(BF16).requires_grad_()
+        targets = torch.randint(v, (rows,), device=DEVICE)
+        return lambda: torch.autograd.grad(run(x, targets), x)
+
+    def make() -> dict[str, Work]:
+        ours = lambda x, targets: ops.cross_entropy(x, targets).sum()  # noqa: E731
+        return {OURS: both(ours), "torch": both(lambda x, y: F.cross_entropy(x.float(), y, reduction="sum"))}
+
+    yield Case("cross_entropy fwd+bwd", f"rows{rows} v{v}", make, ("cross_entropy",), 6 * rows * v)
+
+
 def scan_leaves(b: int, t: int, d: int, n: int) -> dict[str, Tensor]:
     """As in a Mamba block: u, dt, z, B, C in bfloat16, the system in float32."""
     torch.manual_seed(0)
@@ -164,22 +202,65 @@ def scan_leaves(b: int, t: int, d: int, n: int) -> dict[str, Tensor]:
     return token | {"A": A, "D": torch.randn(d, device=DEVICE), "dt_bias": torch.rand(d, device=DEVICE) - 4}
 
 
-def scan(b: int, t: int, d: int, n: int, bars: tuple[float, float]) -> Iterator[Case]:
+def scan(b: int, t: int, d: int, n: int, bars: tuple[float | None, float | None]) -> Iterator[Case]:
     """The scan as a Mamba block calls it: softplus with bias, skip and gate."""
 
     def ours(**x: Tensor) -> Tensor:
         return ops.selective_scan(**x, dt_softplus=True)[0]
 
+    theirs = named("mamba_ssm", peers.cuda_scan())
+
     def forward() -> dict[str, Work]:
         x = scan_leaves(b, t, d, n)
-        return {OURS: without_grad(lambda: ours(**x))}
+        y = channels_first(x)
+        return {OURS: without_grad(lambda: ours(**x))} | {
+            name: without_grad(lambda run=run: run(**y)) for name, run in theirs.items()
+        }
 
-    shape, needs, moved = f"b{b} t{t} d{d} n{n}", ("selective_scan",), 2 * b * t
-    yield Case("selective_scan fwd", shape, forward, needs, moved * (4 * d + 2 * n), tokens=b * t, bar=bars[0])
+    def both() -> dict[str, Work]:
+        x = scan_leaves(b, t, d, n)
+        return {OURS: gradients(ours, x)} | {name: gradients(run, channels_first(x)) for name, run in theirs.items()}
+
+    shape, needs, moved, updates = f"b{b} t{t} d{d} n{n}", ("selective_scan",), 2 * b * t, b * t * d * n
     yield Case(
-        "selective_scan fwd+bwd", shape, lambda: {OURS: gradients(ours, scan_leaves(b, t, d, n))}, needs,
-        moved * (11 * d + 6 * n), tokens=b * t, bar=bars[1],
+        "selective_scan fwd", shape, forward, needs, moved * (4 * d + 2 * n), updates, tokens=b * t, bar=bars[0]
     )  # fmt: skip
+    yield Case(
+        "selective_scan fwd+bwd", shape, both, needs, moved * (11 * d + 6 * n), 2 * updates, tokens=b * t, bar=bars[1]
+    )  # fmt: skip
+
+
+def channels_first(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Data (b, t, …) as (b, …, t), which is how the older libraries keep it; parameters as they are."""
+    return {name: v.transpose(1, 2).contiguous() if v.dim() == 3 else v for name, v in x.items()}
+
+
+def complex_scan(b: int, t: int, d: int, n: int, constant: bool) -> Iterator[Case]:
+    """The scan of a complex system, with B and C constant as in S4D or per token; the reference beside it."""
+
+    def leaves() -> dict[str, Tensor]:
+        x = scan_leaves(b, t, d, n)
+        x["A"] = torch.complex(-torch.rand(d, n, device=DEVICE) - 0.1, 10 * torch.randn(d, n, device=DEVICE))
+        for name in ("B", "C"):
+            per_token = torch.randn(b, t, n, 2, device=DEVICE, dtype=BF16)
+            x[name] = torch.randn(d, n, dtype=x["A"].dtype, device=DEVICE) if constant else per_token
+        return x
+
+    def run(backend: str | None) -> Callable[..., Tensor]:
+        return lambda **x: ops.selective_scan(**x, dt_softplus=True, backend=backend)[0]
+
+    def forward() -> dict[str, Work]:
+        x = leaves()
+        return {OURS: without_grad(lambda: run(None)(**x)), "reference": without_grad(lambda: run("reference")(**x))}
+
+    def both() -> dict[str, Work]:
+        return {OURS: gradients(run(None), leaves()), "reference": gradients(run("reference"), leaves())}
+
+    system = "constant" if constant else "per token"
+    shape, needs, moved = f"b{b} t{t} d{d} n{n} complex, B and C {system}", ("selective_scan",), 2 * b * t
+    per_token = 0 if constant else 4 * n
+    yield Case("selective_scan fwd", shape, forward, needs, moved * (4 * d + per_token), tokens=b * t, many=True)
+    yield Case("selective_scan fwd+bwd", shape, both, needs, moved * (11 * d + 3 * per_token), tokens=b * t, many=True)
 
 
 def scan_step(b: int, d: int, n: int, bar: float) -> Case:
@@ -190,7 +271,11 @@ def scan_step(b: int, d: int, n: int, bar: float) -> Case:
         x = {name: v if name in ("A", "D", "dt_bias") else v[:, 0].contiguous() for name, v in x.items()}
         x |= {name: x[name][:, None] for name in ("B", "C")}
         state = torch.zeros(b, d, n, device=DEVICE)
-        return {OURS: lambda: ops.selective_scan_step_(state, **x, dt_softplus=True)}
+        y = {name: v[:, 0] if name in ("B", "C") else v for name, v in x.items()}
+        theirs = named("mamba_ssm", peers.cuda_scan_step())
+        return {OURS: lambda: ops.selective_scan_step_(state, **x, dt_softplus=True)} | {
+            name: without_grad(lambda run=run: run(state, **y)) for name, run in theirs.items()
+        }
 
     moved = 2 * b * d * n * 4 + 4 * b * d * 2
     return Case("selective_scan step", f"b{b} d{d} n{n}", make, ("selective_scan",), moved, tokens=b, bar=bar)
@@ -222,27 +307,99 @@ def language_model(d: int, layers: int) -> LanguageModel:
     return LanguageModel(config).to(device=DEVICE, dtype=BF16)
 
 
-def training_step(d: int, layers: int, b: int, t: int) -> Work:
-    """One step of AdamW on random tokens."""
+def training_step(d: int, layers: int, b: int, t: int, how: str) -> Work:
+    """One step of AdamW on random tokens: "eager", "recorded" as a CUDA graph, or "compiled" by torch."""
     model = language_model(d, layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(0, 50280, (b, t), device=DEVICE)
+    ids, targets = torch.randint(0, 50280, (2, b, t), device=DEVICE).unbind()
+    loss = torch.compile(model.loss) if how == "compiled" else model.loss
+    recorded, batch = Gradients(model, None), Batch(ids, targets)
 
     def step() -> None:
-        logits = model(ids)
-        loss = F.cross_entropy(logits.flatten(0, 1)[:-1].float(), ids.flatten()[1:])
-        loss.backward()
+        if how == "recorded":
+            recorded(batch, 1.0)
+        else:
+            loss(ids, targets).backward()
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=how != "recorded")
 
     return step
 
 
-def training(d: int, layers: int, b: int, t: int, bar: float) -> Case:
-    """Tokens a second in training; `bar` is in tokens a second."""
-    shape = f"d{d} layers{layers} b{b} t{t}"
-    make = lambda: {OURS: training_step(d, layers, b, t)}  # noqa: E731
-    return Case("language model training step", shape, make, ALL, tokens=b * t, bar=1e3 * b * t / bar, many=True)
+def training(d: int, layers: int, b: int, t: int, bar: float) -> Iterator[Case]:
+    """Tokens a second in training; `bar` is in tokens a second. One case each, so that none holds another's memory."""
+    for how in ("eager", "recorded", "compiled"):
+        shape = f"d{d} layers{layers} b{b} t{t} {how}"
+        make = lambda how=how: {OURS: training_step(d, layers, b, t, how)}  # noqa: E731
+        needs = (*ALL, "cross_entropy")
+        yield Case(
+            "language model training step", shape, make, needs, tokens=b * t, bar=1e3 * b * t / bar, many=True
+        )  # fmt: skip
+
+
+DRAWN = {
+    "greedy": SamplingConfig(temperature=0),
+    "plain": SamplingConfig(seed=0),
+    "top-k 50": SamplingConfig(top_k=50, seed=0),
+    "top-p 0.95, penalty": SamplingConfig(top_p=0.95, repetition_penalty=1.1, seed=0),
+}
+
+
+def serving() -> Iterator[Case]:
+    """A step of an engine, from launch to events: sampled in every way, and after texts of any length."""
+
+    @functools.cache
+    def model() -> LanguageModel:
+        return language_model(768, 24).eval()
+
+    def written(b: int, sampling: SamplingConfig, read: int, steps: int) -> Work:
+        engine, generator = Engine(model(), max_batch=b), torch.Generator().manual_seed(0)
+        for _ in range(b):
+            prompt = torch.randint(50280, (read,), generator=generator)
+            engine.add(prompt, max_tokens=None, sampling=sampling)
+
+        def work() -> None:
+            for _ in range(steps):
+                engine.step()
+
+        while not engine.step():  # prompts are read
+            pass
+        return work
+
+    steps = 20
+    for b in (1, 64):
+        for name, sampling in DRAWN.items():
+            yield Case(
+                "engine decode", f"130M b{b} {name}", lambda b=b, s=sampling: {OURS: written(b, s, 8, steps)}, ALL,
+                token_bytes(768, 24, b), tokens=b, many=True, steps=steps,
+            )  # fmt: skip
+    for read in (1024, 65536):
+        yield Case(
+            "engine decode", f"130M b1 after {read}", lambda r=read: {OURS: written(1, DRAWN["greedy"], r, steps)}, ALL,
+            token_bytes(768, 24, 1), tokens=1, many=True, steps=steps,
+        )  # fmt: skip
+
+    def churn() -> Work:
+        engine, generator = Engine(model(), max_batch=64), torch.Generator().manual_seed(0)
+        prompts = torch.randint(50280, (128, 128), generator=generator)
+
+        def work() -> None:
+            for i, prompt in enumerate(prompts):
+                engine.add(prompt, max_tokens=32 + 37 * i % 65, sampling=DRAWN["plain"])
+            for _ in engine.run():
+                pass
+
+        return work
+
+    tokens = sum(32 + 37 * i % 65 for i in range(128))
+    yield Case("engine, texts that come and go", "130M b64 128 × (128 + 32 to 96)", lambda: {OURS: churn()}, ALL,
+               tokens=tokens, many=True)  # fmt: skip
+
+
+def token_bytes(d: int, layers: int, b: int) -> int:
+    """Bytes of a step of b sequences: all weights in 16 bits, states in float32, read and written."""
+    weights = 2 * (50280 * d + layers * (2 * d * 2 * d + 2 * d * d + 2 * d * (d // 16 + 32) + d // 16 * 2 * d))
+    return weights + b * layers * 2 * d * (16 + 3) * 4 * 2
 
 
 def decoding(d: int, layers: int, b: int, bar: float) -> Case:
@@ -253,9 +410,8 @@ def decoding(d: int, layers: int, b: int, bar: float) -> Case:
         models = {f"{OURS}, {form} packed": prepare_for_decode(plain, form) for form in ("bf16", "int8", "int4")}
         return {name: captured(model, b) for name, model in (models | {f"{OURS}, layer by layer": plain}).items()}
 
-    weights = 2 * (50280 * d + layers * (2 * d * 2 * d + 2 * d * d + 2 * d * (d // 16 + 32) + d // 16 * 2 * d))
-    states = b * layers * 2 * d * (16 + 3) * 4 * 2
-    return Case("decoding step", f"d{d} layers{layers} b{b}", make, ALL, weights + states, tokens=b, bar=bar)
+    moved = token_bytes(d, layers, b)
+    return Case("decoding step", f"d{d} layers{layers} b{b}", make, ALL, moved, tokens=b, bar=bar)
 
 
 def captured(model: LanguageModel, b: int) -> Work:

@@ -44,8 +44,8 @@ def milliseconds(run: Work, turns: int, hidden: bool) -> list[float]:
     return times
 
 
-def figures(run: Work, many: bool, seconds: float) -> dict[str, float]:
-    """Times, the first call's included, and the most memory a call holds."""
+def figures(run: Work, many: bool, steps: int, seconds: float) -> dict[str, float]:
+    """Times of a step, the first call's, and the most memory a call holds."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -54,10 +54,10 @@ def figures(run: Work, many: bool, seconds: float) -> dict[str, float]:
     first = time.perf_counter() - began
     once = statistics.median(milliseconds(run, 3, False))
     turns = int(min(100, max(5, 1e3 * seconds / once)))
-    whole = milliseconds(run, turns, False)
+    whole = [ms / steps for ms in milliseconds(run, turns, False)]
     row = {"ms_p50": statistics.median(whole), "ms_min": min(whole), "turns": turns, "first_call_s": first}
     if not many:
-        row["ms_device"] = statistics.median(milliseconds(run, turns, True))
+        row["ms_device"] = statistics.median(milliseconds(run, turns, True)) / steps
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return {name: round(value, 4) for name, value in row.items()}
 
@@ -67,15 +67,19 @@ def rows(case: Case, seconds: float, rates: dict[str, float]) -> Iterator[dict[s
     work, ours = case.make(), None
     for name, run in work.items():
         row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": "bfloat16", "by": name}
-        row |= figures(run, case.many, seconds)
+        row |= figures(run, case.many, case.steps, seconds)
         best = row.get("ms_device", row["ms_p50"])
         if case.op.startswith("limit: "):
             kind, amount = ("bytes", case.bytes) if case.bytes else ("operations", case.operations)
             rates[kind] = (amount or 0) / best
             row[f"tera_{kind}_per_s"] = round(rates[kind] / 1e9, 3)
-        elif case.bytes and "bytes" in rates:
-            row["floor_ms"] = round(case.bytes / rates["bytes"], 4)
-            row["share_of_floor"] = round(row["floor_ms"] / best, 3)
+        else:
+            if case.bytes and "bytes" in rates:
+                row["floor_ms"] = round(case.bytes / rates["bytes"], 4)
+                row["share_of_floor"] = round(row["floor_ms"] / best, 3)
+            for kind, amount in (("bytes", case.bytes), ("exponentials", case.exponentials)):
+                if amount:
+                    row[f"tera_{kind}_per_s"] = round(amount / best / 1e9, 3)
         if case.tokens:
             row["tokens_per_s"] = round(1e3 * case.tokens / row["ms_p50"])
         if ours is None:
@@ -103,7 +107,7 @@ def profile(case: Case) -> str:
             kernels[event.name] = spent + event.device_time_total / 1e3, count + 1
     total = sum(spent for spent, _ in kernels.values())
     lines = [f"{case.op} {case.shape}: {total:.3f} ms in kernels"]
-    for name, (spent, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:25]:
+    for name, (spent, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:40]:
         lines.append(f"{spent:9.3f} ms {100 * spent / total:5.1f} %  {count:5d} ×  {name[:100]}")
     return "\n".join(lines)
 
@@ -141,8 +145,8 @@ def main(argv: list[str] | None = None) -> int:
 def shown(row: dict[str, Any]) -> str:
     """A row as a line to read."""
     device = f", device {row['ms_device']:.4f}" if "ms_device" in row else ""
-    rest = "".join(f"  {k} {row[k]}" for k in ("floor_ms", "bar_ms", "ratio", "tera_bytes_per_s",
-                   "tera_operations_per_s", "peak_gib", "first_call_s") if k in row)  # fmt: skip
+    shown = ("floor_ms", "bar_ms", "ratio", *(f"tera_{kind}_per_s" for kind in ("bytes", "exponentials", "operations")))
+    rest = "".join(f"  {k} {row[k]}" for k in (*shown, "peak_gib", "first_call_s") if k in row)
     return f"{row['op']} {row['shape']} [{row['by']}] {row['ms_p50']:.4f} ms{device}{rest}"
 
 

@@ -42,6 +42,17 @@ def blocks(d_model: int) -> dict[str, nn.Module]:
     return found
 
 
+def blocks_of_mamba2(d_model: int) -> dict[str, nn.Module]:
+    """Mamba-2 blocks of the peers that are installed, by name, with random weights and one group of B and C."""
+    if not find_spec("transformers"):
+        return {}
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    heads = {"head_dim": 64, "num_heads": 2 * d_model // 64, "n_groups": 1, "state_size": 128}
+    return {"transformers": Mamba2Mixer(Mamba2Config(hidden_size=d_model, num_hidden_layers=1, **heads), 0)}
+
+
 def language_model(d_model: int, n_layer: int, vocab_size: int) -> Any:
     """transformers' Mamba of that shape, random weights; None where it is not installed."""
     if not find_spec("transformers"):
@@ -70,3 +81,30 @@ def mambapy_language_model(
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     return model, loss
+
+
+def cuda_scan() -> Callable[..., Tensor] | None:
+    """mamba_ssm's scan with gate and softplus, of channels-first u, dt, z (b, d, t) and B, C (b, n, t)."""
+    if not find_spec("mamba_ssm"):
+        return None
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return lambda u, dt, A, B, C, D, z, dt_bias: selective_scan_fn(u, dt, A, B, C, D, z, dt_bias, True)
+
+
+def cuda_scan_step() -> Callable[..., Tensor] | None:
+    """mamba_ssm's token of the scan, in place."""
+    if not find_spec("mamba_ssm"):
+        return None
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    return lambda h, u, dt, A, B, C, D, z, dt_bias: selective_state_update(h, u, dt, A, B, C, D, z, dt_bias, True)
+
+
+def cuda_convolution() -> Callable[..., Tensor] | None:
+    """causal_conv1d's convolution with silu, of channels-first x (b, d, t)."""
+    if not find_spec("causal_conv1d"):
+        return None
+    from causal_conv1d import causal_conv1d_fn
+
+    return lambda x, weight, bias: causal_conv1d_fn(x, weight, bias, activation="silu")

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same bits from less memory; and bfloat16, which learns as float32 does."""
+"""Activation checkpointing: the same bits from less memory; dropout; bfloat16, which learns as float32 does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stateline.models import LanguageModel, ModelConfig
-from stateline.training import TrainConfig, train
+from stateline.training import TrainConfig, bits_per_byte, train
 
 
 def small(**options: Any) -> LanguageModel:
@@ -88,6 +88,58 @@ def test_compiles_into_one_graph() -> None:
     found = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     for got, wanted in zip(found, plain, strict=False):
         assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_dropout_thins_what_blocks_add_and_only_in_training() -> None:
+    """Of ones that every block writes, a share 1 - p is kept, as 1 / (1 - p); evaluation knows nothing of it."""
+    model = small(n_layer=2, d_model=64)
+    ids = torch.randint(256, (4, 100))
+    plain = model.eval()(ids)
+    model.backbone.dropout = 0.25
+    assert torch.equal(model(ids), plain)
+    written: list[Tensor] = []
+    model.backbone.norm_f.register_forward_pre_hook(lambda _, given: written.append(given[0]))
+    model.train()
+    model.extend(ids)
+    for block in model.backbone.layers:
+        block.register_forward_hook(lambda *_: (torch.ones(4, 100, 64), torch.zeros(4, 100, 64)))
+    model.loss(ids, ids)
+    model.loss(ids, ids)
+    for found in written:
+        assert (found != 0).float().mean().item() == pytest.approx(0.75, abs=0.02)
+    assert torch.allclose(written[1][written[1] != 0], torch.tensor(1 / 0.75))
+    assert not torch.equal(written[1], written[2])
+
+
+def test_dropout_learns_less_by_heart(tmp_path: Path) -> None:
+    """A short text many times over: the gap between what is learnt and what is held out shrinks."""
+    text = (Path(str(files("stateline") / "bundled" / "excerpt")) / "train.txt").read_bytes()
+    (tmp_path / "text.txt").write_bytes(text[:3000])
+    (tmp_path / "val.txt").write_bytes(text[3000:6000])
+    gaps = []
+    for dropout in (0.0, 0.3):
+        run = train(
+            TrainConfig.of(
+                path=str(tmp_path / "text.txt"),
+                val=str(tmp_path / "val.txt"),
+                out=str(tmp_path / f"{dropout}"),
+                steps=120,
+                d_model=32,
+                n_layer=2,
+                d_state=4,
+                context=64,
+                batch_size=16,
+                lr=1e-2,
+                dropout=dropout,
+                sample_every=0,
+                eval_every=0,
+                progress="off",
+            )
+        )
+        learnt = bits_per_byte(run.model, text[:3000])
+        assert learnt is not None
+        gaps.append(run.best_bpb - learnt)
+    assert gaps[1] < gaps[0] - 0.1, gaps
 
 
 @pytest.mark.full

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from makers import FORMATS, contents, edit, ids, small
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import stateline
 from stateline.models import checkpoint
 from stateline.models.checkpoint import CheckpointError
+from stateline.nn.linear import PackedMatrix
+from stateline.nn.precision import full_precision_names
 
 
 def test_model_keeps_its_dtype(tmp_path: Path) -> None:
@@ -30,8 +33,70 @@ def test_model_keeps_its_dtype(tmp_path: Path) -> None:
             assert torch.equal(again.get_parameter(name), parameter)
     with pytest.raises(ValueError, match=r"dtype is torch.int8"):
         stateline.load(tmp_path / "m", dtype=torch.int8)
-    with pytest.raises(ValueError, match=r"dtype is torch.int8"):
+    with pytest.raises(ValueError, match=r"dtype is torch.int16"):
+        stateline.save(model, tmp_path / "m", dtype=torch.int16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bits_round_matrices_and_nothing_else(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = small().to(dtype)
+    with torch.no_grad():
+        model.get_parameter("backbone.layers.0.mixer.in_proj.weight")[3] = 0  # a row without a scale
+    stateline.save(model, tmp_path, dtype=torch.int8)
+    again = stateline.load(tmp_path)
+    exact = full_precision_names(model)
+    rounded = 0
+    for name, parameter in model.named_parameters():
+        found, wanted = again.get_parameter(name).float(), parameter.float()
+        assert again.get_parameter(name).dtype == parameter.dtype
+        if parameter.dim() == 2 and name not in exact:
+            step = wanted.abs().amax(1, keepdim=True) / 127
+            slack = 2.0**-8 * wanted.abs() if dtype == torch.bfloat16 else 1e-6 * step  # the cast back rounds too
+            assert ((found - wanted).abs() <= step / 2 + slack).all(), name
+            rounded += 1
+        else:
+            assert torch.equal(found, wanted), name
+    assert rounded == 2 * 4 + 1  # two blocks of four, and the embedding
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(x.dtype == torch.int8 for x in stored.values()) == rounded
+    assert json.loads((tmp_path / "config.json").read_text())["version"] == 2
+
+
+def test_eight_bits_are_packed_for_decoding_without_further_loss(tmp_path: Path) -> None:
+    stateline.save(small(), tmp_path, dtype=torch.int8)
+    once = stateline.load(tmp_path)
+    packed = stateline.prepare_for_decode(once, "int8")
+    kept = 0
+    for name, module in packed.named_modules():
+        if isinstance(module, PackedMatrix) and module.format == "int8":
+            weight = once.get_parameter(name.removesuffix("matrix") + "weight")
+            assert torch.allclose(module.unpacked(), weight, rtol=1e-6, atol=0)
+            kept += 1
+    assert kept > 4
+    stateline.save(once, tmp_path / "twice", dtype=torch.int8)
+    first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "twice"))
+    assert all(torch.equal(x, second[name]) for name, x in first.items() if x.dtype == torch.int8)
+
+
+def test_eight_bits_are_refused_where_they_cannot_be(tmp_path: Path) -> None:
+    for format in ("mamba_ssm", "huggingface"):
+        with pytest.raises(ValueError, match=f"torch.int8, which {format} does not store"):
+            stateline.save(small(), tmp_path / format, format, dtype=torch.int8)
+    model = small()
+    stateline.save(model, tmp_path / "m", dtype=torch.int8)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"embedding.weight holds numbers that are not finite.* Save them as they are"):
         stateline.save(model, tmp_path / "m", dtype=torch.int8)
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(path)
+    name = "backbone.layers.1.mixer.out_proj.weight"
+    for wrong in ({name: tensors[name].float()}, {name + ".scales": torch.ones(3)}, {"none.scales": torch.ones(3)}):
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        save_file(tensors | wrong, tmp_path / "m" / "model.safetensors", metadata=about)
+        with pytest.raises(CheckpointError, match=r"model.safetensors is damaged: .*expected int8"):
+            stateline.load(tmp_path / "m")
 
 
 def test_metadata_travels_along(tmp_path: Path) -> None:
@@ -68,14 +133,14 @@ def test_compiled_models_are_saved_as_themselves(tmp_path: Path) -> None:
 
 def test_versions_from_the_future_are_refused(tmp_path: Path) -> None:
     stateline.save(small(), tmp_path)
-    record = {**json.loads((tmp_path / "config.json").read_text()), "version": 2}
+    record = {**json.loads((tmp_path / "config.json").read_text()), "version": 3}
     (tmp_path / "config.json").write_text(json.dumps(record))
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"stateline": json.dumps(record)})
-    with pytest.raises(CheckpointError, match="version 2, this release reads 'stateline' version 1"):
+    with pytest.raises(CheckpointError, match="version 3, this release reads 'stateline' versions 1 and 2"):
         stateline.load(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")  # by a tool that drops headers: config.json counts
-    with pytest.raises(CheckpointError, match="version 2"):
+    with pytest.raises(CheckpointError, match="version 3"):
         stateline.load(tmp_path)
     edit(tmp_path / "config.json", version=1)
     stateline.load(tmp_path)

@@ -57,13 +57,13 @@ FLAGS = {
     "convert": ["--debug", "--dtype", "--force", "--help", "--no-tokenizer", "--to", "-h"],
     "eval": [
         "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json", "--limit",
-        "--lines", "--mode", "--stride", "--threads", "--weights", "-h",
+        "--lines", "--mode", "--room", "--stride", "--threads", "--weights", "-h",
     ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "generate": [
         "--batch", "--batch-size", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy", "--help",
         "--load-stream", "--max-tokens", "--min-p", "--model", "--prompt-file", "--repetition-penalty",
-        "--repetition-window", "--save-every", "--save-stream", "--seed", "--stats",
+        "--repetition-window", "--room", "--save-every", "--save-stream", "--seed", "--stats",
         "--stop", "--temperature", "--threads", "--top-k", "--top-p", "--weights", "-h",
     ],
     "info": ["--debug", "--help", "--json", "-h"],
@@ -199,8 +199,10 @@ def test_a_character_cut_short_is_shown_as_such(run: Callable[..., str], monkeyp
     assert run("generate", "x", "--model", "MODEL", "--max-tokens", "5") == "a😀\n"
 
 
-def test_the_bundled_model_writes_at_once(run: Callable[..., str]) -> None:
+def test_the_bundled_models_write_at_once(run: Callable[..., str]) -> None:
     assert len(run("generate", "My fellow citizens", "--max-tokens", "20", "--seed", "1")) > 10
+    assert "。" in run("generate", "春", "--model", "bundled-zh", "--max-tokens", "40", "--seed", "1")
+    assert json.loads(run("info", "bundled-zh", "--json"))["config"]["vocab_size"] == 6144
 
 
 # ---- train, convert, info, explain -----------------------------------------------------------------------------------
@@ -259,6 +261,11 @@ def test_convert_dtype_and_tokenizer(run: Callable[..., str], home: Path, tmp_pa
     assert (tmp_path / "half" / "tokenizer.json").read_text() == '{"any": "thing"}'
     weights = "model.safetensors"
     assert (tmp_path / "half" / weights).stat().st_size < 0.8 * (source / weights).stat().st_size
+    run("convert", str(source), str(tmp_path / "quarter"), "--dtype", "int8")
+    assert (tmp_path / "quarter" / weights).stat().st_size < 0.8 * (tmp_path / "half" / weights).stat().st_size
+    for other in ("mamba_ssm", "huggingface", "export", "onnx"):
+        assert main(["convert", str(source), str(tmp_path / "other"), "--dtype", "int8", "--to", other]) == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_convert_replaces_only_when_forced_and_only_when_done(

@@ -22,7 +22,7 @@ from stateline.training import Interrupted, bits_per_byte, load_data, loop, resu
 #: Options that meet in every case: documents apart, two batches a step, a mean of the weights, a guard, room saved.
 SHARED: dict[str, Any] = {
     "packing": "documents", "accumulate": 2, "ema": 0.8, "schedule": "wsd", "on_spike": "skip", "patience": 9,
-    "checkpoint_activations": True,
+    "checkpoint_activations": True, "dropout": 0.1,
 }  # fmt: skip
 GIVEN = {"d_model": None, "n_layer": None, "d_state": 16}  # shapes that come with weights
 #: Text, and what is done with it; names of files are those of `files`.
@@ -104,7 +104,10 @@ def test_it_works_and_resumes_with_the_same_bits(
     assert load_tokenizer(home, saved.config.vocab_size).vocab_size == data.vocabulary.size
     autocast = torch.bfloat16 if settings.get("dtype") else None
     whole = bits_per_byte(saved, data.val, apart=True, autocast=autocast)
-    assert resumed.best_bpb == straight.best_bpb == whole, "what is saved is what was judged"
+    assert resumed.best_bpb == straight.best_bpb
+    if "lora" in settings:  # judged with adapters beside the weights, saved with them added: other roundings
+        whole = pytest.approx(whole, rel=1e-6)
+    assert straight.best_bpb == whole, "what is saved is what was judged"
     assert main(["generate", "Day", "--model", str(resumed.directory), "--max-tokens", "3"]) == 0
     assert not any(".lora_" in name or "base_layer" in name for name in saved.state_dict())
 

@@ -14,8 +14,11 @@ import pytest
 import torch
 from test_ops import BACKENDS, FLAG, USUAL, cut, leaf, plain_scan, scan_case
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stateline import backends, ops
+from stateline.ops.causal_conv1d import conv_halves
 
 OPS = torch.ops.stateline
 
@@ -44,6 +47,16 @@ def test_gradcheck_of_every_convolution_argument(backend: str, options: dict[str
     leaves = [leaf(shape, torch.float64).requires_grad_() for shape in ((3, 6, 4), (4, 3), (4,), (3, 2, 4))]
     call = lambda x, w, b, s: ops.causal_conv1d(x, w, b, initial_state=s, backend=backend, **options)  # noqa: E731
     assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", [{}, {"lengths": [2, 0, 6]}], ids=str)
+def test_gradcheck_of_halves(backend: str, where: dict[str, Any]) -> None:
+    leaves = [leaf(shape, torch.float64).requires_grad_() for shape in ((3, 6, 8), (4, 3), (4,), (3, 2, 4))]
+    call = lambda xz, w, b, s: conv_halves(xz, w, b, initial_state=s, backend=backend, **where)  # noqa: E731
+    assert torch.autograd.gradcheck(call, leaves)
+    with pytest.raises(ValueError, match="set by half of xz"):
+        call(leaves[0][..., 1:], *leaves[1:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,6 +93,13 @@ def test_what_a_back_end_keeps_reaches_its_backward(monkeypatch: pytest.MonkeyPa
         assert ops.selective_scan(u, *x.values(), backend="reference")[0].shape == u.shape
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck_of_cross_entropy(backend: str) -> None:
+    targets = torch.tensor([3, -1, 0, 5])
+    call = lambda x: ops.cross_entropy(x, targets, classes=6, ignore_index=-1, backend=backend)  # noqa: E731
+    assert torch.autograd.gradcheck(call, leaf((4, 7), torch.float64).requires_grad_())
+
+
 def test_opcheck_of_raw_ops() -> None:
     x = plain_scan()
     B, C = x["B"], x["C"]
@@ -96,10 +116,16 @@ def test_opcheck_of_raw_ops() -> None:
     y, taps = OPS.causal_conv1d(v, w, b, True, None, None, False, None)
     torch.library.opcheck(OPS.causal_conv1d.default, (v, w, b, True, None, None, False, None))
     torch.library.opcheck(OPS.causal_conv1d_backward.default, (y, taps, v, w, b, True, taps, None, True, None))
+    halves = (y, y, y, taps, torch.cat([v, v], -1), w, b, True, None, None, False, None)
+    torch.library.opcheck(OPS.causal_conv1d_halves_backward.default, halves)
     torch.library.opcheck(OPS.causal_conv1d_step_.default, (taps, v[:, 0], w, b, True, None, None))
     y, h = OPS.rms_norm(v, b, None, 1e-5, torch.float32, None)
     torch.library.opcheck(OPS.rms_norm.default, (v, b, v, 1e-5, torch.float64, None))
     torch.library.opcheck(OPS.rms_norm_backward.default, (y, h, h, b, 1e-5, torch.float32, None, None))
+    logits, targets = leaf((3, 8), torch.float32), torch.tensor([0, -1, 6])
+    loss, total = OPS.cross_entropy(logits, targets, 7, -1, None)
+    torch.library.opcheck(OPS.cross_entropy.default, (logits, targets, 7, -1, None))
+    torch.library.opcheck(OPS.cross_entropy_backward.default, (loss, logits, total, targets, 7, -1, None))
 
 
 def test_compiles_whole_with_gradients_and_dynamic_length() -> None:
@@ -341,7 +367,7 @@ def test_an_op_without_gpu_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_precision_of_a_scan_is_that_of_its_a(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(backends, "_unavailable", lambda name, op, device, dtype: seen.append(dtype))
+    monkeypatch.setattr(backends, "_unavailable", lambda name, op, device, dtype, args: seen.append(dtype))
     u, A = torch.zeros(1, 2, 3), torch.zeros(3, 4, dtype=torch.complex64)
     backends.explain(ops.selective_scan, u, u, A)
     backends.explain(ops.selective_scan, u)
@@ -418,3 +444,24 @@ def test_without_the_library_everything_works_and_says_so_once(prepare: str, rea
     assert explained.startswith("reference; not gpu: needs CUDA tensors, these are on cpu; not cpu: ")
     assert refused.startswith("refused")
     assert all(reason in line for line in (said, explained, refused))
+
+
+def test_raw_ops_stay_visible_to_whoever_looks() -> None:
+    """Modes, fake tensors and the profiler see each op, although nothing else makes it pass the dispatcher."""
+    x, weight = leaf((2, 5), torch.float32), leaf((5,), torch.float32)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        ops.rms_norm(x, weight.requires_grad_())[0].sum().backward()
+    assert {"stateline.rms_norm.default", "stateline.rms_norm_backward.default"} <= set(seen)
+    with FakeTensorMode() as mode:
+        y, _ = ops.rms_norm(mode.from_tensor(x), mode.from_tensor(weight))
+    assert isinstance(y, FakeTensor)
+    with torch.profiler.profile() as profile:
+        ops.rms_norm(x, weight)
+    assert "stateline::rms_norm" in {event.key for event in profile.key_averages()}

@@ -10,14 +10,32 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent / "gpu" / "test_gpu_ops.py"
+TESTS = Path(__file__).parent / "gpu"
+#: What takes seconds and not minutes there, and yet passes through every kernel.
+QUICK = (
+    "test_lengths or test_states and (True-3 or False-16 or -0) or test_segments and True-True-packed"
+    " or test_step and float32"
+)
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0"
+)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0")
-def test_kernels_compute_the_same_under_the_interpreter() -> None:
+@needs_triton
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        ("test_gpu_ops.py", ""),
+        ("test_sampling_gpu.py", ""),
+        ("test_scan_triton.py", QUICK),
+        pytest.param("test_scan_triton.py", "", marks=pytest.mark.full),
+    ],
+    ids=["ops", "sampling", "scan", "all of the scan"],
+)
+def test_kernels_compute_the_same_under_the_interpreter(file: str, chosen: str) -> None:
     """In a process of its own: Triton reads the switch when it is imported."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", str(TESTS)],
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-k", chosen, str(TESTS / file)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

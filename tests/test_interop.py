@@ -14,9 +14,12 @@ from makers import FORMATS, contents, edit, ids, small
 from safetensors.torch import load_file, save_file
 
 import stateline
+from stateline.files import bundled
+from stateline.generation import SamplingConfig, load_tokenizer
 from stateline.interop import CheckpointError, detect
 from stateline.models import checkpoint
 from stateline.nn.precision import full_precision_names
+from stateline.training import bits_per_byte
 
 try:
     import transformers
@@ -36,6 +39,7 @@ needs_transformers = pytest.mark.skipif(transformers is None, reason="transforme
     "options",
     [
         {}, {"tie_embeddings": False}, {"residual_in_fp32": False},
+        {"ssm_cfg": {"layer": "Mamba2", "d_state": 3, "headdim": 5, "ngroups": 2, "dt_limit": (0.01, 0.5)}},
         {"ssm_cfg": {"d_state": 3, "d_conv": 2, "expand": 3, "dt_rank": 7, "bias": True, "conv_bias": False}},
     ],
     ids=str,
@@ -208,11 +212,13 @@ def test_what_transformers_cannot_express_is_refused(tmp_path: Path) -> None:
         stateline.save(small(), tmp_path / "m", "keras")
 
 
-@pytest.mark.parametrize("kind", ["mamba2", "falcon_mamba", "llama", "jamba"])
+@pytest.mark.parametrize("kind", ["falcon_mamba", "llama", "jamba"])
 def test_other_hugging_face_models_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     stateline.save(small(), tmp_path, "huggingface")
     edit(tmp_path / "config.json", model_type=kind)
-    with pytest.raises(CheckpointError, match=f"model_type '{kind}'; of Hugging Face's, 'mamba' is supported"):
+    with pytest.raises(
+        CheckpointError, match=f"model_type '{kind}'; of Hugging Face's, 'mamba' and 'mamba2' are supported"
+    ):
         stateline.load(tmp_path)
 
 
@@ -249,9 +255,13 @@ def test_old_files_of_mamba_ssm_lack_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attn_layer_idx": [1]}, "attn_layer_idx is set; supported are models without attention"),
-        ({"attn_cfg": {"num_heads": 4}}, "attn_cfg is set"),
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "'Mamba2', expected one of"),
+        ({"attn_layer_idx": [1]}, "attn_cfg is not causal"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True}}, "attn_cfg has no num_heads"),
+        ({"attn_layer_idx": [2], "attn_cfg": {"causal": True, "num_heads": 4}}, "attn_layer_idx is 2"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "window": 4}}, "attn_cfg has unknown keys window"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "num_heads": 4, "heads": 4}}, "attn_cfg has unknown"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "num_heads": 4}}, "missing: backbone.layers.1.mixer"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "'Mamba3', expected one of"),
         ({"n_head": 3}, "unknown keys n_head"), ({"vocab_size": None}, "lacks vocab_size"),
         ({"ssm_cfg": {"d_stat": 3}}, "unknown keys d_stat"), ({"d_model": "20"}, "d_model is '20'"),
     ],
@@ -386,8 +396,44 @@ def test_bundled_is_a_name_not_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
     import importlib.resources
 
     stateline.save(small(), tmp_path / "bundled" / "model")
-    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
-    assert stateline.load("bundled").config.d_model == 20
-    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path / "none")
-    with pytest.raises(CheckpointError, match=r"no bundled model. Reinstall"):
-        stateline.load("bundled")
+    stateline.save(small(n_layer=1), tmp_path / "bundled" / "chinese")
+    monkeypatch.chdir(tmp_path)  # where a folder has the name
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.resources, "files", lambda package: tmp_path)
+        assert stateline.load("bundled").config.n_layer == 2
+        assert stateline.load("bundled-zh").config.n_layer == 1
+        patch.setattr(importlib.resources, "files", lambda package: tmp_path / "none")
+        for name in ("bundled", "bundled-zh"):
+            with pytest.raises(CheckpointError, match=f"no {name} model. Reinstall"):
+                stateline.load(name)
+    with pytest.raises(
+        CheckpointError, match=r'bundled-cn is no directory. Models that ship: "bundled" or "bundled-zh"'
+    ):
+        stateline.load("bundled-cn")
+
+
+def test_the_bundled_models_are_what_their_cards_say() -> None:
+    """Small enough to ship, and able to predict text they have not seen."""
+    poem = "聖主覃恩徧九垓，碧油紅旆出關來。鄉中父老如相問，十五年前趙秀才。"  # of the test
+    speech = "Tonight, I want to speak about the choices before our Nation. "
+    for name, text, worst in (("bundled", speech, 2.5), ("bundled-zh", poem, 3.0)):
+        folder = bundled(name)
+        assert folder is not None
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 10_000_000
+        model = stateline.load(name)
+        assert f"{model.num_parameters():,}" in (folder / "README.md").read_text(encoding="utf-8")
+        bits = bits_per_byte(model, text, tokenizer=load_tokenizer(name, model.config.vocab_size))
+        assert bits is not None
+        assert bits < worst, name
+
+
+def test_a_poem_begins_and_ends() -> None:
+    """The tokenizer puts the end-of-text id before a prompt, as training did, and the model ends what it writes."""
+    model = stateline.load("bundled-zh")
+    tokenizer = load_tokenizer("bundled-zh", model.config.vocab_size)
+    assert tokenizer.prefix == (tokenizer.end,)
+    sampling = SamplingConfig(temperature=0.8, top_p=0.95, seed=1)
+    text = "春" + "".join(stateline.generate(model, "春", tokenizer=tokenizer, max_tokens=300, sampling=sampling))
+    lines = text.rstrip("。").replace("，", "。").split("。")
+    assert len(lines) >= 4
+    assert len({len(line) for line in lines}) == 1, text

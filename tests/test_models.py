@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateline import state as states
@@ -175,95 +174,6 @@ def test_16_bit_model_keeps_its_residual_stream_in_float32() -> None:
         model.backbone.norm_f.register_forward_pre_hook(lambda module, args: seen.append(args[1].dtype))
         assert model(ids()).dtype == torch.bfloat16
     assert seen == [torch.float32, torch.bfloat16]
-
-
-# ---- loss ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 5, 14, 1000])
-@pytest.mark.parametrize("where", ["plain", "padded", "packed"])
-def test_loss_is_the_cross_entropy_of_the_logits(chunk: int, where: str) -> None:
-    model = small(tie_embeddings=False).double()
-    x, targets = ids(), ids()
-    targets[0, 2] = -7
-    options: dict[str, Any] = {"ignore_index": -7}
-    if where == "padded":
-        options["lengths"] = torch.tensor([7, 3])
-        x[1, 3:] = -1
-    if where == "packed":
-        x, targets = x.view(1, 14), targets.view(1, 14)
-        options["cu_seqlens"] = torch.tensor([0, 5, 14])
-    place = {k: v for k, v in options.items() if k != "ignore_index"}
-    counted = targets.clone()
-    if where == "padded":
-        counted[1, 3:] = -7
-    want = F.cross_entropy(model(x, **place).flatten(0, 1), counted.flatten(), ignore_index=-7)
-    got = model.loss(x, targets, chunk=chunk, **options)
-    assert got.dtype == torch.float64
-    assert abs(got - want) < 1e-12
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    for name, g, w in zip(
-        names, torch.autograd.grad(got, parameters), torch.autograd.grad(want, parameters), strict=True
-    ):
-        assert (g - w).abs().max() <= 1e-10 * w.abs().max(), name
-
-
-def test_loss_without_targets_is_zero_and_float32_in_16_bits() -> None:
-    model, x = small(), ids()
-    loss = model.loss(x, torch.full_like(x, -100))
-    assert loss == 0
-    loss.backward()
-    want = model.loss(x, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = model.loss(x, x, chunk=3)
-    assert got.dtype == torch.float32
-    assert abs(got - want) < 2e-2 * want
-    model = model.bfloat16()
-    exact = F.cross_entropy(model(x).float().flatten(0, 1), x.flatten())
-    assert abs(model.loss(x, x, chunk=3) - exact) < 1e-5  # softmax in bfloat16 would be off by 1e-2
-
-
-def test_loss_never_holds_more_than_a_chunk_of_logits() -> None:
-    """Counts the tokens that reach the head, and the logits that survive until the backward pass."""
-    model, x = small(vocab_size=5000), torch.randint(5000, (2, 40))
-    sizes: list[int] = []
-    model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.shape[0]))
-    kept: list[int] = []
-
-    def pack(t: Tensor) -> Tensor:
-        if t is not model.lm_head.weight:
-            kept.append(t.numel() if t.dim() and t.shape[-1] >= 5000 else 0)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model.loss(x, x, chunk=16)
-        assert max(kept) == 0, "logits are kept for the backward pass"
-    assert sizes == [16] * 5
-    loss.backward()
-    assert sizes == [16] * 10  # once more, chunk by chunk
-    with torch.no_grad():
-        sizes.clear()
-        model.loss(x, x, chunk=16)
-        assert sizes == [16] * 5
-
-
-def test_loss_goes_through_the_head_as_a_module() -> None:
-    """An adapter on the head is trained: nothing reads its weight."""
-
-    class Adapter(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base, self.extra = base, nn.Linear(16, 64, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base(x) + self.extra(x)  # type: ignore[no-any-return]  # modules
-
-    model = small()
-    model.lm_head = Adapter(model.lm_head)  # type: ignore[assignment]  # as adapter libraries do
-    model.loss(ids(), ids(), chunk=4).backward()
-    assert (model.lm_head.extra.weight.grad != 0).any()
-    with pytest.raises(ValueError, match="Merge or remove adapters"):
-        checkpoint.weights(model)
 
 
 # ---- compilation -----------------------------------------------------------------------------------------------------

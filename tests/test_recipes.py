@@ -114,6 +114,8 @@ def test_rows_check_themselves() -> None:
         ({"lora_alpha": 2.0}, "lora_alpha is set, but lora is 0"),
         ({"patience": 3, "eval_every": 0}, "patience is 3, but eval_every is 0"),
         ({"min_delta": 0.1}, "min_delta is set, but patience is 0"),
+        ({"cuda_graphs": True, "packing": "documents"}, "cuda_graphs is set, but packing is 'documents'"),
+        ({"cuda_graphs": True, "checkpoint_activations": True}, "cuda_graphs and checkpoint_activations are both set"),
         ({"on_spike": "panic"}, "on_spike is 'panic', expected one of 'stop', 'skip', 'ignore'"),
     ],
 )
@@ -173,7 +175,7 @@ def test_the_mean_is_what_is_judged_and_saved(text: Path) -> None:
 def test_resume_gives_the_same_bits_with_every_recipe(text: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {
         "ema": 0.9, "schedule": "wsd", "decay_form": "sqrt", "on_spike": "skip", "spike_window": 10,
-        "patience": 50, "checkpoint_activations": True, "dtype": "bfloat16",
+        "patience": 50, "checkpoint_activations": True, "dtype": "bfloat16", "dropout": 0.05,
     }  # fmt: skip
     data = tiny(text).data
     bad, _ = Windows(load_data(data).train, data.context, 0).batch(16 * 4, 2)  # the first half of step 16

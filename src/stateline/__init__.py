@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stateline import ops as ops
     from stateline import state as state
     from stateline import training as training
+    from stateline.generation import Engine as Engine
     from stateline.generation import generate as generate
     from stateline.generation.decode import prepare_for_decode as prepare_for_decode
     from stateline.interop import load as load
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
+    "Engine": "generation",
     "LanguageModel": "models",
     "ModelConfig": "models",
     "generate": "generation",

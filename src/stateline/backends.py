@@ -1,7 +1,8 @@
 """Which code runs an operation: chosen by device and dtype, or forced by `backend=`, and always explained.
 
-gpu         Triton kernels (module `ops.<op>.gpu`); CUDA tensors of the dtypes the module names
+gpu         Triton kernels, or CUDA C++ (module `ops.<op>.gpu`); CUDA tensors of the dtypes the module names
 cpu         C++ with vector instructions, loaded through ctypes; CPU tensors
+chunked     PyTorch, whole chunks as matrix products; any device; operations that have such a form
 reference   PyTorch, the definition; any device, any dtype
 """
 
@@ -14,8 +15,8 @@ import importlib.resources
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -24,11 +25,13 @@ from torch import Tensor
 from stateline.checks import fail
 
 #: Fastest first. A name stays a string until an op needs it, so an absent back end costs nothing.
-BACKENDS = ("gpu", "cpu", "reference")
+BACKENDS = ("gpu", "cpu", "chunked", "reference")
 #: Operations that have back ends: the folders of `ops`.
-OPS = ("causal_conv1d", "decode_token", "packed_linear", "rms_norm", "selective_scan")
+OPS = ("causal_conv1d", "cross_entropy", "decode_token", "packed_linear", "rms_norm", "selective_scan", "ssd")
+#: Operations with a second form in PyTorch, faster than the definition.
+CHUNKED = ("ssd",)
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
-DECIDES = {"selective_scan": 2}
+DECIDES = {"selective_scan": 2, "ssd": 2}
 #: What `sl_layout` of a fitting library says.
 LAYOUT = 1
 REBUILD = "Reinstall stateline, or build it again."
@@ -42,58 +45,77 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Choice:
-    """The back end an op will use, and why each faster one was rejected."""
+    """The back end an op will use, and why each faster one was rejected.
+
+    detail: which of the back end's kernels run and why, where it has several and the tensors decide.
+    """
 
     name: str
     rejected: dict[str, str] = field(default_factory=dict)
+    detail: str = ""
 
     def __str__(self) -> str:
         reasons = "".join(f"; not {name}: {why}" for name, why in self.rejected.items())
-        return self.name + reasons
+        return self.name + (f" ({self.detail})" if self.detail else "") + reasons
 
 
 def explain(op: str | Callable[..., object], *args: object, backend: str | None = None) -> Choice:
     """Say which back end `op` would use for these arguments, and why not the others.
 
-    `op`: an operation or its name. `args`: its tensors, in its order; device and dtype decide (none: the CPU).
+    `op`: an operation or its name. `args`: its tensors, in its order; device and dtype decide (none: the CPU), and for
+    some operations the kind of system they describe.
 
     >>> explain("selective_scan").name in BACKENDS
     True
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    if name.endswith("_step_"):  # the state comes first, then what the whole operation takes
+        name, args = name.removesuffix("_step_"), args[1:]
     tensor = next((a for a in args if isinstance(a, Tensor)), None)
     if tensor is None:
         return choose(name, "cpu", backend)
     decisive = args[DECIDES[name]] if len(args) > DECIDES.get(name, len(args)) else tensor
     dtype = decisive.dtype if isinstance(decisive, Tensor) else tensor.dtype
-    return choose(name, tensor.device.type, backend, dtype)
+    choice = choose(name, tensor.device.type, backend, dtype, args)
+    if choice.name == "gpu" and hasattr(module := _module(name, "gpu"), "detail"):
+        return replace(choice, detail=module.detail(*args))
+    return choice
 
 
-def choose(op: str, device: str, backend: str | None = None, dtype: torch.dtype | None = None) -> Choice:
+def choose(
+    op: str, device: str, backend: str | None = None, dtype: torch.dtype | None = None, args: Sequence[object] = ()
+) -> Choice:
     """The back end for `op` on a device type; a forced one is returned or refused, never replaced.
 
-    `dtype`: what the op computes in, as `explain` finds it; None asks about the device alone.
+    `dtype`: what the op computes in, as `explain` finds it; None asks about the device alone. `args`: its tensors, for
+    back ends whose `problem(*args)` says why they do not cover some of them.
     """
     name = op.removesuffix("_step_")
     if name not in OPS:
         raise fail("explain", f"{op!r} is no operation, expected one of {', '.join(OPS)}.")
     rejected: dict[str, str] = {}
-    for candidate in BACKENDS:
+    offered = [b for b in BACKENDS if b != "chunked" or name in CHUNKED]
+    for candidate in offered:
         if backend is not None and backend != candidate:
             continue
-        reason = _unavailable(candidate, name, device, dtype)
+        reason = _unavailable(candidate, name, device, dtype, args)
         if reason is None:
             return Choice(candidate, rejected)
         if backend is not None:
             raise BackendError(f"{op}: backend={backend!r} cannot run here: {reason}")
         rejected[candidate] = reason
-    raise fail(op, f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))} or None.")
+    raise fail(op, f"backend is {backend!r}, expected one of {', '.join(map(repr, offered))} or None.")
 
 
-def _unavailable(name: str, op: str, device: str, dtype: torch.dtype | None) -> str | None:
+def _unavailable(name: str, op: str, device: str, dtype: torch.dtype | None, args: Sequence[object] = ()) -> str | None:
     """Why a back end cannot serve `op` on tensors of this device type and dtype, or None if it can."""
     if name == "gpu":
-        return gpu_problem(op, dtype) if device == "cuda" else f"needs CUDA tensors, these are on {device}"
+        if device != "cuda":
+            return f"needs CUDA tensors, these are on {device}"
+        why = gpu_problem(op, dtype)
+        if why is None and hasattr(module := _module(op, "gpu"), "problem"):
+            why = module.problem(*args)
+        return why
     if name == "cpu":
         return native_problem() if device == "cpu" else f"needs CPU tensors, these are on {device}"
     return None
@@ -122,25 +144,19 @@ def gpu_problem(op: str, dtype: torch.dtype | None = None) -> str | None:
     return None
 
 
-def kernel(op: str, device: str, backend: str | None, dtype: torch.dtype | None = None) -> ModuleType:
-    """The module that holds `forward`, `backward` and `step` of `op` for this device and dtype.
+def kernel(
+    op: str, device: str, backend: str | None, dtype: torch.dtype | None = None, args: Sequence[object] = ()
+) -> ModuleType:
+    """The module that holds `forward`, `backward` and `step` of `op` for this device, dtype and, for some, `args`.
 
     Warns once for each reason when the slow reference stands in for a faster back end.
     """
-    choice = choose(op, device, backend, dtype)
+    choice = choose(op, device, backend, dtype, args)
     if backend is None and choice.name == "reference":
         faster = {"cpu": "cpu", "cuda": "gpu"}.get(device)
         if faster is not None:
             _say_slow_once(choice.rejected[faster])
     return _module(op, choice.name)
-
-
-def stand_in(op: str, backend: str | None, why: str) -> ModuleType:
-    """The reference's module where a back end that was chosen does not cover the arguments; BackendError if forced."""
-    if backend is not None:
-        raise BackendError(f"{op}: backend={backend!r} cannot run here: {why}")
-    _say_slow_once(why)
-    return _module(op, "reference")
 
 
 @functools.cache
@@ -155,6 +171,12 @@ def _say_slow_once(reason: str) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Warn, the first time."""
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 @functools.cache

@@ -1,9 +1,23 @@
-"""Files as this project writes them: flushed before they are renamed into place, and readable like any other."""
+"""Files as this project writes them: flushed before they are renamed into place, readable like any other; and where
+those lie that ship with it.
+"""
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 from pathlib import Path
+
+#: The models that ship, and their folders below `bundled`.
+BUNDLED = {"bundled": "model", "bundled-zh": "chinese"}
+#: How messages and help texts name them.
+BUNDLED_NAMES = " or ".join(f'"{name}"' for name in BUNDLED)
+
+
+def bundled(name: str | Path) -> Path | None:
+    """The folder of a model that ships; None if no such model has this name."""
+    folder = BUNDLED.get(str(name))
+    return None if folder is None else Path(str(importlib.resources.files("stateline") / "bundled" / folder))
 
 
 def share(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,27 +26,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device; TRITON_INTERPRET=1 runs the kernels without"))
 
 
+@functools.cache
+def _patch_helpers_once() -> None:
+    """Triton wraps its whole language anew for every call of a helper and never takes that back; once is enough."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang(tl.zeros.fn)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **options: self.rewrite()(*args, **options)
+
+
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter the GPU back end takes CPU tensors, and cuts time finely: little work, many cuts."""
     if INTERPRETED:
         from stateline.ops.causal_conv1d import gpu as conv
 
+        _patch_helpers_once()
         monkeypatch.setattr(backends, "_unavailable", lambda name, *_: None if name == "gpu" else "the test wants gpu")
         monkeypatch.setattr(conv, "plan_forward", lambda *_: conv.Plan(2, 4, 32, 1))
         monkeypatch.setattr(conv, "plan_backward", lambda *_: conv.Plan(4, 8, 32, 1))
+        from stateline.ops.selective_scan import gpu_triton as scan
+
+        monkeypatch.setattr(scan, "plan", lambda *_: scan.Plan(4, 2, 32, 2))
 
 
 @pytest.fixture(autouse=True)
 def _fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What kernels write into is full of NaN and lies between guard bytes, which must survive."""
+    """What kernels write into is full of NaN, or the largest number, between guard bytes, which must survive."""
     buffers = []
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
         raw = torch.full((2 * GUARD + size,), PATTERN, dtype=torch.uint8, device=like.device)
-        inner = raw[GUARD : GUARD + size].view(dtype).fill_(float("nan"))
+        nothing = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+        inner = raw[GUARD : GUARD + size].view(dtype).fill_(nothing)
         buffers.append((raw, size))
         return inner.view(shape)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from where import DEVICE, INTERPRETED
 
 from stateline import backends, ops
+from stateline.ops.causal_conv1d import conv_halves
 
 # Triton's interpreter cuts bfloat16 off instead of rounding, which is beyond the bound.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
@@ -55,6 +56,39 @@ def test_convolution(s: dict[str, Any]) -> None:
     check(on_device(conv_case(s | {"strided": False}), s["strided"]), s["dtype"], False)
 
 
+HALVES = {name: values for name, values in CONV.items() if name not in ("silu", "reverse", "strided")}
+HALVES |= {"layout": ["whole", "right", "packed"]}
+if INTERPRETED:
+    HALVES |= {"dtype": [torch.float32], "t": [0, 9], "d": [40], "k": [4]}
+
+
+@pytest.mark.parametrize("s", pairwise(HALVES), ids=named)
+def test_gradients_of_halves(s: dict[str, Any]) -> None:
+    """In one pass: two gradients are added, two put together."""
+    dtype, case = s["dtype"], conv_case(s | {"silu": True, "reverse": False})
+    outside = ~case.layout.valid()[..., None]
+    z = torch.randn_like(case.leaves["x"])
+    exact = {name: v.double().requires_grad_() for name, v in case.leaves.items()}
+    leaves = case.leaves | {"x": torch.cat([case.leaves["x"], z], -1)}
+    given = {name: v.to(DEVICE).requires_grad_() for name, v in leaves.items()}
+    place = {name: torch.as_tensor(v).to(DEVICE) for name, v in case.layout.kwargs.items() if name != "padding_side"}
+    u, state = case.oracle(**exact)
+    *got, last = conv_halves(
+        given["x"], given["weight"], given.get("bias"), initial_state=given.get("initial_state"), backend="gpu", **place
+    )
+    close("u", got[0].cpu(), u, dtype)
+    assert torch.equal(got[0], got[1])
+    assert torch.equal(got[2].cpu(), z)
+    dy, more, dz = (torch.randn_like(z).masked_fill(outside, 0) for _ in range(3))
+    dstate = torch.randn(state.shape)
+    state = state + 0 * sum(v.sum() for v in exact.values())  # part of the graph even when empty
+    wanted = torch.autograd.grad((u, state), list(exact.values()), (dy.double() + more.double(), dstate.double()))
+    found = torch.autograd.grad((*got, last), list(given.values()), [g.to(DEVICE) for g in (dy, more, dz, dstate)])
+    assert torch.equal(found[0].cpu()[..., s["d"] :], dz)
+    for name, a, w in zip(exact, found, wanted, strict=True):
+        close(f"d{name}", a.cpu()[..., : w.shape[-1]], w, dtype)
+
+
 NORM = {
     "dtype": DTYPES, "shape": [(2, 3, 17), (0, 5), (19, 1), (1, 1)], "residual": FLAG,
     "stream": [None, torch.float32, DTYPES[-1]], "strided": FLAG,
@@ -88,6 +122,46 @@ def test_norm(s: dict[str, Any]) -> None:
     coarse = max(dtype, stream, key=lambda d: torch.finfo(d).eps)
     for name, a, b in zip(("dx", "dweight", "dresidual"), got, wanted, strict=False):
         close(name, a.cpu(), b, coarse)
+
+
+LOSS = {"dtype": DTYPES, "rows": [0, 1, 5], "columns": [(1, 1), (17, 15), (4100, 4099)], "strided": FLAG}
+if not INTERPRETED:
+    LOSS |= {"rows": [0, 1, 5, 300], "columns": [(1, 1), (17, 15), (256, 256), (4096, 4096), (50280, 50277)]}
+
+
+@pytest.mark.parametrize("s", pairwise(LOSS), ids=named)
+def test_cross_entropy(s: dict[str, Any]) -> None:
+    dtype, rows, (width, classes) = s["dtype"], s["rows"], s["columns"]
+    logits, targets = (3 * torch.randn(rows, width)).to(dtype), torch.randint(classes, (rows,))
+    ignored = torch.arange(rows) % 4 == 2
+    targets[ignored] = -7
+    exact = logits.double()[:, :classes].requires_grad_()
+    own = torch.nn.functional.one_hot(targets.masked_fill(ignored, 0), classes).double()
+    want = (exact.exp().sum(1).log() - (exact * own).sum(1)).masked_fill(ignored, 0)
+    logits[ignored] = logits[:, classes:] = float("nan")
+    given = (strided(logits.to(DEVICE)) if s["strided"] else logits.to(DEVICE)).requires_grad_()
+    where = targets.to(DEVICE, torch.int32 if s["strided"] else torch.int64)
+    loss = ops.cross_entropy(given, where, classes=classes, ignore_index=-7, backend="gpu")
+    slope = torch.randn(rows)
+    (wanted,) = torch.autograd.grad(want, exact, slope.double())
+    (got,) = torch.autograd.grad(loss, given, slope.to(DEVICE))
+    close("loss", loss.cpu(), want, torch.float32)
+    close("gradient", got.cpu()[:, :classes], wanted, dtype)
+    assert got.dtype == dtype
+    assert not got[ignored.to(DEVICE)].any()
+    assert not got[:, classes:].any()
+
+
+def test_cross_entropy_of_extreme_logits_and_wrong_targets() -> None:
+    inf = float("inf")
+    x = torch.tensor(
+        [[1e4, -1e4, 0.0], [-inf, 2.0, -inf], [-inf, -inf, -inf], [0.0, 0.0, 0.0], [0.0, float("nan"), 0.0]]
+    )
+    loss = ops.cross_entropy(x.to(DEVICE), torch.tensor([0, 1, -100, -100, 0]).to(DEVICE), backend="gpu")
+    assert loss[:4].tolist() == [0, 0, 0, 0]
+    assert loss[4].isnan()
+    if not INTERPRETED:  # where targets can be read they are refused
+        assert ops.cross_entropy(x[3:4].to(DEVICE), torch.tensor([3]).to(DEVICE)).isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,6 +232,20 @@ def test_offsets_beyond_two_to_the_31() -> None:
         tail, tail_state = ops.causal_conv1d(x[:, -80:].contiguous(), weight, backend="gpu")
     assert torch.equal(y[:, -64:], tail[:, -64:])
     assert torch.equal(state, tail_state)
+
+
+@needs_cuda
+def test_logits_beyond_two_to_the_31() -> None:
+    rows, v = 43_000, 50_280
+    x = torch.zeros(rows, v, dtype=torch.bfloat16, device=DEVICE)
+    x[-3:] = torch.randn(3, v, device=DEVICE, dtype=torch.bfloat16)
+    targets = torch.randint(v, (rows,), device=DEVICE)
+    tail = x[-3:].clone().requires_grad_()
+    x.requires_grad_()
+    loss, alone = ops.cross_entropy(x, targets), ops.cross_entropy(tail, targets[-3:])
+    assert torch.equal(loss[-3:], alone)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert torch.equal(grad[-3:], torch.autograd.grad(alone.sum(), tail)[0])
 
 
 @needs_cuda

@@ -5,11 +5,15 @@ Memory that a kernel leaves unwritten is NaN (torch fills `empty` under determin
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from stateline import backends, ops
+from stateline.ops import nvrtc
 from stateline.ops.selective_scan import gpu, reference
 
 pytestmark = pytest.mark.gpu
@@ -164,7 +168,7 @@ def test_what_the_forward_pass_keeps_changes_nothing(case):
     b, t, d, n, _ = case
     dy, dstate = torch.randn(b, t, d, device="cuda").bfloat16(), torch.randn(b, d, n, device="cuda")
     y, state, kept = gpu.forward_kept(*args, None, False)
-    assert kept.shape == gpu.kept_shape(args[0], args[3], None)
+    assert kept.shape == gpu.kept_shape(args[0], *args[2:5], None)
     assert all(map(torch.equal, (y, state), gpu.forward(*args, None, False)))
     with_it = gpu.backward(dy, dstate, *args, None, False, kept)
     assert all(map(torch.equal, with_it, gpu.backward(dy, dstate, *args, None, False)))
@@ -229,21 +233,48 @@ def test_step(dtype, b, d, n, g):
         near(mine, right, BOUND[torch.float32], "state")
 
 
-@pytest.mark.parametrize("kind", ["constant", "complex"])
-def test_what_is_not_covered_says_so_and_runs_on_the_reference(kind):
-    args = inputs(2, 20, 8, 4)
-    if kind == "constant":
-        args[3] = torch.randn(8, 4)
-    else:
-        args[2] = torch.complex(args[2], torch.randn(8, 4))
-        args[3], args[4] = torch.randn(2, 20, 1, 4, 2), torch.randn(2, 20, 1, 4, 2)
-        args[-1] = None
+def other_systems() -> dict[str, list[Any]]:
+    """Arguments that the CUDA kernels do not cover, by what is unusual about them."""
+    found = {kind: inputs(2, 20, 8, 4) for kind in ("constant B", "complex A")}
+    found["constant B"][3] = torch.randn(8, 4)
+    found["complex A"][2] = torch.complex(found["complex A"][2], torch.randn(8, 4))
+    found["complex A"][3:5] = torch.randn(2, 20, 1, 4, 2), torch.randn(2, 20, 1, 4, 2)
+    found["complex A"][-1] = None
+    return found | {"400 states": inputs(2, 20, 8, 400), "systems without states": inputs(2, 20, 8, 0)}
+
+
+@pytest.mark.parametrize("kind", other_systems())
+def test_systems_beyond_the_cuda_kernels_run_on_triton_and_say_so(kind):
+    args = other_systems()[kind]
     u, dt, A, B, C, D, z, bias, softplus, state = moved(args, "cuda")
     options = {"D": D, "z": z, "dt_bias": bias, "dt_softplus": softplus, "initial_state": state}
-    backends._say_slow_once.cache_clear()
-    with pytest.warns(RuntimeWarning, match="slow reference"):
-        y, _ = ops.selective_scan(u, dt, A, B, C, **options)
-    with pytest.raises(backends.BackendError, match="backend='gpu' cannot run here"):
-        ops.selective_scan(u, dt, A, B, C, **options, backend="gpu")
-    want, _ = reference.forward(*args, None, False)
-    near(y, want.double(), BOUND[torch.float32], "y")
+    choice = backends.explain("selective_scan", u, dt, A, B, C)
+    assert choice.name == "gpu"
+    assert choice.detail.startswith(f"CUDA kernels do not cover {kind}")
+    assert choice.detail.endswith("; the Triton kernel runs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y, _ = ops.selective_scan(u, dt, A, B, C, **options, backend="gpu")
+        again, _ = ops.selective_scan(u, dt, A, B, C, **options)
+    assert torch.equal(y, again)
+    near(y, reference.forward(*args, None, False)[0].double(), BOUND[torch.float32], "y")
+
+
+def test_covered_systems_take_the_cuda_kernels():
+    u, dt, A, B, C = moved(inputs(2, 20, 8, 4)[:5], "cuda")
+    assert str(backends.explain("selective_scan", u, dt, A, B, C)) == "gpu (the CUDA kernels run)"
+    wide = backends.explain("selective_scan", *(x.double() for x in (u, dt, A, B, C)))
+    assert (wide.name, wide.rejected["gpu"][:23]) == ("reference", "float64 is not covered ")
+
+
+def test_without_nvrtc_triton_stands_in_and_says_so_once(monkeypatch):
+    args = moved(inputs(2, 150, 40, 16, dtype=torch.bfloat16), "cuda")
+    usual = [*gpu.forward(*args, None, False), *gpu.backward(args[0], args[-1], *args, None, False)]
+    monkeypatch.setattr(nvrtc, "problem", lambda: "libnvrtc.so.13 was not found.")
+    backends.say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"cannot be compiled here: libnvrtc.so.13 was not found; ") as said:
+        other = [*gpu.forward(*args, None, False), *gpu.backward(args[0], args[-1], *args, None, False)]
+    assert len(said) == 1
+    for a, b in zip(usual, other, strict=True):
+        near(a, b.cpu().double(), 2 * BOUND[torch.bfloat16], "CUDA and Triton")
+    assert not all(torch.equal(a, b) for a, b in zip(usual, other, strict=True)), "the same kernels ran"

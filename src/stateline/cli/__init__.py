@@ -23,6 +23,7 @@ DESCRIPTION = "State space sequence models: train one on your text, let it write
 EPILOG = """\
 examples:
   stateline generate "My fellow citizens"         the bundled model goes on
+  stateline generate 明月 --model bundled-zh       the one of Chinese poems does
   stateline train book.txt --out runs/book        train your own on a text or a folder
   stateline generate "Once" --model runs/book     and let it write
   stateline <command> --help                      more, with examples

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stateline.cli.explain import machine
-from stateline.cli.parser import Parser, directory_of, new_parser, positive, source_of
+from stateline.cli.parser import NAMED, Parser, directory_of, new_parser, positive, source_of
 
 if TYPE_CHECKING:
     from stateline.apps.bench import Effort, Row
@@ -35,7 +35,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """Define the subcommand."""
     parser = new_parser(commands, "bench", DESCRIPTION, EPILOG, summary="measure this machine's processor")
     parser.set_defaults(run=run)
-    parser.add_argument("--model", help='a directory, or "bundled" (default: random weights, 130M parameters)')
+    parser.add_argument("--model", help=f"{NAMED} (default: random weights, 130M parameters)")
     parser.add_argument("--quick", action="store_true", help="a smaller random model, shorter measurements")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--json", action="store_true", help="one JSON object")

@@ -9,12 +9,13 @@ import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from stateline.cli.parser import DTYPES, Parser, UsageError, directory_of, new_parser, source_of
+from stateline.cli.parser import DTYPES, NAMED, Parser, UsageError, directory_of, new_parser, source_of
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
 PROGRAMS = ("export", "onnx")  # one file each, which runs and is not read back
 GGUF = "gguf"
 QUANTISED = ("Q8_0", "Q4_0")
+INT8 = "int8"  # how matrices may be stored, by this project's format alone; no dtype of a model
 #: Files that belong to a checkpoint's tokenizer and go along.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 #: What a directory with a checkpoint may hold for --force to replace it; anything else there is somebody's work.
@@ -37,7 +38,8 @@ programs, for running elsewhere; each takes ids and a state and gives logits and
 examples:
   stateline convert mamba-130m my-mamba
   stateline convert runs/book book-hf --to huggingface
-  stateline convert bundled small --dtype bfloat16 --force
+  stateline convert my-mamba small --dtype bfloat16 --force
+  stateline convert my-mamba smaller --dtype int8      matrices in eight bits, a scale a row; this project's own alone
   stateline convert bundled model.onnx --to onnx
   stateline convert bundled model.gguf --to gguf
   stateline convert mamba-130m mamba.gguf --to gguf --dtype Q8_0
@@ -48,11 +50,11 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """Define the subcommand."""
     parser = new_parser(commands, "convert", DESCRIPTION, EPILOG, summary="write a model in another format")
     parser.set_defaults(run=run)
-    parser.add_argument("source", metavar="IN", help='a directory, or "bundled"')
+    parser.add_argument("source", metavar="IN", help=NAMED)
     parser.add_argument("target", metavar="OUT", help="a directory to make, or a file for gguf and programs")
     parser.add_argument("--to", choices=(*FORMATS, GGUF, *PROGRAMS), default="stateline", help="(default: stateline)")
-    kinds = (*DTYPES, *QUANTISED)
-    parser.add_argument("--dtype", choices=kinds, help="of the weights (default: as stored; onnx: float32)")
+    kinds = (*DTYPES, INT8, *QUANTISED)
+    parser.add_argument("--dtype", choices=kinds, help="of the weights (default: as loaded; onnx: float32)")
     none = "leave the tokenizer out of a gguf file (llama.cpp then reads ids alone)"
     parser.add_argument("--no-tokenizer", action="store_true", help=none)
     replaced = "replace OUT if it holds a checkpoint and nothing else, or if it is a file and a file is made"
@@ -64,6 +66,8 @@ def run(options: argparse.Namespace) -> int:
     target = Path(options.target)
     if target.exists() and not options.force:
         raise UsageError(f"{target} exists; --force replaces it")
+    if options.dtype == INT8 and options.to != "stateline":
+        raise UsageError(f"--dtype int8 goes with --to stateline, not with {options.to}")
     if options.to != GGUF and (options.dtype in QUANTISED or options.no_tokenizer):
         wrong = "--no-tokenizer" if options.no_tokenizer else f"--dtype {options.dtype}"
         raise UsageError(f"{wrong} is for --to {GGUF}")

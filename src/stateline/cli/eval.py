@@ -9,7 +9,16 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from stateline.cli.parser import Parser, UsageError, add_model_options, directory_of, load_model, new_parser, positive
+from stateline.cli.parser import (
+    NAMED,
+    Parser,
+    UsageError,
+    add_model_options,
+    directory_of,
+    load_model,
+    new_parser,
+    positive,
+)
 
 if TYPE_CHECKING:
     from stateline.apps.evaluate import EvalConfig, Evaluator, Report, Score
@@ -40,7 +49,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """Define the subcommand."""
     parser = new_parser(commands, "eval", DESCRIPTION, EPILOG, summary="score texts in bits per byte and perplexity")
     parser.set_defaults(run=run)
-    parser.add_argument("model", help='a directory, or "bundled"')
+    parser.add_argument("model", help=NAMED)
     parser.add_argument("files", nargs="+", metavar="FILE", help="texts, JSON lines, or folders of them")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     texts = parser.add_argument_group("what a document is")

@@ -14,7 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stateline.cli.parser import Parser, UsageError, add_model_options, directory_of, load_model, new_parser, positive
+from stateline.cli.parser import (
+    NAMED,
+    Parser,
+    UsageError,
+    add_model_options,
+    directory_of,
+    load_model,
+    new_parser,
+    positive,
+)
 
 if TYPE_CHECKING:
     from stateline.generation import SamplingConfig, Stream
@@ -32,6 +41,7 @@ DESCRIPTION = "Continue a prompt with a model's text, streamed to the terminal."
 EPILOG = """\
 examples:
   stateline generate "My fellow citizens"
+  stateline generate 春 --model bundled-zh                        a poem; needs the package tokenizers
   stateline generate "Once upon" --model runs/book --max-tokens 500 --seed 1 --echo
   stateline generate "The year" --greedy --stop "." --stats --weights int8
   stateline generate --prompt-file book.txt --max-tokens 100     a prompt of any size, in constant memory
@@ -60,7 +70,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = new_parser(commands, "generate", DESCRIPTION, EPILOG, summary="continue a prompt with a model's text")
     parser.set_defaults(run=run)
     parser.add_argument("prompt", nargs="*", help="what to continue; several only with --batch")
-    parser.add_argument("--model", default="bundled", help='a directory, or "bundled" (default)')
+    parser.add_argument("--model", default="bundled", help=f"{NAMED} (default: bundled)")
     parser.add_argument("--prompt-file", metavar="FILE", help='read the prompt from a file, "-" for stdin')
     parser.add_argument("--batch", action="store_true", help="several prompts: arguments, or lines of --prompt-file")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="prompts at a time (default: 16)")
@@ -254,7 +264,7 @@ def _prompt(options: argparse.Namespace) -> Any:
 
 
 def _batch(options: argparse.Namespace, sampling: SamplingConfig) -> int:
-    from stateline.generation import generate_batch, load_tokenizer
+    from stateline.generation import Engine, load_tokenizer
 
     for flag in ("endless", "save_stream", "load_stream"):
         if getattr(options, flag):
@@ -262,17 +272,12 @@ def _batch(options: argparse.Namespace, sampling: SamplingConfig) -> int:
     prompts = _prompts(options)
     model = load_model(options)
     tokenizer = load_tokenizer(directory_of(options.model), model.config.vocab_size)
+    engine = Engine(model, max_batch=options.batch_size, tokenizer=tokenizer)
     started = time.perf_counter()
     done = 0
     for group in _groups(prompts, options.batch_size):
-        texts = generate_batch(
-            model,
-            group,
-            max_tokens=options.max_tokens,
-            sampling=sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + done),
-            stop=options.stop,
-            tokenizer=tokenizer,
-        )
+        seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + done)
+        texts = engine.generate(group, max_tokens=options.max_tokens, sampling=seeded, stop=options.stop)
         for prompt, text in zip(group, texts, strict=True):
             shown = prompt.decode("utf-8", "replace")
             line = {"prompt": shown, "text": shown + text if options.echo else text}

@@ -38,9 +38,9 @@ def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageM
             step-size biases, skips, convolutions, norms and states stay float32, as is all between the matrices.
 
     `extend`, `step_`, `generate`, streams and states are used as before; a state of one form goes on in another of the
-    same model within the form's precision. Training, saving and casting need the model itself. On the CPU, with the
-    C++ library, for stacks of Mamba blocks `step_` is one call; elsewhere it goes layer by layer, and `explain` says
-    why.
+    same model within the form's precision. Training, saving and casting need the model itself. For stacks of Mamba
+    blocks `step_` is one call on the CPU, with the C++ library, and on CUDA devices of compute capability 9.0 or later;
+    elsewhere it goes layer by layer, and `explain` says why.
 
     Raises ValueError for another name of weights, TypeError for what is no LanguageModel or is packed already.
     """
@@ -66,7 +66,11 @@ def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageM
     packed: LanguageModel = copy.deepcopy(model, replaced).float().eval().requires_grad_(False)
     if packed.backbone.norm_f.weight.device.type == "cpu":
         gather([m for m in packed.modules() if isinstance(m, PackedMatrix)])
-    packed.token_step = None if explain(packed) else TokenStep(packed)
+    packed.token_step = None if (why := explain(packed)) else TokenStep(packed)
+    if why and packed.backbone.norm_f.weight.is_cuda:
+        backends.say_once(
+            f"{OP}: each token goes layer by layer and unpacks every matrix, slower than the model as it was: {why}"
+        )
     packed.register_load_state_dict_post_hook(_forget)
     return packed
 
@@ -80,8 +84,8 @@ def _forget(model: LanguageModel, _: Any) -> None:
 def explain(model: LanguageModel) -> str | None:
     """Why `step_` of a prepared model goes layer by layer; None if it is one native call."""
     device = model.backbone.norm_f.weight.device.type
-    if (choice := backends.choose("decode_token", device)).name == "reference":
-        return choice.rejected["gpu" if device == "cuda" else "cpu"]
+    if (why := _rejected(device)) is not None:
+        return why
     for block in model.backbone.layers:
         if not isinstance(block, Block) or type(block.mixer) is not Mamba:
             return f"a block holds {type(getattr(block, 'mixer', block)).__name__}, the native call knows Mamba"
@@ -93,7 +97,13 @@ def explain(model: LanguageModel) -> str | None:
         if wrapped:
             kind = type(block.get_submodule(wrapped[0])).__name__
             return f"{wrapped[0]} is a {kind}, the native call needs plain matrices"
-    return None if choice.name == "cpu" else backends.kernel("decode_token", device, None).problem(network_of(model))
+    return _rejected(device, network_of(model))
+
+
+def _rejected(device: str, *network: Network) -> str | None:
+    """Why the reference computes a token of a network, or of any, on this device; None where faster code does."""
+    choice = backends.choose("decode_token", device, args=network)
+    return choice.rejected["gpu" if device == "cuda" else "cpu"] if choice.name == "reference" else None
 
 
 class TokenStep:

@@ -209,12 +209,17 @@ def _raw(logits: Tensor) -> Singles:
 def _check(raw: Singles, step: int | None) -> float:
     """The highest logit, once it is certain that all can be compared."""
     highest = float(raw.max()) if raw.size else -math.inf
-    if math.isfinite(highest):
-        return highest
+    if not math.isfinite(highest):
+        raise complaint(highest, step)
+    return highest
+
+
+def complaint(highest: float, step: int | None = None) -> Exception:
+    """What to raise for logits whose `highest` is no number: NaN, +inf or -inf. `step`: the token's number."""
     where = "" if step is None else f" at generated token {step}"
     if highest == -math.inf:
-        raise fail("sample", f"no logit is above -inf{where}: there is nothing to choose from.")
-    raise fail(
+        return fail("sample", f"no logit is above -inf{where}: there is nothing to choose from.")
+    return fail(
         "sample",
         f"the logits{where} hold {'NaN' if math.isnan(highest) else '+inf'}.",
         "The weights or the state are damaged, or a half-precision model overflowed: try dtype=torch.float32.",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stateline.checks import fail
+from stateline.files import bundled
 
 BYTES = 256
 
@@ -156,12 +157,12 @@ class JsonTokenizer:
 
 
 def load_tokenizer(directory: str | Path | None, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a model with `vocab_size` ids whose files lie in `directory`.
+    """The tokenizer of a model with `vocab_size` ids whose files lie in `directory`, or of one that ships, by name.
 
     A tokenizer.json there is used, its special ids named by tokenizer_config.json or config.json; without one, 256 ids
     are bytes. Raises ValueError if there is neither, or if the file knows more ids than the model.
     """
-    path = None if directory is None else Path(directory) / "tokenizer.json"
+    path = None if directory is None else (bundled(directory) or Path(directory)) / "tokenizer.json"
     if vocab_size == BYTES and (path is None or not path.is_file()):
         return ByteTokenizer()
     if path is None or not path.is_file():

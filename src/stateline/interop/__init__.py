@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from pathlib import Path
 
 import torch
 
 from stateline import checks
+from stateline.files import BUNDLED_NAMES, bundled
 from stateline.interop import gguf, hub, huggingface, mamba_ssm
 from stateline.interop.export import export_model, exported_program, load_exported
 from stateline.models import LanguageModel, checkpoint
@@ -21,7 +21,6 @@ __all__ = [
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
 GGUF = "gguf"  # one file, for llama.cpp; written and not read
-BUNDLED = "bundled"
 _LOAD = {"stateline": checkpoint.load, "mamba_ssm": mamba_ssm.load, "huggingface": huggingface.load}
 _SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface": huggingface.save}
 
@@ -29,12 +28,11 @@ _SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface
 def load(
     path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """The model in a directory of any known format, the one that ships as "bundled", or one of the Hugging Face Hub.
-
-    It comes in evaluation mode.
+    """The model in a directory of any known format, one that ships, or one of the Hugging Face Hub; to evaluate.
 
     Args:
-        path_or_name: a directory (of a model, or of a training run, whose best model is meant), "bundled", or a name,
+        path_or_name: a directory (of a model, or of a training run, whose best model is meant), "bundled" (English, by
+            bytes) or "bundled-zh" (Chinese poems; its text needs `load_tokenizer("bundled-zh", …)`), or a name,
             "organisation/model" or "organisation/model@revision". Only such a name, where no directory has it, is
             looked for on the Hub, by huggingface_hub (extra `hf`), which downloads what is not here yet.
         device: where the weights go; CPU if None.
@@ -42,14 +40,12 @@ def load(
 
     Raises CheckpointError naming the file that is missing, damaged, foreign or misfitting, and what to do.
     """
-    if str(path_or_name) == BUNDLED:
-        bundled = importlib.resources.files("stateline") / "bundled" / "model"
-        with importlib.resources.as_file(bundled) as path:
-            if not path.is_dir():
-                raise CheckpointError(
-                    "this installation has no bundled model. Reinstall stateline, or give a directory."
-                )
-            return checkpoint.load(path, device=device, dtype=dtype)
+    if (ours := bundled(path_or_name)) is not None:
+        if not ours.is_dir():
+            raise CheckpointError(
+                f"this installation has no {path_or_name} model. Reinstall stateline, or give a directory."
+            )
+        return checkpoint.load(ours, device=device, dtype=dtype)
     path = resolve(path_or_name)
     if (path / SETTINGS_FILE).is_file():  # a training run: its best model
         path = path / "model"
@@ -76,8 +72,9 @@ def save(
     Every file is whole or not there. Ours changes in one rename; the other directories are two files, renamed one after
     the other, and older weights beside them are removed.
 
-    dtype: of the stored weights; None stores them as they are. Time constants are never rounded. For "gguf" also one of
-        `gguf.KINDS`, such as "Q8_0".
+    dtype: of the stored weights; None stores them as they are; torch.int8, for "stateline" alone, is eight bits for
+        matrices with a scale a row. Time constants are never rounded. For "gguf" also one of `gguf.KINDS`, such as
+        "Q8_0".
     tokenizer: for "gguf" alone, which holds it: a directory with tokenizer.json, or "none"; see `gguf.save`.
 
     Raises ValueError for what the format cannot express, and where the directory holds a model in another format.
@@ -94,6 +91,8 @@ def save(
         )
     if isinstance(dtype, str):
         raise checks.fail("save", f"dtype is {dtype!r}, expected a torch.dtype.", 'Names are for format="gguf".')
+    if dtype == torch.int8 and format != "stateline":
+        raise checks.fail("save", f"dtype is torch.int8, which {format} does not store.", 'Use format="stateline".')
     model = checkpoint.plain(model)
     target = Path(path).expanduser()
     if (target / checkpoint.CONFIG).exists():
@@ -111,7 +110,8 @@ def detect(path: str | Path) -> str:
             raise CheckpointError(f"{path}: GGUF files are written and not read. Give the directory it was made from.")
         if path.is_file():
             raise CheckpointError(f"{path} is a file. Give the directory that holds config.json and the weights.")
-        raise CheckpointError(f"{path} is no directory.")
+        ships = f" Models that ship: {BUNDLED_NAMES}." if str(path).startswith("bundled") else ""
+        raise CheckpointError(f"{path} is no directory.{ships}")
     if not (path / checkpoint.CONFIG).exists() and checkpoint.is_complete(path / checkpoint.WEIGHTS):
         return "stateline"  # a kill came between the renames of a first save
     config = checkpoint.read_json(path / checkpoint.CONFIG)

@@ -24,10 +24,11 @@ from stateline import checks
 from stateline.files import flush, share
 from stateline.models.backbone import ModelConfig
 from stateline.models.language import LanguageModel
+from stateline.models.rounding import RoundingError, restored, rounded
 from stateline.nn.precision import full_precision_names
 
 FORMAT = "stateline"
-VERSION = 1
+VERSION, VERSION_INT8 = 1, 2  # the second where matrices are stored in eight bits
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 HEADER = "stateline"  # the key of our record among a safetensors file's metadata
@@ -51,12 +52,14 @@ def save(
 ) -> None:
     """Write a model, whole or not at all; other files of the directory stay.
 
-    dtype: of the stored weights, e.g. torch.bfloat16 for a file of half the size; None stores them as they are. Decay
-        rates, skip weights and step-size biases are never rounded. `load` gives back the model's dtype either way.
+    dtype: of the stored weights, e.g. torch.bfloat16 for a file of half the size; None stores them as they are.
+        torch.int8 stores matrices in eight bits with a scale for each row, and vectors as they are. Decay rates, skip
+        weights and step-size biases are never rounded. `load` gives back the model's dtype either way.
     metadata: JSON values that travel with the model; None keeps `model.metadata`.
 
     Raises:
-        ValueError: the directory holds another kind of model, or the model has weights its configuration does not.
+        ValueError: the directory holds another kind of model, or the model has weights its configuration does not, or
+            ones that are not finite where they were to be rounded to eight bits.
         OSError: the disk is full or not writable; an older checkpoint is untouched.
     """
     model = plain(model)
@@ -64,7 +67,7 @@ def save(
     _refuse_foreign(target)
     record = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION_INT8 if dtype == torch.int8 else VERSION,
         "dtype": str(model.backbone.embedding.weight.dtype).removeprefix("torch."),
         "model": model.config.to_dict(),
         "metadata": dict(model.metadata if metadata is None else metadata),
@@ -73,7 +76,12 @@ def save(
         text = json.dumps(record, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise checks.fail("save", f"metadata cannot be written as JSON: {error}.") from error
-    tensors = weights(model, dtype)
+    tensors = weights(model, None if dtype == torch.int8 else dtype)
+    if dtype == torch.int8:
+        try:
+            tensors = rounded(tensors, full_precision_names(model))
+        except RoundingError as error:
+            raise checks.fail("save", f"{error}, and eight bits hold none such.", "Save them as they are.") from error
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", HEADER: json.dumps(record)})
@@ -107,10 +115,16 @@ def load(
         record = record or beside
     if record is None:
         raise CheckpointError(f"{source / CONFIG} is missing. Copy the whole directory.")
-    if record.get("format") != FORMAT or record.get("version") != VERSION:
+    if record.get("format") != FORMAT or record.get("version") not in (VERSION, VERSION_INT8):
         got = f"format {record.get('format')!r} version {record.get('version')!r}"
-        raise CheckpointError(f"{blame} has {got}, this release reads {FORMAT!r} version {VERSION}. Update stateline?")
+        known = f"{FORMAT!r} versions {VERSION} and {VERSION_INT8}"
+        raise CheckpointError(f"{blame} has {got}, this release reads {known}. Update stateline?")
     config, stored, metadata = _read_record(record, blame)
+    if record["version"] == VERSION_INT8:
+        try:
+            tensors = restored(tensors)
+        except RoundingError as error:
+            raise CheckpointError(f"{source / WEIGHTS} is damaged: {error}. Copy or download it again.") from error
     model = assemble(config, tensors, source / WEIGHTS, device=device, dtype=dtype or stored)
     model.metadata = metadata
     return model

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from stateline import checks
 from stateline.models.backbone import Backbone, ModelConfig, ModelState, check_ids
+from stateline.models.loss import mean_cross_entropy, piece_of
 from stateline.nn.mixer import Lengths, padding
 
 INTEGERS = (torch.int32, torch.int64)
@@ -35,6 +34,8 @@ class LanguageModel(nn.Module):
     """Token ids (b, t) -> logits (b, t, v), v = config.vocab_size, continued from a state by any number of tokens.
 
     Names of parameters are mamba_ssm's. `metadata`: a dict that travels with checkpoints (tokenizer, training, card).
+    `max_tokens`: how many tokens of a sequence states have room for where attention keeps them all (None: what
+    `attn_cfg` says); set it at will. Other models need no such bound.
 
     >>> model = LanguageModel(ModelConfig(d_model=16, n_layer=2, vocab_size=256))
     >>> ids = torch.randint(256, (1, 8))
@@ -54,6 +55,7 @@ class LanguageModel(nn.Module):
             )
         self.config = config
         self.metadata: dict[str, Any] = {}
+        self.max_tokens: int | None = None
         #: Does all of `step_` at once, where an engine put it (`generation.prepare_for_decode`).
         self.token_step: TokenStep | None = None
         self.backbone = Backbone(config, device=device, dtype=dtype)
@@ -80,8 +82,9 @@ class LanguageModel(nn.Module):
     def init_state(
         self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None
     ) -> ModelState:
-        """The state of `batch` sequences before their first token; `max_tokens` bounds layers whose state grows."""
-        return self.backbone.init_state(batch, max_tokens=max_tokens, device=device)
+        """The state of `batch` sequences before their first token. `max_tokens` bounds attention; None: the model's."""
+        bound = self.max_tokens if max_tokens is None else max_tokens
+        return self.backbone.init_state(batch, max_tokens=bound, device=device)
 
     def forward(self, input_ids: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits (b, t, v) for input_ids (b, t).
@@ -113,6 +116,10 @@ class LanguageModel(nn.Module):
         if last_only:
             x = _last(x, lengths, cu_seqlens)
         return self._logits(x), state
+
+    def check_room(self, state: ModelState, tokens: int = 1) -> None:
+        """Raise ValueError if some sequence cannot become so many tokens longer, because attention keeps them all."""
+        self.backbone.check_room(state, tokens)
 
     @torch.no_grad()
     def step_(self, input_ids: Tensor, state: ModelState) -> Tensor:
@@ -157,7 +164,7 @@ class LanguageModel(nn.Module):
         lengths: Lengths | None = None,
         cu_seqlens: Tensor | None = None,
         ignore_index: int = -100,
-        chunk: int = 1024,
+        chunk: int | None = None,
     ) -> Tensor:
         """Mean cross-entropy of the targets in nats a token, a scalar; 0 where no target counts.
 
@@ -165,21 +172,18 @@ class LanguageModel(nn.Module):
             input_ids: (b, t).   targets: (b, t) what each position should predict (shift them yourself).
             lengths, cu_seqlens: as in `forward`; targets at padding do not count.
             ignore_index: targets equal to it do not count.
-            chunk: logits are held for at most this many tokens at once, in the backward pass too, where each chunk is
-                computed again. Softmax runs in float32 (float64 in a float64 model).
+            chunk: logits are held for at most this many tokens at once; None: for as many as make 64 million of them,
+                256 million on a GPU. The gradients of a chunk are formed with its loss, so no logits are kept for the
+                backward pass, and the head runs once. (Compiled, the backward pass computes each chunk again.)
+
+        Softmax runs in float32 (float64 in a float64 model). First derivatives only.
         """
-        checks.number("loss", "chunk", chunk, low=1, integer=True)
+        if chunk is not None:
+            checks.number("loss", "chunk", chunk, low=1, integer=True)
         targets = self._targets(input_ids, targets, lengths, ignore_index)
+        chunk = chunk or piece_of(self.config.embedding_rows, targets.device.type)
         x = self.backbone(input_ids, lengths=lengths, cu_seqlens=cu_seqlens).flatten(0, 1)
-        total = x.new_zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-        again = torch.is_grad_enabled() and x.shape[0] > chunk  # a single chunk may as well be kept
-        # split, not a range over tokens: a compiled graph then depends on the number of chunks, not on the length
-        for part, wanted in zip(x.split(chunk), targets.split(chunk), strict=True):
-            if again:
-                total = total + checkpoint(self._chunk_loss, part, wanted, ignore_index, use_reentrant=False)
-            else:
-                total = total + self._chunk_loss(part, wanted, ignore_index)
-        return total / (targets != ignore_index).sum().clamp(min=1)
+        return mean_cross_entropy(self.lm_head, x, targets, self.config.vocab_size, ignore_index, chunk)
 
     def _targets(self, input_ids: Tensor, targets: Tensor, lengths: Lengths | None, ignore_index: int) -> Tensor:
         """Checked, flat (b·t) int64 targets with `ignore_index` at padding."""
@@ -194,11 +198,6 @@ class LanguageModel(nn.Module):
         if checks.can_read(targets):
             check_ids("targets", targets[targets != ignore_index], self.config.vocab_size)
         return targets.flatten().long()
-
-    def _chunk_loss(self, x: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        logits = self._logits(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
     def _logits(self, x: Tensor) -> Tensor:
         """(…, d_model) -> (…, v); rows that only pad the matrix are left out."""

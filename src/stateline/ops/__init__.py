@@ -1,15 +1,20 @@
 """Operations: each takes a state and gives one back, `y, state = op(…)`."""
 
 from stateline.ops.causal_conv1d import causal_conv1d, causal_conv1d_step_
+from stateline.ops.cross_entropy import cross_entropy
 from stateline.ops.packed_linear import packed_linear
 from stateline.ops.rms_norm import rms_norm
 from stateline.ops.selective_scan import selective_scan, selective_scan_step_
+from stateline.ops.ssd import ssd, ssd_step_
 
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_step_",
+    "cross_entropy",
     "packed_linear",
     "rms_norm",
     "selective_scan",
     "selective_scan_step_",
+    "ssd",
+    "ssd_step_",
 ]

@@ -97,12 +97,14 @@ class Runs:
     count: programs that cover all of them.   each: runs of a whole row (without a table).
     table, tiles: None, or the sequences (n_seq, 3) and for each program its sequence (-1: none) and run (count, 2),
         int64, found on the device: no value is read back.
+    firsts: the program of each sequence's first run, (n_seq), if there is a table; its others follow.
     """
 
     count: int
     each: int
     table: Tensor | None = None
     tiles: Tensor | None = None
+    firsts: Tensor | None = None
 
 
 def runs(segments: Tensor | None, b: int, t: int, steps: int) -> Runs:
@@ -117,8 +119,9 @@ def runs(segments: Tensor | None, b: int, t: int, steps: int) -> Runs:
     program = torch.arange(count, device=segments.device)
     sequence = torch.searchsorted(ends, program, right=True)
     if not segments.shape[0]:
-        return Runs(0, each, segments, torch.empty(0, 2, dtype=torch.int64, device=segments.device))
+        return Runs(0, each, segments, torch.empty(0, 2, dtype=torch.int64, device=segments.device), ends)
     used = sequence < segments.shape[0]
     nearest = sequence.clamp(max=segments.shape[0] - 1)
-    run = program - (ends - needed)[nearest]
-    return Runs(count, each, segments, torch.stack([sequence.where(used, -1), run], 1))
+    firsts = ends - needed
+    run = program - firsts[nearest]
+    return Runs(count, each, segments, torch.stack([sequence.where(used, -1), run], 1), firsts)

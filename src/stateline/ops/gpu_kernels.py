@@ -4,6 +4,25 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def place(table, tiles, index, t, runs, RUN: tl.constexpr, REVERSE: tl.constexpr):
+    """Of program `index`: sequence, batch row, its first step, number of steps, place of step 0, whether it is one."""
+    if table is None:
+        sequence = index // runs
+        first = (index % runs) * RUN
+        row, start, stop = sequence.to(tl.int64), 0, t
+        exists = True
+    else:
+        sequence = tl.load(tiles + 2 * index)
+        first = tl.load(tiles + 2 * index + 1).to(tl.int32) * RUN
+        exists = sequence >= 0
+        row = tl.load(table + 3 * sequence, mask=exists, other=0)
+        start = tl.load(table + 3 * sequence + 1, mask=exists, other=0).to(tl.int32)
+        stop = tl.load(table + 3 * sequence + 2, mask=exists, other=0).to(tl.int32)
+    origin = stop - 1 if REVERSE else start
+    return sequence.to(tl.int64), row, first, stop - start, origin, exists
+
+
 @triton.jit(do_not_specialize=("count",))
 def reduce(partial, out, last, count, d, K: tl.constexpr, J: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):
     """Sums over `count` of (count, J, d), in an order that depends on `count` alone: out (d, K), last (d) or None."""

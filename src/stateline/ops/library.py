@@ -14,21 +14,44 @@ import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
+from stateline.checks import fail
+
 LIBRARY = torch.library.Library("stateline", "DEF")
+#: Types of tensors that have no way of their own to run an op.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define `stateline::<schema>`, run by `run` on CPU and CUDA tensors and by `fake` on shapes alone."""
     mutable = "(a!)" in schema  # the step forms, which write into their first argument
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    # No gradient: an exported graph calls the raw op with parameters that want one, outside the Function.
+    quiet = _without_grad(_counted(run) if mutable else run)
     for key in ("CPU", "CUDA"):
-        # No gradient: an exported graph calls the raw op with parameters that want one, outside the Function.
-        LIBRARY.impl(name, _without_grad(_counted(run) if mutable else run), key)
+        LIBRARY.impl(name, quiet, key)
     torch.library.register_fake(f"stateline::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.stateline, name).default
     if not mutable:
         torch.library.register_vmap(f"stateline::{name}", lambda info, dims, *args: _one_by_one(op, info, dims, args))
-    return op  # torch types it as Any
+    return _direct(op, quiet)
+
+
+def _direct(op: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, past the dispatcher where it would only find its way to `run`: half of what a small op costs the host."""
+
+    @functools.wraps(run)
+    def direct(*args: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or type(args[0]) not in PLAIN
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or torch.autograd._profiler_enabled()
+        ):
+            return op(*args)
+        return run(*args)
+
+    return direct
 
 
 def _without_grad(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,3 +110,31 @@ def call(function: type[Function], *args: Any) -> Any:
 def or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """`tensor`, or an empty one where a raw op must return something for an absent argument."""
     return like.new_empty(0) if tensor is None else tensor
+
+
+def first_only(op: str, grad: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """`grad` of an op that has first derivatives only; differentiating it again raises instead of giving zeros.
+
+    For formulas whose incoming gradient may be a constant, which `once_differentiable` lets through. inputs: what the
+    gradient depends on.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grad
+    only: torch.Tensor = _FirstOnly.apply(grad, op, *inputs)
+    return only
+
+
+class _FirstOnly(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: torch.Tensor, op: str, *inputs: torch.Tensor) -> torch.Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.op = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> None:
+        raise fail(ctx.op, "a second derivative was asked for, it has first ones only.", error=RuntimeError)

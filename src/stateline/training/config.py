@@ -105,7 +105,11 @@ class ShapeConfig:
     d_state: int = setting(16, "states per channel", low=1)
     d_conv: int = setting(4, "taps of the convolution", low=1)
     expand: int = setting(2, "inner width, as a multiple of d_model", low=1)
-    d_intermediate: int = setting(0, "width of a gated MLP after each Mamba block; 0 means none", low=0)
+    d_intermediate: int = setting(0, "width of a gated MLP after each mixer; 0 means none", low=0)
+    attention_every: int = setting(0, "attention instead of Mamba in every Nth block, rotary; 0 means none", low=0)
+    attention_window: int | None = setting(
+        None, "tokens that attention looks back, itself included, so that memory stays constant (default: 512)", low=1
+    )
 
     def refuse_beside(self, source: str) -> None:
         """Raise ValueError if a shape is asked for although the weights come from `source`, whose shape counts."""
@@ -148,6 +152,12 @@ class OptimConfig:
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient", low=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", low=0, below=1)
     weight_decay: float = setting(0.1, "weight decay of the matrices (norms, biases, A, D and dt have none)", low=0)
+    dropout: float = setting(
+        0.0,
+        "share of what each block adds that is set to 0 in training, e.g. 0.1, against learning a small text by heart",
+        low=0,
+        below=1,
+    )
     clip: float = setting(1.0, "largest norm of the gradient; 0 means no clipping", low=0)
     ema: float = setting(
         0.0,
@@ -266,8 +276,8 @@ class SaveConfig:
     keep: int = setting(2, "how many of the newest checkpoints to keep", low=1, resume="free")
     init_from: str | None = setting(
         None,
-        "start from these weights (fine-tuning): 'bundled', a training run, or a model folder in any format that "
-        "`stateline info` reads",
+        "start from these weights (fine-tuning): 'bundled', 'bundled-zh', a training run, or a model folder in any "
+        "format that `stateline info` reads",
         metavar="MODEL",
     )
     resume: bool = setting(
@@ -298,6 +308,12 @@ class TrainConfig:
         choices=("float32", "bfloat16"),
     )
     device: str = setting("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one", resume="free")
+    cuda_graphs: bool = setting(
+        False,
+        "record a batch's forward and backward pass at the first step and replay it: the same numbers, without the "
+        "host's time for launching kernels; the memory of a batch stays taken. Needs a GPU",
+        resume="free",
+    )
     seed: int = setting(0, "fixes weights, order of the text and samples", low=0, high=2**63 - 1)
 
     def __post_init__(self) -> None:
@@ -425,6 +441,11 @@ def _check_together(config: TrainConfig) -> None:
         config.model.refuse_beside("init_from")
     if config.model.size and config.model.d_model and config.model.n_layer:
         raise ValueError("train: size, d_model and n_layer are all set. Give the size or the numbers.")
+    every, (_, n_layer) = config.model.attention_every, config.shape
+    if every > n_layer:
+        raise ValueError(f"train: attention_every is {every}, and the model has {n_layer} blocks.")
+    if config.model.attention_window and not every:
+        raise ValueError("train: attention_window is set, and attention_every is 0, which means no attention.")
     for name in ("decay_share", "decay_form"):
         if optim.schedule != "wsd" and getattr(optim, name) is not None:
             raise ValueError(f"train: {name} is set, but schedule is {optim.schedule!r}. It belongs to schedule 'wsd'.")
@@ -435,5 +456,9 @@ def _check_together(config: TrainConfig) -> None:
             raise ValueError(f"train: {name} is set, but lora is 0. Give a rank with --lora.")
     if guard.patience and not config.report.eval_every:
         raise ValueError(f"train: patience is {guard.patience}, but eval_every is 0, so nothing is validated. Set it.")
+    if config.cuda_graphs and config.data.packing == "documents":
+        raise ValueError("train: cuda_graphs is set, but packing is 'documents', whose batches differ in shape.")
+    if config.cuda_graphs and optim.checkpoint_activations:
+        raise ValueError("train: cuda_graphs and checkpoint_activations are both set. Drop one of the two.")
     if guard.min_delta and not guard.patience:
         raise ValueError("train: min_delta is set, but patience is 0. Give the number of validations to wait for.")

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from stateline.checks import fail
 from stateline.models import LanguageModel, checkpoint
 from stateline.nn import param_groups
-from stateline.training import adapters, board, removal, resume
+from stateline.training import adapters, board, graphs, removal, resume
 from stateline.training.config import SETTINGS_FILE, TrainConfig
-from stateline.training.data import TextData, Windows, load_data
+from stateline.training.data import Batch, TextData, Windows, load_data
 from stateline.training.ema import Ema
 from stateline.training.evaluate import bits_per_byte
 from stateline.training.guard import SPIKES_IN_A_ROW, diverged, exhausted, spike_bound, watch_loss, watch_validation
@@ -73,6 +74,8 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
         Interrupted: (a KeyboardInterrupt) Ctrl-C, SIGTERM or SIGHUP came, and a checkpoint was made.
     """
     device = device_of(config.device)
+    if config.cuda_graphs:
+        graphs.refuse(device)
     if config.report.tensorboard:
         board.require()
     config = settled(config)
@@ -158,6 +161,7 @@ class _Run:
         )
         self.ema = Ema(model, optim.ema) if optim.ema else None
         self.autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
+        self.recorded = graphs.Gradients(model, self.autocast) if config.cuda_graphs else None
         self.meter = Meter()
         self.position = Position()
         self.saved: int | None = None  # the step of the newest checkpoint
@@ -218,10 +222,7 @@ class _Run:
         batches = [self.windows.fetch(first, data.batch_size) for first in firsts]
         total = max(1, sum(batch.count for batch in batches))
         for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast is not None):
-                share = batch.loss(self.model, self.device) / (total / max(1, batch.count))
-            share.backward()
-            loss += share.detach()
+            loss += self._learn(batch, total / max(1, batch.count))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf)
         nats, norm_value = float(loss), float(norm)
         if not (math.isfinite(nats) and math.isfinite(norm_value)):
@@ -233,7 +234,7 @@ class _Run:
             self.optimizer.step()
             if self.ema:
                 self.ema.update(position.step + 1)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.recorded is None)
         position.step += 1
         position.windows += data.batch_size * data.accumulate
         now = time.perf_counter()
@@ -246,6 +247,15 @@ class _Run:
             told = {"spike": spike} if spike else {}
             self._record(bpb=bits, lr=rate, grad_norm=norm_value, tokens_per_s=speed, **told)
         self.reporter.show(self.meter, self._label(), self.schedule.progress(position.step, position.elapsed))
+
+    def _learn(self, batch: Batch, divisor: float) -> Tensor:
+        """The batch's mean loss over `divisor`, whose gradients are added to every parameter's."""
+        if self.recorded is not None:
+            return self.recorded(batch, divisor)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast is not None):
+            loss = batch.loss(self.model, self.device) / divisor
+        loss.backward()
+        return loss.detach()
 
     def _judge(self, nats: float) -> str | None:
         """Whether a step's loss is a spike: "kept" or "skipped" is what becomes of it. Ends a run that has diverged."""

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from stateline import backends, checks
 from stateline.checks import Sizes
 from stateline.ops.library import call, define, or_empty
-from stateline.ops.segments import build
+from stateline.ops.segments import Segments, build
 from stateline.ops.selective_scan import check_slots
 
 OP = "causal_conv1d"
@@ -57,16 +57,38 @@ def causal_conv1d(
     """
     sizes = Sizes(OP)
     sizes.match("x", x, "b t d")
-    _check_taps(OP, sizes, x, weight, bias, activation)
-    segments = build(OP, x, lengths, padding_side, cu_seqlens)
-    if initial_state is not None:
-        sizes.bind("n_seq", segments.count, "the number of sequences")
-        sizes.match("initial_state", initial_state, "n_seq k-1 d")
-        _check_state(OP, "initial_state", initial_state, x)
-    checks.same_device(OP, {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state})
+    segments = _check(sizes, x, weight, bias, activation, initial_state, (lengths, padding_side, cu_seqlens))
     return call(
         _CausalConv1d, x, weight, bias, initial_state, segments.table, activation == "silu", bool(reverse), backend
     )
+
+
+def conv_halves(
+    xz: Tensor, weight: Tensor, bias: Tensor | None, *, initial_state: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None, cu_seqlens: Tensor | None = None, reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x, z = the halves of xz (b, t, 2d); u, state = causal_conv1d(x, …, activation="silu"): (u, u, z, state).
+
+    For layers that project both at once and read u twice: where the convolution's gradient is computed the gradients of
+    the two u's are added and those of the halves put together, which would be passes over memory of their own. u comes
+    as two tensors of the same memory, z is a part of xz: write into none of them.
+    """
+    sizes = Sizes(OP)
+    sizes.match("xz", xz, "b t 2d")
+    sizes.bind("d", sizes["2d"] // 2, "half of xz")
+    segments = _check(sizes, xz, weight, bias, "silu", initial_state, (lengths, "right", cu_seqlens))
+    if sizes["2d"] != 2 * sizes["d"]:
+        raise checks.fail(OP, f"xz has {sizes['2d']} channels, expected twice the {sizes['d']} of weight.")
+    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if plain or not (torch.is_grad_enabled() and xz.requires_grad):  # nothing to save, or a graph without aliases
+        x, z = xz.chunk(2, dim=-1)
+        u, state = call(_CausalConv1d, x, weight, bias, initial_state, segments.table, True, reverse, backend)
+        return u, u, z, state
+    made: tuple[Tensor, Tensor, Tensor, Tensor] = call(
+        _ConvHalves, xz, weight, bias, initial_state, segments.table, reverse, backend
+    )
+    return made
 
 
 def causal_conv1d_step_(
@@ -98,6 +120,21 @@ def causal_conv1d_step_(
     checks.same_device(STEP, {"x": x, "weight": weight, "bias": bias, "state": state, "index": index})
     with torch.no_grad():
         return _step(state, x, weight, bias, activation == "silu", index, backend)
+
+
+def _check(
+    sizes: Sizes, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+    initial_state: Tensor | None, where: tuple[Tensor | Sequence[int] | None, str, Tensor | None],
+) -> Segments:  # fmt: skip
+    """Where sequences lie. Raises ValueError or TypeError for arguments that do not fit together or to `sizes`."""
+    _check_taps(OP, sizes, x, weight, bias, activation)
+    segments = build(OP, x, *where)
+    if initial_state is not None:
+        sizes.bind("n_seq", segments.count, "the number of sequences")
+        sizes.match("initial_state", initial_state, "n_seq k-1 d")
+        _check_state(OP, "initial_state", initial_state, x)
+    checks.same_device(OP, {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state})
+    return segments
 
 
 def _check_taps(op: str, sizes: Sizes, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
@@ -132,6 +169,17 @@ def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(or_empty(g, dy) for g in grads)
 
 
+def _run_backward_halves(dy: Tensor, more: Tensor, dz: Tensor, dstate: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    xz, weight, *rest, backend = args
+    module = backends.kernel(OP, dy.device.type, backend, xz.dtype)
+    if hasattr(module, "backward_halves"):
+        grads = module.backward_halves(dy, more, dz, dstate, xz, weight, *rest)
+    else:  # a pass over memory weighs little beside the arithmetic
+        dx, *others = module.backward(dy + more, dstate, xz[..., : weight.shape[0]], weight, *rest)
+        grads = (torch.cat([dx, dz], -1), *others)
+    return tuple(or_empty(g, dy) for g in grads)
+
+
 def _run_step(state: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
     return backends.kernel(OP, state.device.type, backend, state.dtype).step(state, *rest)
@@ -149,6 +197,10 @@ def _fake_backward(dy: Tensor, dstate: Tensor, *args: Any) -> tuple[Tensor, ...]
     return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in (x, weight, bias, initial_state))
 
 
+def _fake_backward_halves(dy: Tensor, more: Tensor, dz: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _fake_backward(dy, *args)
+
+
 def _fake_step(state: Tensor, x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -160,6 +212,12 @@ _backward = define(
     f"{OP}_backward(Tensor dy, Tensor dstate, {_ARGS}, {_WHERE}) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
+)
+_backward_halves = define(
+    f"{OP}_halves_backward(Tensor dy, Tensor more, Tensor dz, Tensor dstate, Tensor xz, Tensor weight, Tensor? bias, "
+    f"bool silu, {_WHERE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_backward_halves,
+    _fake_backward_halves,
 )
 _step = define(f"{STEP}(Tensor(a!) state, {_ARGS}, Tensor? index, str? backend) -> Tensor", _run_step, _fake_step)
 
@@ -187,3 +245,30 @@ class _CausalConv1d(Function):
         grads = _backward(dy, dstate, x, weight, bias, silu, initial_state, table, reverse, backend)
         given = (x, weight, bias, initial_state)
         return (*(None if v is None else g for v, g in zip(given, grads, strict=True)), None, None, None, None)
+
+
+class _ConvHalves(Function):
+    """`conv_halves`, with gradients to add and to put together."""
+
+    @staticmethod
+    def forward(
+        xz: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, table: Tensor | None,
+        reverse: bool, backend: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        x, z = xz.chunk(2, dim=-1)
+        u, state = _forward(x, weight, bias, True, initial_state, table, reverse, backend)
+        return u, u.view_as(u), z, state
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.reverse, ctx.backend = inputs[5:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, more: Tensor, dz: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+        xz, weight, bias, initial_state, table = ctx.saved_tensors
+        where = (True, initial_state, table, ctx.reverse, ctx.backend)
+        grads = _backward_halves(dy, more, dz, dstate, xz, weight, bias, *where)
+        given = (xz, weight, bias, initial_state)
+        return (*(None if v is None else g for v, g in zip(given, grads, strict=True)), None, None, None)

@@ -11,24 +11,7 @@ Suffixes: s step of a sequence, running forwards or backwards through memory; j 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _place(table, tiles, index, t, runs, RUN: tl.constexpr, REVERSE: tl.constexpr):
-    """Of program `index`: sequence, batch row, its first step, number of steps, place of step 0, whether it is one."""
-    if table is None:
-        sequence = index // runs
-        first = (index % runs) * RUN
-        row, start, stop = sequence.to(tl.int64), 0, t
-        exists = True
-    else:
-        sequence = tl.load(tiles + 2 * index)
-        first = tl.load(tiles + 2 * index + 1).to(tl.int32) * RUN
-        exists = sequence >= 0
-        row = tl.load(table + 3 * sequence, mask=exists, other=0)
-        start = tl.load(table + 3 * sequence + 1, mask=exists, other=0).to(tl.int32)
-        stop = tl.load(table + 3 * sequence + 2, mask=exists, other=0).to(tl.int32)
-    origin = stop - 1 if REVERSE else start
-    return sequence.to(tl.int64), row, first, stop - start, origin, exists
+from stateline.ops.gpu_kernels import place
 
 
 @triton.jit
@@ -79,7 +62,7 @@ def forward(
 ):  # fmt: skip
     """y and the last state; one program a run and block of channels."""
     program = tl.program_id(0)
-    sequence, row, first, length, origin, exists = _place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
+    sequence, row, first, length, origin, exists = place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
     if exists:
         c, live = _channels(program % blocks, d, C)
         taps = _taps(weight, c, live, K)
@@ -117,8 +100,7 @@ def forward(
 
 @triton.jit
 def _slope(out, dy, SILU: tl.constexpr):
-    """Gradient of what goes into the activation."""
-    dy = dy.to(tl.float32)
+    """Gradient of what goes into the activation, from a float32 dy."""
     if SILU:
         gate = tl.sigmoid(out)
         dy = dy * gate * (1 + out * (1 - gate))
@@ -127,33 +109,46 @@ def _slope(out, dy, SILU: tl.constexpr):
 
 @triton.jit
 def _ahead(
-    x, x_t: tl.constexpr, dy, dy_t: tl.constexpr, origin, s0, stop, c, live, TILE: tl.constexpr, REVERSE: tl.constexpr
-):
-    """Inputs and gradients of a tile, to be used while the next ones are on their way."""
-    x_at = _at(x, x_t, origin, s0, c, REVERSE)
-    dy_at = _at(dy, dy_t, origin, s0, c, REVERSE)
-    rows, given = (), ()
+    x, stride: tl.constexpr, origin, s0, stop, c, live, TILE: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """Rows of a tile, to be used while the next ones are on their way."""
+    at = _at(x, stride, origin, s0, c, REVERSE)
+    rows = ()
     for i in tl.static_range(TILE):
-        inside = live & (s0 + i < stop)
-        rows = rows + (tl.load(x_at + (-i if REVERSE else i) * x_t, mask=inside, other=0.0),)
-        given = given + (tl.load(dy_at + (-i if REVERSE else i) * dy_t, mask=inside, other=0.0),)
-    return rows, given
+        rows = rows + (tl.load(at + (-i if REVERSE else i) * stride, mask=live & (s0 + i < stop), other=0.0),)
+    return rows
+
+
+@triton.jit
+def _more_ahead(
+    given, more, stride: tl.constexpr, origin, s0, stop, c, live, TILE: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """Rows of a second gradient; `given`, which stands for nothing, if there is none."""
+    rows = given
+    if more is not None:
+        rows = _ahead(more, stride, origin, s0, stop, c, live, TILE, REVERSE)
+    return rows
 
 
 @triton.jit
 def _start_gradient(
-    dinitial, dstate, x, dy, initial, taps, shift, origin, length, c, live,
-    d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
+    dinitial, dstate, x, dy, more, initial, taps, shift, origin, length, c, live,
+    d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr, more_t: tl.constexpr,
+    K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The initial state's gradient, from the first k-1 steps."""
     x_at = _at(x, x_t, origin, 0, c, REVERSE)
     dy_at = _at(dy, dy_t, origin, 0, c, REVERSE)
+    if more is not None:
+        more_at = _at(more, more_t, origin, 0, c, REVERSE)
     rows, slopes = (), ()
     for i in tl.static_range(K - 1):
         rows = rows + (_input(x_at, x_t, i - (K - 1), 0, length, initial, c, live, d, K, REVERSE),)
     for i in tl.static_range(K - 1):
         rows = rows + (_input(x_at, x_t, i, 0, length, None, c, live, d, K, REVERSE),)
-        given = tl.load(dy_at + (-i if REVERSE else i) * dy_t, mask=live & (i < length), other=0.0)
+        given = tl.load(dy_at + (-i if REVERSE else i) * dy_t, mask=live & (i < length), other=0.0).to(tl.float32)
+        if more is not None:
+            given += tl.load(more_at + (-i if REVERSE else i) * more_t, mask=live & (i < length), other=0.0)
         out = shift
         for j in tl.static_range(K):
             out += taps[j] * rows[i + j].to(tl.float32)
@@ -166,13 +161,13 @@ def _start_gradient(
 
 @triton.jit(do_not_specialize=("t", "blocks", "runs"))
 def backward(
-    x, weight, bias, initial, table, tiles, dy, dstate, dx, dinitial, partial, t, blocks, runs, x_b, dy_b,
-    d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr,
+    x, weight, bias, initial, table, tiles, dy, more, dstate, dx, dinitial, partial, t, blocks, runs, x_b, dy_b, more_b,
+    d: tl.constexpr, x_t: tl.constexpr, dy_t: tl.constexpr, more_t: tl.constexpr, dx_t: tl.constexpr,
     K: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """dx, the initial state's gradient, and this program's sums for taps and bias, (program, k + 1, d)."""
+    """dx of dy + more, the initial state's gradient, and this program's sums for taps and bias, (program, k + 1, d)."""
     program = tl.program_id(0)
-    sequence, row, first, length, origin, exists = _place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
+    sequence, row, first, length, origin, exists = place(table, tiles, program // blocks, t, runs, RUN, REVERSE)
     c, live = _channels(program % blocks, d, C)
     taps = _taps(weight, c, live, K)
     shift = tl.zeros((C,), tl.float32)
@@ -180,7 +175,9 @@ def backward(
         shift = tl.load(bias + c, mask=live, other=0.0).to(tl.float32)
     x = x + row * x_b
     dy = dy + row * dy_b
-    dx = dx + row * t * d
+    dx = dx + row * t * dx_t
+    if more is not None:
+        more = more + row * more_b
     dstate = dstate + sequence * (K - 1) * d
     if initial is not None:
         initial = initial + sequence * (K - 1) * d
@@ -196,12 +193,16 @@ def backward(
         row_before = _input(x_at, x_t, i - (K - 1), first, seen, initial, c, live, d, K, REVERSE)
         rows = rows + (row_before.to(tl.float32),)
         slopes = slopes + (tl.zeros((C,), tl.float32),)
-    next_x, next_dy = _ahead(x, x_t, dy, dy_t, origin, first, seen, c, live, TILE, REVERSE)
+    next_x = _ahead(x, x_t, origin, first, seen, c, live, TILE, REVERSE)
+    next_dy = _ahead(dy, dy_t, origin, first, seen, c, live, TILE, REVERSE)
+    next_more = _more_ahead(next_dy, more, more_t, origin, first, seen, c, live, TILE, REVERSE)
     for done in range(0, RUN + (K + TILE - 2) // TILE * TILE, TILE):
         s0 = first + done
-        tile_x, tile_dy = next_x, next_dy
-        next_x, next_dy = _ahead(x, x_t, dy, dy_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
-        dx_at = _at(dx, d, origin, s0 - (K - 1), c, REVERSE)
+        tile_x, tile_dy, tile_more = next_x, next_dy, next_more
+        next_x = _ahead(x, x_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
+        next_dy = _ahead(dy, dy_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
+        next_more = _more_ahead(next_dy, more, more_t, origin, s0 + TILE, seen, c, live, TILE, REVERSE)
+        dx_at = _at(dx, dx_t, origin, s0 - (K - 1), c, REVERSE)
         left = s0 - length  # place of step s0 - (k-1) in the last state
         dstate_at = dstate + left * d + c
         for i in tl.static_range(TILE):
@@ -209,7 +210,10 @@ def backward(
             out = shift
             for j in tl.static_range(K):
                 out += taps[j] * rows[j]
-            slope = _slope(out, tile_dy[i], SILU)
+            given = tile_dy[i].to(tl.float32)
+            if more is not None:
+                given += tile_more[i].to(tl.float32)
+            slope = _slope(out, given, SILU)
             slopes = slopes + (slope,)
             own = tl.where(s0 + i < stop, slope, 0.0)
             added = ()
@@ -223,22 +227,22 @@ def backward(
             grad = tl.load(dstate_at + i * d, mask=inside & (left + i >= 0), other=0.0).to(tl.float32)
             for j in tl.static_range(K):
                 grad += taps[j] * slopes[K - 1 - j]
-            tl.store(dx_at + (-i if REVERSE else i) * d, grad.to(dx.dtype.element_ty), mask=inside)
+            tl.store(dx_at + (-i if REVERSE else i) * dx_t, grad.to(dx.dtype.element_ty), mask=inside)
             rows, slopes = rows[1:], slopes[1:]
     partial += (program // blocks).to(tl.int64) * len(sums) * d + c
     for j in tl.static_range(len(sums)):
         tl.store(partial + j * d, sums[j], mask=live)
     if dinitial is not None:
         if exists & (first == 0) & (K > 1):
-            dinitial += sequence * (K - 1) * d
             _start_gradient(
-                dinitial, dstate, x, dy, initial, taps, shift, origin, length, c, live, d, x_t, dy_t, K, SILU, REVERSE
-            )
+                dinitial + sequence * (K - 1) * d, dstate, x, dy, more, initial, taps, shift, origin, length, c, live,
+                d, x_t, dy_t, more_t, K, SILU, REVERSE,
+            )  # fmt: skip
 
 
 @triton.jit
 def step(
-    x, state, weight, bias, index, y, x_b, state_b,
+    x, state, weight, bias, index, y, x_b, state_b, slots,
     d: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One token, in place: one program a row and block of channels."""
@@ -248,7 +252,7 @@ def step(
     if index is not None:
         slot = tl.load(index + row).to(tl.int64)
     taps = _taps(weight, c, live, K)
-    taken = live & (slot >= 0)
+    taken = live & (slot >= 0) & (slot < slots)
     token = tl.load(x + row * x_b + c, mask=taken, other=0.0).to(tl.float32)
     out = tl.zeros((C,), tl.float32)  # in the order of `forward`, so that a step has its bits
     if bias is not None:

@@ -21,6 +21,8 @@ from stateline.ops.decode_token import Layer, Matrix, Network
 from stateline.ops.native import double_bits
 from stateline.ops.packed_linear import FORMATS
 
+#: Of token ids; the kernel itself computes in float32.
+DTYPES = frozenset({torch.int32, torch.int64})
 #: Sequences of a launch; layers whose states fit into a kernel's arguments.
 MOST, LAYERS = 64, 192
 WARPS, TILE, PAD, STAGE = 8, 16, 20, 256 * 64
@@ -32,8 +34,11 @@ AT_ONCE = {1: (8, 6), 2: (6, 4), 4: (4, 3), 8: (3, 2)}
 LEAST_STAGES = 5
 
 
-def problem(network: Network) -> str | None:
-    """Why the kernel does not cover this model on this device, or None if it does."""
+def problem(*args: object) -> str | None:
+    """Why the kernel does not cover the network among the arguments on its device, or None if it does."""
+    network = next((x for x in args if isinstance(x, Network)), None)
+    if network is None:
+        return None
     if network not in _problems:
         _problems[network] = _problem(network)
     return _problems[network]
@@ -87,7 +92,7 @@ class _Known:
     fixed: tuple[int, ...]
     table: Tensor
     formats: tuple[str, ...]
-    scratch: dict[tuple[int, int], list[Tensor]]
+    scratch: dict[tuple[int, int], tuple[Tensor, list[int]]]
 
     @classmethod
     def of(cls, network: Network) -> _Known:
@@ -116,29 +121,27 @@ class _Known:
         addresses = [x.data_ptr() for x in states]
         record = [
             len(addresses) // 2, b, *self.widths, *self.fixed, self.table.data_ptr(), ids.data_ptr(), logits.data_ptr(),
-            *(x.data_ptr() for x in scratch), stages, *addresses, *[0] * (2 * LAYERS - len(addresses)),
+            *scratch, stages, *addresses, *[0] * (2 * LAYERS - len(addresses)),
         ]  # fmt: skip
         library = _library(tiles, self.taps, self.slices > 1, self.formats, device.index)
         shared = stages * (STAGE + 16) + _shared(tiles, self.widths[2])
         library.launch("decode_token", blocks, 32 * (WARPS + 1), shared, record, cooperative=True)
 
-    def _scratch(self, tiles: int, device: torch.device) -> list[Tensor]:
-        """Vectors between phases, and where blocks meet; of each stream its own, since launches may overlap."""
+    def _scratch(self, tiles: int, device: torch.device) -> list[int]:
+        """Where vectors between phases lie, and where blocks meet; each stream has its own, since launches may overlap.
+
+        One piece of memory, zero at first: a graph that is the first to want it fills it at every replay.
+        """
         key = tiles, torch.cuda.current_stream(device).cuda_stream
         if key not in self.scratch:
             d, e, n, r = self.widths
-            columns = 8 * tiles
-
-            def zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-                return torch.zeros(count, dtype=dtype, device=device)
-
-            def vector(size: int) -> Tensor:
-                return zeros(-(-size // 64) * 64 * columns, torch.bfloat16)
-
             parts = self.slices * -(-(r + 2 * n) // TILE) * TILE if self.slices > 1 else 0
-            plain = [zeros(columns * size) for size in (d, e, e, 2 * n, -(-d // TILE), parts)]
-            self.scratch[key] = [*plain, *(vector(size) for size in (d, e, e, r)), zeros(64, torch.int32)]
-        return self.scratch[key]
+            numbers = [4 * 8 * tiles * size for size in (d, e, e, 2 * n, -(-d // TILE), parts)]
+            vectors = [2 * 8 * tiles * 64 * -(-size // 64) for size in (d, e, e, r)]
+            ends = list(itertools.accumulate(-(-size // 256) * 256 for size in (*numbers, *vectors, 256)))
+            self.scratch[key] = torch.zeros(ends[-1], dtype=torch.uint8, device=device), [0, *ends[:-1]]
+        memory, places = self.scratch[key]
+        return [memory.data_ptr() + place for place in places]
 
 
 _known: WeakKeyDictionary[Network, _Known] = WeakKeyDictionary()
@@ -179,11 +182,16 @@ def _stages(tiles: int, n: int, device: torch.device) -> int:
     return min(12, (of.shared_memory_per_block_optin - 1024 - _shared(tiles, n)) // (STAGE + 16))
 
 
+def source() -> str:
+    """The kernel, as it is compiled."""
+    folder = importlib.resources.files("stateline.ops.decode_token")
+    return "".join((folder / part).read_text() for part in ("gpu_common.cuh", "gpu.cu"))
+
+
 @functools.cache
 def _library(tiles: int, taps: int, split: bool, formats: tuple[str, ...], device: int) -> nvrtc.Library:
-    source = (importlib.resources.files("stateline.ops.decode_token") / "gpu.cu").read_text()
     names = ("IN", "X", "OUT", "HEAD")
     slots, at_once = AT_ONCE[tiles]
     options = {"NB": tiles, "SLOTS": slots, "TM": at_once, "TAPS": taps, "SPLIT": int(split), "LAYERS": LAYERS}
     options |= {name: FORMATS.index(f) for name, f in zip(names, formats, strict=True)}
-    return nvrtc.Library(source, [f"-D{name}={value}" for name, value in options.items()], device)
+    return nvrtc.Library(source(), [f"-D{name}={value}" for name, value in options.items()], device)

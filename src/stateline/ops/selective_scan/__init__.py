@@ -214,21 +214,19 @@ def _projection(op: str, sizes: Sizes, name: str, x: Tensor, lead: str, A: Tenso
 # ---- raw ops ---------------------------------------------------------------------------------------------------------
 
 
-def _kernel(device: str, backend: str | None, A: Tensor, B: Tensor, C: Tensor) -> ModuleType:
-    """The back end's module; where it does not cover this system, the reference, or a refusal if it was forced."""
-    module = backends.kernel(OP, device, backend, A.dtype)
-    why = module.problem(A, B, C) if hasattr(module, "problem") else None
-    return module if why is None else backends.stand_in(OP, backend, why)
+def _kernel(device: str, backend: str | None, system: Sequence[Tensor]) -> ModuleType:
+    """The module that computes it; `system` is u, dt, A, B, C."""
+    return backends.kernel(OP, device, backend, system[2].dtype, system)
 
 
 def _run(u: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *rest, backend = args
-    return _kernel(u.device.type, backend, *rest[1:4]).forward(u, *rest)
+    return _kernel(u.device.type, backend, (u, *rest[:4])).forward(u, *rest)
 
 
 def _run_kept(u: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, backend = args
-    module = _kernel(u.device.type, backend, *rest[1:4])
+    module = _kernel(u.device.type, backend, (u, *rest[:4]))
     if hasattr(module, "forward_kept"):
         return module.forward_kept(u, *rest)
     return (*module.forward(u, *rest), u.new_empty(0))
@@ -236,14 +234,14 @@ def _run_kept(u: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rest, kept, backend = args
-    module = _kernel(dy.device.type, backend, *rest[3:6])
+    module = _kernel(dy.device.type, backend, rest[1:6])
     more = (kept,) if kept is not None and kept.numel() else ()
     return tuple(or_empty(g, dy) for g in module.backward(dy, *rest, *more))
 
 
 def _run_step(state: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
-    return _kernel(state.device.type, backend, *rest[2:5]).step(state, *rest)
+    return _kernel(state.device.type, backend, rest[:5]).step(state, *rest)
 
 
 def _fake(u: Tensor, dt: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -254,8 +252,8 @@ def _fake(u: Tensor, dt: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor]
 
 def _fake_kept(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     segments, _, backend = args[-3:]
-    shape = getattr(_kernel(u.device.type, backend, A, B, C), "kept_shape", None)
-    kept = u.new_empty(0) if shape is None else A.new_empty(shape(u, B, segments))
+    shape = getattr(_kernel(u.device.type, backend, (u, dt, A, B, C)), "kept_shape", None)
+    kept = u.new_empty(0) if shape is None else u.new_empty(shape(u, A, B, C, segments), dtype=torch.float32)
     return (*_fake(u, dt, A, *args), kept)
 
 

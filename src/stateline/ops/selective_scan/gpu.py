@@ -1,7 +1,7 @@
 """selective_scan in CUDA C++ (gpu*.cu), compiled at first use: the same functions as reference.py.
 
 Real A, B and C per token, data in bfloat16, float16 or float32 (mixed data is read as float32); everything is computed
-in float32. `problem` says what is not covered.
+in float32. What these kernels do not cover, and everything where they cannot be compiled, goes to gpu_triton.py.
 
 Suffixes: b batch, t time step, d channel, n state, g group.
 """
@@ -10,77 +10,78 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import importlib.util
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stateline.ops import nvrtc
+from stateline import backends
+from stateline.ops import cuda, nvrtc
+from stateline.ops.selective_scan.gpu_plan import (
+    THREADS,
+    WIDTH,
+    Limits,
+    Plan,
+    backward_plan,
+    chunk_length,
+    covers,
+    ends_plan,
+    forward_plan,
+    step_plan,
+)
 
-#: Precision of A that the kernels compute in.
-DTYPES = frozenset({torch.float32})
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: An eighth of a tile's steps, which the kernels call a run: of the forward pass, and where only sums are needed.
-RUN, ENDS_RUN = 4, 16
-THREADS, WARPS, WIDTH, PAIRS, LANES = 128, 4, 32, 16, 8
-#: Fours of steps that the forward pass unrolls.
-WALK = 2
-#: A chunk is not shorter: finding what it leaves to the next has to pay.
-LEAST_CHUNK = 2048
-#: Shared memory of a block besides what is asked for: its place, and what the device keeps.
-_OWN_SHARED, _RESERVED = 512, 1024
-
-
-class Limits(NamedTuple):
-    """What tiles depend on: multiprocessors; bytes of shared memory of a block and of a multiprocessor."""
-
-    processors: int
-    block: int
-    whole: int
-
-    @property
-    def backward_run(self) -> int:
-        """The gradient's run: half of it where a block has 99 KB, so that 16 states fit."""
-        return 8 if self.block >= 160 * 1024 else 4
-
-    @property
-    def mark(self) -> int:
-        """Steps between the states that the forward pass keeps for the gradient: a tile of the latter."""
-        return LANES * self.backward_run
-
-    def resident(self, shared: int) -> int:
-        """Blocks of `shared` bytes that a multiprocessor holds at once; 0 if not even one fits."""
-        if shared + _OWN_SHARED > self.block:
-            return 0
-        return self.whole // (shared + _OWN_SHARED + _RESERVED)
+#: Precision of A that the kernels compute in; complex ones are Triton's.
+DTYPES = frozenset({torch.float32, torch.complex64})
 
 
-class Plan(NamedTuple):
-    """How a kernel is compiled and launched: its options, blocks that share a multiprocessor, bytes a block."""
-
-    options: tuple[str, ...]
-    resident: int
-    shared: int
-
-
-def problem(A: Tensor, B: Tensor, C: Tensor) -> str | None:
-    """Why the kernels do not cover this system, or None if they do."""
-    if A.dtype not in DTYPES:
-        return f"A is {A.dtype}, its GPU kernels compute in float32."
-    if B.dim() == 2 or C.dim() == 2:
-        return "a constant B or C is not covered by its GPU kernels."
-    n = int(A.shape[1])
-    if n == 0:
-        return "there are no states."
-    if not covers(n, _limits(A.device.index)):
-        return f"{n} states do not fit into shared memory."
-    return None
+def problem(*args: Tensor) -> str | None:
+    """Why neither kernel covers (u, dt, A, B, C), or None if one does."""
+    why = _uncovered(*args[2:5]) if len(args) >= 5 else None
+    if why is None or _triton_is_there():
+        return None
+    return f"{why}, and the Triton kernel needs triton, which is not installed. pip install triton"
 
 
 @functools.cache
-def covers(n: int, limits: Limits) -> bool:
-    """Whether a device of these limits holds tiles of n states, whatever the data's dtype."""
-    return all(p(n, torch.float32, limits).resident > 0 for p in (forward_plan, ends_plan, backward_plan))
+def _triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def detail(*args: Tensor) -> str:
+    """Which kernel runs for (u, dt, A, B, C), and why not the faster one."""
+    if len(args) < 5:
+        return ""
+    why = _uncovered(*args[2:5])
+    return "the CUDA kernels run" if why is None else f"{why}; the Triton kernel runs"
+
+
+def _uncovered(A: Tensor, B: Tensor, C: Tensor) -> str | None:
+    """Why the CUDA kernels do not serve this system, or None if they do."""
+    if A.dtype != torch.float32:
+        return "CUDA kernels do not cover complex A"
+    if B.dim() == 2 or C.dim() == 2:
+        return f"CUDA kernels do not cover constant {'B' if B.dim() == 2 else 'C'}"
+    n = int(A.shape[1])
+    if n == 0:
+        return "CUDA kernels do not cover systems without states"
+    if not covers(n, _limits(A.device.index)):
+        return f"CUDA kernels do not cover {n} states, which do not fit into shared memory"
+    why = nvrtc.problem(A.get_device())
+    return why and f"CUDA kernels cannot be compiled here: {why.rstrip('.')}"
+
+
+def _instead(A: Tensor, B: Tensor, C: Tensor) -> ModuleType | None:
+    """The Triton kernels where the CUDA kernels do not serve this system; said once where they never can."""
+    why = _uncovered(A, B, C)
+    if why is None:
+        return None
+    if why.startswith("CUDA kernels cannot"):
+        backends.say_once(f"selective_scan: {why}; the Triton kernel runs. Results agree within the published bounds.")
+    from stateline.ops.selective_scan import gpu_triton
+
+    return gpu_triton
 
 
 @functools.cache
@@ -101,85 +102,6 @@ def _library(name: str, options: tuple[str, ...], device: int) -> nvrtc.Library:
     return nvrtc.Library(source(name), options, device)
 
 
-def _options(dtype: torch.dtype, run: int, mark: int, **rest: int) -> tuple[str, ...]:
-    every = {"DATA": _KINDS[dtype], "RUN": run, "MARK": mark} | rest
-    return tuple(f"-D{name}={value}" for name, value in every.items())
-
-
-def _buffer(tile: int) -> int:
-    return tile * WIDTH + LANES * 8
-
-
-def _raw(n: int, dtype: torch.dtype, tile: int) -> int:
-    vector = 16 // dtype.itemsize
-    return tile * -(-n // vector) * vector * dtype.itemsize
-
-
-@functools.cache
-def forward_plan(n: int, dtype: torch.dtype, limits: Limits) -> Plan:
-    """Of scan_forward: each of a block's warps keeps a multiple of four states."""
-    states, tile = 4 * -(-n // 16), LANES * RUN
-    lines = 2 * tile * (WARPS * states + 4) * 4
-    shared = 5 * _buffer(tile) * dtype.itemsize + 2 * _raw(n, dtype, tile) + lines + (tile // 2 + tile) * 36 * 16
-    resident = min(4 if states <= 16 else 3, limits.resident(shared))
-    rest = {"STATES": states, "WALK": WALK, "FORWARD_BLOCKS": max(1, resident)}
-    return Plan(_options(dtype, RUN, limits.mark, **rest), resident, shared)
-
-
-@functools.cache
-def ends_plan(n: int, dtype: torch.dtype, limits: Limits) -> Plan:
-    """Of chunk_ends and adjoint_ends."""
-    tile = LANES * ENDS_RUN
-    shared = 3 * _buffer(tile) * dtype.itemsize + _raw(n, dtype, tile) + n * tile * 4 + n * PAIRS * 16
-    return Plan(_options(dtype, ENDS_RUN, limits.mark), limits.resident(shared), shared)
-
-
-@functools.cache
-def backward_plan(n: int, dtype: torch.dtype, limits: Limits, crowded: bool = False) -> Plan:
-    """Of scan_backward: GROUP states of each warp and TURNS of its lines wait in shared memory to be added up.
-
-    crowded: three blocks a multiprocessor, on fewer registers, where they fit. All plans give the same bits.
-    """
-    aim = 4 if limits.backward_run == 4 else 3 if crowded else 2  # what registers allow
-
-    def plan(group: int, turns: int) -> Plan:
-        tile = limits.mark
-        parts = 4 * WARPS * (turns * PAIRS // WARPS * (2 * tile + 8) + group * 2 * tile)
-        rows = 8 * _buffer(tile) * dtype.itemsize
-        shared = rows + 2 * _raw(n, dtype, tile) + 2 * n * tile * 4 + parts + 2 * n * PAIRS * (16 + 8)
-        resident = min(aim, limits.resident(shared))
-        rest = {"GROUP": group, "TURNS": turns, "BACKWARD_BLOCKS": max(1, resident)}
-        return Plan(_options(dtype, limits.backward_run, tile, **rest), resident, shared)
-
-    return max((plan(16, 2), plan(8, 2), plan(4, 1)), key=lambda p: p.resident)
-
-
-@functools.cache
-def step_plan(dtype: torch.dtype) -> Plan:
-    """Of scan_step, whose tiles depend on nothing."""
-    return Plan(_options(dtype, RUN, LANES), 1, 0)
-
-
-@functools.cache
-def chunk_length(t: int, d: int, processors: int, resident: int) -> int:
-    """Steps of a chunk: few chunks, but enough that one sequence fills the processors. Never depends on the batch.
-
-    `resident`: blocks that share a processor. One that holds fewer works at four fifths of its rate at best.
-    """
-    across = max(1, -(-d // WIDTH))
-
-    def time(chunks: int) -> float:
-        full, rest = divmod(-(-across * chunks // processors), resident)
-        return (full * resident + (max(rest, 0.8 * resident) if rest else 0)) / chunks
-
-    counts = range(1, max(1, t // LEAST_CHUNK) + 1)
-    counts = counts[:64]  # more chunks than that are never needed to fill a device
-    best = min(map(time, counts))
-    chunks = next(c for c in counts if time(c) <= 1.03 * best)
-    tile = LANES * ENDS_RUN  # the coarser one
-    return max(1, -(-t // chunks // tile)) * tile
-
-
 class _View(NamedTuple):
     """A tensor as kernels read it, kept alive; its address and the elements between entries of all dimensions but the
     last; and what of these, in bytes, may keep it from being read 16 bytes at a time."""
@@ -190,13 +112,13 @@ class _View(NamedTuple):
 
 
 def _view(x: Tensor, dtype: torch.dtype) -> _View:
-    """`x` as kernels read data: the last dimension adjacent, steps less than 2 GiB apart."""
+    """`x` as kernels read data: the last dimension adjacent, steps less than 16 MiB apart (a tile's bytes: 32 bits)."""
     if x.is_neg():  # its sign is still to be changed in memory
         x = x.resolve_neg()
     if x.dtype != dtype:
         x = x.to(dtype)
     steps, size = x.stride(), dtype.itemsize
-    if (steps[-1] != 1 and x.shape[-1] > 1) or (len(steps) > 2 and steps[1] * size >= 2**31):
+    if (steps[-1] != 1 and x.shape[-1] > 1) or (len(steps) > 2 and steps[1] * size >= 2**24):
         x = x.contiguous()
         steps = x.stride()
     at, bits = x.data_ptr(), 0
@@ -260,11 +182,11 @@ class _Call:
         """Memory for a result or gradient like x; zeros where segments may leave tokens unwritten."""
         if x.tensor is None:
             return x
-        made = x.tensor.new_empty(x.tensor.shape)
+        made = cuda.empty(x.tensor.shape, x.tensor.dtype, x.tensor)
         return _view(made if self.table is None else made.zero_(), self.dtype)
 
     def empty(self, *shape: int) -> Tensor:
-        return self.like.new_empty(shape)
+        return cuda.empty(shape, self.like.dtype, self.like)
 
     def chunk_rows(self, *shape: int) -> Tensor:
         """Room for something of this shape for each chunk of each sequence."""
@@ -319,10 +241,10 @@ class _Gradient:
         self.du, self.ddt, self.dz, self.dB, self.dC = map(call.result, (call.u, call.dt, call.z, call.B, call.C))
         self.adjoint = call.ends()
         *summed, initial = call.parameters
-        self.dinitial = None if initial is None else torch.empty_like(initial)
+        self.dinitial = None if initial is None else cuda.empty(initial.shape, initial.dtype, initial)
         # Of A, D and the bias: a row for each chunk, and their sums.
         self.rows = [None if x is None else call.chunk_rows(*x.shape) for x in summed]
-        self.sums = [None if x is None else torch.empty_like(x) for x in summed]
+        self.sums = [None if x is None else cuda.empty(x.shape, x.dtype, x) for x in summed]
         self.parts = call.empty(call.across, call.b, 2, call.n, call.t)
         if call.table is not None:
             self.parts.zero_()
@@ -345,8 +267,13 @@ def _across(d: int, g: int) -> int:
     return (d + g * WIDTH - 1) // (g * WIDTH) * g
 
 
-def kept_shape(u: Tensor, B: Tensor, segments: Tensor | None) -> tuple[int, ...]:
-    """Shape of what `forward_kept` keeps for `backward`, float32: a state (d, n) every 64 steps (or 32)."""
+def kept_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: Tensor | None) -> tuple[int, ...]:
+    """Shape of what `forward_kept` keeps for `backward`, float32: a state (d, n) every 64 steps (or 32).
+
+    Nothing where the Triton kernels run.
+    """
+    if _instead(A, B, C) is not None:
+        return (0,)
     (b, t, d), (g, n) = u.shape, B.shape[2:]
     sequences = b if segments is None else segments.shape[0]
     return rows_of(b, t, sequences, _limits(u.get_device()).mark), _across(d, g), n, WIDTH
@@ -357,8 +284,11 @@ def forward_kept(
     dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None, segments: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `forward`, and third what spares `backward` a scan, n·d·4 bytes every 64 steps."""
-    kept = torch.empty(kept_shape(u, B, segments), dtype=torch.float32, device=u.device)
-    return *_forward((u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse), kept), kept
+    inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+    kept = cuda.empty(kept_shape(u, A, B, C, segments), torch.float32, u)
+    if (other := _instead(A, B, C)) is not None:
+        return *other.forward(*inputs), kept
+    return *_forward(inputs, kept), kept
 
 
 def forward(
@@ -366,14 +296,17 @@ def forward(
     dt_bias: Tensor | None, dt_softplus: bool, initial_state: Tensor | None, segments: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """u, dt, z (b, t, d); A (d, n); B, C (b, t, g, n) -> y (b, t, d), state (n_seq, d, n)."""
-    return _forward((u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse), None)
+    inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+    if (other := _instead(A, B, C)) is not None:
+        return other.forward(*inputs)
+    return _forward(inputs, None)
 
 
 def _forward(inputs: tuple[Any, ...], kept: Tensor | None) -> tuple[Tensor, Tensor]:
     u = inputs[0]
     with torch.cuda.device_of(u):
         call = _Call(*inputs)
-        y = u.new_empty(u.shape, dtype=call.dtype)
+        y = cuda.empty(u.shape, call.dtype, u)
         if call.table is not None:
             y.zero_()
         state = call.empty(call.sequences, call.d, call.n)
@@ -390,10 +323,13 @@ def backward(
 
     kept: the third result of `forward_kept` for the same inputs; without it a forward pass makes it again.
     """
+    inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+    if (other := _instead(A, B, C)) is not None:
+        return other.backward(dy, dstate, *inputs)
     with torch.cuda.device_of(u):
-        call = _Call(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
+        call = _Call(*inputs)
         if kept is None:
-            kept = call.empty(*kept_shape(u, B, segments))
+            kept = call.empty(*kept_shape(u, A, B, C, segments))
             call.scan(_NO_ROWS, None, kept)
         plan = backward_plan(call.n, call.dtype, call.limits)
         call.cut(plan)
@@ -440,6 +376,8 @@ def step(
     index: Tensor | None,
 ) -> Tensor:
     """One token, in place. u, dt, z (b, d); B, C (b, g, n); index (b) picks rows of state, negative: skip."""
+    if (other := _instead(A, B, C)) is not None:
+        return other.step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, index)
     dtype = _common(u, dt, B, C, z)
     with torch.cuda.device_of(u):
         (b, d), (g, n) = u.shape, B.shape[1:]
@@ -447,7 +385,7 @@ def step(
         systems = [_view(x, dtype) for x in (B, C)]
         parameters = tuple(map(_parameter, (A, D, dt_bias)))
         index = None if index is None else index.contiguous()
-        y = u.new_empty((b, d), dtype=dtype)
+        y = cuda.empty((b, d), dtype, u)
         # Four states at a time: 16 bytes of the state and of A, as many of B and C as four take.
         bits = (systems[0].bits | systems[1].bits) * (4 // dtype.itemsize) | state.data_ptr() | _address(parameters[0])
         across = -(-4 * d // THREADS)
