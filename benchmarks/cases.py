@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stateline import ops
 from stateline.models import LanguageModel, ModelConfig
-from stateline.nn import Mamba
+from stateline.nn import Mamba, Mamba2
 
 OURS = "stateline"
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -109,8 +109,11 @@ def lengths() -> Iterator[Case]:
 
 
 def blocks() -> Iterator[Case]:
-    """A Mamba-1 block with its projections. Peers' blocks are timed in float32, which is what they are fastest in."""
+    """A block of each generation with its projections. Peers are timed in float32, where they are fastest."""
     d, t = 768, 2048
+    generations: tuple[tuple[str, Any, Callable[[int], dict[str, nn.Module]]], ...] = (
+        ("Mamba", Mamba, peers.blocks), ("Mamba2", Mamba2, peers.blocks_of_mamba2),
+    )  # fmt: skip
 
     def run(layer: nn.Module, x: Tensor, backward: bool) -> Work:
         if not backward:
@@ -118,20 +121,24 @@ def blocks() -> Iterator[Case]:
         x = x.clone().requires_grad_()
         return lambda: torch.autograd.grad(layer(x).sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
 
-    for dtype, backward in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
+    for label, ours, theirs in generations:
+        for dtype, backward in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
 
-        def make(with_peers: bool, dtype: torch.dtype = dtype, backward: bool = backward) -> dict[str, Work]:
-            torch.manual_seed(0)
-            x = torch.randn(1, t, d)
-            work = {OURS: run(Mamba(d).to(dtype), x.to(dtype), backward)}
-            for name, layer in peers.blocks(d).items() if with_peers else ():
-                # transformers' backward pass takes minutes at this length
-                if not (backward and name == "transformers"):
-                    work[name if dtype == torch.float32 else f"{name}, float32"] = run(layer, x, backward)
-            return work
+            def make(
+                with_peers: bool, dtype: torch.dtype = dtype, backward: bool = backward, ours: Any = ours,
+                theirs: Any = theirs,
+            ) -> dict[str, Work]:  # fmt: skip
+                torch.manual_seed(0)
+                x = torch.randn(1, t, d)
+                work = {OURS: run(ours(d).to(dtype), x.to(dtype), backward)}
+                for name, layer in theirs(d).items() if with_peers else ():
+                    # transformers' backward pass of Mamba-1 takes minutes at this length
+                    if not (backward and name == "transformers" and ours is Mamba):
+                        work[name if dtype == torch.float32 else f"{name}, float32"] = run(layer, x, backward)
+                return work
 
-        op = "Mamba block fwd+bwd" if backward else "Mamba block fwd"
-        yield Case(op, f"b1 t{t} d{d}", str(dtype).removeprefix("torch."), make, t)
+            op = f"{label} block fwd+bwd" if backward else f"{label} block fwd"
+            yield Case(op, f"b1 t{t} d{d}", str(dtype).removeprefix("torch."), make, t)
 
 
 def long_context() -> Iterator[Case]:

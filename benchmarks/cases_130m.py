@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import gguf_model, peers
+from benchmarks import peers
 from benchmarks.cases import OURS, Case, without_grad
 from benchmarks.measure import Work
 
 from stateline import LanguageModel, ModelConfig, prepare_for_decode
+from stateline.interop import gguf
 
 CONFIG = ModelConfig(d_model=768, n_layer=24, vocab_size=50280)
 LENGTH = 2048
@@ -115,9 +116,9 @@ def llamas() -> dict[str, Any]:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     threads = torch.get_num_threads()
     made = {}
-    for kind in gguf_model.FORMATS:
+    for kind in ("F16", "Q8_0", "Q4_0"):
         path = folder / f"{kind}.gguf"
-        gguf_model.write(path, kind, CONFIG.d_model, CONFIG.n_layer, CONFIG.vocab_size)
+        gguf.save(models()[f"{OURS}, float32"], path, kind, tokenizer="none")
         made[f"llama.cpp, {kind}"] = llama_cpp.Llama(
             str(path), n_ctx=2 * LENGTH, n_batch=512, verbose=False, n_threads=threads, n_threads_batch=threads
         )

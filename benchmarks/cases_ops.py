@@ -1,6 +1,6 @@
-"""Timing cases of the CPU operations, at the shapes of Mamba-1 130M and 2.8B blocks: (name, shape, callable) each.
+"""Timing cases of the CPU operations, at the shapes of Mamba 130M and 2.8B blocks: (name, shape, callable) each.
 
-b batch, t time step, d channel, n state, k taps.
+b batch, t time step, d channel, n state, k taps, h head, p head width.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ def cases() -> Iterator[Case]:
     """Yield every case; inputs are built when a case is asked for."""
     for dtype in (torch.float32, torch.bfloat16):
         yield from _scan(1, 2048, 1536, 16, dtype)
+        yield from _ssd(1, 2048, 24, 64, 128, dtype)
         yield from _conv(1, 2048, 1536, 4, dtype)
         yield from _norm(2048, 768, dtype)
     yield from _scan_step(1, 1536, 16)
     yield from _scan_step(64, 5120, 16)
+    yield from _ssd_step(1, 24, 64, 128)
+    yield from _ssd_step(64, 80, 64, 128)
     yield from _conv_step(1, 1536, 4)
 
 
@@ -59,6 +62,42 @@ def _scan(b: int, t: int, d: int, n: int, dtype: torch.dtype) -> Iterator[Case]:
 
     yield "selective_scan fwd", shape, forward
     yield "selective_scan fwd+bwd", shape, both
+
+
+def _ssd_inputs(b: int, t: int, h: int, p: int, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs as a Mamba-2 layer at its initial values has them, one group of B and C."""
+    torch.manual_seed(0)
+    x, z = (torch.randn(b, t, h, p).to(dtype) for _ in range(2))
+    B, C = (torch.randn(b, t, 1, n).to(dtype) for _ in range(2))
+    dt = (torch.randn(b, t, h) * 0.5).to(dtype)
+    bias = torch.log(torch.expm1(torch.exp(torch.rand(h) * 4.6 - 6.9)))
+    A = -1 - 15 * torch.rand(h)
+    return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": torch.ones(h), "z": z, "dt_bias": bias}
+
+
+def _ssd(b: int, t: int, h: int, p: int, n: int, dtype: torch.dtype) -> Iterator[Case]:
+    shape = f"b{b} h{h} p{p} t{t} n{n} {_name(dtype)}"
+    inputs = _ssd_inputs(b, t, h, p, n, dtype)
+    leaves = {name: v.clone().requires_grad_() for name, v in inputs.items()}
+    dy = torch.randn(b, t, h, p).to(dtype)
+    for backend, name in ((None, "ssd"), ("chunked", "ssd, chunked in PyTorch")):
+
+        def forward(backend: str | None = backend) -> object:
+            with torch.no_grad():
+                return ops.ssd(**inputs, dt_softplus=True, backend=backend)  # type: ignore[arg-type]
+
+        def both(backend: str | None = backend) -> object:
+            y, _ = ops.ssd(**leaves, dt_softplus=True, backend=backend)  # type: ignore[arg-type]
+            return torch.autograd.grad(y, list(leaves.values()), dy)
+
+        yield f"{name} fwd", shape, forward
+        yield f"{name} fwd+bwd", shape, both
+
+
+def _ssd_step(b: int, h: int, p: int, n: int) -> Iterator[Case]:
+    token = {k: v if v.dim() == 1 else v[:, 0] for k, v in _ssd_inputs(b, 1, h, p, n, torch.float32).items()}
+    state = torch.zeros(b, h, p, n)
+    yield "ssd step", f"b{b} h{h} p{p} n{n} float32", lambda: ops.ssd_step_(state, **token, dt_softplus=True)  # type: ignore[arg-type]
 
 
 def _conv(b: int, t: int, d: int, k: int, dtype: torch.dtype) -> Iterator[Case]:

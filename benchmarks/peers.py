@@ -42,6 +42,17 @@ def blocks(d_model: int) -> dict[str, nn.Module]:
     return found
 
 
+def blocks_of_mamba2(d_model: int) -> dict[str, nn.Module]:
+    """Mamba-2 blocks of the peers that are installed, by name, with random weights and one group of B and C."""
+    if not find_spec("transformers"):
+        return {}
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    heads = {"head_dim": 64, "num_heads": 2 * d_model // 64, "n_groups": 1, "state_size": 128}
+    return {"transformers": Mamba2Mixer(Mamba2Config(hidden_size=d_model, num_hidden_layers=1, **heads), 0)}
+
+
 def language_model(d_model: int, n_layer: int, vocab_size: int) -> Any:
     """transformers' Mamba of that shape, random weights; None where it is not installed."""
     if not find_spec("transformers"):

@@ -30,6 +30,27 @@ def selective_scan(
     return y, states[-1] if t else h0
 
 
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, S0: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One sequence: x (t, h, p), dt (t, h), A (h), B, C (t, h, n), S0 (h, p, n) -> y (t, h, p), S (h, p, n), decay (h).
+
+    Solves one bidiagonal system a head for all its states: each state less the decayed one before it is what came in.
+    """
+    t = x.shape[0]
+    if t == 0:
+        return x, S0, torch.ones_like(A)
+    decay = torch.exp(dt * A).T  # (h, t)
+    system = torch.eye(t, dtype=x.dtype) - torch.diag_embed(decay[:, 1:], -1)
+    drive = torch.einsum("th,thp,thn->htpn", dt, x, B)
+    drive = torch.cat([drive[:, :1] + decay[:, :1, None, None] * S0[:, None], drive[:, 1:]], 1)
+    states = torch.linalg.solve_triangular(system, drive.flatten(2), upper=False).view(drive.shape)
+    y = torch.einsum("htpn,thn->thp", states, C)
+    y = y if D is None else y + (D if D.dim() == 2 else D[:, None]) * x
+    y = y if z is None else y * F.silu(z)
+    return y, states[:, -1], decay.prod(1)
+
+
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, taps: Tensor) -> tuple[Tensor, Tensor]:
     """One sequence: x (t, d), weight (d, k), taps (k-1, d) -> y (t, d), taps; by torch's own grouped convolution."""
     padded = torch.cat([taps, x])

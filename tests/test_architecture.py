@@ -70,6 +70,11 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         assert ORDER.index(other) <= ORDER.index(part), f"{path.name}: {part} may not import {other}"
 
 
+def test_native_files_stay_small() -> None:
+    for path in [*SOURCE.rglob("*.cpp"), *SOURCE.rglob("*.h"), *SOURCE.rglob("*.cu"), *SOURCE.rglob("*.cuh")]:
+        assert path.read_text().count("\n") <= FILE_LINES, path.name
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(SOURCE)))
 def test_module_level_imports_are_core_only(path: Path) -> None:
     """Extras are imported where they are used, so that the core installs and starts alone."""
@@ -137,7 +142,7 @@ def test_every_op_folder_has_the_same_shape() -> None:
         assert {"__init__.py", "reference.py", "cpu.py", "cpu.cpp"} <= names, folder.name
         scripts = {name for name in names if name.endswith(".py")}
         gpu = {"gpu.py", "gpu_plan.py", "gpu_triton.py", "gpu_kernels.py", "gpu_backward_kernels.py"}
-        assert scripts <= {"__init__.py", "reference.py", "cpu.py", "pack.py"} | gpu, folder.name
+        assert scripts <= {"__init__.py", "reference.py", "cpu.py", "pack.py", "chunked.py"} | gpu, folder.name
 
 
 def test_repository_speaks_of_the_project_alone() -> None:
@@ -146,7 +151,7 @@ def test_repository_speaks_of_the_project_alone() -> None:
     banned = ("/wo" + "rk/", "/ro" + "ot/", "--index" + "-url", "../sha" + "red", "registry" + "=")
     for name in tracked:
         path = ROOT / name
-        if path.suffix in (".py", ".md", ".toml", ".txt", ".cpp", ".h", ".yml", "") and path.is_file():
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".cpp", ".h", ".cu", ".cuh", ".yml", "") and path.is_file():
             if path.stat().st_size > 500_000:  # the bundled text
                 continue
             text = path.read_text(errors="replace")

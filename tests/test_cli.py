@@ -54,16 +54,16 @@ def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 FLAGS = {
     "bench": ["--debug", "--help", "--json", "--model", "--quick", "--threads", "-h"],
-    "convert": ["--debug", "--dtype", "--force", "--help", "--to", "-h"],
+    "convert": ["--debug", "--dtype", "--force", "--help", "--no-tokenizer", "--to", "-h"],
     "eval": [
         "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json", "--limit",
-        "--lines", "--mode", "--stride", "--threads", "--weights", "-h",
+        "--lines", "--mode", "--room", "--stride", "--threads", "--weights", "-h",
     ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "generate": [
         "--batch", "--batch-size", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy", "--help",
         "--load-stream", "--max-tokens", "--min-p", "--model", "--prompt-file", "--repetition-penalty",
-        "--repetition-window", "--save-every", "--save-stream", "--seed", "--stats",
+        "--repetition-window", "--room", "--save-every", "--save-stream", "--seed", "--stats",
         "--stop", "--temperature", "--threads", "--top-k", "--top-p", "--weights", "-h",
     ],
     "info": ["--debug", "--help", "--json", "-h"],
@@ -373,7 +373,7 @@ WRONG = [
     (["generate", "--model", "MODEL", "--nonsense"], "unrecognized arguments: --nonsense"),
     (["convert", "MODEL", "MODEL"], "exists; --force replaces it"),
     (["convert", "MODEL", "no/such/parent"], "there is no directory"),
-    (["convert", "MODEL", "out", "--to", "gguf"], "invalid choice: 'gguf'"),
+    (["convert", "MODEL", "out", "--to", "keras"], "invalid choice: 'keras'"),
     (["convert", "absent", "out"], "absent"),
     (["info", "absent"], "absent"),
     (["explain", "nonsense"], "the operation is 'nonsense', expected one of"),

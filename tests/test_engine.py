@@ -4,63 +4,34 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from engines import FILTERS, GREEDY, alone, leaves, on_device, peaked_model, texts
 from hypothesis import given, settings
 from scripted import Scripted
 
 import stateline
-from stateline import Engine, state
-from stateline.generation import Event, Request, SamplingConfig, Stream, generate
-from stateline.generation import engine as engine_module
-from stateline.generation.slots import DeviceSlots
+from stateline import Engine
+from stateline.generation import SamplingConfig, Stream
 from stateline.models import LanguageModel, ModelConfig
 
-GREEDY = SamplingConfig(temperature=0)
 PROMPTS = ["", "a", "A rather longer prompt than the others, read in several pieces", b"\xff\xfe", "né😀", list(b"ids")]
-FILTERS: list[dict[str, Any]] = [
-    {"temperature": 0.0},
-    {},
-    {"top_k": 5, "temperature": 0.7},
-    {"top_p": 0.8, "repetition_penalty": 1.5},
-    {"min_p": 0.1, "repetition_penalty": 1.3, "repetition_window": None},
-    {"temperature": 0.0, "repetition_penalty": 2.0, "repetition_window": 200},
-]
 
 
 @pytest.fixture(params=["host", "device"])
-def slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Slots as they are here, and those of a CUDA device without its graphs: tokens are looked at a step later."""
+def slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots as they are here, and those of a device."""
     if request.param == "device":
-        monkeypatch.setattr(engine_module, "HostSlots", lambda *given: DeviceSlots(*given, False))
-    return str(request.param)
+        on_device(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    torch.manual_seed(5)
-    config = ModelConfig(d_model=16, n_layer=2, vocab_size=256, ssm_cfg={"d_state": 4}, tie_embeddings=False)
-    model = LanguageModel(config, dtype=torch.float64)
-    with torch.no_grad():
-        model.backbone.embedding.weight.mul_(10)
-        model.lm_head.weight.mul_(3)
-    return model
-
-
-def texts(events: Iterator[Event]) -> dict[Request, str]:
-    found: dict[Request, str] = {}
-    for event in events:
-        found[event.request] = found.get(event.request, "") + event.text
-    return found
-
-
-def alone(model: Any, prompt: Any, **options: Any) -> str:
-    return "".join(generate(model, prompt, **options))
+    return peaked_model()
 
 
 # ---- against each text alone -----------------------------------------------------------------------------------------
@@ -118,7 +89,7 @@ def test_whatever_comes_and_goes(data: st.DataObject) -> None:
     )
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):
-            patch.setattr(engine_module, "HostSlots", lambda *given: DeviceSlots(*given, False))
+            on_device(patch)
         engine = Engine(model, max_batch=data.draw(st.integers(1, 4)), chunk=data.draw(st.integers(1, 9)))
         asked, said = {}, {}
         for i in range(30):
@@ -173,86 +144,6 @@ def test_deterministic_text_has_the_same_bits_in_any_company(dtype: torch.dtype)
         assert logprobs(others, place) == expected
 
 
-# ---- streams ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("slots")
-@pytest.mark.parametrize("options", FILTERS)
-def test_a_prefix_is_read_once_and_serves_many(model: LanguageModel, options: dict[str, Any]) -> None:
-    sampling = SamplingConfig(seed=4, **options)
-    prefix = Stream(model, sampling=sampling)
-    prefix.feed("A prefix that many have in common: é"[:-1].encode() + b"\xc3")
-    before = state.clone(prefix.state)
-    engine = Engine(model, max_batch=4)
-    requests = [engine.add(p, after=prefix, max_tokens=75) for p in ("", "one", "two, longer")]
-    other = engine.add("one", after=prefix, max_tokens=20, sampling=SamplingConfig(seed=9))
-    found = texts(engine.run())
-    for request, prompt in zip(requests, ("", "one", "two, longer"), strict=True):
-        stream = prefix.fork()
-        stream.feed(prompt)
-        assert found[request] == "".join(stream.text(75, final=True))
-    assert found[other] != found[requests[1]][: len(found[other])]
-    assert all(map(torch.equal, prefix_leaves(before), prefix_leaves(prefix.state)))
-
-
-def prefix_leaves(tree: Any) -> list[torch.Tensor]:
-    return list(torch.utils._pytree.tree_leaves(tree))
-
-
-@pytest.mark.usefixtures("slots")
-@pytest.mark.parametrize("options", FILTERS)
-def test_a_kept_stream_goes_on_where_the_text_ended(model: LanguageModel, options: dict[str, Any]) -> None:
-    sampling = SamplingConfig(seed=6, **options)
-    engine = Engine(model, max_batch=3)
-    engine.add("company", max_tokens=40)
-    ends: dict[str, dict[str, Any]] = {
-        "length": {"max_tokens": 70}, "stop": {"stop": ["e", "a", " "]}, "read": {"max_tokens": 0},
-    }  # fmt: skip
-    requests = {name: engine.add("A prompt", sampling=sampling, keep=True, **given) for name, given in ends.items()}
-    found = texts(engine.run())
-    for name, request in requests.items():
-        stream = Stream(model, sampling=sampling)
-        stream.feed("A prompt")
-        given = {"max_tokens": 256, **ends[name]}
-        assert found[request] == "".join(stream.text(given["max_tokens"], stop=given.get("stop", ()), final=True))
-        assert request.stream is not None
-        assert request.stream.length == stream.length
-        assert list(request.stream.tokens(30)) == list(stream.tokens(30))
-
-
-@pytest.mark.usefixtures("slots")
-def test_turns_of_a_talk(model: LanguageModel, tmp_path: Path) -> None:
-    """Kept, saved, loaded, continued: as one stream would have written it; cancelled texts go on, too."""
-    engine = Engine(model, max_batch=2)
-    first = engine.add("Question", max_tokens=None, keep=True, sampling=SamplingConfig(seed=1, repetition_penalty=1.2))
-    told = ""
-    for event in engine.run():
-        told += event.text
-        if first.count == 15 and not event.reason:
-            engine.cancel(first)
-    assert first.reason == "cancelled"
-    assert first.stream is not None
-    first.stream.save(tmp_path / "talk")
-    second = engine.add(" more", after=Stream.load(tmp_path / "talk", model), max_tokens=20)
-    found = texts(engine.run())[second]
-    stream = Stream(model, sampling=SamplingConfig(seed=1, repetition_penalty=1.2))
-    stream.feed("Question")
-    assert told == "".join(stream.text(first.count))
-    stream.feed(" more")
-    assert found == "".join(stream.text(20, final=True))
-
-
-@pytest.mark.usefixtures("slots")
-def test_a_character_begun_by_a_stream_is_finished() -> None:
-    model: Any = Scripted("né!".encode())
-    stream = Stream(model, sampling=GREEDY)
-    stream.feed("x")
-    assert "".join(stream.text(2)) == "n"
-    engine = Engine(model)
-    request = engine.add(after=stream, max_tokens=2)
-    assert texts(engine.run()) == {request: "é!"}
-
-
 # ---- ends, failures --------------------------------------------------------------------------------------------------
 
 
@@ -290,8 +181,31 @@ def test_a_prompt_that_fails_harms_no_other(model: LanguageModel, tmp_path: Path
     assert found[fine] == alone(model, "fine", max_tokens=5, sampling=GREEDY)
     assert isinstance(missing.error, FileNotFoundError)
     assert missing.stream is None
-    assert "the prompt has more than 40 tokens" in str(long.error)
-    assert "the prompt has more than 40 tokens" in str(beyond.error)
+    assert "has more than 40 tokens, the engine's context" in str(long.error)
+    assert "has more than 40 tokens, the engine's context" in str(beyond.error)
+
+
+def test_a_penalty_that_looks_too_far_back_for_a_device_is_refused(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = SamplingConfig(temperature=0, repetition_penalty=1.1, repetition_window=10**11)
+    expected = alone(model, "a", max_tokens=6, sampling=far)
+    assert Engine(model).generate(["a"], max_tokens=6, sampling=far) == [expected]
+    on_device(monkeypatch)
+    engine, stream = Engine(model, max_batch=4), Stream(model, sampling=far)
+    for ask in (
+        lambda: engine.add("b", sampling=far),
+        lambda: engine.add("b", after=stream),
+        lambda: engine.stream(["b"], sampling=far),
+        lambda: engine.prepare(far),
+    ):
+        with pytest.raises(ValueError, match=r"repetition_window is 100000000000, .* at most 65536 .*None"):
+            ask()
+    for window in (65536, None):
+        near = SamplingConfig(temperature=0, repetition_penalty=1.1, repetition_window=window)
+        assert engine.generate(["a"], max_tokens=6, sampling=near) == [expected]
+    unused = SamplingConfig(temperature=0, repetition_window=10**11)
+    assert engine.generate(["a"], max_tokens=6, sampling=unused) == [alone(model, "a", max_tokens=6, sampling=GREEDY)]
 
 
 @pytest.mark.usefixtures("slots")
@@ -311,9 +225,17 @@ def test_a_failing_call_for_prompts_harms_no_text(model: LanguageModel) -> None:
 @pytest.mark.usefixtures("slots")
 def test_a_context_ends_texts(model: LanguageModel) -> None:
     engine = Engine(model, max_batch=2, context=10)
-    request = engine.add("123456", max_tokens=None)
-    assert len(list(engine.run())) == request.count == 5  # the tenth token is read, the eleventh is the last drawn
+    request = engine.add("123456", max_tokens=None, keep=True)
+    assert len(list(engine.run())) == request.count == 4
     assert request.reason == "length"
+    assert request.stream is not None
+    assert request.stream.length == 10
+    full, none = engine.add("1234567890"), engine.add(after=request.stream)
+    beyond = engine.add("1", after=request.stream)
+    assert [event.token for event in engine.run()] == [None] * 3
+    assert full.reason == none.reason == "length"
+    message = "Engine: the prompt, with any text before it, has more than 10 tokens, the engine's context. Shorten it"
+    assert str(beyond.error).startswith(message)
 
 
 @pytest.mark.usefixtures("slots")
@@ -334,11 +256,11 @@ def test_ends_of_text_and_stops() -> None:
 def test_memory_is_constant() -> None:
     model: Any = Scripted(b"x")
     engine = Engine(model, max_batch=4)
-    places = {x.data_ptr() for x in prefix_leaves(engine._slots.rows.tree)}
+    places = {x.data_ptr() for x in leaves(engine._slots.rows.tree)}
     for i in range(20):
         engine.add("abc", max_tokens=i % 5, sampling=SamplingConfig(seed=i))
     list(engine.run())
-    assert {x.data_ptr() for x in prefix_leaves(engine._slots.rows.tree)} == places
+    assert {x.data_ptr() for x in leaves(engine._slots.rows.tree)} == places
     assert not any((engine._waiting, engine._reading, engine._flying, engine._events, *engine._rows))
 
 
@@ -368,6 +290,14 @@ def test_leaving_the_loop_loses_nothing(model: LanguageModel) -> None:
             said[event.request] += event.text
             break
     assert list(said.values()) == [alone(model, p, max_tokens=6, sampling=GREEDY) for p in ("a", "bb", "ccc")]
+
+
+def test_only_its_own_requests_are_cancelled(model: LanguageModel) -> None:
+    engine, foreign = Engine(model), Engine(model).add("a")
+    with pytest.raises(ValueError, match="cancel: request is of another engine"):
+        engine.cancel(foreign)
+    assert not engine.busy
+    assert foreign.reason is None
 
 
 def test_an_interrupt_inside_a_step_is_not_glossed_over() -> None:
@@ -425,5 +355,3 @@ def test_refusals(model: LanguageModel) -> None:
             engine.add("x", **options)  # type: ignore[arg-type]
     assert not engine.busy
     engine.add("x", after=Stream(model), sampling=penalty)  # which has nothing to forget
-    with pytest.raises(ValueError, match="busy with requests of its own"):
-        engine.generate(["a"])

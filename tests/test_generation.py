@@ -23,6 +23,7 @@ from scripted import Scripted
 from stateline import state
 from stateline.generation import (
     ByteTokenizer,
+    Engine,
     SamplingConfig,
     Stream,
     generate,
@@ -350,10 +351,18 @@ def test_a_prompt_file_must_exist_and_be_binary(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_a_list(model: LanguageModel) -> None:
-    with pytest.raises(TypeError, match="prompts is one text"):
-        generate_batch(model, "text")
-    with pytest.raises(ValueError, match="sampling has 1 configurations for 2 prompts"):
-        generate_batch(model, ["a", "b"], sampling=[GREEDY])
+    engine = Engine(model)
+    calls: dict[str, Callable[..., Any]] = {
+        "generate_batch": lambda *given, **options: generate_batch(model, *given, **options),
+        "stream_batch": lambda *given, **options: stream_batch(model, *given, **options),
+        "Engine.generate": engine.generate,
+        "Engine.stream": engine.stream,
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{name}: prompts is one text"):
+            call("text")
+        with pytest.raises(ValueError, match=f"^{name}: sampling has 1 configurations for 2 prompts"):
+            call(["a", "b"], sampling=[GREEDY])
 
 
 def test_other_vocabularies_take_ids_and_give_ids() -> None:

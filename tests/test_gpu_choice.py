@@ -37,7 +37,7 @@ SYSTEMS = {
 def _pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A CUDA device whose compiler loads."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(nvrtc, "problem", lambda: None)
+    monkeypatch.setattr(nvrtc, "problem", lambda _: None)
     found = backends._unavailable
     monkeypatch.setattr(backends, "_unavailable", lambda name, op, device, *rest: found(name, op, "cuda", *rest))
     monkeypatch.setattr(gpu, "_triton_is_there", lambda: True)
@@ -63,7 +63,7 @@ def test_float64_stays_on_the_reference() -> None:
 
 
 def test_without_a_compiler_everything_is_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvrtc, "problem", lambda: "libnvrtc.so.13 was not found.")
+    monkeypatch.setattr(nvrtc, "problem", lambda _: "libnvrtc.so.13 was not found.")
     why = "CUDA kernels cannot be compiled here: libnvrtc.so.13 was not found"
     assert backends.explain("selective_scan", *system()).detail == f"{why}; the Triton kernel runs"
 
@@ -76,7 +76,7 @@ def test_a_compiler_that_does_not_load_is_a_reason_and_no_crash(monkeypatch: pyt
 
     monkeypatch.setattr(nvrtc, "_nvrtc", absent)
     nvrtc.problem.cache_clear()
-    assert nvrtc.problem() == "libnvrtc.so.13 was not found; torch's CUDA wheels bring it."
+    assert nvrtc.problem(0) == "libnvrtc.so.13 was not found; torch's CUDA wheels bring it."
     nvrtc.problem.cache_clear()
 
 
@@ -93,18 +93,25 @@ def test_without_triton_only_the_cuda_kernels_systems_have_a_gpu_back_end(
     assert backends.explain("selective_scan", *system()).name == "gpu"
 
 
+def pretend_triton(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module in place of the Triton kernels, imported before or not."""
+    from stateline.ops import selective_scan
+
+    module = ModuleType("gpu_triton")
+    monkeypatch.setitem(sys.modules, "stateline.ops.selective_scan.gpu_triton", module)
+    monkeypatch.setattr(selective_scan, "gpu_triton", module, raising=False)
+    return module
+
+
 def test_a_call_goes_where_explain_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton = ModuleType("gpu_triton")
-    monkeypatch.setitem(sys.modules, "stateline.ops.selective_scan.gpu_triton", triton)
-    monkeypatch.setattr("stateline.ops.selective_scan.gpu_triton", triton, raising=False)
+    triton = pretend_triton(monkeypatch)
     for said, options in SYSTEMS.items():
         assert gpu._instead(*system(**options)[2:]) is (triton if "Triton" in said else None)
 
 
 def test_standing_in_for_good_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "stateline.ops.selective_scan.gpu_triton", ModuleType("gpu_triton"))
-    monkeypatch.setattr("stateline.ops.selective_scan.gpu_triton", ModuleType("gpu_triton"), raising=False)
-    monkeypatch.setattr(nvrtc, "problem", lambda: "libcuda.so.1 was not found")
+    pretend_triton(monkeypatch)
+    monkeypatch.setattr(nvrtc, "problem", lambda _: "libcuda.so.1 was not found")
     backends.say_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="cannot be compiled here: libcuda.so.1 was not") as said:
         assert [gpu._instead(*system()[2:]) is None for _ in range(3)] == [False] * 3

@@ -30,7 +30,7 @@ needs_triton = pytest.mark.skipif(
         ("test_scan_triton.py", QUICK),
         pytest.param("test_scan_triton.py", "", marks=pytest.mark.full),
     ],
-    ids=["ops", "scan", "all of the scan"],
+    ids=["ops", "sampling", "scan", "all of the scan"],
 )
 def test_kernels_compute_the_same_under_the_interpreter(file: str, chosen: str) -> None:
     """In a process of its own: Triton reads the switch when it is imported."""

@@ -12,6 +12,7 @@ import torch
 
 from stateline.backends import BackendError
 from stateline.ops import nvrtc
+from stateline.ops.decode_token import gpu as token
 from stateline.ops.selective_scan import gpu, gpu_plan
 
 # Multiprocessors, shared memory of a block and of a multiprocessor: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
@@ -56,9 +57,21 @@ def test_chunks_depend_on_one_sequence_alone() -> None:
     assert gpu.chunk_length(8192, 5120, 132, 4) < 8192
 
 
-def compiled(file: str, options: tuple[str, ...], arch: str, folder: Path) -> str:
+def token_options(tiles: int) -> tuple[str, ...]:
+    slots, at_once = token.AT_ONCE[tiles]
+    options = {"NB": tiles, "SLOTS": slots, "TM": at_once, "TAPS": 4, "SPLIT": 1, "LAYERS": token.LAYERS}
+    return tuple(f"-D{k}={v}" for k, v in (options | {"IN": 2, "X": 1, "OUT": 2, "HEAD": 1}).items())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tiles", token.AT_ONCE)
+def test_the_token_kernel_compiles(tiles: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATELINE_CACHE", str(tmp_path))
+    compiled(token.source(), token_options(tiles), "sm_90", tmp_path)
+
+
+def compiled(source: str, options: tuple[str, ...], arch: str, folder: Path) -> str:
     """What the compiler says of registers and spills; skips where there is none."""
-    source = gpu.source(file)
     if shutil.which("nvcc"):
         (folder / "source.cu").write_text(source)
         command = ["nvcc", "-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas", "-v", *options, "source.cu"]
@@ -80,6 +93,6 @@ def test_sources_compile_for(arch: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("STATELINE_CACHE", str(tmp_path))
     for dtype in (torch.float32, torch.bfloat16):
         for file, each in plans(16, dtype, DEVICES[arch]).items():
-            said = compiled(file, each[0].options, arch, tmp_path)
+            said = compiled(gpu.source(file), each[0].options, arch, tmp_path)
             spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", said)]
             assert not any(spilled), f"{file} for {dtype} spills {spilled} bytes"

@@ -39,6 +39,7 @@ needs_transformers = pytest.mark.skipif(transformers is None, reason="transforme
     "options",
     [
         {}, {"tie_embeddings": False}, {"residual_in_fp32": False},
+        {"ssm_cfg": {"layer": "Mamba2", "d_state": 3, "headdim": 5, "ngroups": 2, "dt_limit": (0.01, 0.5)}},
         {"ssm_cfg": {"d_state": 3, "d_conv": 2, "expand": 3, "dt_rank": 7, "bias": True, "conv_bias": False}},
     ],
     ids=str,
@@ -207,15 +208,17 @@ def test_what_transformers_cannot_express_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "m").exists()
     with pytest.raises(ValueError, match=r"norm_eps is 0.001, mamba_ssm has only"):
         stateline.save(small(norm_eps=1e-3), tmp_path / "m", "mamba_ssm")
-    with pytest.raises(ValueError, match="format is 'gguf', expected one of 'stateline'"):
-        stateline.save(small(), tmp_path / "m", "gguf")
+    with pytest.raises(ValueError, match="format is 'keras', expected one of 'stateline'"):
+        stateline.save(small(), tmp_path / "m", "keras")
 
 
-@pytest.mark.parametrize("kind", ["mamba2", "falcon_mamba", "llama", "jamba"])
+@pytest.mark.parametrize("kind", ["falcon_mamba", "llama", "jamba"])
 def test_other_hugging_face_models_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     stateline.save(small(), tmp_path, "huggingface")
     edit(tmp_path / "config.json", model_type=kind)
-    with pytest.raises(CheckpointError, match=f"model_type '{kind}'; of Hugging Face's, 'mamba' is supported"):
+    with pytest.raises(
+        CheckpointError, match=f"model_type '{kind}'; of Hugging Face's, 'mamba' and 'mamba2' are supported"
+    ):
         stateline.load(tmp_path)
 
 
@@ -252,9 +255,13 @@ def test_old_files_of_mamba_ssm_lack_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attn_layer_idx": [1]}, "attn_layer_idx is set; supported are models without attention"),
-        ({"attn_cfg": {"num_heads": 4}}, "attn_cfg is set"),
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "'Mamba2', expected one of"),
+        ({"attn_layer_idx": [1]}, "attn_cfg is not causal"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True}}, "attn_cfg has no num_heads"),
+        ({"attn_layer_idx": [2], "attn_cfg": {"causal": True, "num_heads": 4}}, "attn_layer_idx is 2"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "window": 4}}, "attn_cfg has unknown keys window"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "num_heads": 4, "heads": 4}}, "attn_cfg has unknown"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "num_heads": 4}}, "missing: backbone.layers.1.mixer"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "'Mamba3', expected one of"),
         ({"n_head": 3}, "unknown keys n_head"), ({"vocab_size": None}, "lacks vocab_size"),
         ({"ssm_cfg": {"d_stat": 3}}, "unknown keys d_stat"), ({"d_model": "20"}, "d_model is '20'"),
     ],
@@ -360,15 +367,15 @@ def test_our_weights_alone_are_a_whole_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(again.backbone.embedding.weight, model.backbone.embedding.weight)
 
 
-def test_names_are_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_not_looked_for_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"state-spaces/mamba-130m is no directory.*hf download"):
-        stateline.load("state-spaces/mamba-130m")
     with pytest.raises(CheckpointError, match=r"nowhere/at/all is no directory\.$"):
         stateline.load("nowhere/at/all")
     stateline.save(small(), "m")
     with pytest.raises(CheckpointError, match=r"config.json is a file. Give the directory"):
         stateline.load("m/config.json")
+    with pytest.raises(CheckpointError, match=r"m/model is no directory\.$"):
+        stateline.load("m/model")  # reads as a name too, but the folder is here
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"empty/config.json cannot be read"):
         stateline.load("empty")

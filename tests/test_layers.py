@@ -20,6 +20,7 @@ from stateline.models import LanguageModel, ModelConfig
 from stateline.nn.precision import full_precision_names
 
 WIDTH, VOCABULARY = 12, 61
+HEADS = {"num_heads": 4, "num_heads_kv": 2, "rotary_emb_dim": 2}
 
 #: Largest error over largest value that a layer may differ by between two ways of feeding it.
 BOUND = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -61,10 +62,27 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mamba": lambda: sl.Mamba(WIDTH),
     "mamba, odd sizes": lambda: sl.Mamba(WIDTH, 5, 3, 1.5, 2, bias=True, conv_bias=False),
     "mamba, one tap": lambda: sl.Mamba(WIDTH, d_state=1, d_conv=1),
+    "mamba2": lambda: sl.Mamba2(WIDTH, 8, headdim=8),
+    "mamba2, groups": lambda: sl.Mamba2(WIDTH, 5, 3, headdim=3, ngroups=4, D_has_hdim=True, dt_limit=(0.02, 0.9)),
+    "mamba2, unit beside": lambda: sl.Mamba2(
+        WIDTH, 4, 1, headdim=6, d_ssm=12, norm_before_gate=True, bias=True, conv_bias=False
+    ),
+    "mamba2, no norm": lambda: sl.Mamba2(WIDTH, 3, headdim=12, rmsnorm=False, expand=1),
+    "attention": lambda: sl.Attention(WIDTH, 3, rotary_emb_dim=4, max_tokens=32),
+    "attention, grouped, window": lambda: sl.Attention(
+        WIDTH, 4, 2, 5, rotary_emb_dim=2, rotary_emb_interleaved=True, window=4, qkv_proj_bias=False
+    ),
+    "attention, convolution, mlp": lambda: sl.Attention(
+        WIDTH, 2, 1, mlp_dim=10, d_conv=3, softmax_scale=0.3, window=7, max_tokens=100, out_proj_bias=False
+    ),
+    "attention, two tokens": lambda: sl.Attention(WIDTH, 2, window=2),
     "block": block,
     "block with mlp": lambda: block(mlp=sl.GatedMLP(WIDTH, 30), norm2=sl.LayerNorm(WIDTH), residual_in_fp32=False),
     "language model": model,
+    "mamba2 language model": lambda: model(ssm_cfg={"layer": "Mamba2", "d_state": 8, "headdim": 8}),
     "language model with mlp": lambda: model(d_intermediate=16, rms_norm=False, tie_embeddings=False),
+    "hybrid": lambda: model(attn_layer_idx=[1], attn_cfg={**HEADS, "max_tokens": 20}),
+    "hybrid with windows and mlp": lambda: model(attn_layer_idx=[0], attn_cfg={**HEADS, "window": 3}, d_intermediate=9),
 }
 
 
@@ -92,11 +110,25 @@ def tokens(layer: nn.Module, b: int, t: int, dtype: torch.dtype = torch.float32)
     return torch.randn(b, t, WIDTH).to(dtype)
 
 
+def random_state(layer: nn.Module, rows: int) -> Any:
+    """A state as one may be met: any values, after a few tokens."""
+
+    def some(x: Tensor) -> Tensor:
+        return torch.randn_like(x) if x.is_floating_point() else torch.randint_like(x, 1, 6)
+
+    return pytree.tree_map(some, layer.init_state(rows))
+
+
+def floats(state: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(state) if x.is_floating_point()]
+
+
 def close(got: Any, want: Any, dtype: torch.dtype) -> None:
     for x, y in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
         assert x.shape == y.shape
         assert x.dtype == y.dtype
-        if y.numel():
+        assert y.is_floating_point() or torch.equal(x, y)
+        if y.numel() and y.is_floating_point():
             error = (x - y).abs().max().item() / max(y.abs().max().item(), 1e-3)
             assert error <= BOUND[dtype], f"relative error {error}"
 
@@ -143,7 +175,7 @@ def test_step_is_extend_by_one_token(layer: nn.Module, backend: str, dtype: torc
 def test_padded_rows_equal_their_sequences_alone(layer: nn.Module, backend: str, dtype: torch.dtype) -> None:
     layer = layer.to(dtype)
     lengths, x = [4, 0, 7, 1], tokens(layer, 4, 7, dtype)
-    start = pytree.tree_map(torch.randn_like, layer.init_state(4))
+    start = random_state(layer, 4)
     for i, n in enumerate(lengths):
         x[i, n:] = torch.nan if x.is_floating_point() else -1  # padding is skipped, not multiplied away
     ys, ends = layer.extend(x, start, lengths=torch.tensor(lengths))
@@ -161,7 +193,7 @@ def test_padded_rows_equal_their_sequences_alone(layer: nn.Module, backend: str,
 def test_packed_sequences_equal_themselves_alone(layer: nn.Module, backend: str, dtype: torch.dtype) -> None:
     layer = layer.to(dtype)
     bounds, x = [0, 3, 3, 4, 9], tokens(layer, 1, 9, dtype)
-    start = pytree.tree_map(torch.randn_like, layer.init_state(4))
+    start = random_state(layer, 4)
     packed = torch.tensor(bounds, dtype=torch.int32)
     ys, ends = layer.extend(x, start, cu_seqlens=packed)
     fresh = layer(x, cu_seqlens=packed)
@@ -175,15 +207,15 @@ def test_packed_sequences_equal_themselves_alone(layer: nn.Module, backend: str,
 def test_gradients_flow_through_the_state(layer: nn.Module, backend: str) -> None:
     layer = layer.double()
     x = tokens(layer, 2, 8, torch.float64)
-    start = pytree.tree_map(lambda s: torch.randn_like(s).requires_grad_(), layer.init_state(2))
-    leaves = [*layer.parameters(), *pytree.tree_leaves(start)]
+    start = random_state(layer, 2)
+    leaves = [*layer.parameters(), *(s.requires_grad_() for s in floats(start))]
 
     def grads(sizes: list[int]) -> tuple[Tensor | None, ...]:
         state, total = start, torch.zeros((), dtype=torch.float64)
         for piece in x.split(sizes, 1):
             y, state = layer.extend(piece, state)
             total = total + y.square().sum()
-        total = total + sum(s.square().sum() for s in pytree.tree_leaves(state))
+        total = total + sum(s.square().sum() for s in floats(state))
         return torch.autograd.grad(total, leaves, allow_unused=True)
 
     whole = grads([8])
@@ -197,7 +229,9 @@ def test_gradients_flow_through_the_state(layer: nn.Module, backend: str) -> Non
 
 def test_full_precision_survives_every_cast(layer: nn.Module) -> None:
     exact = full_precision_names(layer)
-    assert {name.rpartition("mixer.")[2].removeprefix("block.") for name in exact} >= {"A_log", "D", "dt_proj.bias"}
+    if any(isinstance(m, sl.Mamba | sl.Mamba2) for m in layer.modules()):
+        bias = "dt_bias" if any(isinstance(m, sl.Mamba2) for m in layer.modules()) else "dt_proj.bias"
+        assert {name.rpartition("mixer.")[2].removeprefix("block.") for name in exact} >= {"A_log", "D", bias}
     values = {name: layer.get_parameter(name).detach().clone() for name in exact}
     x = tokens(layer, 1, 3)
     for cast in (
@@ -214,18 +248,18 @@ def test_full_precision_survives_every_cast(layer: nn.Module) -> None:
                 assert torch.equal(parameter, values[name]), f"{name} was rounded"
             else:
                 assert parameter.dtype == layer_dtype(layer)
-        assert {s.dtype for s in pytree.tree_leaves(layer.init_state(1))} == {torch.float32}
+        assert {s.dtype for s in floats(layer.init_state(1))} == {torch.float32}
         _, state = layer.extend(x.to(layer_dtype(layer)) if x.is_floating_point() else x, layer.init_state(1))
-        assert {s.dtype for s in pytree.tree_leaves(state)} == {torch.float32}
+        assert {s.dtype for s in floats(state)} == {torch.float32}
     layer = layer.double()
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
-    assert {s.dtype for s in pytree.tree_leaves(layer.init_state(1))} == {torch.float64}
+    assert {s.dtype for s in floats(layer.init_state(1))} == {torch.float64}
     layer = layer.bfloat16()
-    assert {layer.get_parameter(name).dtype for name in exact} == {torch.float32}
+    assert {layer.get_parameter(name).dtype for name in exact} <= {torch.float32}
 
 
 def layer_dtype(layer: nn.Module) -> torch.dtype:
-    return next(m.weight.dtype for m in layer.modules() if isinstance(m, nn.Conv1d))
+    return next(m.weight.dtype for m in layer.modules() if isinstance(m, nn.Linear))
 
 
 def test_casts_keep_gradients_and_moves_to_meta(layer: nn.Module) -> None:
@@ -237,26 +271,30 @@ def test_casts_keep_gradients_and_moves_to_meta(layer: nn.Module) -> None:
         assert parameter.grad.dtype == parameter.dtype, name
     empty = layer.to("meta")
     assert all(p.is_meta for p in empty.parameters())
-    assert {empty.get_parameter(n).dtype for n in full_precision_names(empty)} == {torch.float32}
+    assert {empty.get_parameter(n).dtype for n in full_precision_names(empty)} <= {torch.float32}
 
 
 def test_autocast_rounds_neither_state_nor_time_constants(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    scan = ops.selective_scan
 
-    def spy(u: Tensor, dt: Tensor, A: Tensor, *rest: Any, **options: Any) -> Any:
-        seen.append((u.dtype, A.dtype, options["D"].dtype, options["dt_bias"].dtype))
-        return scan(u, dt, A, *rest, **options)
+    def spied(scan: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(u: Tensor, dt: Tensor, A: Tensor, *rest: Any, **options: Any) -> Any:
+            seen.append((u.dtype, A.dtype, options["D"].dtype, options["dt_bias"].dtype))
+            return scan(u, dt, A, *rest, **options)
 
-    monkeypatch.setattr(ops, "selective_scan", spy)
+        return spy
+
+    for name in ("selective_scan", "ssd"):
+        monkeypatch.setattr(ops, name, spied(getattr(ops, name)))
     x = tokens(layer, 2, 5)
     want = layer(x)
     seen.clear()
     with torch.autocast("cpu", torch.bfloat16):
         y, state = layer.extend(x, layer.init_state(2))
         z = layer.step_(x[:, 0], layer.init_state(2))
-    assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32, torch.float32)}
-    assert {s.dtype for s in pytree.tree_leaves(state)} == {torch.float32}
+    if any(isinstance(m, sl.Mamba) for m in layer.modules()):
+        assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32, torch.float32)}
+    assert {s.dtype for s in floats(state)} == {torch.float32}
     scale = want.abs().max()
     assert (y.float() - want).abs().max() <= 4e-2 * scale
     assert (z.float() - want[:, 0]).abs().max() <= 4e-2 * scale
@@ -287,7 +325,7 @@ def test_adapters_may_wrap_every_projection(layer: nn.Module) -> None:
                 setattr(module, name, Adapter(child))
                 nn.init.zeros_(getattr(module, name).up.weight)
                 wrapped += 1
-    assert wrapped >= 4
+    assert wrapped >= 2
     assert torch.allclose(layer(x), before, atol=1e-6), "an adapter that adds nothing changed the output"
     for module in layer.modules():
         if isinstance(module, Adapter):
@@ -350,7 +388,7 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
 
 def test_wrong_states_and_lengths_are_refused(layer: nn.Module) -> None:
     x = tokens(layer, 2, 3)
-    with pytest.raises(ValueError, match="initial_state"):
+    with pytest.raises(ValueError, match=r"initial_state|state\.keys has shape \(3"):
         layer.extend(x, layer.init_state(3))
     with pytest.raises(ValueError, match="lengths"):
         layer(x, lengths=[3])

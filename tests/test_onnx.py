@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from makers import contents, small
@@ -70,6 +71,22 @@ def path(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def run(path: Path) -> Run:
     return runner(path)
+
+
+@pytest.mark.full  # an export takes seconds
+@pytest.mark.parametrize("bound", [{"window": 5}, {"max_tokens": 20}], ids=str)
+@torch.no_grad()
+def test_hybrids_go_on_too(bound: dict[str, int], tmp_path: Path) -> None:
+    attention = {"num_heads": 2, "num_heads_kv": 1, "rotary_emb_dim": 4, **bound}
+    model, x = small(attn_layer_idx=[1], attn_cfg=attention), torch.randint(61, (3, 11))
+    made = session(export_model(model, tmp_path / "model.onnx", "onnx"))
+    names, state, logits = [i.name for i in made.get_inputs()], model.init_state(3), []
+    assert names[-4:] == [f"state.layers.1.{name}" for name in ("keys", "values", "conv", "position")]
+    given = pytree.tree_leaves(state)
+    for piece in x.split([4, 1, 6], 1):
+        first, *given = made.run(None, {n: np.asarray(v) for n, v in zip(names, [piece, *given], strict=True)})
+        logits.append(torch.from_numpy(first))
+    close([torch.cat(logits, 1)], model(x), 1e-5)
 
 
 @pytest.mark.parametrize("t", [1, 2, 7, 64])

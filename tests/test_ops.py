@@ -129,6 +129,49 @@ def conv_case(s: dict[str, Any]) -> Case:
     return Case(x, place, op, oracle, ("x",))
 
 
+def ssd_case(s: dict[str, Any]) -> Case:
+    place, h, p, n, dtype = layout(s["layout"], s["t"]), s["h"], s["p"], s["n"], s["dtype"]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    b, t, g = place.b, place.t, min(s["g"], h)
+    A = (-torch.rand(h, dtype=torch.float64) * 4).to(wide)
+    x = {"x": leaf((b, t, h, p), dtype), "dt": leaf((b, t, h), dtype), "A": A}
+    x |= {name: leaf((b, t, g, n), dtype) for name in "BC"}
+    if not s["softplus"]:
+        x["dt"] = x["dt"].abs()
+    if s["D"]:
+        x["D"] = leaf((h,) if s["D"] == "head" else (h, p), wide)
+    if s["z"]:
+        x["z"] = leaf((b, t, h, p), dtype)
+    if s["dt_bias"]:
+        x["dt_bias"] = leaf((h,), wide).abs()
+    if s["initial"]:
+        x["initial_state"] = torch.randn(len(place.sequences), h, p, n, dtype=wide)
+    limit = (0.3, 1.2) if s["limit"] else None
+
+    def op(**x: Tensor) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"dt_softplus": s["softplus"], "dt_limit": limit, "reverse": s["reverse"]}
+        y, state, decay = ops.ssd(**x, **options, return_decay=True, backend=s["backend"], **place.kwargs)
+        return y, torch.cat([state, decay[..., None, None].expand(*state.shape[:3], 1)], -1)
+
+    def oracle(**x: Tensor) -> tuple[Tensor, Tensor]:
+        dt = x["dt"] + x.get("dt_bias", 0)
+        dt = F.softplus(dt) if s["softplus"] else dt
+        dt = dt if limit is None else dt.clamp(*limit)
+        group = torch.arange(h) * g // h
+        ys, ends = torch.zeros(x["x"].shape, dtype=torch.float64), []
+        for i, (row, start, stop) in enumerate(place.sequences):
+            S0 = x["initial_state"][i] if "initial_state" in x else x["x"].new_zeros(h, p, n)
+            tokens = [x["x"], dt, x["B"][:, :, group], x["C"][:, :, group], *([x["z"]] if s["z"] else [])]
+            tokens = [v[row, start:stop].flip(0) if s["reverse"] else v[row, start:stop] for v in tokens]
+            z = tokens[4] if s["z"] else None
+            y, S, decay = oracles.ssd(tokens[0], tokens[1], x["A"], tokens[2], tokens[3], x.get("D"), z, S0)
+            ys = ys.index_put((torch.tensor(row), torch.arange(start, stop)), y.flip(0) if s["reverse"] else y)
+            ends.append(torch.cat([S, decay[:, None, None].expand(h, p, 1)], -1))
+        return ys, torch.stack(ends)
+
+    return Case(x, place, op, oracle, ("x", "dt", "z", "B", "C"))
+
+
 def check(case: Case, dtype: torch.dtype, strided: bool) -> None:
     """Compare outputs and all gradients; tokens outside sequences hold NaN and must come back as exact zeros."""
     outside = ~case.layout.valid()
@@ -151,7 +194,7 @@ def check(case: Case, dtype: torch.dtype, strided: bool) -> None:
     wanted = torch.autograd.grad(
         (y_exact, state_exact), list(exact.values()), (gy, gs.to(state_exact.dtype)), materialize_grads=True
     )
-    gy = gy.masked_fill(outside[..., None], float("nan"))
+    gy[outside] = float("nan")
     got = torch.autograd.grad((y, state), list(given.values()), (gy.to(dtype), gs), materialize_grads=True)
     assert y.dtype == dtype
     assert not y.detach()[outside].any()
@@ -193,6 +236,11 @@ CONV = {
     "backend": BACKENDS, "dtype": DTYPES, "layout": LAYOUTS, "t": [0, 1, 2, 7, 64, 130], "d": [1, 3, 8, 17, 48],
     "k": [1, 2, 3, 4, 7, 16], "bias": FLAG, "silu": FLAG, "reverse": FLAG, "initial": FLAG, "strided": FLAG,
 }  # fmt: skip
+SSD = {
+    "backend": [*BACKENDS, "chunked"], "dtype": DTYPES, "layout": LAYOUTS, "t": [0, 1, 2, 7, 63, 64, 65, 130],
+    "h": [1, 2, 5], "p": [1, 3, 16, 40], "n": [1, 3, 16, 35], "g": [1, 2, 3], "reverse": FLAG, "softplus": FLAG,
+    "limit": FLAG, "D": [None, "head", "channel"], "z": FLAG, "dt_bias": FLAG, "initial": FLAG, "strided": FLAG,
+}  # fmt: skip
 
 #: A scan as a Mamba layer calls it; tests change what they are about.
 USUAL: dict[str, Any] = {
@@ -218,6 +266,12 @@ def test_causal_conv1d_grid(s: dict[str, Any]) -> None:
     check(conv_case(s), s["dtype"], s["strided"])
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("s", pairwise(SSD), ids=name_of)
+def test_ssd_grid(s: dict[str, Any]) -> None:
+    check(ssd_case(s), s["dtype"], s["strided"])
+
+
 @pytest.mark.full
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("seed", range(1, 12))
@@ -226,6 +280,8 @@ def test_grids_with_other_seeds(seed: int) -> None:
         check(scan_case(s), s["dtype"], s["strided"])
     for s in pairwise(CONV, seed):
         check(conv_case(s), s["dtype"], s["strided"])
+    for s in pairwise(SSD, seed):
+        check(ssd_case(s), s["dtype"], s["strided"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

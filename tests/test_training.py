@@ -324,10 +324,19 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"d_model": 0}, ValueError, "d_model is 0"),
     ({"size": "huge"}, ValueError, "size is 'huge', expected one of 'tiny'"),
     ({"size": "tiny", "d_model": 8, "n_layer": 1}, ValueError, "Give the size or the numbers"),
+    ({"size": "tiny", "attention_every": 3}, ValueError, "attention_every is 3, and the model has 2 blocks"),
+    ({"attention_window": 64}, ValueError, "attention_window is set, and attention_every is 0"),
     ({"size": "tiny", "init_from": "bundled"}, ValueError, "init_from brings its own shape"),
     *(
         ({name: value, "init_from": "bundled"}, ValueError, f"{name} is set, but init_from brings its own shape")
-        for name, value in {"d_model": 64, "d_state": 8, "d_conv": 3, "expand": 3, "d_intermediate": 32}.items()
+        for name, value in {
+            "d_model": 64,
+            "d_state": 8,
+            "d_conv": 3,
+            "expand": 3,
+            "d_intermediate": 32,
+            "attention_every": 1,
+        }.items()
     ),
     ({"dtype": "float16"}, ValueError, "dtype is 'float16', expected one of 'float32', 'bfloat16'"),
     ({"val_fraction": 0}, ValueError, "val_fraction is 0.0"),

@@ -2,6 +2,7 @@
 
 gpu         Triton kernels, or CUDA C++ (module `ops.<op>.gpu`); CUDA tensors of the dtypes the module names
 cpu         C++ with vector instructions, loaded through ctypes; CPU tensors
+chunked     PyTorch, whole chunks as matrix products; any device; operations that have such a form
 reference   PyTorch, the definition; any device, any dtype
 """
 
@@ -24,11 +25,13 @@ from torch import Tensor
 from stateline.checks import fail
 
 #: Fastest first. A name stays a string until an op needs it, so an absent back end costs nothing.
-BACKENDS = ("gpu", "cpu", "reference")
+BACKENDS = ("gpu", "cpu", "chunked", "reference")
 #: Operations that have back ends: the folders of `ops`.
-OPS = ("causal_conv1d", "cross_entropy", "decode_token", "packed_linear", "rms_norm", "selective_scan")
+OPS = ("causal_conv1d", "cross_entropy", "decode_token", "packed_linear", "rms_norm", "selective_scan", "ssd")
+#: Operations with a second form in PyTorch, faster than the definition.
+CHUNKED = ("ssd",)
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
-DECIDES = {"selective_scan": 2}
+DECIDES = {"selective_scan": 2, "ssd": 2}
 #: What `sl_layout` of a fitting library says.
 LAYOUT = 1
 REBUILD = "Reinstall stateline, or build it again."
@@ -91,7 +94,8 @@ def choose(
     if name not in OPS:
         raise fail("explain", f"{op!r} is no operation, expected one of {', '.join(OPS)}.")
     rejected: dict[str, str] = {}
-    for candidate in BACKENDS:
+    offered = [b for b in BACKENDS if b != "chunked" or name in CHUNKED]
+    for candidate in offered:
         if backend is not None and backend != candidate:
             continue
         reason = _unavailable(candidate, name, device, dtype, args)
@@ -100,7 +104,7 @@ def choose(
         if backend is not None:
             raise BackendError(f"{op}: backend={backend!r} cannot run here: {reason}")
         rejected[candidate] = reason
-    raise fail(op, f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))} or None.")
+    raise fail(op, f"backend is {backend!r}, expected one of {', '.join(map(repr, offered))} or None.")
 
 
 def _unavailable(name: str, op: str, device: str, dtype: torch.dtype | None, args: Sequence[object] = ()) -> str | None:

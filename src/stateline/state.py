@@ -60,7 +60,14 @@ def stack(states: Sequence[S]) -> S:
     spec = leaves[0][1]
     if any(other != spec for _, other in leaves):
         raise fail("state.stack", "the states have different structures.", "Stack states of one model only.")
-    columns = zip(*(values for values, _ in leaves), strict=True)
+    columns = list(zip(*(values for values, _ in leaves), strict=True))
+    for column in columns:
+        if len(shapes := {tuple(x.shape[1:]) for x in column}) > 1:
+            raise fail(
+                "state.stack",
+                f"the states have rows of different shapes, {' and '.join(map(str, sorted(shapes)))}.",
+                "Make them with the same max_tokens.",
+            )
     return pytree.tree_unflatten([torch.cat(column) for column in columns], spec)
 
 

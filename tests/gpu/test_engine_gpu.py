@@ -12,7 +12,10 @@ from where import INTERPRETED
 
 from stateline import Engine, prepare_for_decode
 from stateline.generation import SamplingConfig, Stream
+from stateline.generation.decode import TokenStep, explain
+from stateline.generation.slots import DeviceSlots
 from stateline.models import LanguageModel, ModelConfig
+from stateline.ops.decode_token import gpu as decode_token_gpu
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="engines on a device need one, not Triton's interpreter")
 
@@ -220,6 +223,100 @@ def test_models_of_every_form(kind: str, model: LanguageModel) -> None:
     stream = Stream(form, sampling=SamplingConfig(temperature=0))
     stream.feed([1, 2, 3])
     assert ids == [token.id for token in stream.tokens(12)]
+
+
+def streams_write(model: LanguageModel, prompts: list[list[int]], count: int) -> list[list[int]]:
+    return [[token.id for token in _greedy(model, prompt).tokens(count)] for prompt in prompts]
+
+
+def engine_writes(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """All of them from the same step to the same step, so by replays of one graph."""
+    requests = [engine.add(p, max_tokens=count, sampling=SamplingConfig(temperature=0)) for p in prompts]
+    said: dict[Any, list[int]] = {request: [] for request in requests}
+    for event in engine.run():
+        assert event.request.error is None
+        said[event.request] += [event.token.id] if event.token else []
+    return list(said.values())
+
+
+def test_graphs_of_a_packed_model_are_replayed_in_any_order(model: LanguageModel) -> None:
+    """None is the one that clears the scratch memory of all: it is there, and clear, before the first capture."""
+    packed = prepare_for_decode(model, "int8")
+    engine = Engine(packed, max_batch=8)
+    slots = engine._slots
+    assert isinstance(slots, DeviceSlots)
+    engine.prepare(SamplingConfig(temperature=0))
+    if explain(packed) is None:  # on devices that the one launch covers
+        assert slots._aside is not None
+        assert isinstance(packed.token_step, TokenStep)
+        assert packed.token_step.network is not None
+        scratch = decode_token_gpu._known[packed.token_step.network].scratch
+        assert set(scratch) == {(1, slots._aside.cuda_stream)}  # up to 8 rows are one tile
+    sizes = [size for size, _ in slots._captured]
+    assert sorted(sizes) == [1, 2, 4, 8]
+    for size in (*reversed(sizes), *sizes):
+        prompts = [[3 * i + 1, i + 2, size] for i in range(size)]
+        assert engine_writes(engine, prompts, 20) == streams_write(packed, prompts, 20)
+    assert [size for size, _ in slots._captured] == sizes
+
+
+def test_engines_of_one_packed_model_work_at_once(model: LanguageModel) -> None:
+    """On streams of their own, where launches may overlap: they share the model and no scratch memory."""
+    packed = prepare_for_decode(model, "int8")
+    prompts = [[[7 * k + 1, i + 1] for i in range(8)] for k in range(2)]
+    expected = [streams_write(packed, some, 100) for some in prompts]
+    engines, streams = [Engine(packed, max_batch=8) for _ in prompts], [torch.cuda.Stream() for _ in prompts]
+    said: dict[Any, list[int]] = {}
+    for engine, some in zip(engines, prompts, strict=True):
+        engine.prepare(SamplingConfig(temperature=0))
+        for prompt in some:
+            said[engine.add(prompt, max_tokens=100, sampling=SamplingConfig(temperature=0))] = []
+    torch.cuda.synchronize()
+    while any(engine.busy for engine in engines):
+        for engine, stream in zip(engines, streams, strict=True):
+            with torch.cuda.stream(stream):
+                for event in engine.step():
+                    said[event.request] += [event.token.id] if event.token else []
+    assert list(said.values()) == expected[0] + expected[1]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_loaded_between_texts_are_those_that_graphs_read(
+    packed: bool, assign: bool, model: LanguageModel
+) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    first, second = (prepare_for_decode(m, "int8") if packed else copy.deepcopy(m) for m in (model, other))
+    prompts = [[1, 2, 3], [4]]
+    engine = Engine(first, max_batch=2)
+    before = engine_writes(engine, prompts, 30)
+    first.load_state_dict({name: x.clone() for name, x in second.state_dict().items()}, assign=assign)
+    after = engine_writes(engine, prompts, 30)
+    assert after == streams_write(second, prompts, 30)
+    assert after != before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_engine_on_a_second_device(packed: bool, model: LanguageModel) -> None:
+    """After one on the first, which is the current device throughout."""
+    forms = [copy.deepcopy(model).to(f"cuda:{i}") for i in range(2)]
+    if packed:
+        forms = [prepare_for_decode(form, "int8") for form in forms]
+    prompts = [[5 * i + 1, i + 2] for i in range(4)]
+    with torch.cuda.device(0):
+        engines = [Engine(form, max_batch=4) for form in forms]
+        for i, (engine, form) in enumerate(zip(engines, forms, strict=True)):
+            assert isinstance(engine._slots, DeviceSlots)
+            assert engine._slots._aside is not None
+            assert engine._slots._aside.device == torch.device("cuda", i)
+            engine.prepare(SamplingConfig(temperature=0))
+            assert engine_writes(engine, prompts, 40) == streams_write(form, prompts, 40)
+        assert engine_writes(engines[0], prompts, 40) == streams_write(forms[0], prompts, 40)
+        assert torch.cuda.current_device() == 0
 
 
 def test_a_step_that_cannot_be_captured_is_refused(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

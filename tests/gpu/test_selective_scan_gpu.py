@@ -168,7 +168,7 @@ def test_what_the_forward_pass_keeps_changes_nothing(case):
     b, t, d, n, _ = case
     dy, dstate = torch.randn(b, t, d, device="cuda").bfloat16(), torch.randn(b, d, n, device="cuda")
     y, state, kept = gpu.forward_kept(*args, None, False)
-    assert kept.shape == gpu.kept_shape(args[0], args[3], None)
+    assert kept.shape == gpu.kept_shape(args[0], *args[2:5], None)
     assert all(map(torch.equal, (y, state), gpu.forward(*args, None, False)))
     with_it = gpu.backward(dy, dstate, *args, None, False, kept)
     assert all(map(torch.equal, with_it, gpu.backward(dy, dstate, *args, None, False)))

@@ -13,6 +13,8 @@ from stateline.cli.parser import DTYPES, NAMED, Parser, UsageError, directory_of
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
 PROGRAMS = ("export", "onnx")  # one file each, which runs and is not read back
+GGUF = "gguf"
+QUANTISED = ("Q8_0", "Q4_0")
 INT8 = "int8"  # how matrices may be stored, by this project's format alone; no dtype of a model
 #: Files that belong to a checkpoint's tokenizer and go along.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -27,6 +29,7 @@ formats:
   stateline     config.json + model.safetensors, this project's own
   mamba_ssm     config.json + pytorch_model.bin, for state-spaces/mamba
   huggingface   config.json + model.safetensors, for transformers' MambaForCausalLM
+  gguf          one file with the tokenizer in it, for llama.cpp; --dtype also Q8_0 or Q4_0, 8 or 4 bits a weight
 
 programs, for running elsewhere; each takes ids and a state and gives logits and a state:
   export        one file for torch.export.load, beside this package
@@ -38,6 +41,8 @@ examples:
   stateline convert my-mamba small --dtype bfloat16 --force
   stateline convert my-mamba smaller --dtype int8      matrices in eight bits, a scale a row; this project's own alone
   stateline convert bundled model.onnx --to onnx
+  stateline convert bundled model.gguf --to gguf
+  stateline convert mamba-130m mamba.gguf --to gguf --dtype Q8_0
 """
 
 
@@ -46,10 +51,13 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = new_parser(commands, "convert", DESCRIPTION, EPILOG, summary="write a model in another format")
     parser.set_defaults(run=run)
     parser.add_argument("source", metavar="IN", help=NAMED)
-    parser.add_argument("target", metavar="OUT", help="a directory to make, or a file for programs")
-    parser.add_argument("--to", choices=(*FORMATS, *PROGRAMS), default="stateline", help="(default: stateline)")
-    parser.add_argument("--dtype", choices=(*DTYPES, INT8), help="of the weights (default: as loaded; onnx: float32)")
-    replaced = "replace OUT if it holds a checkpoint and nothing else, or if it is a file and a program is made"
+    parser.add_argument("target", metavar="OUT", help="a directory to make, or a file for gguf and programs")
+    parser.add_argument("--to", choices=(*FORMATS, GGUF, *PROGRAMS), default="stateline", help="(default: stateline)")
+    kinds = (*DTYPES, INT8, *QUANTISED)
+    parser.add_argument("--dtype", choices=kinds, help="of the weights (default: as loaded; onnx: float32)")
+    none = "leave the tokenizer out of a gguf file (llama.cpp then reads ids alone)"
+    parser.add_argument("--no-tokenizer", action="store_true", help=none)
+    replaced = "replace OUT if it holds a checkpoint and nothing else, or if it is a file and a file is made"
     parser.add_argument("--force", action="store_true", help=replaced)
 
 
@@ -60,6 +68,11 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"{target} exists; --force replaces it")
     if options.dtype == INT8 and options.to != "stateline":
         raise UsageError(f"--dtype int8 goes with --to stateline, not with {options.to}")
+    if options.to != GGUF and (options.dtype in QUANTISED or options.no_tokenizer):
+        wrong = "--no-tokenizer" if options.no_tokenizer else f"--dtype {options.dtype}"
+        raise UsageError(f"{wrong} is for --to {GGUF}")
+    if options.to == GGUF:
+        return _write_gguf(options, target)
     if options.to in PROGRAMS:
         return _write_program(options, target)
     if target.exists() and not target.is_dir():
@@ -99,6 +112,23 @@ def _write_program(options: argparse.Namespace, target: Path) -> int:
     model = stateline.load(source_of(options.source), dtype=None if name is None else getattr(torch, name))
     print("tracing the model; this takes a little while", file=sys.stderr)
     export_model(model, target, to=options.to)
+    print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {target.stat().st_size / 1e6:,.2f} MB")
+    return 0
+
+
+def _write_gguf(options: argparse.Namespace, target: Path) -> int:
+    """Write OUT, one file, with the tokenizer that lies beside IN."""
+    if target.is_dir():
+        raise UsageError(f"{target} is a directory, expected a file to make")
+
+    import torch
+
+    import stateline
+
+    model = stateline.load(source_of(options.source))
+    dtype = getattr(torch, options.dtype) if options.dtype in DTYPES else options.dtype
+    tokenizer = "none" if options.no_tokenizer else directory_of(options.source)
+    stateline.save(model, target, format=GGUF, dtype=dtype, tokenizer=tokenizer)
     print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {target.stat().st_size / 1e6:,.2f} MB")
     return 0
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stateline.cli.convert import size_of
 from stateline.cli.explain import machine, show
 from stateline.cli.parser import NAMED, Parser, directory_of, new_parser, source_of
+
+if TYPE_CHECKING:
+    from stateline.models import LanguageModel
 
 DESCRIPTION = "Describe a model: its format, sizes, data types, state, provenance, and the machine it would run on."
 EPILOG = """\
@@ -42,7 +45,6 @@ def run(options: argparse.Namespace) -> int:
 def describe(name: str) -> dict[str, Any]:
     """Facts about a model, ready for JSON."""
     import stateline
-    from stateline import state
     from stateline.interop import detect
 
     model = stateline.load(source_of(name))
@@ -59,9 +61,20 @@ def describe(name: str) -> dict[str, Any]:
         "dtypes": dict(weights),
         "bytes on disk": size_of(home),
         "bytes in memory": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "state bytes per sequence": state.num_bytes(model.init_state(1)),
+        "state bytes per sequence": _state_bytes(model),
         "card": cards[0] if cards else None,
         "config": model.config.to_dict(),
         "metadata": model.metadata,
         "machine": machine(),
     }
+
+
+def _state_bytes(model: LanguageModel) -> int | str:
+    """Memory of one sequence's state; where attention keeps all tokens and no bound is set, as a sum that says so."""
+    from stateline import state
+
+    attention = model.config.attn_cfg
+    if not model.config.attn_layer_idx or attention.get("window") or attention.get("max_tokens"):
+        return state.num_bytes(model.init_state(1))
+    one, two = (state.num_bytes(model.init_state(1, max_tokens=n)) for n in (1, 2))
+    return f"{2 * one - two:,} and {two - one:,} a token"

@@ -65,17 +65,20 @@ def new_parser(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype, --weights, --threads."""
+    """--device, --dtype, --weights, --threads, --room."""
     group = parser.add_argument_group("where it runs")
     group.add_argument("--device", help='e.g. "cpu", "cuda:0" (default: cpu)')
     bits = group.add_mutually_exclusive_group()
     bits.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
     bits.add_argument("--weights", choices=WEIGHTS, help="pack the matrices to so many bits: faster token by token")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+    group.add_argument(
+        "--room", type=positive, metavar="N", help="tokens to have room for, if the model's attention keeps all"
+    )
 
 
 def load_model(options: argparse.Namespace) -> LanguageModel:
-    """The model that `options.model`, with --device, --dtype, --weights and --threads, asks for."""
+    """The model that `options.model`, with the options of `add_model_options`, asks for."""
     import torch
 
     import stateline
@@ -86,6 +89,7 @@ def load_model(options: argparse.Namespace) -> LanguageModel:
         check_device(options.device)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     model = stateline.load(source_of(options.model), device=options.device, dtype=dtype)
+    model.max_tokens = options.room
     return model if options.weights is None else stateline.prepare_for_decode(model, options.weights)
 
 
@@ -109,8 +113,10 @@ def source_of(model: str) -> str:
 
 
 def directory_of(model: str) -> Path:
-    """Where a model's files lie; the name of one that ships is never a directory of that name."""
-    return bundled(model) or Path(source_of(model)).expanduser()
+    """Where a model's files lie: one that ships, by name; a directory; or a model of the Hub, "organisation/model"."""
+    from stateline.interop import resolve
+
+    return bundled(model) or resolve(source_of(model))
 
 
 def positive(text: str) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from stateline.generation.engine import Engine
 from stateline.generation.prompt import Prompt
+from stateline.generation.request import configs
 from stateline.generation.sampling import SamplingConfig
 from stateline.generation.stream import CHUNK, DEFAULT
 from stateline.generation.tokenizer import Tokenizer
@@ -26,14 +27,10 @@ def generate_batch(
     ignore_end: bool = False,
     chunk: int = CHUNK,
 ) -> list[str]:
-    """The texts that continue `prompts`, each what `generate` gives for it alone with its own seed.
-
-    sampling: one configuration a prompt, or one for all, whose seed s then becomes s, s + 1, … from row to row.
-    chunk: prompt tokens per call of the model, all rows together.
-    The other arguments, and what is raised, as for `generate`.
-    """
+    """What `Engine.generate` gives, by an engine made for these prompts; chunk: their tokens per call of the model."""
+    each = configs("generate_batch", prompts, sampling)
     engine = Engine(model, max_batch=max(1, len(prompts)), tokenizer=tokenizer, chunk=chunk)
-    return engine.generate(prompts, max_tokens=max_tokens, sampling=sampling, stop=stop, ignore_end=ignore_end)
+    return engine.generate(prompts, max_tokens=max_tokens, sampling=each, stop=stop, ignore_end=ignore_end)
 
 
 def stream_batch(
@@ -47,6 +44,7 @@ def stream_batch(
     ignore_end: bool = False,
     chunk: int = CHUNK,
 ) -> Iterator[tuple[int, str]]:
-    """Pieces of the texts that continue `prompts`, as (row, piece); arguments as for `generate_batch`."""
+    """What `Engine.stream` gives, by an engine made for these prompts; chunk: their tokens per call of the model."""
+    each = configs("stream_batch", prompts, sampling)
     engine = Engine(model, max_batch=max(1, len(prompts)), tokenizer=tokenizer, chunk=chunk)
-    return engine.stream(prompts, max_tokens=max_tokens, sampling=sampling, stop=stop, ignore_end=ignore_end)
+    return engine.stream(prompts, max_tokens=max_tokens, sampling=each, stop=stop, ignore_end=ignore_end)

@@ -38,9 +38,9 @@ def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageM
             step-size biases, skips, convolutions, norms and states stay float32, as is all between the matrices.
 
     `extend`, `step_`, `generate`, streams and states are used as before; a state of one form goes on in another of the
-    same model within the form's precision. Training, saving and casting need the model itself. On the CPU, with the
-    C++ library, for stacks of Mamba blocks `step_` is one call; elsewhere it goes layer by layer, and `explain` says
-    why.
+    same model within the form's precision. Training, saving and casting need the model itself. For stacks of Mamba
+    blocks `step_` is one call on the CPU, with the C++ library, and on CUDA devices of compute capability 9.0 or later;
+    elsewhere it goes layer by layer, and `explain` says why.
 
     Raises ValueError for another name of weights, TypeError for what is no LanguageModel or is packed already.
     """
@@ -66,7 +66,11 @@ def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageM
     packed: LanguageModel = copy.deepcopy(model, replaced).float().eval().requires_grad_(False)
     if packed.backbone.norm_f.weight.device.type == "cpu":
         gather([m for m in packed.modules() if isinstance(m, PackedMatrix)])
-    packed.token_step = None if explain(packed) else TokenStep(packed)
+    packed.token_step = None if (why := explain(packed)) else TokenStep(packed)
+    if why and packed.backbone.norm_f.weight.is_cuda:
+        backends.say_once(
+            f"{OP}: each token goes layer by layer and unpacks every matrix, slower than the model as it was: {why}"
+        )
     packed.register_load_state_dict_post_hook(_forget)
     return packed
 

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +20,8 @@ from torch.utils import _pytree as pytree
 from stateline import checks, state
 from stateline.checks import fail
 from stateline.generation.prompt import Prompt, pieces
-from stateline.generation.request import Event, Options, Request
-from stateline.generation.sampling import Sampler, SamplingConfig
+from stateline.generation.request import Event, Options, Request, beginning, configs
+from stateline.generation.sampling import SamplingConfig
 from stateline.generation.slots import DeviceSlots, Drawn, HostSlots, upload
 from stateline.generation.stream import (
     CHUNK,
@@ -31,7 +30,6 @@ from stateline.generation.stream import (
     check_max_tokens,
     default_tokenizer,
     device_of,
-    moment_of,
     no_tokenizer,
     stream_at,
     vocabulary,
@@ -139,12 +137,17 @@ class Engine:
         Raises ValueError or TypeError naming the argument; what lies in a file or is still to be encoded is looked at
         later and ends the request with an error.
         """
-        request = self._request(prompt, max_tokens, sampling, stop, ignore_end, after, keep)
+        request = self._request(prompt, max_tokens, sampling, stop, ignore_end, after, keep, self._events)
         self._waiting.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request at the next step, wherever it is; nothing happens to one that has ended."""
+        """End a request at the next step, wherever it is; nothing happens to one that has ended.
+
+        Raises ValueError for a request of another engine.
+        """
+        if request.told is not self._events:
+            raise fail("cancel", "request is of another engine.", "Cancel it with the engine whose `add` gave it.")
         self._cancelled.append(request)
 
     def prepare(self, *sampling: SamplingConfig) -> None:
@@ -153,11 +156,11 @@ class Engine:
         Several configurations: for texts of all of them together, and texts of each alone. Without graphs nothing
         happens.
         """
-        configs = sampling or (DEFAULT,)
+        wanted = sampling or (DEFAULT,)
         sizes = [self.max_batch] if self.deterministic else [1 << i for i in range(self.max_batch.bit_length())]
         with torch.no_grad(), self._current():
             for size in {*sizes, self.max_batch}:
-                for together in (configs, *((config,) for config in configs)):
+                for together in (wanted, *((config,) for config in wanted)):
                     self._slots.capture(size, together)
 
     @property
@@ -177,7 +180,10 @@ class Engine:
         return events
 
     def run(self) -> Iterator[Event]:
-        """Step until every request has ended, also those added meanwhile. Leaving the loop loses nothing."""
+        """Step until every request has ended, also those added meanwhile. Leaving the loop loses nothing.
+
+        What happens to the prompts of a `stream` is told there.
+        """
         while self.busy:
             while self._events:
                 yield self._events.popleft()
@@ -197,10 +203,10 @@ class Engine:
         sampling: one configuration a prompt, or one for all, whose seed s then becomes s, s + 1, … from row to row.
         The other arguments as for `stateline.generate`. Raises what a request ended with; then the others are dropped.
         """
-        checks.number("generate_batch", "max_tokens", max_tokens, low=0, integer=True)
+        checks.number("generate", "max_tokens", max_tokens, low=0, integer=True)
+        each = configs("Engine.generate", prompts, sampling)
         texts = [""] * len(prompts)
-        options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "ignore_end": ignore_end}
-        for row, piece in self.stream(prompts, sampling=sampling, **options):
+        for row, piece in self.stream(prompts, max_tokens=max_tokens, sampling=each, stop=stop, ignore_end=ignore_end):
             texts[row] += piece
         return texts
 
@@ -213,34 +219,40 @@ class Engine:
         stop: str | Sequence[str] = (),
         ignore_end: bool = False,
     ) -> Iterator[tuple[int, str]]:
-        """Pieces of the texts that continue `prompts`, as (row, piece); arguments as for `generate`."""
-        if isinstance(prompts, str | bytes):
-            raise fail("generate_batch", "prompts is one text, expected a list of prompts.", error=TypeError)
+        """Pieces of the texts that continue `prompts`, as (row, piece); arguments as for `generate`.
+
+        They are queued at the call, and share the engine with whatever else it is asked. Leaving the loop cancels them.
+        """
+        each = configs("Engine.stream", prompts, sampling)
         if self.tokenizer is None:
             raise no_tokenizer()
-        if self.busy:
-            raise fail(OP, "it is busy with requests of its own.", "Add the prompts to it, and take events from run.")
-        configs = _configs(sampling, len(prompts))
+        told: deque[Event] = deque()
         requests = [
-            self._request(prompt, max_tokens, config, stop, ignore_end, None, False)
-            for prompt, config in zip(prompts, configs, strict=True)
+            self._request(prompt, max_tokens, config, stop, ignore_end, None, False, told)
+            for prompt, config in zip(prompts, each, strict=True)
         ]
-        return self._pieces(requests)
+        pieces = self._pieces(requests, told)
+        next(pieces)  # so that its requests are queued now, and cancelled should nobody look at it
+        return pieces
 
-    def _pieces(self, requests: list[Request]) -> Iterator[tuple[int, str]]:
-        self._waiting.extend(requests)
+    def _pieces(self, requests: list[Request], told: deque[Event]) -> Iterator[tuple[int, str]]:
         row_of = {request: row for row, request in enumerate(requests)}
+        left = len(requests)
+        self._waiting.extend(requests)
         try:
-            for event in self.run():
+            yield 0, ""
+            while left:
+                if not told:
+                    self._step()
+                    continue
+                event = told.popleft()
+                left -= event.reason is not None
                 if event.request.error is not None:
                     raise event.request.error
                 if event.text:
                     yield row_of[event.request], event.text
         finally:
-            if not self._torn:
-                self._cancelled.extend(request for request in requests if request.reason is None)
-                for _ in self.run():
-                    pass
+            self._cancelled.extend(request for request in requests if request.reason is None)
 
     def _request(
         self,
@@ -251,28 +263,18 @@ class Engine:
         ignore_end: bool,
         after: Stream | None,
         keep: bool,
+        told: deque[Event],
     ) -> Request:
         check_max_tokens(max_tokens)
         stops = stop_strings(stop)
         if stops and self.tokenizer is None:
             raise no_tokenizer()
         ids = pieces(prompt, self.tokenizer, self.model.config.vocab_size, self.chunk)
-        sampler, start = Sampler(sampling or DEFAULT), None
-        if after is not None:
-            if after.model is not self.model:
-                raise fail(OP, "after is a stream of another model.", "Make the stream and the engine with one model.")
-            if _sizes(after.state) != _sizes(self._slots.rows.tree["state"]):
-                raise fail(OP, "after has a state of other sizes than the engine's.", "Has the engine another context?")
-            start = moment_of(after)
-            if sampling is None:
-                sampler = Sampler(after.sampler.config)
-                sampler.restore(start.drawn, start.random, start.history)
-            else:
-                _check_history(sampling, after)
-                sampler.see(start.history)
+        sampler, start = beginning(after, sampling, self.model, self._slots.rows.tree["state"])
+        self._slots.check(sampler.config)
         end = None if ignore_end else getattr(self.tokenizer, "end", None)
         options = Options(max_tokens, end, stops, bool(keep), self._context)
-        return Request(next(self._numbers), ids, sampler, options, self.tokenizer, start)
+        return Request(next(self._numbers), ids, sampler, options, self.tokenizer, start, told)
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
@@ -284,7 +286,10 @@ class Engine:
         with torch.no_grad(), self._current():
             self._drop()
             self._read()
-            waits = not self._launch() or any(r is not None and r.options.keep for r in self._rows)
+            # A stream that is kept goes on where its text is, so no state may be ahead of what was told. The last step
+            # of a text has left its row already, and is still under way.
+            launched = self._launch()
+            waits = not launched or any(r is not None and r.options.keep for step, _ in self._flying for r in step)
             while len(self._flying) > (0 if waits else self._slots.behind):
                 self._look()
         self._torn = False
@@ -424,7 +429,7 @@ class Engine:
                 continue
             event = request.take(drawn)
             if event.reason is None:
-                self._events.append(event)
+                request.told.append(event)
             else:
                 self._end(event)
 
@@ -444,7 +449,7 @@ class Engine:
             config, tokenizer = request.sampler.config, self.tokenizer
             request.stream = stream_at(request.moment(memory), self.model, config, tokenizer, self.chunk)
         request.part = request.numbers = None
-        self._events.append(event)
+        request.told.append(event)
 
     @property
     def _occupied(self) -> int:
@@ -456,28 +461,3 @@ class Engine:
 
 def _rows_of(memory: Any) -> int:
     return len(next(x for x in pytree.tree_leaves(memory) if isinstance(x, Tensor)))
-
-
-def _sizes(memory: Any) -> list[Any]:
-    """Of the parts of a sequence's state."""
-    return [(x.shape[1:], x.dtype) for x in pytree.tree_leaves(memory)]
-
-
-def _check_history(sampling: SamplingConfig, after: Stream) -> None:
-    """Raise unless the stream remembers the tokens that a penalty would look at."""
-    own = after.sampler.config
-    same = own.repetition_penalty != 1 and own.repetition_window == sampling.repetition_window
-    if sampling.repetition_penalty != 1 and after.length and not same:
-        window = sampling.repetition_window
-        problem = f"after did not keep the tokens that a repetition penalty over {window or 'all'} tokens looks at."
-        remedy = f"Make the stream with a penalty, 1.0001 for instance, and repetition_window={window}."
-        raise fail(OP, problem, remedy)
-
-
-def _configs(sampling: SamplingConfig | Sequence[SamplingConfig], count: int) -> list[SamplingConfig]:
-    if isinstance(sampling, SamplingConfig):
-        seed = sampling.seed
-        return [sampling if seed is None else replace(sampling, seed=seed + i) for i in range(count)]
-    if len(sampling) != count:
-        raise fail("generate_batch", f"sampling has {len(sampling)} configurations for {count} prompts.")
-    return list(sampling)

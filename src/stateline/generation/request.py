@@ -1,19 +1,27 @@
-"""One text of an engine: its prompt piece by piece, its tokens one by one, and how it came to its end."""
+"""One text of an engine: where it begins, its prompt in pieces, its tokens one by one, and how it came to its end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from stateline.checks import fail
 from stateline.generation.past import Moment
-from stateline.generation.sampling import GeneratedToken, Sampler, complaint
-from stateline.generation.stream import Stream, first_ids, opening
+from stateline.generation.prompt import Prompt
+from stateline.generation.sampling import GeneratedToken, Sampler, SamplingConfig, complaint
+from stateline.generation.stream import DEFAULT, Stream, first_ids, moment_of, opening
 from stateline.generation.text import StopFilter, Utf8Decoder
 from stateline.generation.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from stateline.models import LanguageModel
+
+OP = "Engine"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +68,8 @@ class Request:
         sampler: Sampler,
         options: Options,
         tokenizer: Tokenizer | None,
-        start: Moment | None = None,
+        start: Moment | None,
+        told: deque[Event],
     ) -> None:
         self.number = number
         self.sampler = sampler
@@ -69,6 +78,8 @@ class Request:
         self.reason: str | None = None
         self.error: Exception | None = None
         self.stream: Stream | None = None
+        # Where its events go. They are the engine's, or of a loop of their own: so an engine knows what it was given.
+        self.told = told
         # What the engine keeps of it: its row of the slots; before, and after where it is kept, (state, row of that).
         self.row: int | None = None
         self.part: tuple[Any, int] | None = None if start is None else (start.state, 0)
@@ -94,7 +105,7 @@ class Request:
     def read(self, room: int) -> list[int]:
         """The prompt's next ids, at most `room`, for the model to read; its very last one stays.
 
-        Raises what reading the prompt raises, ValueError where it is longer than the engine's context.
+        Raises what reading the prompt raises, ValueError where the text is longer than the engine's context.
         """
         while self._ids is not None and len(self.unread) <= room + 1:  # enough to know whether one is left
             ids = next(self._ids, None)
@@ -105,12 +116,13 @@ class Request:
             else:
                 self._see(ids if self.length else opening(self._tokenizer) + ids)
         if self.options.context is not None and self.length > self.options.context:
-            problem = f"the prompt has more than {self.options.context} tokens, the engine's context."
-            raise fail("Engine", problem, "Shorten it, or make an engine with a larger context.")
+            most = f"more than {self.options.context} tokens, the engine's context"
+            problem = f"the prompt, with any text before it, has {most}."
+            raise fail(OP, problem, "Shorten it, or make an engine with a larger context.")
         count = min(room, len(self.unread) - 1)
         ids, self.unread = self.unread[:count], self.unread[count:]
         if self.ready:
-            left = None if self.options.context is None else self.options.context - self.length + 1
+            left = None if self.options.context is None else self.options.context - self.length
             self.limit = min((n for n in (self.options.max_tokens, left) if n is not None), default=None)
         return ids
 
@@ -162,3 +174,60 @@ class Request:
         pending, drawn = self.unread[-1], self.sampler.drawn
         tail, held = self._decoder.pending, self._stops.held
         return Moment(state, pending, self.length, drawn, random, history, tail, held)
+
+
+def beginning(
+    after: Stream | None, sampling: SamplingConfig | None, model: LanguageModel, memory: Any
+) -> tuple[Sampler, Moment | None]:
+    """What a request draws with and goes on from. memory: a state of the engine's, for its sizes.
+
+    Raises ValueError where a stream cannot be continued in this engine or with this sampling.
+    """
+    if after is None:
+        return Sampler(sampling or DEFAULT), None
+    if after.model is not model:
+        raise fail(OP, "after is a stream of another model.", "Make the stream and the engine with one model.")
+    if _sizes(after.state) != _sizes(memory):
+        raise fail(OP, "after has a state of other sizes than the engine's.", "Has the engine another context?")
+    start = moment_of(after)
+    if sampling is None:
+        sampler = Sampler(after.sampler.config)
+        sampler.restore(start.drawn, start.random, start.history)
+    else:
+        _check_history(sampling, after)
+        sampler = Sampler(sampling)
+        sampler.see(start.history)
+    return sampler, start
+
+
+def _sizes(memory: Any) -> list[Any]:
+    """Of the parts of a sequence's state."""
+    return [(x.shape[1:], x.dtype) for x in pytree.tree_leaves(memory)]
+
+
+def _check_history(sampling: SamplingConfig, after: Stream) -> None:
+    """Raise unless the stream remembers the tokens that a penalty would look at."""
+    own = after.sampler.config
+    same = own.repetition_penalty != 1 and own.repetition_window == sampling.repetition_window
+    if sampling.repetition_penalty != 1 and after.length and not same:
+        window = sampling.repetition_window
+        problem = f"after did not keep the tokens that a repetition penalty over {window or 'all'} tokens looks at."
+        remedy = f"Make the stream with a penalty, 1.0001 for instance, and repetition_window={window}."
+        raise fail(OP, problem, remedy)
+
+
+def configs(
+    op: str, prompts: Sequence[Prompt], sampling: SamplingConfig | Sequence[SamplingConfig]
+) -> list[SamplingConfig]:
+    """How each of several prompts is continued: one configuration each, or one for all with the seeds s, s + 1, …
+
+    Raises TypeError for one text instead of a list, ValueError for another number of configurations, naming `op`.
+    """
+    if isinstance(prompts, str | bytes):
+        raise fail(op, "prompts is one text, expected a list of prompts.", error=TypeError)
+    if isinstance(sampling, SamplingConfig):
+        seed = sampling.seed
+        return [sampling if seed is None else replace(sampling, seed=seed + i) for i in range(len(prompts))]
+    if len(sampling) != len(prompts):
+        raise fail(op, f"sampling has {len(sampling)} configurations for {len(prompts)} prompts.")
+    return list(sampling)

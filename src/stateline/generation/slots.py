@@ -27,6 +27,8 @@ Drawn = list[GeneratedToken | Exception | None]
 #: Steps that are launched before the tokens of an earlier one are looked at, on a device.
 BEHIND = 1
 WARM_UP = 2
+#: Tokens that a penalty may look back at on a device, where there is room for them in every row; or as many as ids.
+LONGEST = 2**16
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -82,6 +84,9 @@ class HostSlots:
         self._model, self._v = model, v
         self.rows = Rows(state=memory, ids=ids)
 
+    def check(self, config: SamplingConfig) -> None:
+        """Every way to draw is possible here."""
+
     def put(self, rows: Sequence[int], memory: Any, requests: Sequence[Request]) -> None:
         """Place requests, whose prompts were read, in rows; memory: their states."""
         device = self.rows.tree["ids"].device
@@ -125,7 +130,23 @@ class DeviceSlots:
         self._told = [torch.empty_like(out, pin_memory=self._device.type == "cuda") for _ in range(BEHIND + 2)]
         self._turn = 0
         self._captured: dict[tuple[int, Plan], torch.cuda.CUDAGraph] = {}
+        self._reads: tuple[Any, ...] = ()  # where graphs read the model
+        names = [name.rpartition(".") for name, _ in model.named_parameters()]
+        self._ends = [(model.get_submodule(module), name) for module, _, name in (names[0], names[-1])]
+        # A step is warmed up and captured on this stream, which belongs to these slots. Kernels may keep scratch memory
+        # for each stream (`ops.decode_token` does, and zeroes it once): so the warm-up makes and zeroes it, not the
+        # graph, which would do so at every replay, and another engine's graphs have their own. (Torch gives out 32
+        # streams a device in turn: of more engines than that, those that share one must not run at once.) Torch's
+        # default stream for captures serves the whole process, and lies on the device of the first capture.
+        self._aside = torch.cuda.Stream(self._device) if graphs else None
         self._planned: tuple[list[Request | None], Plan] | None = None
+
+    def check(self, config: SamplingConfig) -> None:
+        """Raise ValueError for a penalty that looks back further than there is room for."""
+        longest = max(LONGEST, self._v)
+        if device_sampling.width_for(config, self._v) > longest:
+            problem = f"repetition_window is {config.repetition_window}, on a device it is at most {longest} tokens."
+            raise fail("Engine", problem, "Take less, or None to look at the whole text.")
 
     def put(self, rows: Sequence[int], memory: Any, requests: Sequence[Request]) -> None:
         """As in `HostSlots`; a row of the sampler for each request, too."""
@@ -166,35 +187,59 @@ class DeviceSlots:
 
     def capture(self, b: int, configs: Sequence[SamplingConfig]) -> None:
         """Have a graph ready for steps of b rows that are drawn so."""
+        for config in configs:
+            self.check(config)
         self._make_room(max(device_sampling.width_for(config, self._v) for config in configs))
         plan = device_sampling.plan_for(configs, self._v)
-        if self._graphs and (b, plan) not in self._captured:
+        if self._graphs:
+            self._graph(b, plan)
+
+    def _graph(self, b: int, plan: Plan) -> torch.cuda.CUDAGraph:
+        """The graph of such a step, captured unless there is one that reads the model where it is now."""
+        if self._captured and self._reads != self._places():
+            self._forget()
+        if (b, plan) not in self._captured:
             self._capture(b, plan)
+        return self._captured[b, plan]
+
+    def _places(self) -> tuple[Any, ...]:
+        """What shows that a model's tensors are where graphs read them, in a few microseconds.
+
+        What a packed model's step reads is made anew after weights were loaded or tensors moved, and is kept from being
+        freed here; of the model's own, the first and the last tell.
+        """
+        network = getattr(getattr(self._model, "token_step", None), "network", None)  # a `decode.TokenStep`, if any
+        ends = (getattr(module, name).data_ptr() for module, name in self._ends)
+        return network, network is None or network.at_home(), *ends
+
+    def _forget(self) -> None:
+        """Drop the graphs, which read or write tensors that are no more."""
+        if self._captured:
+            torch.cuda.synchronize()
+            self._captured.clear()
 
     def _capture(self, b: int, plan: Plan) -> None:
         """Capture a step, which is tried on copies first: the rows stay as they are."""
+        assert self._aside is not None
         copies = state.clone(self.rows.view(b))
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        self._aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._aside):
             for _ in range(WARM_UP):
                 self._step(copies, plan)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(self._aside)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._captured.values())).pool() if self._captured else None
         try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self._aside, capture_error_mode="thread_local"):
                 self._step(self.rows.view(b), plan)
         except RuntimeError as error:
             problem = f"a step of this model cannot be captured as a CUDA graph: {error}"
             raise fail("Engine", problem, "Take graphs=False.", error=RuntimeError) from error
-        self._captured[b, plan] = graph
+        self._captured[b, plan], self._reads = graph, self._places()
 
     def _run(self, b: int, plan: Plan) -> None:
         if self._graphs:
-            if (b, plan) not in self._captured:
-                self._capture(b, plan)
-            self._captured[b, plan].replay()
+            self._graph(b, plan).replay()
         else:
             self._step(self.rows.view(b), plan)
 
@@ -222,7 +267,5 @@ class DeviceSlots:
     def _make_room(self, width: int) -> None:
         """Columns for the recent ids of a penalty that looks further back than any before."""
         if width > self.rows.tree["recent"].shape[1]:
-            if self._captured:
-                torch.cuda.synchronize()
-                self._captured.clear()
+            self._forget()
             self.rows.replace("recent", device_sampling.widened(self.rows.tree, width))

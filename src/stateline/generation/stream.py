@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -234,6 +235,7 @@ class Stream:
     def _draw(self) -> GeneratedToken:
         """Give the pending token to the model and draw the next."""
         self._check_whole("generate")
+        self.model.check_room(self.state)
         self._begin()
         self._torn = True
         logits = step(self.model, [self.pending], self.state, self.tokenizer)
@@ -353,10 +355,24 @@ def _fed(stream: Stream, ids: Iterator[list[int]], out: Iterator[T]) -> Iterator
 # ---- shared with engines ---------------------------------------------------------------------------------------------
 
 
+#: Of streams that requests go on after: a state and a length, which together tell one place, and the copy made there.
+#: Within one state object tokens only become more; going back makes another.
+_lent: WeakKeyDictionary[Stream, tuple[ref[Any], int, ref[Any]]] = WeakKeyDictionary()
+
+
 def moment_of(stream: Stream) -> Moment:
-    """All that decides what a stream will write, as a copy. Raises ValueError if it was interrupted inside a token."""
+    """All that decides what a stream will write. Raises ValueError if it was interrupted inside a token.
+
+    Its state is a copy, the same one for all who ask at this place while any of them holds it; nobody may change it.
+    """
     stream._check_whole("fork")
-    return stream._moment()
+    source, length, lent = _lent.get(stream, (None, 0, None))
+    kept = lent() if source and lent and source() is stream.state and length == stream.length else None
+    if kept is None:
+        with torch.no_grad():
+            kept = state.clone(stream.state)
+        _lent[stream] = ref(stream.state), stream.length, ref(kept)
+    return dataclasses.replace(stream._moment(copy=False), state=kept)
 
 
 def stream_at(

@@ -211,3 +211,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+
+
+def byte_characters() -> list[str]:
+    """The character that byte-level BPE writes for each byte, by byte."""
+    return sorted(_BYTE_OF, key=_BYTE_OF.__getitem__)

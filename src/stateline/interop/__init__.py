@@ -8,17 +8,19 @@ import torch
 
 from stateline import checks
 from stateline.files import BUNDLED_NAMES, bundled
-from stateline.interop import huggingface, mamba_ssm
+from stateline.interop import gguf, hub, huggingface, mamba_ssm
 from stateline.interop.export import export_model, exported_program, load_exported
 from stateline.models import LanguageModel, checkpoint
 from stateline.models.checkpoint import CheckpointError
 from stateline.training.config import SETTINGS_FILE
 
 __all__ = [
-    "CheckpointError", "FORMATS", "detect", "export_model", "exported_program", "load", "load_exported", "save",
+    "CheckpointError", "FORMATS", "detect", "export_model", "exported_program", "load", "load_exported", "resolve",
+    "save",
 ]  # fmt: skip
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
+GGUF = "gguf"  # one file, for llama.cpp; written and not read
 _LOAD = {"stateline": checkpoint.load, "mamba_ssm": mamba_ssm.load, "huggingface": huggingface.load}
 _SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface": huggingface.save}
 
@@ -26,12 +28,13 @@ _SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface
 def load(
     path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """The model in a directory of any known format, or one that ships; in evaluation mode.
+    """The model in a directory of any known format, one that ships, or one of the Hugging Face Hub; to evaluate.
 
     Args:
         path_or_name: a directory (of a model, or of a training run, whose best model is meant), "bundled" (English, by
-            bytes) or "bundled-zh" (Chinese poems; its text needs `load_tokenizer("bundled-zh", …)`). Nothing is ever
-            downloaded.
+            bytes) or "bundled-zh" (Chinese poems; its text needs `load_tokenizer("bundled-zh", …)`), or a name,
+            "organisation/model" or "organisation/model@revision". Only such a name, where no directory has it, is
+            looked for on the Hub, by huggingface_hub (extra `hf`), which downloads what is not here yet.
         device: where the weights go; CPU if None.
         dtype: of the weights; None keeps the checkpoint's. Time constants stay float32 at least.
 
@@ -43,26 +46,51 @@ def load(
                 f"this installation has no {path_or_name} model. Reinstall stateline, or give a directory."
             )
         return checkpoint.load(ours, device=device, dtype=dtype)
-    path = Path(path_or_name).expanduser()
+    path = resolve(path_or_name)
     if (path / SETTINGS_FILE).is_file():  # a training run: its best model
         path = path / "model"
     return _LOAD[detect(path)](path, device=device, dtype=dtype)
 
 
-def save(
-    model: LanguageModel, path: str | Path, format: str = "stateline", *, dtype: torch.dtype | None = None
-) -> None:
-    """Write a model to a directory as "stateline", "mamba_ssm" or "huggingface".
+def resolve(path_or_name: str | Path) -> Path:
+    """The directory that a path or a name on the Hub stands for; see `load`."""
+    path = Path(path_or_name).expanduser()
+    named = isinstance(path_or_name, str) and hub.is_name(path_or_name)
+    return hub.fetch(str(path_or_name)) if named and not path.exists() and not path.parent.is_dir() else path
 
-    Every file is whole or not there. Ours changes in one rename; the others are two files, renamed one after the other,
-    and older weights beside them are removed.
+
+def save(
+    model: LanguageModel,
+    path: str | Path,
+    format: str = "stateline",
+    *,
+    dtype: torch.dtype | str | None = None,
+    tokenizer: str | Path | None = None,
+) -> None:
+    """Write a model to a directory as "stateline", "mamba_ssm" or "huggingface", or to one file as "gguf".
+
+    Every file is whole or not there. Ours changes in one rename; the other directories are two files, renamed one after
+    the other, and older weights beside them are removed.
 
     dtype: of the stored weights; None stores them as they are; torch.int8, for "stateline" alone, is eight bits for
-        matrices with a scale a row. Time constants are never rounded.
+        matrices with a scale a row. Time constants are never rounded. For "gguf" also one of `gguf.KINDS`, such as
+        "Q8_0".
+    tokenizer: for "gguf" alone, which holds it: a directory with tokenizer.json, or "none"; see `gguf.save`.
 
     Raises ValueError for what the format cannot express, and where the directory holds a model in another format.
     """
-    checks.choice("save", "format", format, FORMATS)
+    checks.choice("save", "format", format, (*FORMATS, GGUF))
+    if format == GGUF:
+        kind = gguf.KIND_OF.get(dtype) if isinstance(dtype, torch.dtype) else dtype
+        if dtype is not None and kind is None:
+            raise checks.fail("save", f"dtype is {dtype}, GGUF has {', '.join(gguf.KINDS)}.")
+        return gguf.save(model, path, kind, tokenizer=tokenizer)
+    if tokenizer is not None:
+        raise checks.fail(
+            "save", f"tokenizer was given for format={format!r}.", "Copy tokenizer.json beside the weights."
+        )
+    if isinstance(dtype, str):
+        raise checks.fail("save", f"dtype is {dtype!r}, expected a torch.dtype.", 'Names are for format="gguf".')
     if dtype == torch.int8 and format != "stateline":
         raise checks.fail("save", f"dtype is torch.int8, which {format} does not store.", 'Use format="stateline".')
     model = checkpoint.plain(model)
@@ -78,11 +106,12 @@ def detect(path: str | Path) -> str:
     """The format of the model in a directory, from what its config.json says; CheckpointError if none is known."""
     path = Path(path).expanduser()
     if not path.is_dir():
+        if path.suffix == ".gguf":
+            raise CheckpointError(f"{path}: GGUF files are written and not read. Give the directory it was made from.")
         if path.is_file():
             raise CheckpointError(f"{path} is a file. Give the directory that holds config.json and the weights.")
-        hint = f" Or is it a model's name? Download it first, e.g. `hf download {path} --local-dir DIR`, and load DIR."
         ships = f" Models that ship: {BUNDLED_NAMES}." if str(path).startswith("bundled") else ""
-        raise CheckpointError(f"{path} is no directory.{ships or (hint if len(path.parts) <= 2 else '')}")
+        raise CheckpointError(f"{path} is no directory.{ships}")
     if not (path / checkpoint.CONFIG).exists() and checkpoint.is_complete(path / checkpoint.WEIGHTS):
         return "stateline"  # a kill came between the renames of a first save
     config = checkpoint.read_json(path / checkpoint.CONFIG)

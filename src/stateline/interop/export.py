@@ -78,7 +78,7 @@ def export_model(
         _check_float32(model)
     program = exported_program(model, last_only=last_only, strict=strict)
     write = _onnx_writer(program, model) if to == "onnx" else _export_writer(program)
-    _write_aside(target, write)
+    write_aside(target, write)
     return target
 
 
@@ -178,7 +178,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _write_aside(target: Path, write: Callable[[Path], None]) -> None:
+def write_aside(target: Path, write: Callable[[Path], None], op: str = OP) -> None:
     """Have `write(file)` make files aside, flush them and rename them into place, `target` last."""
     try:
         with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as aside:
@@ -191,4 +191,4 @@ def _write_aside(target: Path, write: Callable[[Path], None]) -> None:
                 os.replace(file, target.parent / file.name)
         flush(target.absolute().parent)
     except OSError as error:
-        raise OSError(f"{OP}: {target} could not be written: {error}. Is the disk full?") from error
+        raise OSError(f"{op}: {target} could not be written: {error}. Is the disk full?") from error

@@ -1,8 +1,11 @@
-"""The format of Hugging Face transformers for Mamba: config.json and safetensors, whole or sharded."""
+"""The format of Hugging Face transformers for Mamba and Mamba-2: config.json and safetensors, whole or sharded."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +17,75 @@ from stateline.files import share
 from stateline.interop.weights import read_weights, remove_others
 from stateline.models import LanguageModel, ModelConfig
 from stateline.models.checkpoint import HEAD, MISFIT, CheckpointError, assemble, read_json, weights, write_aside
+from stateline.ops.ssd import check_limit
 
-MODEL_TYPE = "mamba"
 OURS, THEIRS = "backbone.embedding.weight", "backbone.embeddings.weight"
 
-#: Our field -> (their key, their default where a file leaves it out).
-MODEL_KEYS: dict[str, tuple[str, Any]] = {
-    "d_model": ("hidden_size", 768),
-    "n_layer": ("num_hidden_layers", 32),
-    "vocab_size": ("vocab_size", 50280),
-    "residual_in_fp32": ("residual_in_fp32", True),
-    "tie_embeddings": ("tie_word_embeddings", True),
-    "norm_eps": ("layer_norm_epsilon", 1e-5),
-}
-MIXER_KEYS: dict[str, tuple[str, Any]] = {
-    "d_state": ("state_size", 16),
-    "d_conv": ("conv_kernel", 4),
-    "expand": ("expand", 2),
-    "dt_rank": ("time_step_rank", "auto"),
-    "dt_min": ("time_step_min", 0.001),
-    "dt_max": ("time_step_max", 0.1),
-    "dt_init": ("time_step_init_scheme", "random"),
-    "dt_scale": ("time_step_scale", 1.0),
-    "dt_init_floor": ("time_step_floor", 1e-4),
-    "conv_bias": ("use_conv_bias", True),
-    "bias": ("use_bias", False),
-}
+
+@dataclass(frozen=True)
+class Kind:
+    """One of their models. model, mixer: our field -> (their key, their default where a file leaves it out)."""
+
+    name: str  # model_type
+    layer: str
+    architecture: str
+    model: dict[str, tuple[str, Any]]
+    mixer: dict[str, tuple[str, Any]]
+
+
+MAMBA = Kind(
+    "mamba",
+    "Mamba1",
+    "MambaForCausalLM",
+    {
+        "d_model": ("hidden_size", 768),
+        "n_layer": ("num_hidden_layers", 32),
+        "vocab_size": ("vocab_size", 50280),
+        "residual_in_fp32": ("residual_in_fp32", True),
+        "tie_embeddings": ("tie_word_embeddings", True),
+        "norm_eps": ("layer_norm_epsilon", 1e-5),
+    },
+    {
+        "d_state": ("state_size", 16),
+        "d_conv": ("conv_kernel", 4),
+        "expand": ("expand", 2),
+        "dt_rank": ("time_step_rank", "auto"),
+        "dt_min": ("time_step_min", 0.001),
+        "dt_max": ("time_step_max", 0.1),
+        "dt_init": ("time_step_init_scheme", "random"),
+        "dt_scale": ("time_step_scale", 1.0),
+        "dt_init_floor": ("time_step_floor", 1e-4),
+        "conv_bias": ("use_conv_bias", True),
+        "bias": ("use_bias", False),
+    },
+)
+MAMBA2 = Kind(
+    "mamba2",
+    "Mamba2",
+    "Mamba2ForCausalLM",
+    {
+        "d_model": ("hidden_size", 4096),
+        "n_layer": ("num_hidden_layers", 64),
+        "vocab_size": ("vocab_size", 32768),
+        "residual_in_fp32": ("residual_in_fp32", True),
+        "tie_embeddings": ("tie_word_embeddings", False),
+        "norm_eps": ("layer_norm_epsilon", 1e-5),
+    },
+    {
+        "d_state": ("state_size", 128),
+        "d_conv": ("conv_kernel", 4),
+        "expand": ("expand", 2),
+        "headdim": ("head_dim", 64),
+        "ngroups": ("n_groups", 8),
+        "dt_min": ("time_step_min", 0.001),
+        "dt_max": ("time_step_max", 0.1),
+        "dt_init_floor": ("time_step_floor", 1e-4),
+        "dt_limit": ("time_step_limit", None),
+        "conv_bias": ("use_conv_bias", True),
+        "bias": ("use_bias", False),
+    },
+)
+KINDS = {kind.name: kind for kind in (MAMBA, MAMBA2)}
 #: Carried through in metadata["huggingface"]: they say nothing about the model, but generation there needs them.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -61,29 +107,44 @@ def load(
 
 
 def read_config(values: dict[str, Any], path: Path) -> ModelConfig:
-    """transformers' MambaConfig as ours. Keys about training or generation are left aside."""
-    kind = values.get("model_type")
-    if kind != MODEL_TYPE:
-        raise CheckpointError(f"{path} has model_type {kind!r}; of Hugging Face's, {MODEL_TYPE!r} is supported.")
+    """transformers' MambaConfig or Mamba2Config as ours. Keys about training or generation are left aside."""
+    name = values.get("model_type")
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        known = " and ".join(map(repr, KINDS))
+        raise CheckpointError(f"{path} has model_type {name!r}; of Hugging Face's, {known} are supported.")
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"{path}: hidden_act is {values['hidden_act']!r}, supported is 'silu'.")
-    ours = {name: values.get(key, default) for name, (key, default) in MODEL_KEYS.items()}
-    mixer = {name: values.get(key, default) for name, (key, default) in MIXER_KEYS.items()}
+    ours = {name: values.get(key, default) for name, (key, default) in kind.model.items()}
+    mixer = {name: _plain(values.get(key, default)) for name, (key, default) in kind.mixer.items()}
+    if kind is MAMBA2 and ours["norm_eps"] != 1e-5:  # theirs is one for all norms
+        mixer["norm_eps"] = ours["norm_eps"]
     try:
-        config = ModelConfig(**ours, ssm_cfg={"layer": "Mamba1", **mixer}, pad_vocab_size_multiple=1)
+        config = ModelConfig(**ours, ssm_cfg={"layer": kind.layer, **mixer}, pad_vocab_size_multiple=1)
     except MISFIT as error:
         raise CheckpointError(f"{path} describes a model that is not supported: {error}") from error
-    inner = int(mixer["expand"] * config.d_model)
-    if values.get("intermediate_size", inner) != inner:
-        raise CheckpointError(
-            f"{path}: intermediate_size is {values['intermediate_size']}, expand · hidden_size is {inner}."
-        )
+    made: Any = config.make_mixer(device="meta")
+    for key, own, why in (
+        ("intermediate_size", made.d_inner, "expand · hidden_size"),
+        ("num_heads", getattr(made, "nheads", None), "expand · hidden_size / head_dim"),
+    ):
+        if own is not None and values.get(key, own) != own:
+            raise CheckpointError(f"{path}: {key} is {values[key]}, {why} is {own}.")
     return config
 
 
-def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model so that transformers' MambaForCausalLM reads it; other weights there go once these are written.
+def _plain(value: Any) -> Any:
+    """Limits as we keep them: None for an infinite one, which they write in two ways."""
+    if not isinstance(value, list | tuple):
+        return value
+    numbers = [float(v["__float__"]) if isinstance(v, dict) and "__float__" in v else v for v in value]
+    return [None if isinstance(v, float) and math.isinf(v) else v for v in numbers]
 
+
+def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write a model so that transformers reads it as MambaForCausalLM or Mamba2ForCausalLM.
+
+    Other weights there go once these are written.
     Rows that only pad the embedding are left out. Raises ValueError for what transformers cannot express.
     """
     values = write_config(model)
@@ -104,25 +165,57 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
 
 
 def write_config(model: LanguageModel) -> dict[str, Any]:
-    """Our configuration as transformers' MambaConfig, every key explicit."""
+    """Our configuration as transformers' MambaConfig or Mamba2Config, every key explicit."""
     config = model.config
     mixer: Any = config.make_mixer(device="meta")
+    kind = next(k for k in KINDS.values() if k.layer == config.ssm_cfg.get("layer", "Mamba1"))
     problems = []
+    if config.attn_layer_idx:
+        problems.append(f"attn_layer_idx is {config.attn_layer_idx} (no attention there)")
     if config.d_intermediate:
         problems.append(f"d_intermediate is {config.d_intermediate} (no MLP there)")
     if not config.rms_norm:
         problems.append("rms_norm is False (RMSNorm only there)")
     if mixer.expand != int(mixer.expand):
         problems.append(f"expand is {mixer.expand} (whole numbers only there)")
+    if kind is MAMBA2:
+        problems += _beyond_mamba2(mixer, config.norm_eps)
     if problems:
         raise checks.fail(
             "save", f"transformers cannot express this model: {'; '.join(problems)}.", 'Use format="stateline".'
         )
-    given = {name: default for name, (_, default) in MIXER_KEYS.items()} | config.ssm_cfg
-    given.update(expand=int(mixer.expand), dt_rank=mixer.dt_rank)
-    values: dict[str, Any] = {"architectures": ["MambaForCausalLM"], "model_type": MODEL_TYPE}
-    values |= {key: getattr(config, name) for name, (key, _) in MODEL_KEYS.items()}
-    values |= {key: given[name] for name, (key, _) in MIXER_KEYS.items()}
+    given = _defaults(mixer, kind) | config.ssm_cfg | {"expand": int(mixer.expand)}
+    values: dict[str, Any] = {"architectures": [kind.architecture], "model_type": kind.name}
+    values |= {key: getattr(config, name) for name, (key, _) in kind.model.items()}
+    values |= {key: given[name] for name, (key, _) in kind.mixer.items()}
     values |= {"intermediate_size": mixer.d_inner, "hidden_act": "silu"}
+    if kind is MAMBA2:
+        low, high = check_limit("save", mixer.dt_limit)
+        # Python's JSON and theirs have an infinity.
+        values |= {"time_step_limit": [max(low, 0.0), high], "num_heads": mixer.nheads, "chunk_size": 256}
+    else:
+        values["time_step_rank"] = mixer.dt_rank
     ids = model.metadata.get("huggingface", {})
     return values | {key: ids.get(key) for key in TOKEN_IDS}
+
+
+def _defaults(mixer: Any, kind: Kind) -> dict[str, Any]:
+    """The arguments of our mixer that they have too, at our defaults, which need not be theirs."""
+    parameters = inspect.signature(type(mixer)).parameters
+    return {name: parameters[name].default for name in kind.mixer}
+
+
+def _beyond_mamba2(mixer: Any, eps: float) -> list[str]:
+    """What their Mamba2 has no words for."""
+    problems = []
+    if mixer.d_mlp:
+        problems.append(f"d_ssm is {mixer.d_ssm} (all {mixer.d_inner} channels there)")
+    if mixer.D_has_hdim:
+        problems.append("D_has_hdim is True (one skip weight a head there)")
+    if mixer.norm is None:
+        problems.append("rmsnorm is False (always True there)")
+    elif mixer.norm.norm_before_gate:
+        problems.append("norm_before_gate is True (the gate comes first there)")
+    elif mixer.norm.eps != eps:
+        problems.append(f"the mixer's norm_eps is {mixer.norm.eps}, the model's {eps} (one for all norms there)")
+    return problems

@@ -12,18 +12,21 @@ from stateline import checks
 from stateline.interop.weights import read_weights, remove_others
 from stateline.models import LanguageModel, ModelConfig
 from stateline.models.checkpoint import HEAD, MISFIT, CheckpointError, assemble, read_json, weights, write_aside
+from stateline.ops.ssd import check_limit
 
 EPS = 1e-5  # mamba_ssm's norms have no other, and its configuration no field for it
 
 #: mamba_ssm's defaults, for keys that older files lack; None: no default, the key must be there.
 DEFAULTS: dict[str, Any] = {
     "d_model": None, "n_layer": None, "vocab_size": None, "d_intermediate": 0, "ssm_cfg": {}, "rms_norm": True,
-    "residual_in_fp32": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True,
+    "residual_in_fp32": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True, "attn_layer_idx": [],
+    "attn_cfg": {},
 }  # fmt: skip
-#: Keys that choose kernels or describe attention layers: these values change nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "fused_add_norm": (True, False), "attn_layer_idx": ([], None), "attn_cfg": ({}, None),
-}  # fmt: skip
+KERNELS = "fused_add_norm"  # a key that chooses kernels: its values change nothing
+#: Arguments of its mixers that choose kernels, or how work is cut for them.
+KERNEL_CHOICES = ("use_fast_path", "use_mem_eff_path", "chunk_size")
+#: Arguments of our attention that mamba_ssm's lacks.
+OWN = ("window", "max_tokens")
 
 
 def load(
@@ -38,26 +41,39 @@ def load(
 
 
 def read_config(path: Path) -> ModelConfig:
-    """mamba_ssm's config.json as ours; its `use_fast_path` and `fused_add_norm` choose kernels and are dropped."""
+    """mamba_ssm's config.json as ours; what only chooses kernels there is dropped."""
     values = read_json(path)
-    for key, allowed in NEUTRAL.items():
-        if values.pop(key, allowed[0]) not in allowed:
-            raise CheckpointError(f"{path}: {key} is set; supported are models without attention layers.")
+    if not isinstance(values.pop(KERNELS, True), bool):
+        raise CheckpointError(f"{path}: {KERNELS} is neither true nor false. Copy or download it again.")
     unknown = sorted(set(values) - set(DEFAULTS))
     if unknown:
         raise CheckpointError(
-            f"{path} has unknown keys {', '.join(unknown)}; known are {', '.join([*DEFAULTS, *NEUTRAL])}."
+            f"{path} has unknown keys {', '.join(unknown)}; known are {', '.join([*DEFAULTS, KERNELS])}."
         )
     values = {**DEFAULTS, **values}
+    for key in ("attn_layer_idx", "attn_cfg"):
+        values[key] = values[key] or DEFAULTS[key]
+    _check_attention(values, path)
     lost = [key for key, value in values.items() if value is None]
     if lost:
         raise CheckpointError(f"{path} lacks {', '.join(lost)}. Copy or download it again.")
     if isinstance(values["ssm_cfg"], dict):
-        values["ssm_cfg"] = {key: v for key, v in values["ssm_cfg"].items() if key != "use_fast_path"}
+        values["ssm_cfg"] = {key: v for key, v in values["ssm_cfg"].items() if key not in KERNEL_CHOICES}
     try:
         return ModelConfig(**values, norm_eps=EPS)
     except MISFIT as error:
         raise CheckpointError(f"{path} describes a model that is not supported: {error}") from error
+
+
+def _check_attention(values: dict[str, Any], path: Path) -> None:
+    """What our configuration would read otherwise than mamba_ssm does."""
+    if not values["attn_layer_idx"]:
+        values["attn_cfg"] = {}  # unused, and allowed there
+    elif isinstance(values["attn_cfg"], dict):
+        if values["attn_cfg"].get("causal", False) is not True:
+            raise CheckpointError(f"{path}: attn_cfg is not causal; a language model must be. Set causal to true.")
+        if own := [key for key in OWN if key in values["attn_cfg"]]:
+            raise CheckpointError(f"{path}: attn_cfg has unknown keys {', '.join(own)}.")
 
 
 def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -67,8 +83,15 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
         raise checks.fail(
             "save", f"norm_eps is {config.norm_eps}, mamba_ssm has only {EPS}.", 'Use format="stateline".'
         )
+    if config.attn_cfg.get("window") is not None:
+        problem = f"attention has a window of {config.attn_cfg['window']} tokens, mamba_ssm's has none."
+        raise checks.fail("save", problem, 'Use format="stateline".')
     values = {key: value for key, value in config.to_dict().items() if key != "norm_eps"}
-    values.update(attn_layer_idx=[], attn_cfg={}, fused_add_norm=True)
+    values["ssm_cfg"] = _their_mixer(config.ssm_cfg)
+    values.update(attn_layer_idx=config.attn_layer_idx, attn_cfg={}, fused_add_norm=True)
+    if config.attn_layer_idx:  # room for tokens is no property of the model there
+        known = {key: value for key, value in config.attn_cfg.items() if key not in OWN}
+        values["attn_cfg"] = known | {"causal": True}
     tensors = weights(model, dtype)
     if config.tie_embeddings:  # mamba_ssm stores it all the same
         tensors[HEAD] = tensors["backbone.embedding.weight"]
@@ -79,3 +102,16 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
 
     write_aside(Path(directory), write, ["pytorch_model.bin", "config.json"])
     remove_others(Path(directory), "pytorch_model.bin")
+
+
+def _their_mixer(ours: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of our mixer as its own takes them: both limits of dt are numbers, and its norm has one eps."""
+    theirs = dict(ours)
+    if theirs.pop("norm_eps", EPS) != EPS:
+        raise checks.fail(
+            "save", f"the mixer's norm_eps is {ours['norm_eps']}, mamba_ssm has only {EPS}.", 'Use format="stateline".'
+        )
+    if "dt_limit" in theirs:
+        low, high = check_limit("save", theirs["dt_limit"])
+        theirs["dt_limit"] = [max(low, 0.0), high]  # after softplus, which is never below 0
+    return theirs

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stateline import checks
-from stateline.nn import Block, GatedMLP, LayerNorm, Mamba, Mixer, RMSNorm
+from stateline.nn import Attention, Block, GatedMLP, LayerNorm, Mamba, Mamba2, Mixer, RMSNorm
 from stateline.nn.mixer import Lengths, padding, zero_padding
 
-#: Mixers by the name `ssm_cfg["layer"]` gives them; its other keys go to the constructor.
-MIXERS: dict[str, type[Mixer]] = {"Mamba1": Mamba}
+#: Mixers by the name `ssm_cfg["layer"]` gives them; its other keys go to the constructor. Add your own under any name.
+MIXERS: dict[str, type[Mixer]] = {"Mamba1": Mamba, "Mamba2": Mamba2}
 _INT32, _INT64 = torch.int32, torch.int64
 
 
@@ -30,7 +30,9 @@ class ModelConfig:
     Args:
         d_model: width of the residual stream.   n_layer: blocks.   vocab_size: token ids are below it.
         d_intermediate: hidden width of a gated MLP in every block, 0 for none.
-        ssm_cfg: {"layer": "Mamba1"} and arguments of the mixer, e.g. {"d_state": 32}.
+        ssm_cfg: {"layer": "Mamba1"} or "Mamba2", a name of MIXERS, and arguments of the mixer, e.g. {"d_state": 32}.
+        attn_layer_idx: numbers of the blocks, from 0, whose mixer is `nn.Attention` instead.
+        attn_cfg: arguments of that, e.g. {"num_heads": 8, "rotary_emb_dim": 32, "window": 1024}.
         rms_norm: RMSNorm, else LayerNorm.   norm_eps: of every norm.
         residual_in_fp32: keep the residual stream in float32 under 16-bit weights.
         pad_vocab_size_multiple: embedding rows are rounded up to it; logits are not.
@@ -50,6 +52,8 @@ class ModelConfig:
     pad_vocab_size_multiple: int = 8
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
+    attn_layer_idx: list[int] = field(default_factory=list)
+    attn_cfg: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"):
@@ -60,10 +64,27 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise checks.fail("ModelConfig", f"{name} is {value!r}, expected True or False.", error=TypeError)
-        if not isinstance(self.ssm_cfg, Mapping):
-            raise checks.fail("ModelConfig", f"ssm_cfg is {self.ssm_cfg!r}, expected a dict.", error=TypeError)
-        object.__setattr__(self, "ssm_cfg", dict(self.ssm_cfg))  # ours: the caller's dict may change
-        self.make_mixer(device="meta")  # the mixer checks its own arguments
+        for name in ("ssm_cfg", "attn_cfg"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise checks.fail("ModelConfig", f"{name} is {value!r}, expected a dict.", error=TypeError)
+            # ours: the caller's dict may change
+            object.__setattr__(self, name, {key: _as_json(v) for key, v in value.items()})
+        self._check_attention()
+        for layer in {None, *self.attn_layer_idx[:1]}:
+            self.make_mixer(layer, device="meta")  # the mixer checks its own arguments
+
+    def _check_attention(self) -> None:
+        given = self.attn_layer_idx
+        if not isinstance(given, list | tuple):
+            raise checks.fail("ModelConfig", f"attn_layer_idx is {given!r}, expected a list.", error=TypeError)
+        for layer in given:
+            checks.number("ModelConfig", "attn_layer_idx", layer, low=0, high=self.n_layer - 1, integer=True)
+        object.__setattr__(self, "attn_layer_idx", sorted(set(given)))
+        if self.attn_cfg and not given:
+            raise checks.fail("ModelConfig", "attn_cfg is set, and attn_layer_idx names no block.", "Name some.")
+        if given and "num_heads" not in self.attn_cfg:
+            raise checks.fail("ModelConfig", "attn_layer_idx names blocks, and attn_cfg has no num_heads.", "Set it.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -75,26 +96,42 @@ class ModelConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, ready for JSON."""
-        return dataclasses.asdict(self)
+        """Every field, ready for JSON; those about attention only where there is some, as releases before it wrote."""
+        values = dataclasses.asdict(self)
+        return values if self.attn_layer_idx else {k: v for k, v in values.items() if not k.startswith("attn_")}
 
     @property
     def embedding_rows(self) -> int:
         """vocab_size rounded up to pad_vocab_size_multiple."""
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
-    def make_mixer(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Mixer:
-        """One layer as `ssm_cfg` describes it."""
+    def make_mixer(
+        self, layer: int | None = None, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Mixer:
+        """The mixer of block number `layer`; None: of those that `ssm_cfg` describes."""
+        if layer in self.attn_layer_idx:
+            return self._make("attn_cfg", "Attention", Attention, self.attn_cfg, device, dtype)
         options = dict(self.ssm_cfg)
-        layer = options.pop("layer", "Mamba1")
-        checks.choice("ModelConfig", 'ssm_cfg["layer"]', layer, tuple(MIXERS))
-        known = [p for p in inspect.signature(MIXERS[layer]).parameters if p not in ("d_model", "device", "dtype")]
+        name = options.pop("layer", "Mamba1")
+        checks.choice("ModelConfig", 'ssm_cfg["layer"]', name, tuple(MIXERS))
+        return self._make("ssm_cfg", name, MIXERS[name], options, device, dtype)
+
+    def _make(
+        self, source: str, name: str, kind: Callable[..., Mixer], options: dict[str, Any], device: Any, dtype: Any
+    ) -> Mixer:
+        known = [p for p in inspect.signature(kind).parameters if p not in ("d_model", "device", "dtype")]
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise checks.fail(
-                "ModelConfig", f"ssm_cfg has unknown keys {', '.join(unknown)}; {layer} knows {', '.join(known)}."
-            )
-        return MIXERS[layer](self.d_model, **options, device=device, dtype=dtype)
+            problem = f"{source} has unknown keys {', '.join(unknown)}; {name} knows {', '.join(known)}."
+            raise checks.fail("ModelConfig", problem)
+        return kind(self.d_model, **options, device=device, dtype=dtype)
+
+
+def _as_json(value: Any) -> Any:
+    """A mixer's argument as a checkpoint keeps it: pairs as lists, a bound that is infinite as None."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [None if isinstance(v, float) and math.isinf(v) else v for v in value]
 
 
 @dataclass
@@ -129,15 +166,17 @@ class Backbone(nn.Module):
         def norm() -> RMSNorm | LayerNorm:
             return norm_class(config.d_model, config.norm_eps, **made)
 
-        def block() -> Block:
-            mixer, first = config.make_mixer(**made), norm()
+        def block(i: int) -> Block:
+            mixer, first = config.make_mixer(i, **made), norm()
             if not config.d_intermediate:
                 return Block(mixer, first, residual_in_fp32=config.residual_in_fp32)
             mlp = GatedMLP(config.d_model, config.d_intermediate, **made)
             return Block(mixer, first, mlp=mlp, norm2=norm(), residual_in_fp32=config.residual_in_fp32)
 
         self.embedding = nn.Embedding(config.embedding_rows, config.d_model, **made)
-        self.layers = nn.ModuleList(block() for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(block(i) for i in range(config.n_layer))
+        #: Blocks whose state can be full; asking all of them would cost a good part of a small model's token.
+        self._bounded = [i for i in range(config.n_layer) if _can_be_full(self._blocks()[i].mixer)]
         self.norm_f = norm()
         self._initialise()
 
@@ -191,10 +230,16 @@ class Backbone(nn.Module):
     def step_(self, input_ids: Tensor, state: ModelState) -> Tensor:
         """One token each: input_ids (b) -> (b, d_model), writing into `state`. No gradient."""
         x, _ = self._embed(input_ids, None, form="b")
+        self.check_room(state)
         residual = None
         for block, given in zip(self._blocks(), self._layer_states(state), strict=True):
             x, residual = block.step_(x, residual, given)
         return self.norm_f(x, residual)[0]
+
+    def check_room(self, state: ModelState, tokens: int = 1) -> None:
+        """Raise ValueError if some layer has no room for so many more tokens a sequence, while the state is whole."""
+        for i in self._bounded:
+            cast(Block, self.layers[i]).check_room(self._layer_states(state)[i], tokens)
 
     def _run(self, block: Callable[..., Any], *given: Any, **where: Any) -> Any:
         if self.checkpoint_activations and torch.is_grad_enabled():
@@ -227,6 +272,10 @@ class Backbone(nn.Module):
 
     def _thinned(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+
+def _can_be_full(mixer: Mixer) -> bool:
+    return type(mixer).check_room is not Mixer.check_room
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

@@ -34,6 +34,8 @@ class LanguageModel(nn.Module):
     """Token ids (b, t) -> logits (b, t, v), v = config.vocab_size, continued from a state by any number of tokens.
 
     Names of parameters are mamba_ssm's. `metadata`: a dict that travels with checkpoints (tokenizer, training, card).
+    `max_tokens`: how many tokens of a sequence states have room for where attention keeps them all (None: what
+    `attn_cfg` says); set it at will. Other models need no such bound.
 
     >>> model = LanguageModel(ModelConfig(d_model=16, n_layer=2, vocab_size=256))
     >>> ids = torch.randint(256, (1, 8))
@@ -53,6 +55,7 @@ class LanguageModel(nn.Module):
             )
         self.config = config
         self.metadata: dict[str, Any] = {}
+        self.max_tokens: int | None = None
         #: Does all of `step_` at once, where an engine put it (`generation.prepare_for_decode`).
         self.token_step: TokenStep | None = None
         self.backbone = Backbone(config, device=device, dtype=dtype)
@@ -79,8 +82,9 @@ class LanguageModel(nn.Module):
     def init_state(
         self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None
     ) -> ModelState:
-        """The state of `batch` sequences before their first token; `max_tokens` bounds layers whose state grows."""
-        return self.backbone.init_state(batch, max_tokens=max_tokens, device=device)
+        """The state of `batch` sequences before their first token. `max_tokens` bounds attention; None: the model's."""
+        bound = self.max_tokens if max_tokens is None else max_tokens
+        return self.backbone.init_state(batch, max_tokens=bound, device=device)
 
     def forward(self, input_ids: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits (b, t, v) for input_ids (b, t).
@@ -112,6 +116,10 @@ class LanguageModel(nn.Module):
         if last_only:
             x = _last(x, lengths, cu_seqlens)
         return self._logits(x), state
+
+    def check_room(self, state: ModelState, tokens: int = 1) -> None:
+        """Raise ValueError if some sequence cannot become so many tokens longer, because attention keeps them all."""
+        self.backbone.check_room(state, tokens)
 
     @torch.no_grad()
     def step_(self, input_ids: Tensor, state: ModelState) -> Tensor:

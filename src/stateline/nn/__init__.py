@@ -1,21 +1,31 @@
 """Layers: each continues a sequence from a state, in any pieces, and gives the state back."""
 
+from stateline.nn.attention import Attention, AttentionState
 from stateline.nn.block import Block, GatedMLP
 from stateline.nn.groups import param_groups
 from stateline.nn.linear import PackedEmbedding, PackedLinear
 from stateline.nn.mamba import Mamba, MambaState
+from stateline.nn.mamba2 import Mamba2, Mamba2State
 from stateline.nn.mixer import Mixer
-from stateline.nn.norm import LayerNorm, RMSNorm
+from stateline.nn.norm import GatedRMSNorm, LayerNorm, RMSNorm
+from stateline.nn.wrappers import Bidirectional, Scan2d
 
 __all__ = [
+    "Attention",
+    "AttentionState",
+    "Bidirectional",
     "Block",
     "GatedMLP",
+    "GatedRMSNorm",
     "LayerNorm",
     "Mamba",
+    "Mamba2",
+    "Mamba2State",
     "MambaState",
     "Mixer",
     "PackedEmbedding",
     "PackedLinear",
     "RMSNorm",
+    "Scan2d",
     "param_groups",
 ]

@@ -74,6 +74,10 @@ class Block(nn.Module):
         """The mixer's state for `batch` sequences."""
         return self.mixer.init_state(batch, max_tokens=max_tokens, device=device)
 
+    def check_room(self, state: Any, tokens: int = 1) -> None:
+        """Raise ValueError if the mixer's `state` has no room for so many more tokens."""
+        self.mixer.check_room(state, tokens)
+
     def forward(
         self,
         x: Tensor,

@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateline import checks, ops
-from stateline.nn.mixer import Lengths, Mixer, zero_padding
+from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
 from stateline.nn.precision import keep_wide, wide
 from stateline.ops.causal_conv1d import conv_halves
 
 OP = "Mamba"
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts between
 
 
 @dataclass
@@ -63,6 +62,20 @@ class StepSize(nn.Linear):
         return super()._apply(lambda tensor: keep_wide(fn)(tensor) if tensor.dim() == 1 else fn(tensor), recurse)
 
 
+def check_step_range(op: str, dt_min: float, dt_max: float, floor: float) -> None:
+    """Raise unless initial step sizes can be drawn from these."""
+    checks.number(op, "dt_min", dt_min, low=0, open_low=True)
+    checks.number(op, "dt_max", dt_max, low=dt_min)
+    checks.number(op, "dt_init_floor", floor, low=0, open_low=True)
+
+
+def initial_bias(count: int, dt_min: float, dt_max: float, floor: float, dtype: torch.dtype) -> Tensor:
+    """(count) biases whose softplus is log-uniform in [dt_min, dt_max], at least the floor; drawn on the CPU."""
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = (torch.rand(count, dtype=dtype, device="cpu") * (high - low) + low).exp().clamp(min=floor)
+    return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+
+
 class Mamba(Mixer):
     """Mamba-1, (b, t, d_model) -> (b, t, d_model); arguments, parameters and initial values are mamba_ssm's.
 
@@ -89,6 +102,7 @@ class Mamba(Mixer):
 
     no_weight_decay = ("A_log", "D")
     full_precision = ("A_log", "D")
+    reversible = True
 
     def __init__(
         self,
@@ -135,10 +149,8 @@ class Mamba(Mixer):
 
     @torch.no_grad()
     def _init_system(self, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, dt_init_floor: float) -> None:
-        checks.number(OP, "dt_min", dt_min, low=0, open_low=True)
-        checks.number(OP, "dt_max", dt_max, low=dt_min)
+        check_step_range(OP, dt_min, dt_max, dt_init_floor)
         checks.number(OP, "dt_scale", dt_scale, low=0, open_low=True)
-        checks.number(OP, "dt_init_floor", dt_init_floor, low=0, open_low=True)
         checks.choice(OP, "dt_init", dt_init, ("random", "constant"))
         if self.A_log.device.type == "meta":  # where loaders build models: nothing to fill, whatever size a file claims
             return
@@ -147,10 +159,7 @@ class Mamba(Mixer):
         self.A_log.copy_(rates.log().expand(self.d_inner, -1))
         bound = int(self.dt_rank) ** -0.5 * dt_scale
         nn.init.uniform_(self.dt_proj.weight, -bound if dt_init == "random" else bound, bound)
-        low, high = math.log(dt_min), math.log(dt_max)
-        uniform = torch.rand(self.d_inner, dtype=self.dt_proj.bias.dtype, device="cpu")
-        dt = (uniform * (high - low) + low).exp().clamp(min=dt_init_floor)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.dt_proj.bias.copy_(initial_bias(self.d_inner, dt_min, dt_max, dt_init_floor, self.dt_proj.bias.dtype))
 
     def init_state(
         self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None
@@ -161,6 +170,15 @@ class Mamba(Mixer):
         conv = torch.zeros(batch, self.d_conv - 1, self.d_inner, **made)
         return MambaState(conv, torch.zeros(batch, self.d_inner, self.d_state, **made))
 
+    def forward(
+        self, x: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None, reverse: bool = False
+    ) -> Tensor:
+        """x (b, t, d_model) -> y (b, t, d_model) for whole sequences; see Mixer.
+
+        reverse: run time backwards, from each sequence's last token to its first; nothing is copied for it.
+        """
+        return self._run(x, None, lengths=lengths, cu_seqlens=cu_seqlens, reverse=reverse)[0]
+
     def extend(
         self,
         x: Tensor,
@@ -170,8 +188,13 @@ class Mamba(Mixer):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, MambaState]:
         """x (b, t, d_model) -> y (b, t, d_model), state; see Mixer."""
+        return self._run(x, state, lengths=lengths, cu_seqlens=cu_seqlens)
+
+    def _run(
+        self, x: Tensor, state: MambaState | None, *, lengths: Lengths | None, **where: Any
+    ) -> tuple[Tensor, MambaState]:
         self._check(x, "b t d_model")
-        where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
+        where["lengths"] = lengths
         xz = self.in_proj(zero_padding(x, lengths))
         taps = self._taps()
         u, same_u, z, conv = conv_halves(xz, *taps, initial_state=None if state is None else state.conv, **where)
@@ -192,13 +215,7 @@ class Mamba(Mixer):
         return self.out_proj(y)
 
     def _check(self, x: Tensor, form: str) -> None:
-        """Raise unless x has the layer's width and dtype; autocast converts narrow floats by itself."""
-        sizes = checks.Sizes(OP)
-        sizes.bind("d_model", self.d_model, "the layer")
-        sizes.match("x", x, form)
-        own = self.conv1d.weight.dtype  # adapters and quantisation leave this one as it was
-        if x.dtype != own and not (x.dtype in NARROW and own in NARROW and torch.is_autocast_enabled(x.device.type)):
-            checks.dtype(OP, "x", x, (own,), "Convert x, or the layer, with .to(dtype).")
+        check_input(OP, x, form, self.d_model, self.conv1d.weight.dtype)  # adapters and packing leave this one alone
 
     def _taps(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stateline import checks
 from stateline.checks import fail
 
 Lengths = Tensor | Sequence[int]
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts between
 
 
 class Mixer(nn.Module, ABC):
@@ -20,7 +22,13 @@ class Mixer(nn.Module, ABC):
     For any split of x the concatenated outputs of `extend` equal `forward`; `step_` equals `extend` by one token;
     padded (`lengths`) and packed (`cu_seqlens`) batches equal their sequences alone. A state is a dataclass of tensors,
     known to PyTorch as a pytree, with one row a sequence.
+
+    d_model: width of input and output.
+    reversible: whether `forward` takes `reverse=True`, which reads every sequence from its last token to its first.
     """
+
+    d_model: int
+    reversible: bool = False
 
     @abstractmethod
     def init_state(self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None) -> Any:
@@ -47,9 +55,21 @@ class Mixer(nn.Module, ABC):
     def step_(self, x: Tensor, state: Any) -> Tensor:
         """Continue by one token, x (b, d) -> y (b, d), writing into `state`. No gradient: for engines that generate."""
 
+    def check_room(self, state: Any, tokens: int = 1) -> None:
+        """Raise ValueError if a sequence of `state` cannot become so many tokens longer; most may grow for ever."""
+
     def forward(self, x: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """y (b, t, d) for whole sequences x (b, t, d); arguments as for `extend`."""
         return self.extend(x, None, lengths=lengths, cu_seqlens=cu_seqlens)[0]
+
+
+def check_input(op: str, x: Tensor, form: str, d_model: int, own: torch.dtype) -> None:
+    """Raise unless x has a layer's width and its own dtype; autocast converts narrow floats by itself."""
+    sizes = checks.Sizes(op)
+    sizes.bind("d_model", d_model, "the layer")
+    sizes.match("x", x, form)
+    if x.dtype != own and not (x.dtype in NARROW and own in NARROW and torch.is_autocast_enabled(x.device.type)):
+        checks.dtype(op, "x", x, (own,), "Convert x, or the layer, with .to(dtype).")
 
 
 def padding(x: Tensor, lengths: Lengths) -> Tensor:

@@ -5,6 +5,7 @@ from stateline.ops.cross_entropy import cross_entropy
 from stateline.ops.packed_linear import packed_linear
 from stateline.ops.rms_norm import rms_norm
 from stateline.ops.selective_scan import selective_scan, selective_scan_step_
+from stateline.ops.ssd import ssd, ssd_step_
 
 __all__ = [
     "causal_conv1d",
@@ -14,4 +15,6 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "selective_scan_step_",
+    "ssd",
+    "ssd_step_",
 ]

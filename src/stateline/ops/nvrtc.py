@@ -50,14 +50,21 @@ def _driver() -> ctypes.CDLL:
 
 
 @functools.cache
-def problem() -> str | None:
-    """Why nothing can be compiled and launched here, or None if it can."""
+def problem(device: int) -> str | None:
+    """Why nothing can be compiled for a device and launched here, or None if it can."""
     try:
-        _nvrtc()
+        compiler = _nvrtc()
         _driver()
+        # A compiler may be older than the device.
+        _compile(compiler, "__global__ void nothing() {}", [f"--gpu-architecture={_architecture(device)}"])
     except (BackendError, OSError) as error:
         return str(error)
     return None
+
+
+def _architecture(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def _check(code: int, what: str) -> None:
@@ -69,10 +76,10 @@ def _check(code: int, what: str) -> None:
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
-    own = os.environ.get("STATELINE_CACHE")
+    own, cache = os.environ.get("STATELINE_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stateline"
+    return Path(cache or Path("~/.cache").expanduser()) / "stateline"  # ~ stays where there is no home
 
 
 def compile_cubin(source: str, options: Sequence[str], arch: str) -> bytes:
@@ -87,13 +94,13 @@ def compile_cubin(source: str, options: Sequence[str], arch: str) -> bytes:
     key = hashlib.sha256("\0".join([source, *options, f"{major.value}.{minor.value}"]).encode()).hexdigest()
     path = cache_folder() / f"{key}.cubin"
     if path.is_file():
-        return path.read_bytes()
+        cubin, kept = path.read_bytes()[:-32], path.read_bytes()[-32:]
+        if hashlib.sha256(cubin).digest() == kept:
+            return cubin
     cubin = _compile(nvrtc, source, options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)  # whole or not at all, whoever else compiles
+        _write_whole(path, cubin + hashlib.sha256(cubin).digest())  # a damaged one is compiled again
     except OSError as error:
         warnings.warn(
             f"stateline cannot keep compiled GPU kernels in {path.parent} ({error}); each process will compile them "
@@ -102,6 +109,18 @@ def compile_cubin(source: str, options: Sequence[str], arch: str) -> bytes:
             stacklevel=2,
         )
     return cubin
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """All of it or nothing, whoever else compiles the same."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 def _compile(nvrtc: ctypes.CDLL, source: str, options: Sequence[str]) -> bytes:
@@ -126,9 +145,8 @@ class Library:
     """The kernels of one source on one device, whose context must be current."""
 
     def __init__(self, source: str, options: Sequence[str], device: int) -> None:
-        major, minor = torch.cuda.get_device_capability(device)
         self._device = device
-        self._code = compile_cubin(source, options, f"sm_{major}{minor}")
+        self._code = compile_cubin(source, options, _architecture(device))
         self._module = ctypes.c_void_p()
         self._functions: dict[str, tuple[ctypes.c_void_p, int]] = {}
         _check(_driver().cuModuleLoadData(ctypes.byref(self._module), self._code), "loading GPU kernels")

@@ -105,7 +105,11 @@ class ShapeConfig:
     d_state: int = setting(16, "states per channel", low=1)
     d_conv: int = setting(4, "taps of the convolution", low=1)
     expand: int = setting(2, "inner width, as a multiple of d_model", low=1)
-    d_intermediate: int = setting(0, "width of a gated MLP after each Mamba block; 0 means none", low=0)
+    d_intermediate: int = setting(0, "width of a gated MLP after each mixer; 0 means none", low=0)
+    attention_every: int = setting(0, "attention instead of Mamba in every Nth block, rotary; 0 means none", low=0)
+    attention_window: int | None = setting(
+        None, "tokens that attention looks back, itself included, so that memory stays constant (default: 512)", low=1
+    )
 
     def refuse_beside(self, source: str) -> None:
         """Raise ValueError if a shape is asked for although the weights come from `source`, whose shape counts."""
@@ -437,6 +441,11 @@ def _check_together(config: TrainConfig) -> None:
         config.model.refuse_beside("init_from")
     if config.model.size and config.model.d_model and config.model.n_layer:
         raise ValueError("train: size, d_model and n_layer are all set. Give the size or the numbers.")
+    every, (_, n_layer) = config.model.attention_every, config.shape
+    if every > n_layer:
+        raise ValueError(f"train: attention_every is {every}, and the model has {n_layer} blocks.")
+    if config.model.attention_window and not every:
+        raise ValueError("train: attention_window is set, and attention_every is 0, which means no attention.")
     for name in ("decay_share", "decay_form"):
         if optim.schedule != "wsd" and getattr(optim, name) is not None:
             raise ValueError(f"train: {name} is set, but schedule is {optim.schedule!r}. It belongs to schedule 'wsd'.")

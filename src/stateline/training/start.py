@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,12 +14,14 @@ from stateline.files import bundled
 from stateline.models import LanguageModel, ModelConfig, checkpoint
 from stateline.training import adapters, removal, resume
 from stateline.training.arguments import read_file
-from stateline.training.config import SETTINGS_FILE, DataConfig, TrainConfig, differences
+from stateline.training.config import SETTINGS_FILE, DataConfig, ShapeConfig, TrainConfig, differences
 from stateline.training.data import TextData
 from stateline.training.resume import Position
 from stateline.training.schedule import make_schedule
 from stateline.training.vocabulary import Vocabulary, beside
 
+#: Attention in new models: channels of a head, and how far back it looks.
+HEAD, WINDOW = 64, 512
 #: Reads the model that `init_from` names.
 Loader = Callable[[str], LanguageModel]
 
@@ -144,13 +147,29 @@ def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabula
             vocab_size=vocabulary.size,
             d_intermediate=shape.d_intermediate,
             ssm_cfg={"d_state": shape.d_state, "d_conv": shape.d_conv, "expand": shape.expand},
+            **_attention(shape, d_model, n_layer),
         )
     )
+
+
+def _attention(shape: ShapeConfig, d_model: int, n_layer: int) -> dict[str, Any]:
+    """The fields of ModelConfig about attention: heads of 64 channels, one in four for keys and values, turned."""
+    if not shape.attention_every:
+        return {}
+    heads, width = max(1, d_model // HEAD), min(HEAD, d_model)
+    options: dict[str, Any] = {"num_heads": heads, "head_dim": width, "rotary_emb_dim": width // 2 * 2}
+    options["num_heads_kv"] = heads // 4 if heads % 4 == 0 else heads
+    options["window"] = shape.attention_window or WINDOW
+    blocks = list(range(shape.attention_every - 1, n_layer, shape.attention_every))
+    return {"attn_layer_idx": blocks, "attn_cfg": {**options, "qkv_proj_bias": False, "out_proj_bias": False}}
 
 
 def prepared(model: LanguageModel, config: TrainConfig, vocabulary: Vocabulary) -> LanguageModel:
     """The model as it is trained: float32 at least, with adapters and checkpointing if asked."""
     _check_vocabulary(model, vocabulary)
+    if model.config.attn_layer_idx and model.config.attn_cfg.get("window") is None:
+        problem = "the model's attention has no window, and validation and samples read texts of any length."
+        raise fail("train", problem, "Give attn_cfg one; if it is no shorter than --context, it changes no gradient.")
     if model.backbone.embedding.weight.dtype.itemsize < torch.float32.itemsize:
         model.float()  # steps smaller than half precision can hold would be lost
     if config.adapters.lora:

@@ -64,7 +64,8 @@ def causal_conv1d(
 
 def conv_halves(
     xz: Tensor, weight: Tensor, bias: Tensor | None, *, initial_state: Tensor | None = None,
-    lengths: Tensor | Sequence[int] | None = None, cu_seqlens: Tensor | None = None, backend: str | None = None,
+    lengths: Tensor | Sequence[int] | None = None, cu_seqlens: Tensor | None = None, reverse: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x, z = the halves of xz (b, t, 2d); u, state = causal_conv1d(x, …, activation="silu"): (u, u, z, state).
 
@@ -81,10 +82,10 @@ def conv_halves(
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if plain or not (torch.is_grad_enabled() and xz.requires_grad):  # nothing to save, or a graph without aliases
         x, z = xz.chunk(2, dim=-1)
-        u, state = call(_CausalConv1d, x, weight, bias, initial_state, segments.table, True, False, backend)
+        u, state = call(_CausalConv1d, x, weight, bias, initial_state, segments.table, True, reverse, backend)
         return u, u, z, state
     made: tuple[Tensor, Tensor, Tensor, Tensor] = call(
-        _ConvHalves, xz, weight, bias, initial_state, segments.table, backend
+        _ConvHalves, xz, weight, bias, initial_state, segments.table, reverse, backend
     )
     return made
 
@@ -250,21 +251,21 @@ class _ConvHalves(Function):
     @staticmethod
     def forward(
         xz: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, table: Tensor | None,
-        backend: str | None,
+        reverse: bool, backend: str | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         x, z = xz.chunk(2, dim=-1)
-        u, state = _forward(x, weight, bias, True, initial_state, table, False, backend)
+        u, state = _forward(x, weight, bias, True, initial_state, table, reverse, backend)
         return u, u.view_as(u), z, state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:5])
-        ctx.backend = inputs[5]
+        ctx.reverse, ctx.backend = inputs[5:]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, more: Tensor, dz: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         xz, weight, bias, initial_state, table = ctx.saved_tensors
-        where = (True, initial_state, table, False, ctx.backend)
+        where = (True, initial_state, table, ctx.reverse, ctx.backend)
         grads = _backward_halves(dy, more, dz, dstate, xz, weight, bias, *where)
         given = (xz, weight, bias, initial_state)
-        return (*first_only_of(OP, given, grads, dy, more, dz, dstate), None, None)
+        return (*first_only_of(OP, given, grads, dy, more, dz, dstate), None, None, None)

@@ -153,6 +153,7 @@ def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bo
     y = cuda.empty((b, d), x.dtype, x)
     channels = max(32, min(cuda.power_of_2(d), 512))
     if b and d:
-        arguments = (x, state, cuda.plain(weight), cuda.plain(bias), cuda.plain(index), y, x.stride(0), state.stride(0))
-        _step((b, cuda.ceil_div(d, channels), 1), arguments, (d, k, silu, channels), 4)
+        tensors = (x, state, cuda.plain(weight), cuda.plain(bias), cuda.plain(index), y)
+        numbers = (x.stride(0), state.stride(0), state.shape[0])
+        _step((b, cuda.ceil_div(d, channels), 1), (*tensors, *numbers), (d, k, silu, channels), 4)
     return y

@@ -242,7 +242,7 @@ def backward(
 
 @triton.jit
 def step(
-    x, state, weight, bias, index, y, x_b, state_b,
+    x, state, weight, bias, index, y, x_b, state_b, slots,
     d: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One token, in place: one program a row and block of channels."""
@@ -252,7 +252,7 @@ def step(
     if index is not None:
         slot = tl.load(index + row).to(tl.int64)
     taps = _taps(weight, c, live, K)
-    taken = live & (slot >= 0)
+    taken = live & (slot >= 0) & (slot < slots)
     token = tl.load(x + row * x_b + c, mask=taken, other=0.0).to(tl.float32)
     out = tl.zeros((C,), tl.float32)  # in the order of `forward`, so that a step has its bits
     if bias is not None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import is_
 from typing import NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class Network:
     embedding: Matrix
     head: Matrix
     #: The states that were last found good: a token takes milliseconds, looking at 48 cold tensors a tenth of one.
-    seen: list[Tensor] = field(default_factory=list)
+    seen: list[ref[Tensor]] = field(default_factory=list)
     #: Where the matrices of both ends and of the last layer lay when this was made.
     home: list[int] = field(default_factory=list)
 
@@ -98,9 +98,10 @@ def decode_token_(states: Sequence[Tensor], ids: Tensor, network: Network, *, ba
     checks.dtype(OP, "ids", ids, (torch.int32, torch.int64))
     if ids.dim() != 1:
         raise checks.fail(OP, f"ids has shape {tuple(ids.shape)}, expected (b,).")
-    if len(states) != len(network.seen) or not all(map(is_, states, network.seen)) or len(states[0]) != len(ids):
+    known = len(states) == len(network.seen) and all(x is seen() for x, seen in zip(states, network.seen, strict=True))
+    if not known or len(states[0]) != len(ids):
         _check_states(states, len(ids), ids.device, network)
-        network.seen[:] = states
+        network.seen[:] = map(ref, states)
     if checks.can_read(ids) and ids.numel():
         wrong = [i for i in ids.tolist() if not 0 <= i < network.vocabulary]
         if wrong:

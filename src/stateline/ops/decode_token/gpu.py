@@ -21,6 +21,8 @@ from stateline.ops.decode_token import Layer, Matrix, Network
 from stateline.ops.native import double_bits
 from stateline.ops.packed_linear import FORMATS
 
+#: Of token ids; the kernel itself computes in float32.
+DTYPES = frozenset({torch.int32, torch.int64})
 #: Sequences of a launch; layers whose states fit into a kernel's arguments.
 MOST, LAYERS = 64, 192
 WARPS, TILE, PAD, STAGE = 8, 16, 20, 256 * 64
@@ -32,8 +34,9 @@ AT_ONCE = {1: (8, 6), 2: (6, 4), 4: (4, 3), 8: (3, 2)}
 LEAST_STAGES = 5
 
 
-def problem(network: Network | None = None) -> str | None:
-    """Why the kernel does not cover this model on this device, or None if it does."""
+def problem(*args: object) -> str | None:
+    """Why the kernel does not cover the network among the arguments on its device, or None if it does."""
+    network = next((x for x in args if isinstance(x, Network)), None)
     if network is None:
         return None
     if network not in _problems:
@@ -179,11 +182,16 @@ def _stages(tiles: int, n: int, device: torch.device) -> int:
     return min(12, (of.shared_memory_per_block_optin - 1024 - _shared(tiles, n)) // (STAGE + 16))
 
 
+def source() -> str:
+    """The kernel, as it is compiled."""
+    folder = importlib.resources.files("stateline.ops.decode_token")
+    return "".join((folder / part).read_text() for part in ("gpu_common.cuh", "gpu.cu"))
+
+
 @functools.cache
 def _library(tiles: int, taps: int, split: bool, formats: tuple[str, ...], device: int) -> nvrtc.Library:
-    source = (importlib.resources.files("stateline.ops.decode_token") / "gpu.cu").read_text()
     names = ("IN", "X", "OUT", "HEAD")
     slots, at_once = AT_ONCE[tiles]
     options = {"NB": tiles, "SLOTS": slots, "TM": at_once, "TAPS": taps, "SPLIT": int(split), "LAYERS": LAYERS}
     options |= {name: FORMATS.index(f) for name, f in zip(names, formats, strict=True)}
-    return nvrtc.Library(source, [f"-D{name}={value}" for name, value in options.items()], device)
+    return nvrtc.Library(source(), [f"-D{name}={value}" for name, value in options.items()], device)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.library import call, define, or_empty
+from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.segments import INTEGERS, build
 
 OP = "selective_scan"
@@ -303,7 +302,6 @@ class _SelectiveScan(Function):
         ctx.options = inputs[10:12] + inputs[13:]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, D, z, dt_bias, initial_state, table, kept = ctx.saved_tensors
         dt_softplus, reverse, backend = ctx.options
@@ -313,4 +311,4 @@ class _SelectiveScan(Function):
         inputs = (u, dt, A, B, C, D, z, dt_bias)
         grads = _backward(dy, dstate, *inputs, dt_softplus, initial_state, table, reverse, kept, backend)
         given = (*inputs, initial_state)
-        return (*(None if x is None else g for x, g in zip(given, grads, strict=True)), *[None] * 5)
+        return (*first_only_of(OP, given, grads, dy, dstate), *[None] * 5)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stateline import backends
-from stateline.ops import nvrtc
+from stateline.ops import cuda, nvrtc
 from stateline.ops.selective_scan.gpu_plan import (
     THREADS,
     WIDTH,
@@ -68,7 +68,7 @@ def _uncovered(A: Tensor, B: Tensor, C: Tensor) -> str | None:
         return "CUDA kernels do not cover systems without states"
     if not covers(n, _limits(A.device.index)):
         return f"CUDA kernels do not cover {n} states, which do not fit into shared memory"
-    why = nvrtc.problem()
+    why = nvrtc.problem(A.get_device())
     return why and f"CUDA kernels cannot be compiled here: {why.rstrip('.')}"
 
 
@@ -112,13 +112,13 @@ class _View(NamedTuple):
 
 
 def _view(x: Tensor, dtype: torch.dtype) -> _View:
-    """`x` as kernels read data: the last dimension adjacent, steps less than 2 GiB apart."""
+    """`x` as kernels read data: the last dimension adjacent, steps less than 16 MiB apart (a tile's bytes: 32 bits)."""
     if x.is_neg():  # its sign is still to be changed in memory
         x = x.resolve_neg()
     if x.dtype != dtype:
         x = x.to(dtype)
     steps, size = x.stride(), dtype.itemsize
-    if (steps[-1] != 1 and x.shape[-1] > 1) or (len(steps) > 2 and steps[1] * size >= 2**31):
+    if (steps[-1] != 1 and x.shape[-1] > 1) or (len(steps) > 2 and steps[1] * size >= 2**24):
         x = x.contiguous()
         steps = x.stride()
     at, bits = x.data_ptr(), 0
@@ -182,11 +182,11 @@ class _Call:
         """Memory for a result or gradient like x; zeros where segments may leave tokens unwritten."""
         if x.tensor is None:
             return x
-        made = x.tensor.new_empty(x.tensor.shape)
+        made = cuda.empty(x.tensor.shape, x.tensor.dtype, x.tensor)
         return _view(made if self.table is None else made.zero_(), self.dtype)
 
     def empty(self, *shape: int) -> Tensor:
-        return self.like.new_empty(shape)
+        return cuda.empty(shape, self.like.dtype, self.like)
 
     def chunk_rows(self, *shape: int) -> Tensor:
         """Room for something of this shape for each chunk of each sequence."""
@@ -241,10 +241,10 @@ class _Gradient:
         self.du, self.ddt, self.dz, self.dB, self.dC = map(call.result, (call.u, call.dt, call.z, call.B, call.C))
         self.adjoint = call.ends()
         *summed, initial = call.parameters
-        self.dinitial = None if initial is None else torch.empty_like(initial)
+        self.dinitial = None if initial is None else cuda.empty(initial.shape, initial.dtype, initial)
         # Of A, D and the bias: a row for each chunk, and their sums.
         self.rows = [None if x is None else call.chunk_rows(*x.shape) for x in summed]
-        self.sums = [None if x is None else torch.empty_like(x) for x in summed]
+        self.sums = [None if x is None else cuda.empty(x.shape, x.dtype, x) for x in summed]
         self.parts = call.empty(call.across, call.b, 2, call.n, call.t)
         if call.table is not None:
             self.parts.zero_()
@@ -285,7 +285,7 @@ def forward_kept(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `forward`, and third what spares `backward` a scan, n·d·4 bytes every 64 steps."""
     inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segments, reverse)
-    kept = torch.empty(kept_shape(u, A, B, C, segments), dtype=torch.float32, device=u.device)
+    kept = cuda.empty(kept_shape(u, A, B, C, segments), torch.float32, u)
     if (other := _instead(A, B, C)) is not None:
         return *other.forward(*inputs), kept
     return *_forward(inputs, kept), kept
@@ -306,7 +306,7 @@ def _forward(inputs: tuple[Any, ...], kept: Tensor | None) -> tuple[Tensor, Tens
     u = inputs[0]
     with torch.cuda.device_of(u):
         call = _Call(*inputs)
-        y = u.new_empty(u.shape, dtype=call.dtype)
+        y = cuda.empty(u.shape, call.dtype, u)
         if call.table is not None:
             y.zero_()
         state = call.empty(call.sequences, call.d, call.n)
@@ -385,7 +385,7 @@ def step(
         systems = [_view(x, dtype) for x in (B, C)]
         parameters = tuple(map(_parameter, (A, D, dt_bias)))
         index = None if index is None else index.contiguous()
-        y = u.new_empty((b, d), dtype=dtype)
+        y = cuda.empty((b, d), dtype, u)
         # Four states at a time: 16 bytes of the state and of A, as many of B and C as four take.
         bits = (systems[0].bits | systems[1].bits) * (4 // dtype.itemsize) | state.data_ptr() | _address(parameters[0])
         across = -(-4 * d // THREADS)

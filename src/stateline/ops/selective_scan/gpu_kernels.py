@@ -452,7 +452,7 @@ def outputs(
 
 @triton.jit
 def step(
-    state, u, dt, z, A, B, Cs, D, bias, index, y, state_b, u_b, dt_b, z_b, B_b, B_g, Cs_b, Cs_g,
+    state, u, dt, z, A, B, Cs, D, bias, index, y, state_b, slots, u_b, dt_b, z_b, B_b, B_g, Cs_b, Cs_g,
     d: tl.constexpr, n: tl.constexpr, g: tl.constexpr, P: tl.constexpr,
     B_TOKEN: tl.constexpr, C_TOKEN: tl.constexpr, SOFTPLUS: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -463,7 +463,7 @@ def step(
     slot = row
     if index is not None:
         slot = tl.load(index + row).to(tl.int64)
-    taken = live & (slot >= 0)
+    taken = live & (slot >= 0) & (slot < slots)
     value = tl.load(u + row * u_b + c, mask=taken, other=0.0).to(tl.float32)
     size = tl.load(dt + row * dt_b + c, mask=taken, other=0.0).to(tl.float32) + bias_of(bias, c, live, C)
     if SOFTPLUS:

@@ -342,7 +342,7 @@ def step(
             outer += [x.stride(0), x.stride(1)] if token else [0, 0]
         arguments = (
             states, u, dt, z, system.A, system.B, system.C, cuda.plain(D), cuda.plain(dt_bias), cuda.plain(index), y,
-            states.stride(0), u.stride(0), dt.stride(0), 0 if z is None else z.stride(0), *outer,
+            states.stride(0), states.shape[0], u.stride(0), dt.stride(0), 0 if z is None else z.stride(0), *outer,
         )  # fmt: skip
         lanes = min(64, cuda.power_of_2(n))
         channels = max(8, min(128, 512 // lanes))

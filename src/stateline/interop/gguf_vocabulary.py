@@ -1,0 +1,85 @@
+"""Vocabularies as llama.cpp keeps them: byte-level BPE, bytes alone, or none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stateline.checks import fail
+from stateline.generation.tokenizer import BYTES, JsonTokenizer, byte_characters, read_tokenizer
+
+OP = "save"
+NONE = "none"
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of tokens
+#: llama.cpp wants merges, and an array cannot be empty: no text has these characters once its bytes are spelt out.
+NEVER = "␀ ␀"
+REMEDY = 'Give tokenizer="none" to write none and pass ids.'
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """pieces: each id as byte-level BPE spells it.   kinds: of each id.   merges: "left right", best first."""
+
+    pieces: list[str]
+    kinds: list[int]
+    merges: list[str]
+    start: int | None
+    end: int | None
+
+
+def read(tokenizer: str | Path | None, vocab_size: int) -> Vocabulary | None:
+    """The vocabulary in a directory, the bytes if there are 256 ids and no directory, or None for "none"."""
+    if tokenizer is not None and str(tokenizer) == NONE:
+        return None
+    path = None if tokenizer is None else Path(tokenizer).expanduser() / "tokenizer.json"
+    if path is None or (vocab_size == BYTES and not path.is_file()):
+        if vocab_size != BYTES:
+            problem = f"the model has {vocab_size} ids and no tokenizer was given."
+            raise fail(OP, problem, f"Give tokenizer=DIR, where tokenizer.json lies. {REMEDY}")
+        # llama.cpp takes some id for the end of a text if none is named: NUL is in no text.
+        return Vocabulary(byte_characters(), [NORMAL] * BYTES, [NEVER], 0, 0)
+    if not path.is_file():
+        raise fail(OP, f"{path} does not exist.", REMEDY)
+    known = read_tokenizer(path)
+    if known.vocab_size > vocab_size:
+        raise fail(OP, f"{path} has {known.vocab_size} ids, the model {vocab_size}.", "They do not belong together.")
+    return _from_json(path, known)
+
+
+def write(out: Any, vocabulary: Vocabulary | None, vocab_size: int) -> None:
+    """Put a vocabulary into a gguf writer; ids that it lacks, up to `vocab_size`, are marked as unused."""
+    if vocabulary is None:
+        out.add_tokenizer_model("no_vocab")
+        return
+    missing = range(len(vocabulary.pieces), vocab_size)
+    out.add_tokenizer_model("gpt2")  # which is what it calls byte-level BPE
+    out.add_tokenizer_pre("gpt-2")
+    out.add_token_list(vocabulary.pieces + [f"[PAD{i}]" for i in missing])
+    out.add_token_types(vocabulary.kinds + [UNUSED] * len(missing))
+    out.add_token_merges(vocabulary.merges or [NEVER])
+    out.add_add_bos_token(False)
+    if vocabulary.start is not None:
+        out.add_bos_token_id(vocabulary.start)
+    if vocabulary.end is not None:
+        out.add_eos_token_id(vocabulary.end)
+
+
+def _from_json(path: Path, known: JsonTokenizer) -> Vocabulary:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    model = content["model"]
+    if model.get("type") != "BPE" or not _cuts_as_gpt2(content.get("pre_tokenizer")):
+        found = f"{model.get('type')} with pre-tokenizer {json.dumps(content.get('pre_tokenizer'))[:120]}"
+        raise fail(OP, f"{path} is {found}; exported are byte-level BPE vocabularies cut as GPT-2's are.", REMEDY)
+    pieces, kinds = [known.token(i) for i in range(known.vocab_size)], [NORMAL] * known.vocab_size
+    for added in content.get("added_tokens") or ():
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return Vocabulary(pieces, kinds, merges, known.start, known.end)
+
+
+def _cuts_as_gpt2(pre: dict[str, Any] | None) -> bool:
+    """Whether texts are cut into words by the pattern that llama.cpp calls "gpt-2", and by nothing else."""
+    plain = pre is not None and pre.get("type") == "ByteLevel"
+    return bool(plain and pre.get("use_regex", True) and not pre.get("add_prefix_space"))  # type: ignore[union-attr]

@@ -1,0 +1,228 @@
+"""GGUF files: what is in them, and what llama.cpp makes of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from makers import contents, small
+
+import stateline
+from stateline.cli import main
+from stateline.interop import CheckpointError
+from stateline.interop import gguf as ours
+
+if os.environ.get("CI") or importlib.util.find_spec("gguf"):
+    import gguf
+else:
+    pytest.skip("gguf (extra `gguf`) is not installed", allow_module_level=True)
+
+#: Error of a weight over the largest of its matrix. Q8_0: half a step of 1/127, and a scale in 16 bits. Q4_0: a step of
+#: 1/8 from −8 to 7, so that a value opposite to a block's largest may lose one.
+LOSS = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 254 + 2**-11, "Q4_0": 1 / 8 + 2**-11}
+#: Error of the logits over the largest: llama.cpp rounds activations as well, to 8 bits beside Q8_0 and Q4_0.
+ACTIVATIONS = {"F32": 5e-6, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 3e-2, "Q4_0": 3e-2}
+
+
+def model_of(**options: Any) -> stateline.LanguageModel:
+    return small(**{"d_model": 64, "vocab_size": 61, "ssm_cfg": {"d_state": 16}, **options})
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def field(path: Path, name: str) -> Any:
+    found = gguf.GGUFReader(path).get_field(name)
+    return None if found is None else found.contents()
+
+
+@pytest.mark.parametrize("kind", ours.KINDS)
+def test_every_weight_is_there(tmp_path: Path, kind: str) -> None:
+    model = model_of(tie_embeddings=False, ssm_cfg={"d_state": 16, "conv_bias": False})
+    stateline.save(model, tmp_path / "m.gguf", format="gguf", dtype=kind, tokenizer="none")
+    found = tensors(tmp_path / "m.gguf")
+    assert len(found) == 3 + 2 * 10
+    mixer = model.backbone.layers[1].mixer
+    exact = {
+        "output_norm.weight": model.backbone.norm_f.weight,
+        "blk.1.attn_norm.weight": model.backbone.layers[1].norm.weight,
+        "blk.1.ssm_conv1d.weight": mixer.conv1d.weight[:, 0],
+        "blk.1.ssm_conv1d.bias": torch.zeros(128),
+        "blk.1.ssm_dt.bias": mixer.dt_proj.bias,
+        "blk.1.ssm_a": -mixer.A_log.exp(),
+        "blk.1.ssm_d": mixer.D,
+    }
+    for name, wanted in exact.items():
+        assert found[name].tensor_type == gguf.GGMLQuantizationType.F32
+        assert np.array_equal(found[name].data, wanted.detach().numpy()), name
+    matrices = {
+        "token_embd.weight": model.backbone.embedding.weight[:61],
+        "output.weight": model.lm_head.weight[:61],
+        "blk.1.ssm_in.weight": mixer.in_proj.weight,
+        "blk.1.ssm_x.weight": mixer.x_proj.weight,
+        "blk.1.ssm_dt.weight": mixer.dt_proj.weight,
+        "blk.1.ssm_out.weight": mixer.out_proj.weight,
+    }
+    for name, wanted in matrices.items():
+        stored = found[name].tensor_type
+        fits = wanted.shape[1] % 32 == 0 or kind not in ours.BLOCKED
+        assert stored.name == (kind if fits else "F16"), name
+        values = gguf.quants.dequantize(found[name].data, stored)
+        assert np.abs(values - wanted.detach().numpy()).max() <= LOSS[kind] * float(wanted.detach().abs().max()), name
+    assert set(exact) | set(matrices) <= set(found)
+
+
+def test_sizes_and_no_vocabulary(tmp_path: Path) -> None:
+    stateline.save(model_of(norm_eps=3e-5), tmp_path / "m.gguf", format="gguf", tokenizer="none")
+    wanted = {
+        "general.architecture": "mamba", "mamba.embedding_length": 64, "mamba.block_count": 2, "mamba.vocab_size": 61,
+        "mamba.ssm.conv_kernel": 4, "mamba.ssm.inner_size": 128, "mamba.ssm.state_size": 16,
+        "mamba.ssm.time_step_rank": 4, "mamba.ssm.dt_b_c_rms": False, "tokenizer.ggml.model": "no_vocab",
+        "tokenizer.ggml.tokens": None,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        assert field(tmp_path / "m.gguf", name) == value, name
+    assert field(tmp_path / "m.gguf", "mamba.attention.layer_norm_rms_epsilon") == pytest.approx(3e-5)
+    assert "output.weight" not in tensors(tmp_path / "m.gguf")  # tied
+
+
+def bpe(folder: Path, **changes: Any) -> Path:
+    """A small byte-level BPE with an end of text, in a folder."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = changes.get("pre", tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False))
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(["the theory of the thing, and then the other thing"] * 3, trainer)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    return folder
+
+
+def test_a_tokenizer_goes_along(tmp_path: Path) -> None:
+    folder = bpe(tmp_path)
+    size = stateline.generation.tokenizer.read_tokenizer(folder / "tokenizer.json").vocab_size
+    stateline.save(model_of(vocab_size=size + 3), tmp_path / "m.gguf", format="gguf", tokenizer=folder)
+    pieces = field(tmp_path / "m.gguf", "tokenizer.ggml.tokens")
+    assert len(pieces) == size + 3
+    assert pieces[0] == "<end>"
+    assert field(tmp_path / "m.gguf", "tokenizer.ggml.token_type")[:2] == [3, 1]
+    assert field(tmp_path / "m.gguf", "tokenizer.ggml.token_type")[-3:] == [5, 5, 5]
+    assert field(tmp_path / "m.gguf", "tokenizer.ggml.merges")[0] == "t h"
+    assert field(tmp_path / "m.gguf", "tokenizer.ggml.eos_token_id") == 0
+
+
+def test_what_cannot_be_written_says_so(tmp_path: Path) -> None:
+    def save(model: stateline.LanguageModel, **options: Any) -> None:
+        stateline.save(model, tmp_path / "m.gguf", format="gguf", **{"tokenizer": "none", **options})
+
+    for options, what in (
+        ({"d_intermediate": 32}, "d_intermediate is 32"),
+        ({"rms_norm": False}, "rms_norm is False"),
+        ({"ssm_cfg": {"expand": 3}}, "expand is 3"),
+        ({"ssm_cfg": {"bias": True}}, "bias is True"),
+    ):
+        with pytest.raises(ValueError, match=f"llama.cpp cannot express this model: {what}"):
+            save(model_of(**options))
+    with pytest.raises(ValueError, match="d_model is 40, Q4_0 keeps rows in blocks of 32"):
+        save(model_of(d_model=40), dtype="Q4_0")
+    with pytest.raises(ValueError, match="61 ids and no tokenizer was given"):
+        save(model_of(), tokenizer=None)
+    with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
+        save(model_of(), tokenizer=tmp_path)
+    with pytest.raises(ValueError, match="They do not belong together"):
+        save(model_of(), tokenizer=bpe(tmp_path))
+    tokenizers = pytest.importorskip("tokenizers")
+    spaced = bpe(tmp_path, pre=tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True))
+    with pytest.raises(ValueError, match=r"cut as GPT-2's are.*none"):
+        save(model_of(vocab_size=400), tokenizer=spaced)
+    for dtype in ("Q5_K", torch.float64):
+        with pytest.raises(ValueError, match="F32"):
+            save(model_of(), dtype=dtype)
+    with pytest.raises(ValueError, match=r"dtype is 'Q8_0', expected a torch\.dtype"):
+        stateline.save(model_of(), tmp_path / "d", dtype="Q8_0")
+    with pytest.raises(ValueError, match="tokenizer was given for format='stateline'"):
+        stateline.save(model_of(), tmp_path / "d", tokenizer=tmp_path)
+    assert not (tmp_path / "m.gguf").exists()
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stateline.save(model_of(), tmp_path / "m.gguf", format="gguf", tokenizer="none")
+    before = contents(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(OSError, match=r"save: .*m\.gguf could not be written.*disk full"):
+        stateline.save(model_of(), tmp_path / "m.gguf", format="gguf", tokenizer="none")
+    assert contents(tmp_path) == before
+    with pytest.raises(CheckpointError, match="GGUF files are written and not read"):
+        stateline.load(tmp_path / "m.gguf")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "b.gguf"
+    assert main(["convert", "bundled", str(target), "--to", "gguf", "--dtype", "float16"]) == 0
+    assert "b.gguf: gguf" in capsys.readouterr().out
+    assert len(field(target, "tokenizer.ggml.tokens")) == 256
+    assert main(["convert", "bundled", str(target), "--to", "gguf"]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["convert", "bundled", str(target), "--to", "gguf", "--no-tokenizer", "--force"]) == 0
+    assert field(target, "tokenizer.ggml.tokens") is None
+    for wrong in (["--dtype", "Q4_0"], ["--no-tokenizer"]):
+        assert main(["convert", "bundled", str(tmp_path / "d"), *wrong]) == 2
+        assert "is for --to gguf" in capsys.readouterr().err
+
+
+# ---- llama.cpp itself, which is built from source: with the other long tests -----------------------------------------
+
+
+def logits(path: Path, ids: list[int]) -> np.ndarray:
+    llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python (extra `peers`) is not installed")
+    reader = llama.Llama(str(path), n_ctx=256, verbose=False, logits_all=True)
+    reader.eval(ids)
+    return np.array(reader.scores[: len(ids)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kind", ours.KINDS)
+def test_llama_cpp_computes_the_same(tmp_path: Path, kind: str, tie: bool) -> None:
+    model = model_of(tie_embeddings=tie)
+    stateline.save(model, tmp_path / "m.gguf", format="gguf", dtype=kind, tokenizer="none")
+    stored = {name: gguf.quants.dequantize(t.data, t.tensor_type) for name, t in tensors(tmp_path / "m.gguf").items()}
+    layer = next(iter(ours.LAYERS.values()))
+    with torch.no_grad():  # the weights that the file holds, so that only arithmetic is compared
+        for name, values, is_matrix in ours._tensors(model, layer):
+            if is_matrix:
+                values.copy_(torch.from_numpy(stored[name + ".weight"].copy()))
+        ids = torch.randint(61, (1, 40))
+        wanted = model(ids)[0].numpy()
+    worst = np.abs(logits(tmp_path / "m.gguf", ids[0].tolist()) - wanted).max() / np.abs(wanted).max()
+    assert worst <= ACTIVATIONS[kind]
+
+
+@pytest.mark.full
+def test_llama_cpp_reads_the_vocabularies(tmp_path: Path) -> None:
+    llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python (extra `peers`) is not installed")
+    folder = bpe(tmp_path)
+    tokenizer = stateline.generation.tokenizer.read_tokenizer(folder / "tokenizer.json")
+    text = "the other thing, né  then\n42's <end"
+    stateline.save(model_of(vocab_size=tokenizer.vocab_size + 1), tmp_path / "m.gguf", format="gguf", tokenizer=folder)
+    stateline.save(model_of(vocab_size=256), tmp_path / "b.gguf", format="gguf")
+    for name, wanted in (("m", tokenizer.encode(text)), ("b", list(text.encode()))):
+        reader = llama.Llama(str(tmp_path / f"{name}.gguf"), n_ctx=64, verbose=False)
+        assert reader.tokenize(text.encode(), add_bos=False) == wanted
+        assert reader.tokenize(text.encode(), add_bos=True) == wanted  # none is added
+        assert reader.detokenize(wanted) == text.encode()
