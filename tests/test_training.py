@@ -324,6 +324,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"d_model": 0}, ValueError, "d_model is 0"),
     ({"size": "huge"}, ValueError, "size is 'huge', expected one of 'tiny'"),
     ({"size": "tiny", "d_model": 8, "n_layer": 1}, ValueError, "Give the size or the numbers"),
+    ({"mixer": "mamba2"}, ValueError, "mixer is 'mamba2', expected one of 'Mamba1', 'Mamba2'"),
     ({"size": "tiny", "attention_every": 3}, ValueError, "attention_every is 3, and the model has 2 blocks"),
     ({"attention_window": 64}, ValueError, "attention_window is set, and attention_every is 0"),
     ({"size": "tiny", "init_from": "bundled"}, ValueError, "init_from brings its own shape"),
@@ -334,6 +335,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
             "d_state": 8,
             "d_conv": 3,
             "expand": 3,
+            "mixer": "Mamba2",
             "d_intermediate": 32,
             "attention_every": 1,
         }.items()
@@ -361,7 +363,7 @@ def test_bad_device_and_vocabulary(text: Path) -> None:
         train(tiny(text, device="quantum"))
     words = LanguageModel(ModelConfig(d_model=8, n_layer=1, vocab_size=300))
     with pytest.raises(ValueError, match="vocabulary has 300 entries, training reads bytes"):
-        train(tiny(text, d_model=None, n_layer=None, d_state=16), model=words)
+        train(tiny(text, d_model=None, n_layer=None, d_state=None), model=words)
     assert not (text.parent / "run").exists()
     (text.parent / "file").write_text("")
     with pytest.raises(ValueError, match="is a file, expected a folder"):
@@ -429,3 +431,22 @@ def test_words_for_people(tmp_path: Path) -> None:
         file.write('{"step": 2, "lo')
     log.rewind(2)
     assert log.path.read_text() == '{"step": 1, "loss": 1.23457}\n{"step": 2, "loss": 1.23457}\n'
+
+
+@pytest.mark.parametrize(("d_model", "headdim"), [(64, 64), (20, 8)])
+def test_models_of_mamba2_are_trained(tmp_path: Path, d_model: int, headdim: int) -> None:
+    (tmp_path / "a.txt").write_text("The state of the Union is strong. " * 200)
+    shape = {"size": None, "d_model": d_model, "n_layer": 2, "mixer": "Mamba2", "d_state": None, "attention_every": 2}
+    model = train(tiny(tmp_path / "a.txt", **shape, steps=2, out=str(tmp_path / "run"))).model
+    first, last = (block.mixer for block in model.backbone.layers)
+    assert (type(first).__name__, first.headdim, first.d_state, type(last).__name__) == (
+        "Mamba2", headdim, 128, "Attention",
+    )  # fmt: skip
+    assert stateline.load(tmp_path / "run").config == model.config
+
+
+def test_mixers_that_can_be_trained_are_those_there_are() -> None:
+    from stateline.models import MIXERS
+    from stateline.training.config import layout
+
+    assert layout()["model"]["mixer"].field.metadata["choices"] == tuple(MIXERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from stateline.training.resume import Position
 from stateline.training.schedule import make_schedule
 from stateline.training.vocabulary import Vocabulary, beside
 
-#: Attention in new models: channels of a head, and how far back it looks.
+#: Of new models: channels of a head, and how far back attention looks.
 HEAD, WINDOW = 64, 512
 #: Reads the model that `init_from` names.
 Loader = Callable[[str], LanguageModel]
@@ -146,10 +147,19 @@ def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabula
             n_layer=n_layer,
             vocab_size=vocabulary.size,
             d_intermediate=shape.d_intermediate,
-            ssm_cfg={"d_state": shape.d_state, "d_conv": shape.d_conv, "expand": shape.expand},
+            ssm_cfg=_mixer(shape, d_model),
             **_attention(shape, d_model, n_layer),
         )
     )
+
+
+def _mixer(shape: ShapeConfig, d_model: int) -> dict[str, Any]:
+    """ModelConfig's ssm_cfg. Mamba-2 gets heads of 64 channels, or of fewer where 64 do not divide the inner width."""
+    options: dict[str, Any] = {"d_conv": shape.d_conv, "expand": shape.expand}
+    if shape.mixer == "Mamba1":
+        return {"d_state": shape.d_state or 16, **options}
+    headdim = math.gcd(HEAD, shape.expand * d_model)
+    return {"layer": shape.mixer, "d_state": shape.d_state or 128, **options, "headdim": headdim}
 
 
 def _attention(shape: ShapeConfig, d_model: int, n_layer: int) -> dict[str, Any]:
