@@ -95,11 +95,10 @@ def test_without_triton_only_the_cuda_kernels_systems_have_a_gpu_back_end(
 
 def pretend_triton(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module in place of the Triton kernels, imported before or not."""
-    from stateline.ops import selective_scan
-
+    package = sys.modules["stateline.ops.selective_scan"]  # `ops.selective_scan` is the function
     module = ModuleType("gpu_triton")
     monkeypatch.setitem(sys.modules, "stateline.ops.selective_scan.gpu_triton", module)
-    monkeypatch.setattr(selective_scan, "gpu_triton", module, raising=False)
+    monkeypatch.setattr(package, "gpu_triton", module, raising=False)
     return module
 
 
