@@ -28,30 +28,61 @@ except ImportError:  # the `hf` extra
 
 BOUND = 5e-6  # float32: of the largest value, as docs/numerics.md says of a layer fed in two ways
 KINDS = ["mamba", "falcon_mamba", "jamba", "zamba"]
+KINDS2 = ["mamba2", "bamba", "zamba2", "nemotron_h", "granitemoehybrid", "falcon_h1"]
+KINDS += KINDS2
 SIZES = {"hidden_size": 24, "vocab_size": 61}
 ATTENTION = {"intermediate_size": 32, "num_attention_heads": 4, "mamba_d_state": 5, "mamba_dt_rank": 3}
 
 
+CACHE_NAMES = dict.fromkeys(("mamba", "falcon_mamba", "mamba2"), "cache_params")
+_MAMBA2 = {
+    "mamba_d_state": 5, "mamba_n_heads": 6, "mamba_n_groups": 2, "mamba_d_head": 8, "mamba_chunk_size": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32,
+}  # fmt: skip
+#: kind -> its configuration, beside SIZES.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 5, "num_hidden_layers": 2, "use_bias": True},
+    "falcon_mamba": {"state_size": 5, "num_hidden_layers": 2},
+    "jamba": ATTENTION | {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4, "num_key_value_heads": 2,
+        "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2,
+    },
+    "zamba": ATTENTION | {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "n_mamba_heads": 2,
+        "num_key_value_heads": 4, "attention_head_dim": 12, "attention_hidden_size": 48,
+    },
+    "mamba2": {
+        "state_size": 5, "num_heads": 6, "head_dim": 8, "n_groups": 2, "num_hidden_layers": 2, "use_bias": True,
+        "chunk_size": 4,
+    },
+    "bamba": _MAMBA2 | {
+        "num_hidden_layers": 3, "attn_layer_indices": [1], "mamba_conv_bias": False, "mamba_proj_bias": True,
+    },
+    "zamba2": {
+        "mamba_d_state": 5, "mamba_ngroups": 2, "n_mamba_heads": 6, "chunk_size": 4, "num_attention_heads": 4,
+        "num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+        "intermediate_size": 32, "adapter_rank": 4, "time_step_min": 1e-6,
+    },
+    "nemotron_h": {
+        "ssm_state_size": 5, "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 4,
+        "layers_block_type": ["linear_attention", "full_attention", "linear_attention", "mlp"], "head_dim": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32, "time_step_min": 1e-6,
+    },
+    "granitemoehybrid": _MAMBA2 | {
+        "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_local_experts": 2, "shared_intermediate_size": 16,
+    },
+    "falcon_h1": _MAMBA2 | {
+        "num_hidden_layers": 2, "mamba_d_ssm": 48, "mamba_rms_norm": True, "ssm_in_multiplier": 1.25,
+        "ssm_multipliers": [0.7, 1.1, 0.9, 1.2, 0.8],
+    },
+}  # fmt: skip
+
+
 def make(kind: str, **options: Any) -> Any:
     """A small model of transformers, in evaluation mode, none of whose weights has a value that one could guess."""
-    if kind == "mamba":
-        config = transformers.MambaConfig(**SIZES, state_size=5, num_hidden_layers=2, use_bias=True, **options)
-        model: Any = transformers.MambaForCausalLM(config)
-    elif kind == "falcon_mamba":
-        config = transformers.FalconMambaConfig(**SIZES, state_size=5, num_hidden_layers=2, **options)
-        model = transformers.FalconMambaForCausalLM(config)
-    elif kind == "jamba":
-        layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4, "num_key_value_heads": 2}
-        experts = {"expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2}
-        model = transformers.JambaForCausalLM(
-            transformers.JambaConfig(**SIZES, **ATTENTION, **layers, **experts, **options)
-        )
-    else:
-        layers = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]}
-        heads = {"n_mamba_heads": 2, "num_key_value_heads": 4, "attention_head_dim": 12, "attention_hidden_size": 48}
-        model = transformers.ZambaForCausalLM(
-            transformers.ZambaConfig(**SIZES, **ATTENTION, **layers, **heads, **options)
-        )
+    config = transformers.AutoConfig.for_model(kind, **SIZES | CONFIGS[kind] | options)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -118,7 +149,7 @@ def test_generation_token_for_token(kind: str, beams: int) -> None:
 def test_caches_hold_the_same(kind: str, t: int) -> None:
     """After a prompt, shorter than the convolution or not, and after a step from it."""
     fast, slow = pair(kind)
-    name = "cache_params" if kind in ("mamba", "falcon_mamba") else "past_key_values"
+    name = CACHE_NAMES.get(kind, "past_key_values")
     ids = torch.randint(61, (2, t + 1))
     caches = [model(ids[:, :t], use_cache=True)[name] for model in (fast, slow)]
     for step in range(2):
@@ -134,20 +165,30 @@ def test_caches_hold_the_same(kind: str, t: int) -> None:
             assert_close(*logits)
 
 
+def in_pieces(model: Any, kind: str, ids: Tensor, lengths: list[int]) -> list[Tensor]:
+    """The logits of ids (b, t) given a few at a time, each time with the cache of those before."""
+    name = CACHE_NAMES.get(kind, "past_key_values")
+    places = torch.arange(ids.shape[1])[None].split(lengths, dim=1)
+    cache, parts = None, []
+    for piece, place in zip(ids.split(lengths, dim=1), places, strict=True):
+        given = {} if cache is None else {name: cache}
+        if kind == "bamba":  # which counts from 0 after a cache too, unless told
+            given["position_ids"] = place
+        out = model(piece, use_cache=True, **given)
+        cache = out[name]
+        parts.append(out.logits)
+    return parts
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_prompt_in_pieces_equals_the_prompt(kind: str, grad: bool) -> None:
-    """transformers itself forgets the scan's state when more than one token follows a cache."""
+    """transformers' Mamba-1 itself forgets the scan's state when more than one token follows a cache."""
     fast, _ = pair(kind)
-    name = "cache_params" if kind in ("mamba", "falcon_mamba") else "past_key_values"
     ids = torch.randint(61, (2, 12))
     with torch.set_grad_enabled(grad):
         whole = fast(ids).logits
-        cache, parts = None, []
-        for piece in ids.split([5, 2, 1, 4], dim=1):
-            out = fast(piece, use_cache=True, **({} if cache is None else {name: cache}))
-            cache = out[name]
-            parts.append(out.logits)
+        parts = in_pieces(fast, kind, ids, [5, 2, 1, 4])
     assert_close(torch.cat(parts, 1), whole)
     if grad:  # through the state too
         wanted = torch.autograd.grad(whole[:, -1].sum(), fast.get_input_embeddings().weight)[0]
@@ -188,7 +229,41 @@ def test_sixteen_bits_are_as_near_the_truth_as_transformers(kind: str, how: str)
     assert all(p.grad.isfinite().all() for p in fast.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
+@pytest.mark.parametrize("kind", KINDS2)
+def test_step_limits(kind: str) -> None:
+    """At every token; transformers itself leaves them out where one token follows a cache."""
+    limits = {"time_step_min": 0.7} if kind in ("zamba2", "nemotron_h") else {"time_step_limit": [0.6, 0.8]}
+    fast, slow = pair(kind, **limits)
+    ids, mask = padded()
+    wanted = slow(ids, attention_mask=mask)
+    assert_close(fast(ids, attention_mask=mask).logits, wanted.logits)
+    for model in (fast, slow):
+        model(ids, labels=ids).loss.backward()
+    assert worst_gradient(fast, slow) < 2e-5
+    with torch.no_grad():
+        whole = slow(ids).logits
+        assert_close(torch.cat(in_pieces(fast, kind, ids, [1] * 13), 1), whole)
+        for module in fast.modules():
+            if hasattr(module, "time_step_limit"):
+                module.time_step_limit = (0.0, float("inf"))
+        assert (fast(ids).logits - whole).abs().max() > 1e-3 * whole.abs().max()  # so they did something
+
+
+@pytest.mark.parametrize("norm", ["gate alone", "before the gate", "after the gate"])
+def test_norms_of_falcon_h1(norm: str) -> None:
+    chosen = {"mamba_rms_norm": norm != "gate alone", "mamba_norm_before_gate": norm == "before the gate"}
+    fast, slow = pair("falcon_h1", **chosen)
+    ids, mask = padded()
+    for model in (fast, slow):
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+    assert worst_gradient(fast, slow) < 2e-5
+    with torch.no_grad():
+        assert_close(fast(ids, attention_mask=mask).logits, slow(ids, attention_mask=mask).logits)
+        parts = [in_pieces(model, "falcon_h1", ids, [5, 1, 1, 6]) for model in (fast, slow)]
+        assert_close(*(torch.cat(p, 1) for p in parts))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "mamba2"])
 def test_compiled(kind: str) -> None:
     fast, slow = pair(kind)
     ids = torch.randint(61, (2, 11))
@@ -202,12 +277,12 @@ def test_compiled(kind: str) -> None:
 # ---- what must not be passed over ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba"])
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba", *KINDS2])
 @pytest.mark.parametrize("first", ["adapters", "accelerate"])
 def test_adapters_take_part(kind: str, first: str) -> None:
     peft = pytest.importorskip("peft")
     slow = make(kind)
-    where = ["in_proj", "x_proj", "dt_proj"]
+    where = ["in_proj"] if kind in KINDS2 else ["in_proj", "x_proj", "dt_proj"]
     config = peft.LoraConfig(r=2, target_modules=where, init_lora_weights=False)
     wrapped = peft.get_peft_model(copy.deepcopy(slow), config)
     merged = copy.deepcopy(wrapped).merge_and_unload()  # an ordinary model, which transformers computes by itself
@@ -241,7 +316,7 @@ class _Eighths(nn.Module):
         return nn.functional.linear(x, self.weight.to(x.dtype) / 64, self.bias)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba"])
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba", *KINDS2])
 @torch.no_grad()
 def test_quantised_linears_take_part(kind: str) -> None:
     fast, slow = pair(kind)
@@ -310,8 +385,9 @@ def test_restore_leaves_the_model_as_it_came(kind: str, monkeypatch: pytest.Monk
     fast = copy.deepcopy(slow)
     ids = torch.randint(61, (2, 7))
     calls: list[str] = []
-    scan = ours.mamba.ops.selective_scan
-    monkeypatch.setattr(ours.mamba.ops, "selective_scan", lambda *a, **k: calls.append("scan") or scan(*a, **k))
+    name = "ssd" if kind in KINDS2 else "selective_scan"
+    scan = getattr(ours.mamba.ops, name)
+    monkeypatch.setattr(ours.mamba.ops, name, lambda *a, **k: calls.append("scan") or scan(*a, **k))
     with torch.no_grad():
         with ours.accelerate(fast) as inside:
             assert inside is fast
@@ -351,6 +427,8 @@ def test_what_cannot_be_accelerated_says_so() -> None:
         ours.accelerate("mamba")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"activation is 'gelu'"):
         ours.accelerate(make("mamba", hidden_act="gelu"))
+    with pytest.raises(ValueError, match=r"activation is 'gelu'"):
+        ours.accelerate(make("mamba2", hidden_act="gelu"))
     fast, _ = pair("mamba")
     with pytest.raises(ValueError, match="seq_idx was given"):
         fast.backbone.layers[0].mixer(torch.randn(1, 3, 24), seq_idx=torch.zeros(1, 3, dtype=torch.int32))
@@ -375,6 +453,12 @@ WRITTEN_FOR = {
     "FalconMambaMixer": "8493773c8ebfa58a",
     "JambaMambaMixer": "e5ecbf7521bdfbc8",
     "ZambaMambaMixer": "fe0bf13961e9fd2c",
+    "Mamba2Mixer": "1f113c0e2bd340cd",
+    "BambaMixer": "1f113c0e2bd340cd",
+    "Zamba2MambaMixer": "1f113c0e2bd340cd",
+    "NemotronHMamba2Mixer": "1f113c0e2bd340cd",
+    "GraniteMoeHybridMambaLayer": "1f113c0e2bd340cd",
+    "FalconH1Mixer": "28d42cc087175e53",
 }
 
 
@@ -394,7 +478,7 @@ def test_the_contract_has_not_changed(name: str) -> None:
     found = fingerprint(ours.own_forward(original(name)))
     assert found == WRITTEN_FOR[name], (
         f"transformers {transformers.__version__} has another {name}.forward ({found}) than the one ours was written"
-        f" for ({WRITTEN_FOR[name]}). Read what changed, adapt interop/transformers_mamba.py, note the new fingerprint."
+        f" for ({WRITTEN_FOR[name]}). Read what changed, adapt interop/transformers_mamba*.py, note the new one."
     )
 
 

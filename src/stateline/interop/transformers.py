@@ -21,6 +21,7 @@ from torch import nn
 
 from stateline import checks
 from stateline.interop import transformers_mamba as mamba
+from stateline.interop import transformers_mamba2 as mamba2
 
 __all__ = ["accelerate", "restore", "MIXERS"]
 
@@ -66,9 +67,24 @@ NEUTRAL = frozenset({"training", "use_associative_scan", "use_mambapy"})
 _HEADS = frozenset({"dt_proj_bias", "dt_proj_weight", "mamba_head_dim", "n_mamba_heads", "x_proj_weight"})
 
 
+_READS2 = frozenset({
+    "A_log", "D", "activation", "chunk_size", "conv1d", "conv_dim", "conv_kernel_size", "dt_bias", "head_dim",
+    "in_proj", "intermediate_size", "layer_idx", "n_groups", "norm", "num_heads", "out_proj", "ssm_state_size",
+    "time_step_limit",
+})  # fmt: skip
+_SCALES = frozenset({"mamba_rms_norm", "mup_vector", "ssm_in_multiplier"})
+
+
 def _row(package: str, name: str, kind: mamba.Kind, *reads: frozenset[str]) -> Row:
-    module = f"transformers.models.{package}.modeling_{package}"
-    return Row(module, name, functools.partial(mamba.run, kind), _READS.union(*reads))
+    return Row(_module(package), name, functools.partial(mamba.run, kind), _READS.union(*reads))
+
+
+def _row2(package: str, name: str, kind: mamba2.Kind = mamba2.MAMBA2, *reads: frozenset[str]) -> Row:
+    return Row(_module(package), name, functools.partial(mamba2.run, kind), _READS2.union(*reads))
+
+
+def _module(package: str) -> str:
+    return f"transformers.models.{package}.modeling_{package}"
 
 
 #: Everything that can be accelerated: one row a mixer.
@@ -79,6 +95,12 @@ MIXERS = {
         _row("falcon_mamba", "FalconMambaMixer", mamba.NORMED, _LINEARS, _NORMS, _FUSED, frozenset({"rms_eps"})),
         _row("jamba", "JambaMambaMixer", mamba.NORMED, _LINEARS, _NORMS),
         _row("zamba", "ZambaMambaMixer", mamba.HEADS, _HEADS),
+        _row2("mamba2", "Mamba2Mixer"),
+        _row2("bamba", "BambaMixer"),
+        _row2("zamba2", "Zamba2MambaMixer"),
+        _row2("nemotron_h", "NemotronHMamba2Mixer"),
+        _row2("granitemoehybrid", "GraniteMoeHybridMambaLayer"),
+        _row2("falcon_h1", "FalconH1Mixer", mamba2.SCALED, _SCALES),
     )
 }
 

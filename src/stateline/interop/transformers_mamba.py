@@ -42,22 +42,14 @@ def run(kind: Kind, mixer: Mixer, x: Tensor, cache: Any, mask: Tensor | None, op
 
     mask: (b, t), 0 at padding, which is multiplied away as transformers does it.
     """
-    for name in PACKED:
-        if options.get(name) is not None:
-            raise checks.fail(OP, f"{name} was given.", "Packed sequences are not supported here: pad them instead.")
-    taps = _taps(mixer)
-    u, z = kind.split(mixer, mixer.in_proj(_masked(x, mask)))
-    conv, ssm = (None, None) if cache is None else _states(cache, mixer.layer_idx)
-    before = None if conv is None else _before(conv, taps.shape[1], u.dtype)
-    if cache is not None:
-        cache.update_conv_state(u.transpose(1, 2), mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
-    u, _ = ops.causal_conv1d(u, taps, mixer.conv1d.bias, activation="silu", initial_state=before)
-    u = _masked(u, mask)
+    refuse_packed(options)
+    u, z = kind.split(mixer, mixer.in_proj(masked(x, mask)))
+    u, ssm = convolve(mixer, u, cache, mask)
     dt, B, C, bias = kind.select(mixer, u)
     full = wide(u.dtype)
     A = -torch.exp(mixer.A_log.to(full)).flatten(0, -2)
     more = {"D": mixer.D.to(full).flatten(), "dt_bias": None if bias is None else bias.to(full).flatten()}
-    if ssm is not None and _in_place(u, ssm, A):
+    if ssm is not None and in_place(u, ssm, A):
         rows = ssm.flatten(1, -2)
         y = ops.selective_scan_step_(rows, u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], z=z[:, 0], dt_softplus=True, **more)
         y = y[:, None]
@@ -70,8 +62,40 @@ def run(kind: Kind, mixer: Mixer, x: Tensor, cache: Any, mask: Tensor | None, op
     return mixer.out_proj(y.to(x.dtype))
 
 
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+# ---- what Mamba-1 and Mamba-2 share ----------------------------------------------------------------------------------
+
+
+def refuse_packed(options: dict[str, Any]) -> None:
+    """Raise where a mixer is told that its rows hold several sequences."""
+    for name in PACKED:
+        if options.get(name) is not None:
+            raise checks.fail(OP, f"{name} was given.", "Packed sequences are not supported here: pad them instead.")
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (b, t, c) with zeros where mask (b, t) is 0, in x's dtype."""
     return x if mask is None else (x * mask[:, :, None]).to(x.dtype)
+
+
+def convolve(mixer: Mixer, u: Tensor, cache: Any, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """u (b, t, c) after the convolution, silu and the mask; the scan's state of the cache, None before the first token.
+
+    The cache's last inputs are read and written; its state of the scan is for the caller to write.
+    """
+    taps = _taps(mixer)
+    conv, ssm = (None, None) if cache is None else _states(cache, mixer.layer_idx)
+    before = None if conv is None else _before(conv, taps.shape[1], u.dtype)
+    if cache is not None:
+        cache.update_conv_state(u.transpose(1, 2), mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
+    u, _ = ops.causal_conv1d(u, taps, mixer.conv1d.bias, activation="silu", initial_state=before)
+    return masked(u, mask), ssm
+
+
+def in_place(u: Tensor, ssm: Tensor, A: Tensor) -> bool:
+    """Whether one token may advance the cache's own memory: without a gradient, in the form that a step needs."""
+    if u.shape[1] != 1 or (torch.is_grad_enabled() and (u.requires_grad or A.requires_grad)):
+        return False
+    return ssm.dtype == A.dtype and ssm.is_contiguous()
 
 
 def _taps(mixer: Mixer) -> Tensor:
@@ -97,13 +121,6 @@ def _before(conv: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     """The k−1 inputs before the next one, (b, k−1, e), of a cache's (b, e, at least k), newest last; a copy."""
     last = conv[..., conv.shape[-1] - (k - 1) :]
     return last.transpose(1, 2).to(wide(dtype), copy=True).contiguous()
-
-
-def _in_place(u: Tensor, ssm: Tensor, A: Tensor) -> bool:
-    """Whether one token may advance the cache's own memory: without a gradient, in the form that a step needs."""
-    if u.shape[1] != 1 or (torch.is_grad_enabled() and (u.requires_grad or A.requires_grad)):
-        return False
-    return ssm.dtype == A.dtype and ssm.is_contiguous()
 
 
 # ---- what differs ----------------------------------------------------------------------------------------------------
