@@ -363,7 +363,7 @@ def test_bad_device_and_vocabulary(text: Path) -> None:
         train(tiny(text, device="quantum"))
     words = LanguageModel(ModelConfig(d_model=8, n_layer=1, vocab_size=300))
     with pytest.raises(ValueError, match="vocabulary has 300 entries, training reads bytes"):
-        train(tiny(text, d_model=None, n_layer=None, d_state=None), model=words)
+        train(tiny(text, d_model=None, n_layer=None, d_state=16), model=words)
     assert not (text.parent / "run").exists()
     (text.parent / "file").write_text("")
     with pytest.raises(ValueError, match="is a file, expected a folder"):
@@ -436,11 +436,11 @@ def test_words_for_people(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("d_model", "headdim"), [(64, 64), (20, 8)])
 def test_models_of_mamba2_are_trained(tmp_path: Path, d_model: int, headdim: int) -> None:
     (tmp_path / "a.txt").write_text("The state of the Union is strong. " * 200)
-    shape = {"size": None, "d_model": d_model, "n_layer": 2, "mixer": "Mamba2", "d_state": None, "attention_every": 2}
+    shape = {"size": None, "d_model": d_model, "n_layer": 2, "mixer": "Mamba2", "d_state": 32, "attention_every": 2}
     model = train(tiny(tmp_path / "a.txt", **shape, steps=2, out=str(tmp_path / "run"))).model
     first, last = (block.mixer for block in model.backbone.layers)
     assert (type(first).__name__, first.headdim, first.d_state, type(last).__name__) == (
-        "Mamba2", headdim, 128, "Attention",
+        "Mamba2", headdim, 32, "Attention",
     )  # fmt: skip
     assert stateline.load(tmp_path / "run").config == model.config
 

@@ -103,7 +103,7 @@ class ShapeConfig:
     d_model: int | None = setting(None, "width (default: that of --size)", low=1)
     n_layer: int | None = setting(None, "number of blocks (default: that of --size)", low=1)
     mixer: str = setting("Mamba1", "what mixes along time in a block (default: Mamba1)", choices=("Mamba1", "Mamba2"))
-    d_state: int | None = setting(None, "states per channel (default: 16; of Mamba2 128)", low=1)
+    d_state: int = setting(16, "states per channel; for Mamba2, 64 to 128 are usual", low=1)
     d_conv: int = setting(4, "taps of the convolution", low=1)
     expand: int = setting(2, "inner width, as a multiple of d_model", low=1)
     d_intermediate: int = setting(0, "width of a gated MLP after each mixer; 0 means none", low=0)

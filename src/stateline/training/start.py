@@ -155,11 +155,10 @@ def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabula
 
 def _mixer(shape: ShapeConfig, d_model: int) -> dict[str, Any]:
     """ModelConfig's ssm_cfg. Mamba-2 gets heads of 64 channels, or of fewer where 64 do not divide the inner width."""
-    options: dict[str, Any] = {"d_conv": shape.d_conv, "expand": shape.expand}
+    options: dict[str, Any] = {"d_state": shape.d_state, "d_conv": shape.d_conv, "expand": shape.expand}
     if shape.mixer == "Mamba1":
-        return {"d_state": shape.d_state or 16, **options}
-    headdim = math.gcd(HEAD, shape.expand * d_model)
-    return {"layer": shape.mixer, "d_state": shape.d_state or 128, **options, "headdim": headdim}
+        return options
+    return {"layer": shape.mixer, **options, "headdim": math.gcd(HEAD, shape.expand * d_model)}
 
 
 def _attention(shape: ShapeConfig, d_model: int, n_layer: int) -> dict[str, Any]:
