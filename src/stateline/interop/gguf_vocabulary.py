@@ -82,4 +82,4 @@ def _from_json(path: Path, known: JsonTokenizer) -> Vocabulary:
 def _cuts_as_gpt2(pre: dict[str, Any] | None) -> bool:
     """Whether texts are cut into words by the pattern that llama.cpp calls "gpt-2", and by nothing else."""
     plain = pre is not None and pre.get("type") == "ByteLevel"
-    return bool(plain and pre.get("use_regex", True) and not pre.get("add_prefix_space"))  # type: ignore[union-attr]
+    return bool(plain and pre.get("use_regex", True) and not pre.get("add_prefix_space"))  # type: ignore[union-attr]  # JSON

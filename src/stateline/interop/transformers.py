@@ -151,7 +151,7 @@ def accelerate(model: nn.Module) -> Accelerated:
             OP, f"{type(model).__name__} has no module that can be accelerated.", f"Those are {', '.join(MIXERS)}."
         )
     for cls in dict.fromkeys(type(m) for m in found):
-        check_contract(cls)  # type: ignore[arg-type]
+        check_contract(cls)  # type: ignore[arg-type]  # a module's class
     for mixer in found:
         _check_mixer(mixer)
     for mixer in found:
@@ -278,7 +278,7 @@ def attributes_read(function: Callable[..., Any]) -> set[str]:
     """The names x of every `self.x` in the source of a function."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
-    return {n.attr for n in nodes if n.value.id == "self"}  # type: ignore[attr-defined]
+    return {n.attr for n in nodes if n.value.id == "self"}  # type: ignore[attr-defined]  # names only
 
 
 def _check_mixer(mixer: Any) -> None:

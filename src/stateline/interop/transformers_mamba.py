@@ -147,7 +147,7 @@ def _step_sizes(project: nn.Module, dt: Tensor, B: Tensor, C: Tensor) -> tuple[T
     """dt projected. A plain Linear leaves its bias to the scan, which adds it in float32; anything else is called."""
     plain = type(project) is nn.Linear and not any(getattr(project, name) for name in HOOKS)
     if plain and "forward" not in project.__dict__:  # accelerate's hooks live there
-        return F.linear(dt, project.weight), B[:, :, None], C[:, :, None], project.bias  # type: ignore[return-value, arg-type]
+        return F.linear(dt, project.weight), B[:, :, None], C[:, :, None], project.bias  # type: ignore[return-value, arg-type]  # Linear
     return project(dt), B[:, :, None], C[:, :, None], None
 
 

@@ -98,7 +98,7 @@ class Sums:
 
         pairs = ((self.x, x), (self.dt, dt), (self.A, A), (self.B, B), (self.C, C), (self.D, D), (self.z, z))
         ends = ((self.dt.sum((0, 1)), dt_bias), (self.state, initial_state))
-        return tuple(like(total, given) for total, given in (*pairs, *ends))  # type: ignore[return-value]
+        return tuple(like(total, given) for total, given in (*pairs, *ends))  # type: ignore[return-value]  # nine of them
 
 
 def forward(
