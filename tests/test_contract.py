@@ -109,7 +109,7 @@ def test_opcheck_of_raw_ops() -> None:
     torch.library.opcheck(OPS.selective_scan_kept.default, (*head, *where, None))
     torch.library.opcheck(OPS.selective_scan_backward.default, (y, state, *head, *where, kept, None))
     token = (x["u"][:, 0], x["dt"][:, 0], x["A"], B[:, 0], C[:, 0], x["D"], None, None, False)
-    torch.library.opcheck(OPS.selective_scan_step_.default, (state, *token, torch.tensor([1, -1]), None))
+    torch.library.opcheck(OPS.selective_scan_step_.default, (state, *token, torch.tensor([1, -1]), True, None))
     v, w, b = leaf((2, 6, 4), torch.float32), leaf((4, 3), torch.float32), leaf((4,), torch.float32)
     y, taps = OPS.causal_conv1d(v, w, b, True, None, None, False, None)
     torch.library.opcheck(OPS.causal_conv1d.default, (v, w, b, True, None, None, False, None))

@@ -399,6 +399,21 @@ def test_scan_steps_follow_the_scan(backend: str, complex_: bool, constant: bool
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scan_step_takes_the_logarithm_of_decay_rates(backend: str) -> None:
+    s = USUAL | dict(backend=backend, t=1, d=11, n=6, g=2, B="token", C="token", complex=False)
+    x = scan_case(s).leaves
+    start = x.pop("initial_state")
+    token = {k: v[:, 0] if k in ("u", "dt", "z", "B", "C") else v for k, v in x.items()}
+    whole, last = ops.selective_scan(**x, dt_softplus=True, initial_state=start, backend=backend)
+    state = start.clone()
+    y = ops.selective_scan_step_(state, **token | {"A": (-x["A"]).log()}, dt_softplus=True, log_A=True, backend=backend)
+    close("y", y, whole[:, 0].double(), torch.float32)
+    close("state", state, last.double(), torch.float32)
+    with pytest.raises(TypeError, match=r"^selective_scan_step_: log_A is True and A is complex"):
+        ops.selective_scan_step_(state, **token | {"A": token["A"].to(torch.complex64)}, log_A=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 2, 4, 9])
 def test_convolution_steps_follow_the_convolution(backend: str, dtype: torch.dtype, k: int) -> None:

@@ -231,6 +231,12 @@ def test_step(dtype, b, d, n, g):
         want = reference.step(right, *moved(token, dtype=torch.float64), softplus, index)
         near(y, want, BOUND[dtype], "y")
         near(mine, right, BOUND[torch.float32], "state")
+        mine = h.clone().cuda()
+        token[2] = (-A).log()
+        y = gpu.step_log_A(mine, *moved(token, "cuda"), softplus, None if index is None else index.cuda())
+        token[2] = A
+        near(y, want, BOUND[dtype], "y of log A")
+        near(mine, right, BOUND[torch.float32], "state of log A")
 
 
 def other_systems() -> dict[str, list[Any]]:

@@ -198,7 +198,8 @@ class Mamba(Mixer):
         xz = self.in_proj(zero_padding(x, lengths))
         taps = self._taps()
         u, same_u, z, conv = conv_halves(xz, *taps, initial_state=None if state is None else state.conv, **where)
-        dt, A, B, C = self._select(same_u)
+        dt, B, C = self._select(same_u)
+        A = -torch.exp(self.A_log.to(wide(u.dtype)))
         y, ssm = ops.selective_scan(
             u, dt, A, B, C, z=z, initial_state=None if state is None else state.ssm, **self._skip_and_bias(u), **where
         )
@@ -210,8 +211,9 @@ class Mamba(Mixer):
         self._check(x, "b d_model")
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = ops.causal_conv1d_step_(state.conv, u, *self._taps(), activation="silu")
-        dt, A, B, C = self._select(u)
-        y = ops.selective_scan_step_(state.ssm, u, dt, A, B[:, None], C[:, None], z=z, **self._skip_and_bias(u))
+        dt, B, C = self._select(u)
+        system = (self.A_log.to(wide(u.dtype)), B[:, None], C[:, None])
+        y = ops.selective_scan_step_(state.ssm, u, dt, *system, z=z, log_A=True, **self._skip_and_bias(u))
         return self.out_proj(y)
 
     def _check(self, x: Tensor, form: str) -> None:
@@ -220,10 +222,10 @@ class Mamba(Mixer):
     def _taps(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
-    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u (…, e) -> dt (…, e) before bias and softplus, A (e, n), B, C (…, n)."""
+    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u (…, e) -> dt (…, e) before bias and softplus, B, C (…, n)."""
         dt, B, C = self.x_proj(u).split([int(self.dt_rank), self.d_state, self.d_state], dim=-1)
-        return self.dt_proj(dt), -torch.exp(self.A_log.to(wide(u.dtype))), B, C
+        return self.dt_proj(dt), B, C
 
     def _skip_and_bias(self, u: Tensor) -> dict[str, Any]:
         full = wide(u.dtype)

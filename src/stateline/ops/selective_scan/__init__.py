@@ -112,6 +112,7 @@ def selective_scan_step_(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    log_A: bool = False,
     index: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -121,6 +122,7 @@ def selective_scan_step_(
         state: (slots, d, n), contiguous, in A's dtype; written in place.
         u, dt, z: (b, d).   A: (d, n).   B, C: per token (b, g, n) or constant (d, n) (complex A: see selective_scan).
         D, dt_bias: (d).
+        log_A: what is given as A is log(−A), real, as models keep it: no other kernel need make A for every token.
         index: (b) distinct slots, int32 or int64; a negative one skips its row: y = 0 and no state is touched.
             None: row i uses slot i, and slots = b.
 
@@ -130,6 +132,8 @@ def selective_scan_step_(
     sizes = Sizes(STEP)
     sizes.match("u", u, "b d")
     _check_system(STEP, sizes, u, A, D, dt_bias)
+    if log_A and A.is_complex():
+        raise checks.fail(STEP, "log_A is True and A is complex, expected log(−A), real.", error=TypeError)
     for name, x in (("dt", dt), ("z", z)):
         if x is not None:
             sizes.match(name, x, "b d")
@@ -152,7 +156,7 @@ def selective_scan_step_(
     }
     checks.same_device(STEP, given)
     with torch.no_grad():
-        return _step(state, u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), index, backend)
+        return _step(state, u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), index, bool(log_A), backend)
 
 
 def check_slots(op: str, sizes: Sizes, state: Tensor, index: Tensor | None) -> None:
@@ -239,8 +243,12 @@ def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _run_step(state: Tensor, *args: Any) -> Tensor:
-    *rest, backend = args
-    return _kernel(state.device.type, backend, rest[:5]).step(state, *rest)
+    *rest, log_A, backend = args
+    module = _kernel(state.device.type, backend, rest[:5])
+    if log_A and not hasattr(module, "step_log_A"):
+        rest[2] = -torch.exp(rest[2])
+        log_A = False
+    return (module.step_log_A if log_A else module.step)(state, *rest)
 
 
 def _fake(u: Tensor, dt: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -278,7 +286,9 @@ _backward = define(
     _run_backward,
     _fake_backward,
 )
-_step = define(f"{STEP}(Tensor(a!) state, {_ARGS}, Tensor? index, str? backend) -> Tensor", _run_step, _fake_step)
+_step = define(
+    f"{STEP}(Tensor(a!) state, {_ARGS}, Tensor? index, bool log_A, str? backend) -> Tensor", _run_step, _fake_step
+)
 
 
 class _SelectiveScan(Function):

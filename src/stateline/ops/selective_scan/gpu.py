@@ -376,8 +376,18 @@ def step(
     index: Tensor | None,
 ) -> Tensor:
     """One token, in place. u, dt, z (b, d); B, C (b, g, n); index (b) picks rows of state, negative: skip."""
+    return _step(state, (u, dt, A, B, C, D, z, dt_bias, dt_softplus, index), False)
+
+
+def step_log_A(state: Tensor, *given: Any) -> Tensor:
+    """As `step`, for log(−A) in A's place."""
+    return _step(state, given, True)
+
+
+def _step(state: Tensor, given: tuple[Any, ...], log_A: bool) -> Tensor:
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, index = given
     if (other := _instead(A, B, C)) is not None:
-        return other.step(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, index)
+        return other.step(state, u, dt, -torch.exp(A) if log_A else A, *given[3:])
     dtype = _common(u, dt, B, C, z)
     with torch.cuda.device_of(u):
         (b, d), (g, n) = u.shape, B.shape[1:]
@@ -390,7 +400,8 @@ def step(
         bits = (systems[0].bits | systems[1].bits) * (4 // dtype.itemsize) | state.data_ptr() | _address(parameters[0])
         across = -(-4 * d // THREADS)
         record = [
-            b, d, g, n, across, state.shape[0], state.stride(0), int(dt_softplus), int(bits % 16 == n % 4 == 0),
+            b, d, g, n, across, state.shape[0], state.stride(0), int(dt_softplus),
+            int(bits % 16 == n % 4 == 0), int(log_A),
             *(f for x in rows for f in x.fields), *(f for x in systems for f in x.fields),
             *map(_address, (*parameters, state, y, index)), int(index is not None and index.dtype == torch.int64),
         ]  # fmt: skip

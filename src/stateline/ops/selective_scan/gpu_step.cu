@@ -4,7 +4,7 @@
 
 // Filled by gpu.py in this order; every field has eight bytes. across: blocks across channels.
 struct Step {
-    i64 b, d, g, n, across, slots, slot_stride, softplus, vectors;
+    i64 b, d, g, n, across, slots, slot_stride, softplus, vectors, log_rates;
     const T* u; i64 u_b;
     const T* dt; i64 dt_b;
     const T* z; i64 z_b;
@@ -87,6 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) scan_step(const __grid_
     if (k.vectors) {
 #pragma unroll 1
         for (int j = 4 * lane; j < n; j += 4 * QUAD) {
+            if (k.log_rates) x.A.x = -expf(x.A.x), x.A.y = -expf(x.A.y), x.A.z = -expf(x.A.z), x.A.w = -expf(x.A.w);
 #pragma unroll
             for (int r = 0; r < QUAD; ++r) {
                 if (!h[r]) continue;
@@ -107,7 +108,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) scan_step(const __grid_
             if (!h[r]) continue;
 #pragma unroll 1
             for (int j = lane; j < n; j += QUAD) {
-                const float state = fmaf(ex2(dt[r] * A[j]), h[r][j], in[r] * wide(B[r * k.B_b + j]));
+                const float rate = k.log_rates ? -expf(A[j]) : A[j];
+                const float state = fmaf(ex2(dt[r] * rate), h[r][j], in[r] * wide(B[r * k.B_b + j]));
                 h[r][j] = state;
                 y[r] = fmaf(state, wide(C[r * k.C_b + j]), y[r]);
             }
