@@ -12,6 +12,7 @@ import torch
 
 from stateline.backends import BackendError
 from stateline.ops import nvrtc
+from stateline.ops.decode_token import Matrix
 from stateline.ops.decode_token import gpu as token
 from stateline.ops.selective_scan import gpu, gpu_plan
 
@@ -57,17 +58,35 @@ def test_chunks_depend_on_one_sequence_alone() -> None:
     assert gpu.chunk_length(8192, 5120, 132, 4) < 8192
 
 
-def token_options(tiles: int) -> tuple[str, ...]:
-    slots, at_once = token.AT_ONCE[tiles]
-    options = {"NB": tiles, "SLOTS": slots, "TM": at_once, "TAPS": 4, "SPLIT": 1, "LAYERS": token.LAYERS}
-    return tuple(f"-D{k}={v}" for k, v in (options | {"IN": 2, "X": 1, "OUT": 2, "HEAD": 1}).items())
+def token_options(eights: int, formats: tuple[str, str, str, str]) -> tuple[str, ...]:
+    """Of a model of 130 million parameters; tiles of every number are among them."""
+    sizes = ((3072, 768), (80, 1536), (768, 1536), (50280, 768))
+    nothing = torch.empty(0)
+    matrices = tuple(Matrix(nothing, nothing, None, f, *size) for f, size in zip(formats, sizes, strict=True))
+    return token._options(token._Sizes((768, 1536, 16, 48), 4, matrices), eights, [token.cut(m, 132) for m in matrices])
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("tiles", token.AT_ONCE)
-def test_the_token_kernel_compiles(tiles: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("formats", [("bf16",) * 4, ("int8",) * 4, ("int4", "int8", "int4", "int8")])
+@pytest.mark.parametrize("eights", [1, 2, 4, 8])
+def test_the_token_kernels_compile(
+    eights: int, formats: tuple[str, str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STATELINE_CACHE", str(tmp_path))
-    compiled(token.source(), token_options(tiles), "sm_90", tmp_path)
+    said = compiled(token.source(), token_options(eights, formats), "sm_90", tmp_path)
+    assert not any(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)), said
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner"), [(16, 8), (80, 1536), (192, 5120), (3072, 768), (10240, 2560), (50280, 2560)]
+)
+def test_cuts_of_matrices_give_every_tile_to_a_block(rows: int, inner: int) -> None:
+    nothing = torch.empty(0)
+    tiles, slices = token.cut(Matrix(nothing, nothing, None, "bf16", rows, inner), 132)
+    assert 1 <= tiles <= token.MOST_TILES
+    assert slices in (1, 2, 4, 8)  # a cluster has eight blocks at most
+    blocks = -(-rows // (16 * tiles))
+    assert all(len(range(first, -(-rows // 16), blocks)) <= tiles for first in range(blocks))
 
 
 def compiled(source: str, options: tuple[str, ...], arch: str, folder: Path) -> str:

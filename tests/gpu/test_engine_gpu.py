@@ -240,18 +240,18 @@ def engine_writes(engine: Engine, prompts: list[list[int]], count: int) -> list[
 
 
 def test_graphs_of_a_packed_model_are_replayed_in_any_order(model: LanguageModel) -> None:
-    """None is the one that clears the scratch memory of all: it is there, and clear, before the first capture."""
+    """They share scratch memory, which is there before the first capture, and whose content no graph relies on."""
     packed = prepare_for_decode(model, "int8")
     engine = Engine(packed, max_batch=8)
     slots = engine._slots
     assert isinstance(slots, DeviceSlots)
     engine.prepare(SamplingConfig(temperature=0))
-    if explain(packed) is None:  # on devices that the one launch covers
+    if explain(packed) is None:  # on devices that its kernels cover
         assert slots._aside is not None
         assert isinstance(packed.token_step, TokenStep)
         assert packed.token_step.network is not None
         scratch = decode_token_gpu._known[packed.token_step.network].scratch
-        assert set(scratch) == {(1, slots._aside.cuda_stream)}  # up to 8 rows are one tile
+        assert set(scratch) == {(1, slots._aside.cuda_stream)}  # up to 8 rows take the same kernels
     sizes = [size for size, _ in slots._captured]
     assert sorted(sizes) == [1, 2, 4, 8]
     for size in (*reversed(sizes), *sizes):

@@ -134,10 +134,10 @@ class DeviceSlots:
         names = [name.rpartition(".") for name, _ in model.named_parameters()]
         self._ends = [(model.get_submodule(module), name) for module, _, name in (names[0], names[-1])]
         # A step is warmed up and captured on this stream, which belongs to these slots. Kernels may keep scratch memory
-        # for each stream (`ops.decode_token` does, and zeroes it once): so the warm-up makes and zeroes it, not the
-        # graph, which would do so at every replay, and another engine's graphs have their own. (Torch gives out 32
-        # streams a device in turn: of more engines than that, those that share one must not run at once.) Torch's
-        # default stream for captures serves the whole process, and lies on the device of the first capture.
+        # for each stream (`ops.decode_token` does): so the warm-up makes it, outside the memory of any graph, and
+        # another engine's graphs have their own. (Torch gives out 32 streams a device in turn: of more engines than
+        # that, those that share one must not run at once.) Torch's default stream for captures serves the whole
+        # process, and lies on the device of the first capture.
         self._aside = torch.cuda.Stream(self._device) if graphs else None
         self._planned: tuple[list[Request | None], Plan] | None = None
 

@@ -17,13 +17,13 @@ import warnings
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from stateline.backends import BackendError
 
 _DYNAMIC_SHARED, _CARVEOUT = 8, 9  # CU_FUNC_ATTRIBUTE_…
+_CLUSTER, _EARLY = 4, 6  # CU_LAUNCH_ATTRIBUTE_…
 _Pointer, _Number = ctypes.c_void_p, ctypes.c_uint
 
 
@@ -40,12 +40,30 @@ def _nvrtc() -> ctypes.CDLL:
     raise BackendError(f"{name} was not found; torch's CUDA wheels bring it. pip install nvidia-cuda-nvrtc")
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("id", _Number), ("pad", _Number), ("value", _Number * 16)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", _Number * 3),
+        ("block", _Number * 3),
+        ("shared", _Number),
+        ("stream", _Pointer),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", _Number),
+    ]
+
+
 @functools.cache
 def _driver() -> ctypes.CDLL:
     driver = ctypes.CDLL("libcuda.so.1")
-    call: list[Any] = [_Pointer, *[_Number] * 7, _Pointer, _Pointer]
-    driver.cuLaunchCooperativeKernel.argtypes = call
-    driver.cuLaunchKernel.argtypes = [*call, _Pointer]
+    driver.cuLaunchKernel.argtypes = [_Pointer, *[_Number] * 7, _Pointer, _Pointer, _Pointer]
+    driver.cuLaunchKernelEx.argtypes = [ctypes.POINTER(_Config), _Pointer, _Pointer, _Pointer]
     return driver
 
 
@@ -162,20 +180,44 @@ class Library:
             self._functions[name] = (function, shared)
         return function
 
-    def launch(
-        self, name: str, blocks: int, threads: int, shared: int, record: Sequence[int], *, cooperative: bool = False
-    ) -> None:
-        """Run `name` on the current stream. `record`: its argument, a whole number for each field.
-
-        cooperative: all blocks run at the same time, so that they may wait for each other.
-        """
+    def launch(self, name: str, blocks: int, threads: int, shared: int, record: Sequence[int]) -> None:
+        """Run `name` on the current stream. `record`: its argument, a whole number for each field."""
         if blocks == 0:
             return
         function = self._function(name, shared)
         fields = array("q", record)  # three times as fast as an array of ctypes
         arguments = _Pointer(fields.buffer_info()[0])
         stream = torch._C._cuda_getCurrentRawStream(self._device)  # without making a torch.cuda.Stream
-        call = (function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.byref(arguments))
-        code = _driver().cuLaunchCooperativeKernel(*call) if cooperative else _driver().cuLaunchKernel(*call, None)
-        if code:
+        call = (function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.byref(arguments), None)
+        if code := _driver().cuLaunchKernel(*call):
             _check(code, f"launching {name}")
+
+    def prepare(
+        self, name: str, blocks: tuple[int, int], threads: int, shared: int, record: Sequence[int], cluster: int
+    ) -> Launch:
+        """`name` ready to run on what is the current stream now.
+
+        cluster: neighbouring blocks that run side by side and see each other's shared memory; they may start before the
+            kernel in front has ended, for which they wait by themselves. 0: single blocks, after everything in front.
+        """
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        attributes = ((_CLUSTER, (cluster, 1, 1)), (_EARLY, (1,)))[cluster == 1 :] if cluster else ()
+        own = (_Attribute * len(attributes))(*(_Attribute(which, 0, value) for which, value in attributes))
+        config = _Config((*blocks, 1), (threads, 1, 1), shared, stream, own, len(attributes))
+        return Launch(name, self._function(name, shared), config, array("q", record))
+
+
+class Launch:
+    """A kernel with all it is launched with. `fields`: its argument, which may be changed between calls."""
+
+    def __init__(self, name: str, function: ctypes.c_void_p, config: _Config, fields: array[int]) -> None:
+        self.fields = fields
+        self._name, self._kept = name, config
+        self._arguments = _Pointer(fields.buffer_info()[0])
+        self._call = (ctypes.byref(config), function, ctypes.byref(self._arguments), None)
+        self._launch = _driver().cuLaunchKernelEx
+
+    def __call__(self) -> None:
+        """Run it."""
+        if code := self._launch(*self._call):
+            _check(code, f"launching {self._name}")

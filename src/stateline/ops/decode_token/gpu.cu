@@ -1,365 +1,281 @@
-// One token through a whole Mamba-1 model, as one cooperative launch of a block on every multiprocessor.
+// One token through a whole Mamba-1 model, as four launches a layer that overlap at their ends:
+//   embed   then for each layer   in_proj and the convolution   x_proj   dt_proj, the scan and the gate   out_proj, the residual sum
+//   and the head at last
+// A kernel is started while the one in front of it ends (programmatic dependent launch), and asks for matrices and states, which no
+// other kernel of the token writes, before it waits for its vectors.
 //
-// A warp of each block does nothing but fetch: it streams the block's share of every matrix, in the order of use, through a ring
-// of stages in shared memory, and does not wait where the others wait for all blocks. So device memory is read without a pause
-// although a layer has four phases that need each other's results:
-//   1 in_proj and the convolution   2 x_proj   3 dt_proj, the scan and the gate   4 out_proj, the residual sum
-// A matrix goes in tiles of 16 rows, dealt out to the blocks in turn. Eight warps share the columns of a tile, multiply with
-// mma.m16n8k16 (bfloat16, sums in float32) for NB · 8 sequences at once, and add up in the order of the warps: neither the number of
-// sequences nor of blocks changes a result.
+// A product: one warp fetches stages of STEP pieces (32 columns each) of a block's tiles of 16 rows, and of the vectors; eight warps
+// multiply with mma.m16n8k16 (bfloat16, sums in float32), in groups that share the pieces of a stage and parts that share the
+// sequences. Where tiles are few, the blocks of a cluster have the same ones and different columns, and add up through each other's
+// shared memory. Sums are added in the order of columns: no result depends on other rows.
 // RMSNorm is applied behind the matrix that reads it: rows of it are multiplied by the norm's weight before, by the norm after.
+// Integers multiply bfloat16 exactly; their scales are applied to sums, of a row (int8) or of 32 columns of a row (int4).
 //
-// Compiled for NB, TM tiles that a block multiplies at once, SLOTS pieces of a vector that a warp has under way, SPLIT or not, and for the formats of the matrices (native/packed.h): IN, X, OUT, HEAD; dt_proj is bfloat16. Integers multiply
-// bfloat16 exactly; their scales are applied to sums, of a row (int8) or of 32 columns of a row (int4).
+// Compiled for NB, TAPS, STATES and for each matrix (IN, X, OUT, HEAD) its format, T_… tiles of a block, S_… blocks that share columns,
+// W_… whether the columns are whole pieces. Code that runs once comes from far away: little of it is unrolled.
 //
-// Letters: b sequences, d width, e inner channels, n state, r rank of the step size; TAPS are compiled in.
-// Vectors between phases lie as the mma wants them: for 16 columns of the matrix and a sequence 16 numbers, in the order that
-// `place` gives. Columns of sequences that are not there hold what they hold: no result mixes sequences.
+// Letters: b sequences, d width, e inner channels, n state, r rank of the step size.
+// Vectors between kernels lie as the mma wants them: for 32 columns of the matrix and a sequence 32 numbers, in the order that `place`
+// gives. Columns of sequences that are not there hold what they hold: no result mixes sequences.
 
-// 1/rms of the residual stream of every sequence, from sums of squares of 16 channels each; those who read meet first.
-__device__ void find_norms(const Block& s) {
-    const int tiles = (int)((s.a.d + 15) / 16);
-    float sum[NB];
-#pragma unroll
-    for (int j = 0; j < NB; j++) sum[j] = 0;
-    for (int i = s.lane; i < tiles; i += 32)
-#pragma unroll
-        for (int j = 0; j < NB; j++) sum[j] += fresh(s.a.squares + (j * 8 + s.warp) * tiles + i);
-#pragma unroll
-    for (int j = 0; j < NB; j++) {
-#pragma unroll
-        for (int w = 16; w; w /= 2) sum[j] += __shfl_xor_sync(~0u, sum[j], w);
-        if (s.lane == 0) s.norms[j * 8 + s.warp] = rsqrtf(sum[j] / (float)s.a.d + (float)s.a.eps);
-    }
-}
-
-// The stream of a sequence at channel k, by all 16 threads of a tile: kept, and as the next matrix reads it.
-__device__ __forceinline__ void put_stream(const Args& a, int k, int c, float h, float norm, bool last) {
-    float square = 0;
-    if (k < a.d) {
-        a.h[c * a.d + k] = h;
-        a.hf[last ? place<HEAD>(k, c) : place<IN>(k, c)] = bf16(h * norm);
-        square = h * h;
-    }
-#pragma unroll
-    for (int w = 8; w; w /= 2) square += __shfl_xor_sync(0xffffu << (threadIdx.x & 16), square, w);
-    if ((k & 15) == 0) a.squares[c * ((a.d + 15) / 16) + (k >> 4)] = square;
-}
-
-// Number k of a packed row: the embedding is kept as the head is.
-__device__ __forceinline__ float packed_at(const Matrix& m, i64 row, int k) {
-    const i64 block = row >> 4;
-    const int lanes = lanes_of<HEAD>(m), in = (int)(row & 15);
-    const unsigned char* bytes = (const unsigned char*)m.data;
-    if (HEAD == BF16) return wide(((const u16*)m.data)[(block * lanes + (k >> 1)) * 32 + in * 2 + (k & 1)]);
-    if (HEAD == INT8) return ((float)bytes[(block * lanes + (k >> 2)) * 64 + in * 4 + (k & 3)] - 128.0f) * ((const float*)m.scales)[row];
-    const u32 two = bytes[(block * lanes + (k >> 3)) * 64 + in * 4 + (k & 3)];
-    return ((float)(k & 4 ? two >> 4 : two & 15) - 8.0f) * wide(((const u16*)m.scales)[(block * (lanes / 4) + (k >> 5)) * 16 + in]);
-}
-
-// An id outside the vocabulary, which nobody has looked at, gives NaN.
-__device__ __forceinline__ float embedded(const Args& a, i64 id, int k) {
-    return id >= 0 && id < a.embedding.rows ? packed_at(a.embedding, id, k) : __int_as_float(0x7fc00000);
-}
-
-__device__ void embed(const Block& s) {
-    const Args& a = s.a;
-    const float* norm = a.layers ? a.table[0].norm : a.norm;
-    const int b = (int)a.b, count = (int)((a.d + 15) / 16) * b * 16;
-    for (int q = blockIdx.x * 32 * WARPS + threadIdx.x; q < count; q += gridDim.x * 32 * WARPS) {
-        const int k = q / (16 * b) * 16 + (q & 15), c = q / 16 % b;
-        const bool in = k < a.d;
-        put_stream(a, k, c, in ? embedded(a, a.ids[c], k) : 0.0f, in ? norm[k] : 0.0f, a.layers == 0);
-    }
-}
-
-// ---- the phases
-
-__device__ __forceinline__ void warm(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
-// Into the cache before it is wanted: what the block's tiles of in_proj need of the layer beside the matrix, ...
-__device__ void warm_convolution(const Block& s, const Layer& l, const float* state) {
-    const Args& a = s.a;
-    const int k = TAPS, rows = (int)((a.e + 15) / 16), each = k + 1 + (k - 1) * (int)a.b;
-    for (int tile = s.deal.mine(); tile < rows; tile += gridDim.x)
-        for (int i = threadIdx.x; i < each; i += 32 * WARPS) {
-            if (i < k) warm(l.taps + i * a.e + tile * 16);
-            else if (i == k) { if (l.conv_bias) warm(l.conv_bias + tile * 16); }
-            else warm(state + (i - k - 1) * a.e + tile * 16);
-        }
-}
-
-// ... those of the scan, ...
-__device__ void warm_scan(const Block& s, const Layer& l, const float* state) {
-    const Args& a = s.a;
-    const int lines = (int)a.n;  // 16 channels' numbers, 64 bytes each
-    for (int tile = s.deal.mine(); tile < (a.e + 15) / 16; tile += gridDim.x) {
-        for (int i = threadIdx.x; i < lines; i += 32 * WARPS) warm(l.A2 + (tile * lines + i) * 16);
-        if (threadIdx.x == 0) warm(l.D + tile * 16), warm(l.dt_bias + tile * 16);
-        if (tile * 16 + 16 <= a.e)
-            for (int i = threadIdx.x; i < lines * a.b; i += 32 * WARPS)
-                warm(state + (i / lines) * a.e * a.n + ((i64)tile * lines + i % lines) * 16);
-    }
-}
-
-// ... and of out_proj.
-__device__ void warm_stream(const Block& s, const float* norm) {
-    const Args& a = s.a;
-    for (int tile = s.deal.mine() + threadIdx.x * gridDim.x; tile < (a.d + 15) / 16; tile += 32 * WARPS * gridDim.x)
-        warm(norm + tile * 16);
-}
-
-// What a convolution reads beside its input: earlier inputs, taps with the newest last, bias.
+struct Nothing {};
 struct Held {
-    float seen[TAPS], taps[TAPS], bias;
+    float4 seen[TAPS > 1 ? TAPS - 1 : 1];  // earlier inputs of the convolution
 };
 
-__device__ __forceinline__ Held hold(const Args& a, const Layer& l, const float* state, int c, int row) {
-    Held h;
-    h.bias = l.conv_bias ? __ldg(l.conv_bias + row) : 0.0f;
+// Zeros behind the numbers of a vector, up to a whole piece, which meets no columns of the matrix.
+template <int FORMAT>
+__device__ void clear_behind(u16* vectors, int size) {
+    for (int i = threadIdx.x; i < (-size & 31) * COLS; i += 256) vectors[place<FORMAT>(size + i / COLS, i % COLS)] = 0;
+}
+
+extern "C" __global__ void __launch_bounds__(256) embed(const __grid_constant__ Args a) {
+    let_next_start();
+    const int b = (int)a.b, d = (int)a.d, tiles = (d + 15) / 16, count = tiles * b * 16, q = blockIdx.x * 256 + threadIdx.x;
+    if (blockIdx.x == 0) {  // memory that nobody else writes
+        clear_behind<IN>(a.hf, d);
+        clear_behind<X>(a.uf, (int)a.e);
+        clear_behind<OUT>(a.yf, (int)a.e);
+        clear_behind<BF16>(a.rf, (int)a.r);
+        for (int i = threadIdx.x; i < (across(a) - tiles) * COLS; i += 256) a.squares[i % COLS * across(a) + tiles + i / COLS] = 0;
+    }
+    if (q >= count) return;
+    const int k = q / (16 * b) * 16 + (q & 15), c = q / 16 % b;
+    float h = 0;
+    if (k < d) {
+        h = embedded(a, a.ids[c], k);
+        a.h[(i64)c * d + k] = h;
+        a.hf[place<IN>(k, c)] = bf16(h * a.next[k]);
+    }
+    float square = h * h;
+#pragma unroll
+    for (int w = 8; w; w /= 2) square += __shfl_xor_sync(0xffffu << (threadIdx.x & 16), square, w);
+    if ((k & 15) == 0) a.squares[c * across(a) + (k >> 4)] = square;
+}
+
+__device__ __forceinline__ float4 four(const float* p) { return __ldg((const float4*)p); }
+
+__device__ __forceinline__ void convolve(const Args& a, int row, int c, float4 x, const Held& held) {
+    const Layer& l = a.l;
+    float4 y = l.conv_bias ? four(l.conv_bias + row) : make_float4(0, 0, 0, 0);
+    float* state = a.conv + (i64)c * (TAPS - 1) * a.e + row;
 #pragma unroll
     for (int j = 0; j < TAPS; j++) {
-        h.taps[j] = __ldg(l.taps + j * a.e + row);
-        h.seen[j] = j < TAPS - 1 ? state[((i64)c * (TAPS - 1) + j) * a.e + row] : 0.0f;
+        const float4 now = j < TAPS - 1 ? held.seen[j] : x, taps = four(l.taps + j * a.e + row);
+        y.x += now.x * taps.x, y.y += now.y * taps.y, y.z += now.z * taps.z, y.w += now.w * taps.w;
+        if (j) *(float4*)(state + (j - 1) * a.e) = now;
     }
+    y = make_float4(silu(y.x), silu(y.y), silu(y.z), silu(y.w));
+    *(float4*)(a.u + (i64)c * a.e + row) = y;
+    put<X>(a.uf, row, c, y);
+}
+
+extern "C" __global__ void __launch_bounds__(288, 2) in_proj(const __grid_constant__ Args a) {
+    __shared__ float norms[COLS];
+    const Matrix& m = a.l.in;
+    const int e = (int)a.e;
+    product<IN, T_IN, S_IN, W_IN>(
+        a, m, a.hf,
+        [&](int first, int apart, int count, int rank) {  // what the convolution will read, each block of a cluster its share
+            const int each = (TAPS - 1) * (int)a.b + TAPS + 2;
+            for (int i = rank * 256 + threadIdx.x; i < count * each; i += 256 * S_IN) {
+                const int row = (first + i % count * apart) * 16, j = i / count - TAPS - 2;
+                if (j >= 0 && row < e) warm(a.conv + (i64)j * e + row);
+                else if (j >= -TAPS && row < e) warm(a.l.taps + (i64)(j + TAPS) * e + row);
+                else if (j == -TAPS - 1 && row < e && a.l.conv_bias) warm(a.l.conv_bias + row);
+                else if (j == -TAPS - 2 && row < 2 * e && m.bias) warm(m.bias + row);
+            }
+        },
+        [&](int warp, int lane) { find_norms(a, norms, warp, lane); },
+        [&](int row, int c) {
+            Held held;
+            if (row < e)
+#pragma unroll
+                for (int j = 0; j < TAPS - 1; j++) held.seen[j] = *(const float4*)(a.conv + ((i64)c * (TAPS - 1) + j) * e + row);
+            return held;
+        },
+        [&](int row, int c, float4 sum, const Held& held) {
+            if (row >= 2 * e) return;
+            sum = times(sum, norms[c]);
+            if (m.bias) sum = plus(sum, four(m.bias + row));
+            if (row < e) convolve(a, row, c, sum, held);
+            else *(float4*)(a.z + (i64)c * e + row - e) = sum;
+        });
+}
+
+extern "C" __global__ void __launch_bounds__(288, 2) x_proj(const __grid_constant__ Args a) {
+    const int r = (int)a.r, n = (int)a.n;
+    product<X, T_X, S_X, W_X>(
+        a, a.l.x, a.uf, [](int, int, int, int) {}, [](int, int) {}, [](int, int) { return Nothing(); },
+        [&](int first, int c, float4 sums, Nothing) {
+            const float sum[4] = {sums.x, sums.y, sums.z, sums.w};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int row = first + i;
+                if (row < r) a.rf[place<BF16>(row, c)] = bf16(sum[i]);
+                else if (row < r + 2 * n) a.bc[c * 2 * n + row - r] = sum[i];
+            }
+        });
+}
+
+struct Stream {
+    float4 h, norm;
+};
+
+extern "C" __global__ void __launch_bounds__(288, 2) out_proj(const __grid_constant__ Args a) {
+    const Matrix& m = a.l.out;
+    const int d = (int)a.d;
+    product<OUT, T_OUT, S_OUT, W_OUT>(
+        a, m, a.yf,
+        [&](int first, int apart, int count, int rank) {  // the stream and the norm
+            for (int i = rank * 256 + threadIdx.x; i < count * ((int)a.b + 2); i += 256 * S_OUT) {
+                const int row = (first + i % count * apart) * 16, c = i / count;
+                if (row >= d) continue;
+                if (c < a.b) warm(a.h + (i64)c * d + row);
+                else if (c == a.b) warm(a.next + row);
+                else if (m.bias) warm(m.bias + row);
+            }
+        },
+        [](int, int) {},
+        [&](int row, int c) {
+            Stream s;
+            if (row < d) s.h = __ldcg((const float4*)(a.h + (i64)c * d + row)), s.norm = four(a.next + row);
+            return s;
+        },
+        [&](int row, int c, float4 sum, const Stream& s) {
+            float square = 0;
+            if (row < d) {
+                float4 h = plus(s.h, sum);
+                if (m.bias) h = plus(h, four(m.bias + row));
+                *(float4*)(a.h + (i64)c * d + row) = h;
+                if (a.last) put<HEAD>(a.hf, row, c, times(h, s.norm));
+                else put<IN>(a.hf, row, c, times(h, s.norm));
+                square = h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
+            }
+            const u32 together = 15u << (threadIdx.x & 28);
+            square += __shfl_xor_sync(together, square, 1);
+            square += __shfl_xor_sync(together, square, 2);
+            if ((row & 15) == 0) a.squares[c * across(a) + (row >> 4)] = square;
+        });
+}
+
+extern "C" __global__ void __launch_bounds__(288, 2) head(const __grid_constant__ Args a) {
+    __shared__ float norms[COLS];
+    const Matrix& m = a.head;
+    const int rows = (int)m.rows;
+    product<HEAD, T_HEAD, S_HEAD, W_HEAD>(
+        a, m, a.hf, [](int, int, int, int) {}, [&](int warp, int lane) { find_norms(a, norms, warp, lane); },
+        [](int, int) { return Nothing(); },
+        [&](int row, int c, float4 sum, Nothing) {
+            sum = times(sum, norms[c]);
+            float* to = a.logits + (i64)c * rows + row;
+            const float4 bias = !m.bias ? make_float4(0, 0, 0, 0)
+                                        : make_float4(m.bias[min(row, rows - 1)], m.bias[min(row + 1, rows - 1)],
+                                                      m.bias[min(row + 2, rows - 1)], m.bias[min(row + 3, rows - 1)]);
+            sum = plus(sum, bias);
+            if (rows % 4 == 0 && row < rows) {
+                *(float4*)to = sum;
+            } else {
+                if (row < rows) to[0] = sum.x;
+                if (row + 1 < rows) to[1] = sum.y;
+                if (row + 2 < rows) to[2] = sum.z;
+                if (row + 3 < rows) to[3] = sum.w;
+            }
+        });
+}
+
+__device__ __forceinline__ float ex2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// h = exp2(dt rate) h + in B; adds C h to y.
+__device__ __forceinline__ float4 advance(float4 h, float4 rate, float4 B, float4 C, float dt, float in, float& y) {
+    h.x = ex2(dt * rate.x) * h.x + in * B.x, y += h.x * C.x;
+    h.y = ex2(dt * rate.y) * h.y + in * B.y, y += h.y * C.y;
+    h.z = ex2(dt * rate.z) * h.z + in * B.z, y += h.z * C.z;
+    h.w = ex2(dt * rate.w) * h.w + in * B.w, y += h.w * C.w;
     return h;
 }
 
-__device__ __forceinline__ void convolve(const Args& a, float* state, int c, int row, float x, Held h) {
-    h.seen[TAPS - 1] = x;
-    float y = h.bias;
-#pragma unroll
-    for (int j = 0; j < TAPS; j++) {
-        y += h.seen[j] * h.taps[j];
-        if (j < TAPS - 1) state[((i64)c * (TAPS - 1) + j) * a.e + row] = h.seen[j + 1];
-    }
-    y = silu(y);
-    a.u[c * a.e + row] = y;
-    a.uf[place<X>(row, c)] = bf16(y);
-}
-
-struct Early {
-    float4 h[EARLY];
-};
-
-__device__ __forceinline__ float4* state_of(const Args& a, float* states, int c, int channel, int q) {
-    return (float4*)(states + ((i64)c * a.e + channel) * a.n) + q;
-}
-
-// The next states that a lane will scan, of sequences `from` and on: they are on their way while something else is computed.
-__device__ __forceinline__ void read_early(const Block& s, float* states, Early& early, int tile, int from) {
-    const int channel = tile * 16 + (s.warp & 1) * 8 + (s.lane >> 2), q = s.lane & 3;
-    if (channel >= s.a.e || q * 4 >= s.a.n) return;
-#pragma unroll
-    for (int i = 0; i < EARLY; i++)
-        if (from + 4 * i < s.a.b) early.h[i] = __ldcs(state_of(s.a, states, from + 4 * i, channel, q));
-}
-
-// Step sizes of `count` tiles of the block: rows of dt_proj by a warp for eight sequences, softplus, into shared memory.
-__device__ void find_steps(Block& s, const Layer& l, int first, int count) {
-    const int lanes = lanes_of<BF16>(l.dt), pieces = (lanes + 15) / 16, g = s.lane >> 2, t = s.lane & 3;
-    int stage[CHANNELS];
-    Ring ring = s.ring;
-#pragma unroll
-    for (int i = 0; i < CHANNELS; i++) {
-        stage[i] = 0;
-        if (i < count) stage[i] = ring.front(), ring.next();
-    }
-#pragma unroll
-    for (int i = 0; i < CHANNELS; i++) {
-        const int j = (s.warp + 8 - i * NB % 8) % 8;  // other warps for other tiles
-        if (i >= count || j >= NB) continue;
-        float c[4] = {0, 0, 0, 0};
-#pragma unroll 4
-        for (int piece = 0; piece < pieces; piece++) {
-            const uint4 v = __ldcg((const uint4*)(s.a.rf + (piece * COLS + j * 8) * 32 + s.lane * 8));
-            const u32 x[2][2] = {{v.x, v.y}, {v.z, v.w}};
-            u32 w[2][4];
-            load_rows<BF16>(w, s.stages + stage[i], piece * 16, lanes, s.lane);
-            mma(c, w[0], x[0]);
-            mma(c, w[1], x[1]);
-        }
-        float* steps = s.steps + i * COLS * PAD;
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-            const int row = (first + i * (int)gridDim.x) * 16 + 2 * g + q / 2;
-            const float v = c[q] + (row < s.a.e ? __ldg(l.dt_bias + row) : 0.0f);
-            steps[(j * 8 + 2 * t + q % 2) * PAD + 2 * g + q / 2] = fmaxf(v, 0.0f) + log1pf(__expf(-fabsf(v)));
-        }
-    }
-    for (int i = 0; i < count; i++) s.ring.pop(s.lane);
-}
-
-__device__ __forceinline__ void copy_in(float* to, const float* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at(to)), "l"(from) : "memory");
-}
-
-// The scan of a tile's 16 channels: two warps take eight each of a sequence, four lanes a channel, four states a lane at a time.
-__device__ void scan(Block& s, const Layer& l, float* states, Early& early) {
-    const Args& a = s.a;
-    const int tiles = tiles_of(l.dt), blocks = gridDim.x, n = (int)a.n, q = s.lane & 3, b = (int)a.b;
-    const int within = (s.warp & 1) * 8 + (s.lane >> 2), start = s.warp >> 1;
-    for (int first = s.deal.mine(); first < tiles; first += CHANNELS * blocks) {
-        const int count = min(CHANNELS, (tiles - first + blocks - 1) / blocks);
-        if (first < blocks)
-            for (int i = threadIdx.x; i < b * n / 2; i += 32 * WARPS) copy_in(s.bc + 4 * i, a.bc + 4 * i);
-        for (int i = threadIdx.x; i < 8 * b * count; i += 32 * WARPS) {
-            const int tile = i / (8 * b), c = i / 8 % b, quarter = (i & 3) * 4, from = (first + tile * blocks) * 16 + quarter;
-            float* to = s.uz + tile * 2 * COLS * 16 + (i & 4 ? COLS * 16 : 0) + c * 16 + quarter;
-            if (from < a.e) copy_in(to, (i & 4 ? a.z : a.u) + c * a.e + from);
-        }
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        find_steps(s, l, first, count);
-        asm volatile("cp.async.wait_all;" ::: "memory");
-        meet_warps();
-#pragma unroll 1
-        for (int tile = 0; tile < count; tile++) {
-            const int at = first + tile * blocks, channel = at * 16 + within;
-            const bool there = channel < a.e;
-            const float* steps = s.steps + tile * COLS * PAD + within;
-            const float* uz = s.uz + tile * 2 * COLS * 16 + within;
-            const float skip = there ? __ldg(l.D + channel) : 0.0f;
-            const float4* rates = (const float4*)(l.A2 + channel * n);
-            const float4 A = there && q < n / 4 ? __ldg(rates + q) : make_float4(0, 0, 0, 0);
-#pragma unroll 1
-            for (int from = start; from < b; from += 4 * EARLY) {
-                Early now = early;
-                const bool more = from + 4 * EARLY < b;
-                read_early(s, states, early, more ? at : at + blocks, more ? from + 4 * EARLY : start);
-#pragma unroll
-                for (int i = 0; i < EARLY; i++) {
-                    const int c = from + 4 * i;
-                    if (c >= b) break;
-                    const float dt = steps[c * PAD], u = uz[c * 16], z = uz[COLS * 16 + c * 16];
-                    float y = 0;
-                    for (int j = q; j < n / 4; j += 4) {
-                        if (!there) break;
-                        float4* state = state_of(a, states, c, channel, j);
-                        float4 h = j == q ? now.h[i] : __ldcs(state);
-                        const float4 rate = j == q ? A : __ldg(rates + j);
-                        const float4 B = ((const float4*)(s.bc + c * 2 * n))[j], C = ((const float4*)(s.bc + c * 2 * n + n))[j];
-                        const float in = dt * u;
-                        h.x = exp2f(dt * rate.x) * h.x + in * B.x, y += h.x * C.x;
-                        h.y = exp2f(dt * rate.y) * h.y + in * B.y, y += h.y * C.y;
-                        h.z = exp2f(dt * rate.z) * h.z + in * B.z, y += h.z * C.z;
-                        h.w = exp2f(dt * rate.w) * h.w + in * B.w, y += h.w * C.w;
-                        __stcs(state, h);
-                    }
-                    y += __shfl_xor_sync(~0u, y, 1);
-                    y += __shfl_xor_sync(~0u, y, 2);
-                    if (q == 0 && there) a.yf[place<OUT>(channel, c)] = bf16((y + skip * u) * silu(z));
-                }
-            }
-        }
-        meet_warps();  // before the next tiles' steps
-    }
-    s.deal.next(tiles);
-}
-
-__device__ void describe(const Block& s, int i) {
-    if (i < s.a.layers && threadIdx.x < sizeof(Layer) / 8)
-        ((i64*)(s.described + (i & 1)))[threadIdx.x] = ((const i64*)(s.a.table + i))[threadIdx.x];
-}
-
-__device__ void multiply_all(const Args& a, Block& s) {
-    const int e = (int)a.e, r = (int)a.r, n = (int)a.n;
-    const auto nothing = [] {};
-    const auto none = [](int, int) { return 0; };
-    describe(s, 0);
-    embed(s);
-    s.arrive();
-    for (int i = 0; i < a.layers; i++) {
-        const Layer& l = s.described[i & 1];
-        warm_convolution(s, l, a.states[2 * i]);
-        s.wait();
-        product<IN, false>(
-            s, l.in, a.hf, [&] { find_norms(s); },
-            [&](int row, int c) { return row < e ? hold(a, l, a.states[2 * i], c, row) : Held(); },
-            [&](int row, int c, float sum, const Held& held) {
-                if (row >= 2 * e) return;
-                sum = sum * s.norms[c] + (l.in.bias ? l.in.bias[row] : 0.0f);
-                if (row < e) convolve(a, a.states[2 * i], c, row, sum, held);
-                else a.z[c * e + row - e] = sum;
-            });
-        s.arrive();
-        describe(s, i + 1);
-        s.wait();
-        const float* norm = i + 1 < a.layers ? s.described[i + 1 & 1].norm : a.norm;
-        const auto put = [&](int row, int c, float sum, int) {
-            if (row >= r + 2 * n) return;
-            if (row < r) a.rf[place<BF16>(row, c)] = bf16(sum);
-            else a.bc[c * 2 * n + row - r] = sum;
-        };
-        if (SPLIT) {
-            const int rows = 16 * tiles_of(l.x), slices = (lanes_of<X>(l.x) + SLICE - 1) / SLICE, b = (int)a.b;
-            product<X, true>(s, l.x, a.uf, nothing, none,
-                             [&](int row, int c, float sum, int) { a.parts[(row / rows * b + c) * rows + row % rows] = sum; });
-            s.arrive();
-            s.wait();
-            for (int q = blockIdx.x * 32 * WARPS + threadIdx.x; q < rows * b; q += gridDim.x * 32 * WARPS) {
-                float sum = 0;
-                for (int i = 0; i < slices; i++) sum += fresh(a.parts + i * b * rows + q);
-                put(q % rows, q / rows, sum, 0);
-            }
-        } else {
-            product<X, false>(s, l.x, a.uf, nothing, none, put);
-        }
-        s.arrive();
-        Early early;
-        read_early(s, a.states[2 * i + 1], early, s.deal.mine(), s.warp >> 1);
-        warm_scan(s, l, a.states[2 * i + 1]);
-        s.wait();
-        scan(s, l, a.states[2 * i + 1], early);
-        s.arrive();
-        warm_stream(s, norm);
-        s.wait();
-        product<OUT, false>(
-            s, l.out, a.yf, nothing,
-            [&](int row, int c) {
-                if (row >= a.d) return make_float2(0, 0);
-                const float bias = l.out.bias ? __ldg(l.out.bias + row) : 0.0f;
-                return make_float2(fresh(a.h + c * a.d + row) + bias, __ldg(norm + row));
-            },
-            [&](int row, int c, float sum, float2 held) {
-                put_stream(a, row, c, held.x + sum, held.y, i + 1 == a.layers);
-            });
-        s.arrive();
-    }
-    s.wait();
-    product<HEAD, false>(s, a.head, a.hf, [&] { find_norms(s); }, none, [&](int row, int c, float sum, int) {
-        if (row < a.head.rows) a.logits[c * a.head.rows + row] = sum * s.norms[c] + (a.head.bias ? a.head.bias[row] : 0.0f);
-    });
-}
-
-extern "C" __global__ void __launch_bounds__(288, 1) decode_token(const __grid_constant__ Args a) {
+// Sixteen channels of sixteen sequences, whose states come while x_proj ends. A warp takes eight channels of four sequences, four lanes a
+// channel, four states a lane at a time; then each lane finishes one of the sequences.
+extern "C" __global__ void __launch_bounds__(256) scan(const __grid_constant__ Args a) {
     extern __shared__ __align__(128) char shared[];
-    const int stages = (int)a.stages;
-    char* rest = shared + stages * STAGE;
-    const u32 full = at(rest), empty = full + 8 * stages;
-    rest += 16 * stages;
-    Ring ring{at(shared), full, empty, stages, 0, 0};
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < stages; i++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * i));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * i), "r"(WARPS));
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
+    constexpr int N = STATES, MANY = 16, QUAD = 4;
+    const int tile = blockIdx.x, c0 = blockIdx.y * MANY, b = min(MANY, (int)a.b - c0), e = (int)a.e;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, lines = lanes_of<BF16>(a.l.dt);
+    float* bc = (float*)shared;                       // (sequence, B and C)
+    char* rows = (char*)(bc + MANY * 2 * N);           // of dt_proj; what is read behind them, for a whole piece, does not count
+    float2* moves = (float2*)(rows + lines * 64);      // (sequence, channel) of dt and dt u
+    float2* gates = moves + MANY * 16;                 // of D u and silu(z)
+    float* sums = (float*)(gates + MANY * 16);         // of four shares of dt_proj's columns
+    const int q = lane & 3, within = (warp & 1) * 8 + (lane >> 2), from = (warp >> 1) * QUAD, channel = tile * 16 + within;
+    const bool some = channel < e && q < N / 4;
+    float* state = a.ssm + ((i64)(c0 + from) * e + channel) * N + 4 * q;
+    const i64 stride = (i64)e * N;
+    float4 h[QUAD];
+#pragma unroll
+    for (int i = 0; i < QUAD; i++)
+        if (some && from + i < b) h[i] = __ldcs((const float4*)(state + i * stride));
+    for (int i = threadIdx.x; i < lines * 4; i += 256) copy_in((float*)(rows + 16 * i), (const float*)(a.l.dt.data + (i64)tile * lines * 64 + 16 * i));
+    const float* rates = a.l.A2 + (i64)channel * N;
+    const float4 rate = some ? four(rates + 4 * q) : make_float4(0, 0, 0, 0);
+    const int own = tile * 16 + (threadIdx.x & 15), mine = threadIdx.x >> 4;  // the element whose step size the thread finds
+    const bool there = own < e && mine < b;
+    const float bias = own < e ? __ldg(a.l.dt_bias + own) : 0.0f, skip = own < e ? __ldg(a.l.D + own) : 0.0f;
+    let_next_start();
+    wait_for_last();
+    for (int i = threadIdx.x; i < b * N / 2; i += 256) copy_in(bc + 4 * i, a.bc + c0 * 2 * N + 4 * i);
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    const float u = there ? __ldcg(a.u + (i64)(c0 + mine) * e + own) : 0.0f, z = there ? __ldcg(a.z + (i64)(c0 + mine) * e + own) : 0.0f;
+    const int eight = warp & 1, g = lane >> 2, t = lane & 3, pieces = (lines + 15) / 16;
+    const u16* vectors = a.rf + (c0 + eight * 8) * 32 + lane * 8;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (warp >> 1 < pieces && eight * 8 < b) v = __ldcg((const uint4*)(vectors + (warp >> 1) * COLS * 32));
+    asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    if (warp == WARPS) {
-        if (lane == 0) fetch_all(a, ring);
-        return;
+    float c[1][4] = {{0, 0, 0, 0}};
+#pragma unroll 1
+    for (int piece = warp >> 1; piece < pieces; piece += 4) {
+        const u32 x[1][4] = {{v.x, v.y, v.z, v.w}};
+        if (piece + 4 < pieces && eight * 8 < b) v = __ldcg((const uint4*)(vectors + (piece + 4) * COLS * 32));
+        u32 w[2][4];
+        load_rows<BF16>(w, rows, piece * 16, lines, lane);
+        add_products<BF16>(c, w, x, 1, 1);
     }
-    float* f = (float*)(rest + WARPS * OWN + 2 * sizeof(Layer));
-    Block s{a, ring, Deal{}, shared, rest, rest + warp * OWN, (Layer*)(rest + WARPS * OWN), f, f + COLS,
-            f + COLS + CHANNELS * COLS * PAD, f + COLS + CHANNELS * COLS * PAD + COLS * 2 * (int)a.n, warp, lane, 0};
-    multiply_all(a, s);
-    meet_warps();
-    if (threadIdx.x == 0) {  // the last block to leave makes the meeting place ready for the next launch
-        u32 left;
-        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(left) : "l"(a.meeting + 32) : "memory");
-        if (left == gridDim.x - 1) a.meeting[0] = a.meeting[32] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[((warp >> 1) * MANY + eight * 8 + 2 * t + i % 2) * PAD + 2 * g + i / 2] = c[0][i];
+    __syncthreads();
+    const float* parts = sums + mine * PAD + (threadIdx.x & 15);
+    const float raw = bias + ((parts[0] + parts[MANY * PAD]) + (parts[2 * MANY * PAD] + parts[3 * MANY * PAD]));
+    const float dt = fmaxf(raw, 0.0f) + log1pf(__expf(-fabsf(raw)));
+    moves[threadIdx.x] = make_float2(dt, dt * u);
+    gates[threadIdx.x] = make_float2(skip * u, silu(z));
+    __syncthreads();
+    float y[QUAD] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) {
+        if (from + i >= b) break;
+        const float2 move = moves[(from + i) * 16 + within];
+        const float* both = bc + (from + i) * 2 * N;
+        if (some)
+            __stcs((float4*)(state + i * stride),
+                   advance(h[i], rate, ((const float4*)both)[q], ((const float4*)(both + N))[q], move.x, move.y, y[i]));
+#pragma unroll 1
+        for (int j = q + 4; j < N / 4; j += 4) {
+            if (channel >= e) break;
+            float4* more = (float4*)(state + i * stride) + (j - q);
+            __stcs(more, advance(__ldcs(more), four(rates + 4 * j), ((const float4*)both)[j], ((const float4*)(both + N))[j], move.x, move.y, y[i]));
+        }
     }
+    // Each lane's sequence: sums of four sequences over four lanes by three shuffles.
+    const bool odd = q & 1, high = q & 2;
+    const float low = (odd ? y[1] : y[0]) + __shfl_xor_sync(~0u, odd ? y[0] : y[1], 1);
+    const float up = (odd ? y[3] : y[2]) + __shfl_xor_sync(~0u, odd ? y[2] : y[3], 1);
+    const float sum = (high ? up : low) + __shfl_xor_sync(~0u, high ? low : up, 2);
+    if (channel >= e || from + q >= b) return;
+    const float2 gate = gates[(from + q) * 16 + within];
+    a.yf[place<OUT>(channel, c0 + from + q)] = bf16((sum + gate.x) * gate.y);
 }
