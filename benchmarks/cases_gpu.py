@@ -403,7 +403,7 @@ def token_bytes(d: int, layers: int, b: int) -> int:
 
 
 def decoding(d: int, layers: int, b: int, bar: float) -> Case:
-    """One token of every stream by a captured graph: packed, a launch a token, and as loaded, layer by layer."""
+    """One token of every stream by a captured graph: packed, in one call, and as loaded, layer by layer."""
 
     def make() -> dict[str, Work]:
         plain = language_model(d, layers).eval()
