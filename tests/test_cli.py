@@ -53,7 +53,7 @@ def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 # ---- help and flags --------------------------------------------------------------------------------------------------
 
 FLAGS = {
-    "bench": ["--debug", "--help", "--json", "--model", "--quick", "--threads", "-h"],
+    "bench": ["--debug", "--help", "--json", "--model", "--quick", "--room", "--threads", "-h"],
     "convert": ["--debug", "--dtype", "--force", "--help", "--no-tokenizer", "--to", "-h"],
     "eval": [
         "--cache-dtype", "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json",
