@@ -1,11 +1,11 @@
-"""The format of Hugging Face transformers for Mamba and Mamba-2: config.json and safetensors, whole or sharded."""
+"""Hugging Face's format for Mamba, FalconMamba and Mamba-2: config.json and safetensors, whole or sharded."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,14 @@ MAMBA2 = Kind(
         "bias": ("use_bias", False),
     },
 )
-KINDS = {kind.name: kind for kind in (MAMBA, MAMBA2)}
+#: Mamba whose dt, B and C are normalised.
+FALCON = replace(
+    MAMBA,
+    name="falcon_mamba",
+    architecture="FalconMambaForCausalLM",
+    mixer=MAMBA.mixer | {"b_c_dt_rms_eps": ("mixer_rms_eps", 1e-6)},
+)
+KINDS = {kind.name: kind for kind in (MAMBA, MAMBA2, FALCON)}
 #: Carried through in metadata["huggingface"]: they say nothing about the model, but generation there needs them.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -107,16 +114,19 @@ def load(
 
 
 def read_config(values: dict[str, Any], path: Path) -> ModelConfig:
-    """transformers' MambaConfig or Mamba2Config as ours. Keys about training or generation are left aside."""
+    """transformers' configuration of a kind in `KINDS` as ours. Keys about training or generation are left aside."""
     name = values.get("model_type")
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        known = " and ".join(map(repr, KINDS))
-        raise CheckpointError(f"{path} has model_type {name!r}; of Hugging Face's, {known} are supported.")
+        known = ", ".join(map(repr, KINDS))
+        raise CheckpointError(f"{path} has model_type {name!r}; of Hugging Face's, these are supported: {known}.")
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"{path}: hidden_act is {values['hidden_act']!r}, supported is 'silu'.")
     ours = {name: values.get(key, default) for name, (key, default) in kind.model.items()}
     mixer = {name: _plain(values.get(key, default)) for name, (key, default) in kind.mixer.items()}
+    inner, width = values.get("intermediate_size"), ours["d_model"]
+    if kind is FALCON and all(isinstance(size, int) and size > 0 for size in (inner, width)):
+        mixer["expand"] = inner / width  # their files say 16 beside a width that is twice the model's, which counts
     if kind is MAMBA2 and ours["norm_eps"] != 1e-5:  # theirs is one for all norms
         mixer["norm_eps"] = ours["norm_eps"]
     try:
@@ -142,7 +152,7 @@ def _plain(value: Any) -> Any:
 
 
 def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model so that transformers reads it as MambaForCausalLM or Mamba2ForCausalLM.
+    """Write a model so that transformers reads it: as MambaForCausalLM, FalconMambaForCausalLM or Mamba2ForCausalLM.
 
     Other weights there go once these are written.
     Rows that only pad the embedding are left out. Raises ValueError for what transformers cannot express.
@@ -165,10 +175,10 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
 
 
 def write_config(model: LanguageModel) -> dict[str, Any]:
-    """Our configuration as transformers' MambaConfig or Mamba2Config, every key explicit."""
+    """Our configuration as transformers', every key explicit."""
     config = model.config
     mixer: Any = config.make_mixer(device="meta")
-    kind = next(k for k in KINDS.values() if k.layer == config.ssm_cfg.get("layer", "Mamba1"))
+    kind = _kind(config, mixer)
     problems = []
     if config.attn_layer_idx:
         problems.append(f"attn_layer_idx is {config.attn_layer_idx} (no attention there)")
@@ -197,6 +207,15 @@ def write_config(model: LanguageModel) -> dict[str, Any]:
         values["time_step_rank"] = mixer.dt_rank
     ids = model.metadata.get("huggingface", {})
     return values | {key: ids.get(key) for key in TOKEN_IDS}
+
+
+def _kind(config: ModelConfig, mixer: Any) -> Kind:
+    """Theirs for the mixer of a model; ValueError for a mixer of the user's own."""
+    layer = config.ssm_cfg.get("layer", "Mamba1")
+    found = next((kind for kind in KINDS.values() if kind.layer == layer), None)
+    if found is None:
+        raise checks.fail("save", f"transformers has no mixer for {layer}.", 'Use format="stateline".')
+    return FALCON if found is MAMBA and mixer.b_c_dt_rms_eps is not None else found
 
 
 def _defaults(mixer: Any, kind: Kind) -> dict[str, Any]:

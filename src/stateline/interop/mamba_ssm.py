@@ -111,6 +111,11 @@ def _their_mixer(ours: dict[str, Any]) -> dict[str, Any]:
         raise checks.fail(
             "save", f"the mixer's norm_eps is {ours['norm_eps']}, mamba_ssm has only {EPS}.", 'Use format="stateline".'
         )
+    if theirs.pop("b_c_dt_rms_eps", None) is not None:
+        raise checks.fail(
+            "save", "b_c_dt_rms_eps is set, mamba_ssm's Mamba does not normalise dt, B and C.",
+            'Use format="huggingface".',
+        )  # fmt: skip
     if "dt_limit" in theirs:
         low, high = check_limit("save", theirs["dt_limit"])
         theirs["dt_limit"] = [max(low, 0.0), high]  # after softplus, which is never below 0
