@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from stateline import checks
 from stateline.files import share
@@ -157,6 +159,11 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
     Other weights there go once these are written.
     Rows that only pad the embedding are left out. Raises ValueError for what transformers cannot express.
     """
+    write(*contents(model, dtype), Path(directory))
+
+
+def contents(model: LanguageModel, dtype: torch.dtype | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, named weights) of a model as transformers has them; `dtype`: of the stored matrices."""
     values = write_config(model)
     tensors = weights(model, dtype)
     rows = model.config.vocab_size
@@ -164,14 +171,27 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
     if HEAD in tensors:
         tensors[HEAD] = tensors[HEAD][:rows].contiguous()
     values["dtype"] = str(tensors[THEIRS].dtype).removeprefix("torch.")
+    return values, tensors
 
-    def write(folder: Path) -> None:
+
+def write(
+    values: dict[str, Any],
+    tensors: dict[str, Tensor],
+    directory: Path,
+    more: Mapping[str, Callable[[Path], Any]] | None = None,
+) -> None:
+    """Put weights, then files by name (`more`: what writes each), then the configuration in their place."""
+    others = dict(more or {})
+
+    def make(folder: Path) -> None:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         share(folder / "model.safetensors")
+        for name, put in others.items():
+            put(folder / name)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
-    write_aside(Path(directory), write, ["model.safetensors", "config.json"])
-    remove_others(Path(directory), "model.safetensors")
+    write_aside(directory, make, ["model.safetensors", *others, "config.json"])
+    remove_others(directory, "model.safetensors")
 
 
 def write_config(model: LanguageModel) -> dict[str, Any]:
