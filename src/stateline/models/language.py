@@ -70,6 +70,7 @@ class LanguageModel(nn.Module):
 
     @cache_dtype.setter
     def cache_dtype(self, dtype: torch.dtype | str | None) -> None:
+        """Choose it for all of the model's attention; ValueError where there is none, or for another dtype."""
         chosen = check_cache_dtype("LanguageModel", dtype)
         layers = self._attention()
         if chosen is not None and not layers:
