@@ -72,6 +72,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+OLD = ours.release(transformers.__version__) < (5, 23, 0)
+falcon_h1_goes_on = pytest.mark.skipif(
+    OLD, reason=f"Falcon-H1 of transformers {transformers.__version__} miscounts its own cache, accelerated or not"
+)
+
+
+def cached(kinds: list[str]) -> list[Any]:
+    """Kinds that go on from a cache in the installed release."""
+    return [pytest.param(kind, marks=[falcon_h1_goes_on] if kind == "falcon_h1" else []) for kind in kinds]
+
+
 def make(kind: str, **options: Any) -> Any:
     """A small model of transformers, in evaluation mode, none of whose weights has a value that one could guess."""
     config = transformers.AutoConfig.for_model(kind, **SIZES | CONFIGS[kind] | options)

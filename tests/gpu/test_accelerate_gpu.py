@@ -7,20 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import KINDS, KINDS2, assert_close, in_pieces, padded, pair, transformers, worst_gradient
+from hf_models import KINDS, KINDS2, assert_close, cached, in_pieces, padded, pair, worst_gradient
 from where import INTERPRETED
 
 from stateline import ops
-from stateline.interop import transformers as ours
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="models on a device need one, not Triton's interpreter")
-
-
-def cached(kinds: list[str]) -> list[Any]:
-    """Kinds that go on from a cache: before 5.23 Falcon-H1's attention miscounts its own, accelerated or not."""
-    old = ours.release(transformers.__version__) < (5, 23, 0)
-    skip = pytest.mark.skipif(old, reason=f"Falcon-H1 of transformers {transformers.__version__} miscounts its cache")
-    return [pytest.param(kind, marks=[skip] if kind == "falcon_h1" else []) for kind in kinds]
 
 
 @pytest.fixture(autouse=True)
