@@ -352,11 +352,12 @@ _ONE = dict.fromkeys(
 )
 #: release -> what each mixer's forward said when ours was tested with it, without its comments: see `fingerprint`.
 WRITTEN_FOR: dict[str, dict[str, str]] = {
-    "5.17.0": {
+    "5.15.1 and 5.17.0": {
         "MambaMixer": "93fb8eebe4e86016", "FalconMambaMixer": "d044799ad10d3fa3", "JambaMambaMixer": "c3a65715a9636da5",
         "ZambaMambaMixer": "a9b0a708185b2b20", **dict.fromkeys(_ONE, "cae6d11fc42cd6bc"),
         "FalconH1Mixer": "6c0c9f55f4faafc8",
     },
+    "5.20.0": {"ZambaMambaMixer": "2ae4da0c06dcedf4"},  # the others as before
     "5.23.0": {
         "MambaMixer": "7446e9fb932a431d", "FalconMambaMixer": "8493773c8ebfa58a", "JambaMambaMixer": "e5ecbf7521bdfbc8",
         "ZambaMambaMixer": "fe0bf13961e9fd2c", **dict.fromkeys(_ONE, "1f113c0e2bd340cd"),
@@ -379,7 +380,7 @@ def test_the_contract_has_not_changed(name: str) -> None:
     assert list(ours.mixer_problems(original(name))) == []
     ours.check_contract(original(name))
     found = fingerprint(ours.own_forward(original(name)))
-    known = {written[name]: release for release, written in WRITTEN_FOR.items()}
+    known = {written[name]: release for release, written in WRITTEN_FOR.items() if name in written}
     assert found in known, (
         f"transformers {theirs.__version__} has another {name}.forward ({found}) than those ours was tested with"
         f" ({known}). Read what changed, adapt interop/transformers_mamba*.py, test, note the new one."
