@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 import stateline
 from stateline import LanguageModel, ModelConfig
+from stateline import nn as sl
 from stateline.cli import main
 from stateline.generation import load_tokenizer
+from stateline.models import MIXERS
 
 try:
     import transformers
@@ -159,7 +161,7 @@ def test_sixteen_bits_leave_time_constants_whole(tmp_path: Path) -> None:
         ({"ssm_cfg": {**MAMBA2, "dt_limit": (0.01, None)}}, "dt_limit is"),
         ({"ssm_cfg": {"d_conv": 5}}, "d_conv is 5"), ({"ssm_cfg": {"d_conv": 1}}, "d_conv is 1"),
         ({"ssm_cfg": {"d_state": 257}}, "d_state is 257"), ({"d_intermediate": 8}, "d_intermediate is 8"),
-        ({"ssm_cfg": {**MAMBA2, "rmsnorm": False}}, "rmsnorm is False"),
+        ({"ssm_cfg": {**MAMBA2, "rmsnorm": False, "d_conv": 9}}, "d_conv is 9 .*; rmsnorm is False"),
         ({"attn_layer_idx": [0], "attn_cfg": {"num_heads": 2}}, r"attn_layer_idx is \[0\]"),
     ],
     ids=str,
@@ -168,6 +170,13 @@ def test_what_they_cannot_run_is_refused(tmp_path: Path, options: dict[str, Any]
     with pytest.raises(ValueError, match=f"^save: .*cannot .*{message}"):
         stateline.save(small(**options), tmp_path / "m", "vllm", tokenizer="none")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_mixer_of_the_users_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MIXERS, "Own", sl.Mamba)
+    for format in ("vllm", "huggingface"):
+        with pytest.raises(ValueError, match=r"^save: transformers has no mixer for Own\."):
+            stateline.save(small(ssm_cfg={"layer": "Own"}), tmp_path / "m", format)
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

@@ -196,24 +196,13 @@ def write(
 
 def write_config(model: LanguageModel) -> dict[str, Any]:
     """Our configuration as transformers', every key explicit."""
+    if wrong := problems(model):
+        raise checks.fail(
+            "save", f"transformers cannot express this model: {'; '.join(wrong)}.", 'Use format="stateline".'
+        )
     config = model.config
     mixer: Any = config.make_mixer(device="meta")
     kind = _kind(config, mixer)
-    problems = []
-    if config.attn_layer_idx:
-        problems.append(f"attn_layer_idx is {config.attn_layer_idx} (no attention there)")
-    if config.d_intermediate:
-        problems.append(f"d_intermediate is {config.d_intermediate} (no MLP there)")
-    if not config.rms_norm:
-        problems.append("rms_norm is False (RMSNorm only there)")
-    if mixer.expand != int(mixer.expand):
-        problems.append(f"expand is {mixer.expand} (whole numbers only there)")
-    if kind is MAMBA2:
-        problems += _beyond_mamba2(mixer, config.norm_eps)
-    if problems:
-        raise checks.fail(
-            "save", f"transformers cannot express this model: {'; '.join(problems)}.", 'Use format="stateline".'
-        )
     given = _defaults(mixer, kind) | config.ssm_cfg | {"expand": int(mixer.expand)}
     values: dict[str, Any] = {"architectures": [kind.architecture], "model_type": kind.name}
     values |= {key: getattr(config, name) for name, (key, _) in kind.model.items()}
@@ -227,6 +216,25 @@ def write_config(model: LanguageModel) -> dict[str, Any]:
         values["time_step_rank"] = mixer.dt_rank
     ids = model.metadata.get("huggingface", {})
     return values | {key: ids.get(key) for key in TOKEN_IDS}
+
+
+def problems(model: LanguageModel) -> list[str]:
+    """What of a model transformers has no words for."""
+    config = model.config
+    mixer: Any = config.make_mixer(device="meta")
+    kind = _kind(config, mixer)
+    found = []
+    if config.attn_layer_idx:
+        found.append(f"attn_layer_idx is {config.attn_layer_idx} (no attention there)")
+    if config.d_intermediate:
+        found.append(f"d_intermediate is {config.d_intermediate} (no MLP there)")
+    if not config.rms_norm:
+        found.append("rms_norm is False (RMSNorm only there)")
+    if mixer.expand != int(mixer.expand):
+        found.append(f"expand is {mixer.expand} (whole numbers only there)")
+    if kind is MAMBA2:
+        found += _beyond_mamba2(mixer, config.norm_eps)
+    return found
 
 
 def _kind(config: ModelConfig, mixer: Any) -> Kind:

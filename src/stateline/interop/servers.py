@@ -53,7 +53,7 @@ def save(
 
     Raises ValueError, before any file is touched, for what the servers would leave out or cannot run.
     """
-    problems = _problems(model)
+    problems = _problems(model) + huggingface.problems(model)
     if problems:
         raise checks.fail(
             OP, f"vLLM and SGLang cannot run this model: {'; '.join(problems)}.", 'Use format="huggingface" or ours.'
