@@ -1,7 +1,9 @@
-"""How tensors reach the GPU kernels: layouts they read, where sequences are cut, launches on the right device."""
+"""How tensors reach GPU kernels: layouts they read, where sequences are cut, launches on the right device, graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,22 @@ def tokens(x: Tensor, segments: Tensor | None) -> Tensor:
     """Memory for a result like x (b, t, d), contiguous; zeros where segments may leave tokens unwritten."""
     y = empty(x.shape, x.dtype, x)
     return y if segments is None else y.zero_()
+
+
+@contextmanager
+def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> Iterator[None]:
+    """Record what is launched inside as `graph`, on `stream` and with the memory of `pool`, as `torch.cuda.graph` does.
+
+    A capture that fails leaves PyTorch's random generator waiting for its end, and every later draw on the device is
+    refused; one that succeeds, here of a single launch, ends that. The failure itself is raised.
+    """
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield
+    except BaseException:
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=stream.device)
+        raise
 
 
 class Kernel:
