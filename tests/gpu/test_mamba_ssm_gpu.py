@@ -55,6 +55,7 @@ def pair(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     theirs = getattr(mamba_ssm, kind)(D_MODEL, layer_idx=0, device=DEVICE, dtype=dtype, **options)
     if hasattr(theirs, "use_mem_eff_path"):
         theirs.use_mem_eff_path = False  # the other path needs causal_conv1d's CUDA build
+        theirs.chunk_size = 64  # more does not fit a multiprocessor in float32
     with torch.no_grad():
         for parameter in theirs.parameters():  # nothing stays at zero or one
             parameter.add_(0.1 * torch.randn_like(parameter))
