@@ -115,6 +115,7 @@ def profile(case: Case) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases with this in their name")
+    parser.add_argument("--not", action="append", default=[], metavar="TEXT", dest="without", help="but not these")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each candidate (default: 0.5)")
     parser.add_argument("--out", type=Path, help="a file to append to, beside a short table on stdout")
     parser.add_argument("--profile", metavar="TEXT", help="profile one call of the cases with this in their name")
