@@ -125,7 +125,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     words = [options.profile] if options.profile else [*options.only, *(["limit"] if options.only else [])]
     every = (*cases_gpu.cases(), *cases_gpu_accelerate.accelerated())
-    chosen = [c for c in every if not words or any(w.lower() in f"{c.op} {c.shape}".lower() for w in words)]
+    named = {f"{case.op} {case.shape}".lower(): case for case in every}
+    named = {name: case for name, case in named.items() if not words or any(word.lower() in name for word in words)}
+    chosen = [case for name, case in named.items() if not any(word.lower() in name for word in options.without)]
     about, rates = measure.provenance() | {"gpu": torch.cuda.get_device_name()}, {}
     for case in chosen:
         if (why := case.missing()) is not None:
