@@ -43,10 +43,10 @@ def accelerated() -> Iterator[Case]:
                     fast = copy.deepcopy(slow)
                     accelerate(fast)
                     x = torch.randn(1, t, D_MODEL)
-                    work = {OURS: _work(fast, x, backward)}
+                    found = {OURS: work(fast, x, backward)}
                     if with_peers and not (backward and t == FORWARD and name != "mamba2"):
-                        work["transformers"] = _work(slow, x, backward)
-                    return work
+                        found["transformers"] = work(slow, x, backward)
+                    return found
 
                 op = f"accelerate {name} {'fwd+bwd' if backward else 'fwd'}"
                 yield Case(op, f"b1 t{t} d{D_MODEL}", "float32", make, t)
@@ -61,7 +61,8 @@ def mixer(name: str) -> nn.Module:
     return next(m for m in model.modules() if type(m).__name__ in MIXERS).eval()
 
 
-def _work(module: nn.Module, x: Tensor, backward: bool) -> Work:
+def work(module: nn.Module, x: Tensor, backward: bool) -> Work:
+    """A call of a mixer, or a call and the gradients of x and of every parameter."""
     if not backward:
         return without_grad(lambda: module(x))
     x = x.clone().requires_grad_()

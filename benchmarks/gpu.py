@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases_gpu, measure
+from benchmarks import cases_gpu, cases_gpu_accelerate, measure
 from benchmarks.cases_gpu import Case
 from benchmarks.measure import Work
 
@@ -115,6 +115,7 @@ def profile(case: Case) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases with this in their name")
+    parser.add_argument("--not", action="append", default=[], metavar="TEXT", dest="without", help="but not these")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each candidate (default: 0.5)")
     parser.add_argument("--out", type=Path, help="a file to append to, beside a short table on stdout")
     parser.add_argument("--profile", metavar="TEXT", help="profile one call of the cases with this in their name")
@@ -123,7 +124,10 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks: torch sees no CUDA device here", file=sys.stderr)
         return 2
     words = [options.profile] if options.profile else [*options.only, *(["limit"] if options.only else [])]
-    chosen = [c for c in cases_gpu.cases() if not words or any(w.lower() in f"{c.op} {c.shape}".lower() for w in words)]
+    every = (*cases_gpu.cases(), *cases_gpu_accelerate.accelerated())
+    named = {f"{case.op} {case.shape}".lower(): case for case in every}
+    named = {name: case for name, case in named.items() if not words or any(word.lower() in name for word in words)}
+    chosen = [case for name, case in named.items() if not any(word.lower() in name for word in options.without)]
     about, rates = measure.provenance() | {"gpu": torch.cuda.get_device_name()}, {}
     for case in chosen:
         if (why := case.missing()) is not None:

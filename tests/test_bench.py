@@ -116,6 +116,21 @@ def test_command_prints_every_figure(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert all(math.isfinite(f) and f > 0 for f in figures)
 
 
+def test_attention_that_keeps_every_token_wants_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hybrid = ModelConfig(
+        d_model=16, n_layer=2, vocab_size=256, d_intermediate=8, attn_layer_idx=[1], attn_cfg={"num_heads": 2}
+    )
+    stateline.save(LanguageModel(hybrid), tmp_path / "m")
+    command = ["bench", "--quick", "--json", "--model", str(tmp_path / "m")]
+    for room, why in (([], "--room"), (["--room", "600"], "becomes 601 tokens long, its state has room for 600")):
+        assert main([*command, *room]) == 2
+        assert why in capsys.readouterr().err
+    assert main([*command, "--room", "700"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["weights"] for row in rows] == bench.ways()
+    assert all(len(row["decode"]) == 2 and row["bits_per_byte"] > 0 for row in rows)
+
+
 def test_an_interrupt_shows_what_is_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt

@@ -53,15 +53,16 @@ def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 # ---- help and flags --------------------------------------------------------------------------------------------------
 
 FLAGS = {
-    "bench": ["--debug", "--help", "--json", "--model", "--quick", "--threads", "-h"],
+    "bench": ["--debug", "--help", "--json", "--model", "--quick", "--room", "--threads", "-h"],
     "convert": ["--debug", "--dtype", "--force", "--help", "--no-tokenizer", "--to", "-h"],
     "eval": [
-        "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json", "--limit",
-        "--lines", "--mode", "--room", "--stride", "--threads", "--weights", "-h",
+        "--cache-dtype", "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json",
+        "--limit", "--lines", "--mode", "--room", "--stride", "--threads", "--weights", "-h",
     ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "generate": [
-        "--batch", "--batch-size", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy", "--help",
+        "--batch", "--batch-size", "--cache-dtype", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy",
+        "--help",
         "--load-stream", "--max-tokens", "--min-p", "--model", "--prompt-file", "--repetition-penalty",
         "--repetition-window", "--room", "--save-every", "--save-stream", "--seed", "--stats",
         "--stop", "--temperature", "--threads", "--top-k", "--top-p", "--weights", "-h",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +13,7 @@ import test_layers
 import test_ops
 import torch
 
+import stateline
 from stateline.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -75,3 +78,22 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
         assert f" {page.name}\n" in navigation, f"{page.name} is in no menu"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("coming_from_*.md")), ids=lambda page: page.name)
+def test_names_of_ours_in_tables_exist(page: Path) -> None:
+    """`nn.Mamba2(…)`, `ops.ssd`, `stateline.load(…)`, `generation.generate_tokens(…)` in the cells that say "here"."""
+    found = 0
+    for row in page.read_text(encoding="utf-8").splitlines():
+        if row.startswith("| `"):
+            here = row.split("|")[2]
+            for module, names in re.findall(
+                r"`(?:\w+ = )?(?:stateline\.)?(nn|ops|models|generation|training)\.([\w.]+)", here
+            ):
+                functools.reduce(getattr, names.split("."), importlib.import_module(f"stateline.{module}"))
+                found += 1
+            for name in re.findall(r"`(?:stateline\.)?(\w+)\(", here):
+                if name[0].isupper() or f"stateline.{name}(" in here:
+                    getattr(stateline, name)
+                    found += 1
+    assert found > 3

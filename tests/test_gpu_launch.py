@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ GRID = (1, 1, 1)
 class Compiler:
     """Stands for a Triton function: compiling gives a variant, which records what it is launched with."""
 
-    def __init__(self) -> None:
+    def __init__(self, broken: bool = False) -> None:
+        self.broken = broken
         self.compiled: list[tuple[Any, ...]] = []
         self.launched: list[tuple[Any, ...]] = []
+        self.ahead: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
         def compile_and_launch(*args: Any, num_warps: int) -> Any:
@@ -25,6 +28,11 @@ class Compiler:
             return type("Variant", (), {"__getitem__": lambda _, grid: lambda *a: self.launched.append(a)})()
 
         return compile_and_launch
+
+    def warmup(self, *args: Any, grid: tuple[int, int, int], num_warps: int) -> Any:
+        """Compiling without a launch."""
+        self.ahead.append(args)
+        return None if self.broken else type("Compiled", (), {"run": None})()
 
 
 def test_a_variant_is_compiled_once_and_gets_addresses() -> None:
@@ -49,6 +57,46 @@ def test_what_triton_compiles_apart_is_a_variant_of_its_own(change: dict[str, An
         kernel._launch(s["device"], GRID, (s["x"], s["other"], s["number"]), s["constants"], s["warps"])
     assert len(compiler.compiled) == 2
     assert len(compiler.launched) == 1
+
+
+def test_kernels_of_a_function_are_compiled_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton", reason="kernels are compiled by Triton, which this machine has no wheel of")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    compilers = [Compiler(), Compiler(broken=True)]  # what cannot be compiled is left to the launch, which then says so
+    kernels, begun = [cuda.Kernel(c) for c in compilers], []
+
+    @cuda.side_by_side
+    def launches(x: torch.Tensor) -> str:
+        begun.append(x)
+        for kernel in kernels:
+            kernel._launch(0, GRID, (x,), (), 4)
+        return "done"
+
+    x = torch.zeros(64)
+    assert launches(x) == "done"
+    assert len(begun) == 3, "until the first kernel that is missing, to find all of them, and to launch"
+    assert [c.ahead for c in compilers] == [[(x,)], [(x,)]]
+    assert [c.compiled for c in compilers] == [[(x,)], [(x,)]], "each launched once"
+    assert launches(x) == "done"
+    assert len(begun) == 4
+    assert [c.launched for c in compilers] == [[(x.data_ptr(),)]] * 2
+    kernels.append(cuda.Kernel(Compiler()))
+    assert launches(x) == "done", "kernels that are there are not launched while others are compiled"
+    assert [len(c.launched) for c in compilers] == [3, 3]
+
+
+def test_an_error_among_the_launches_leaves_nothing_held() -> None:
+    @cuda.side_by_side
+    def fails() -> None:
+        raise ValueError("a size")
+
+    with pytest.raises(ValueError, match="a size"):
+        fails()
+    compiler = Compiler()
+    cuda.Kernel(compiler)._launch(0, GRID, (torch.zeros(4),), (), 4)
+    assert len(compiler.compiled) == 1
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 100])

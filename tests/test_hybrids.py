@@ -190,6 +190,30 @@ def test_prepared_models_step_layer_by_layer_and_say_why(kind: str) -> None:
     assert (logits - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+@torch.no_grad()
+def test_packed_hybrids_keep_the_law(weights: str, layer: str) -> None:
+    """With an MLP after each mixer, and one inside attention beside a convolution."""
+    ssm = {"layer": layer, "d_state": 5} | ({"headdim": 8} if layer == "Mamba2" else {})
+    inner = {**HEADS, "mlp_dim": 9, "d_conv": 3, "max_tokens": 12}
+    model = small(
+        d_model=32, n_layer=3, vocab_size=256, d_intermediate=9, ssm_cfg=ssm, attn_layer_idx=[1], attn_cfg=inner
+    )
+    packed = stateline.prepare_for_decode(model, weights)
+    kinds = {name.rpartition(".")[2] for name, m in packed.named_modules() if isinstance(m, sl.PackedLinear)}
+    assert {"in_proj", "out_proj", "fc1", "fc2", "lm_head"} <= kinds
+    ids = torch.randint(256, (2, 12))
+    whole = packed(ids)
+    first, state = packed.extend(ids[:, :5], packed.init_state(2))
+    rest = torch.stack([packed.step_(ids[:, i], state) for i in range(5, 12)], 1)
+    got = torch.cat([first, rest], 1)
+    got = torch.cat([first, rest], 1)
+    assert (got - whole).abs().max() < 1e-3 * whole.abs().max()  # products round x to 16 bits a row
+    if weights != "int4":  # which loses much of so small a model
+        assert (whole - model(ids)).abs().max() < 0.05 * whole.abs().max()
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 

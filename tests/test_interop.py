@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import stateline
 from stateline.files import bundled
 from stateline.generation import SamplingConfig, load_tokenizer
+from stateline.generation.decode import explain
 from stateline.interop import CheckpointError, detect
 from stateline.models import checkpoint
 from stateline.nn.precision import full_precision_names
@@ -156,6 +157,40 @@ def test_logits_equal_transformers(tmp_path: Path, options: dict[str, Any]) -> N
 
 
 @needs_transformers
+@pytest.mark.parametrize("inner", [None, 30])
+def test_falcon_mamba_both_ways(tmp_path: Path, inner: int | None) -> None:
+    """Its file may say an expand that is not the inner width over the model's; the inner width counts."""
+    config = transformers.FalconMambaConfig(
+        hidden_size=20, num_hidden_layers=2, vocab_size=61, state_size=5, mixer_rms_eps=1e-3, tie_word_embeddings=False,
+        **({} if inner is None else {"intermediate_size": inner, "expand": 16}),
+    )  # fmt: skip
+    theirs, x = transformers.FalconMambaForCausalLM(config).eval(), ids()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        theirs.save_pretrained(tmp_path / "a")
+        ours, want = stateline.load(tmp_path / "a"), theirs(x).logits
+        assert ours.config.ssm_cfg["b_c_dt_rms_eps"] == 1e-3
+        assert ours.backbone.layers[0].mixer.d_inner == (inner or 40)
+        assert (ours(x) - want).abs().max() < 1e-4
+        _, state = ours.extend(x[:, :4], ours.init_state(2))
+        assert (ours.step_(x[:, 4], state) - want[:, 4]).abs().max() < 1e-4
+        packed = stateline.prepare_for_decode(ours, "bf16")
+        assert "normalises dt, B and C" in str(explain(packed))
+        assert (packed(x) - want).abs().max() < 0.05 * want.abs().max()
+        if inner is None:
+            stateline.save(ours, tmp_path / "b", "huggingface")
+            back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+            assert type(back) is type(theirs)
+            assert torch.equal(back(x).logits, want)
+        else:
+            with pytest.raises(ValueError, match=r"expand is 1.5 \(whole numbers only there\)"):
+                stateline.save(ours, tmp_path / "b", "huggingface")
+    with pytest.raises(ValueError, match=r"b_c_dt_rms_eps is set, mamba_ssm's Mamba does not"):
+        stateline.save(ours, tmp_path / "c", "mamba_ssm")
+
+
+@needs_transformers
 def test_a_padded_vocabulary_loses_its_padding_in_transformers(tmp_path: Path) -> None:
     for tie in (True, False):
         ours, x = small(tie_embeddings=tie), ids()
@@ -212,12 +247,12 @@ def test_what_transformers_cannot_express_is_refused(tmp_path: Path) -> None:
         stateline.save(small(), tmp_path / "m", "keras")
 
 
-@pytest.mark.parametrize("kind", ["falcon_mamba", "llama", "jamba"])
+@pytest.mark.parametrize("kind", ["bamba", "llama", "jamba"])
 def test_other_hugging_face_models_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     stateline.save(small(), tmp_path, "huggingface")
     edit(tmp_path / "config.json", model_type=kind)
     with pytest.raises(
-        CheckpointError, match=f"model_type '{kind}'; of Hugging Face's, 'mamba' and 'mamba2' are supported"
+        CheckpointError, match=f"model_type '{kind}'; of Hugging Face's, these are supported: 'mamba', 'mamba2', 'falc"
     ):
         stateline.load(tmp_path)
 

@@ -62,6 +62,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mamba": lambda: sl.Mamba(WIDTH),
     "mamba, odd sizes": lambda: sl.Mamba(WIDTH, 5, 3, 1.5, 2, bias=True, conv_bias=False),
     "mamba, one tap": lambda: sl.Mamba(WIDTH, d_state=1, d_conv=1),
+    "mamba, normalised": lambda: sl.Mamba(WIDTH, 4, b_c_dt_rms_eps=1e-3),
     "mamba2": lambda: sl.Mamba2(WIDTH, 8, headdim=8),
     "mamba2, groups": lambda: sl.Mamba2(WIDTH, 5, 3, headdim=3, ngroups=4, D_has_hdim=True, dt_limit=(0.02, 0.9)),
     "mamba2, unit beside": lambda: sl.Mamba2(

@@ -68,6 +68,12 @@ def stack(states: Sequence[S]) -> S:
                 f"the states have rows of different shapes, {' and '.join(map(str, sorted(shapes)))}.",
                 "Make them with the same max_tokens.",
             )
+        if len(dtypes := {x.dtype for x in column}) > 1:
+            raise fail(
+                "state.stack",
+                f"the states keep one thing in different dtypes, {' and '.join(sorted(map(str, dtypes)))}.",
+                "Make them with the same cache_dtype, by one model.",
+            )
     return pytree.tree_unflatten([torch.cat(column) for column in columns], spec)
 
 

@@ -51,3 +51,20 @@ def test_steps_are_captured_in_a_graph_and_full_states_give_nan() -> None:
         want = layer.step_(x[:, i], plain)
         torch.testing.assert_close(y, want, equal_nan=True)
         assert bool(y.isnan().all()) == (i >= 8)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@torch.no_grad()
+def test_sixteen_bits_in_the_cache_change_nothing_of_a_layer_in_them(window: int | None) -> None:
+    torch.manual_seed(0)
+    layer = sl.Attention(128, 4, window=window, max_tokens=64, **OPTIONS).to("cuda", torch.bfloat16)
+    x = torch.randn(2, 60, 128, device="cuda", dtype=torch.bfloat16)
+    outputs = []
+    for cache in (None, torch.bfloat16):
+        layer.cache_dtype = cache
+        y, state = layer.extend(x[:, :50], layer.init_state(2))
+        assert state.keys.dtype == (cache or torch.float32)
+        outputs.append(torch.cat([y, *(layer.step_(x[:, i], state)[:, None] for i in range(50, 60))], 1))
+    assert torch.equal(*outputs)
+    whole = layer(x).float()
+    assert (outputs[1].float() - whole).abs().max() <= 2e-2 * whole.abs().max()  # the bound of layers

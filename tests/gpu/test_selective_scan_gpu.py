@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stateline import backends, ops
-from stateline.ops import nvrtc
+from stateline.ops import cuda, nvrtc
 from stateline.ops.selective_scan import gpu, reference
 
 pytestmark = pytest.mark.gpu
@@ -192,7 +192,8 @@ def test_tiles_of_a_device_with_less_shared_memory(monkeypatch, dtype):
     check(inputs(1, 130, 40, 16, dtype=dtype, sequences=3), [(0, 0, 64), (0, 64, 97), (0, 97, 130)])
 
 
-def test_raw_ops_have_the_shapes_that_tracing_expects():
+def test_raw_ops_have_the_shapes_that_tracing_expects(monkeypatch):
+    monkeypatch.setattr(cuda, "empty", lambda shape, dtype, like: like.new_empty(shape, dtype=dtype))  # no fences
     u, dt, A, B, C, D, z, bias, softplus, state = moved(inputs(2, 70, 40, 16), "cuda")
     head, where = (u, dt, A, B, C, D, z, bias, softplus), (state, None, False)
     raw, checks = torch.ops.stateline, ("test_schema", "test_faketensor")
@@ -276,7 +277,7 @@ def test_covered_systems_take_the_cuda_kernels():
 def test_without_nvrtc_triton_stands_in_and_says_so_once(monkeypatch):
     args = moved(inputs(2, 150, 40, 16, dtype=torch.bfloat16), "cuda")
     usual = [*gpu.forward(*args, None, False), *gpu.backward(args[0], args[-1], *args, None, False)]
-    monkeypatch.setattr(nvrtc, "problem", lambda: "libnvrtc.so.13 was not found.")
+    monkeypatch.setattr(nvrtc, "problem", lambda device: "libnvrtc.so.13 was not found.")
     backends.say_once.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"cannot be compiled here: libnvrtc.so.13 was not found; ") as said:
         other = [*gpu.forward(*args, None, False), *gpu.backward(args[0], args[-1], *args, None, False)]

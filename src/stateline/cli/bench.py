@@ -22,6 +22,7 @@ examples:
   stateline bench                      a random Mamba of 130M parameters, about two minutes
   stateline bench --quick              a small one, some seconds: to see that all is well
   stateline bench --model runs/book    your own
+  stateline bench --model hybrid --room 10000   one whose attention keeps every token
   stateline bench --threads 4 --json   for scripts and bug reports
 
 prefill: tokens/s of reading a prompt, bound by arithmetic, with the share of the matrix rate it reaches.
@@ -38,6 +39,8 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--model", help=f"{NAMED} (default: random weights, 130M parameters)")
     parser.add_argument("--quick", action="store_true", help="a smaller random model, shorter measurements")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+    room = "tokens to have room for, if the model's attention keeps all: 8192 and more"
+    parser.add_argument("--room", type=positive, metavar="N", help=room)
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
@@ -77,7 +80,10 @@ def _model(options: argparse.Namespace, effort: Effort) -> LanguageModel:
 
     if options.model is None:
         return bench.random_model(effort.model)
-    return stateline.load(source_of(options.model), dtype=torch.float32)
+    model = stateline.load(source_of(options.model), dtype=torch.float32)
+    model.max_tokens = options.room
+    model.check_room(model.init_state(1), max(*bench.PREFILL, effort.text + 1))  # before any work
+    return model
 
 
 def _measure(

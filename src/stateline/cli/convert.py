@@ -14,10 +14,14 @@ from stateline.cli.parser import DTYPES, NAMED, Parser, UsageError, directory_of
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
 PROGRAMS = ("export", "onnx")  # one file each, which runs and is not read back
 GGUF = "gguf"
+VLLM = "vllm"
 QUANTISED = ("Q8_0", "Q4_0")
 INT8 = "int8"  # how matrices may be stored, by this project's format alone; no dtype of a model
 #: Files that belong to a checkpoint's tokenizer and go along.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
 #: What a directory with a checkpoint may hold for --force to replace it; anything else there is somebody's work.
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 BESIDE = ("config.json", "*.index.json", "README.md", "vocab.json", "merges.txt", "tokenizer.model", *TOKENIZER_FILES)
@@ -29,6 +33,7 @@ formats:
   stateline     config.json + model.safetensors, this project's own
   mamba_ssm     config.json + pytorch_model.bin, for state-spaces/mamba
   huggingface   config.json + model.safetensors, for transformers' MambaForCausalLM
+  vllm          the same with a tokenizer, as vLLM and SGLang serve it
   gguf          one file with the tokenizer in it, for llama.cpp; --dtype also Q8_0 or Q4_0, 8 or 4 bits a weight
 
 programs, for running elsewhere; each takes ids and a state and gives logits and a state:
@@ -40,6 +45,7 @@ examples:
   stateline convert runs/book book-hf --to huggingface
   stateline convert my-mamba small --dtype bfloat16 --force
   stateline convert my-mamba smaller --dtype int8      matrices in eight bits, a scale a row; this project's own alone
+  stateline convert runs/book served --to vllm --dtype bfloat16     then: vllm serve served
   stateline convert bundled model.onnx --to onnx
   stateline convert bundled model.gguf --to gguf
   stateline convert mamba-130m mamba.gguf --to gguf --dtype Q8_0
@@ -52,10 +58,12 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("source", metavar="IN", help=NAMED)
     parser.add_argument("target", metavar="OUT", help="a directory to make, or a file for gguf and programs")
-    parser.add_argument("--to", choices=(*FORMATS, GGUF, *PROGRAMS), default="stateline", help="(default: stateline)")
+    parser.add_argument(
+        "--to", choices=(*FORMATS, VLLM, GGUF, *PROGRAMS), default="stateline", help="(default: stateline)"
+    )
     kinds = (*DTYPES, INT8, *QUANTISED)
     parser.add_argument("--dtype", choices=kinds, help="of the weights (default: as loaded; onnx: float32)")
-    none = "leave the tokenizer out of a gguf file (llama.cpp then reads ids alone)"
+    none = "leave the tokenizer out (of gguf and vllm, whose programs then read ids alone)"
     parser.add_argument("--no-tokenizer", action="store_true", help=none)
     replaced = "replace OUT if it holds a checkpoint and nothing else, or if it is a file and a file is made"
     parser.add_argument("--force", action="store_true", help=replaced)
@@ -68,9 +76,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"{target} exists; --force replaces it")
     if options.dtype == INT8 and options.to != "stateline":
         raise UsageError(f"--dtype int8 goes with --to stateline, not with {options.to}")
-    if options.to != GGUF and (options.dtype in QUANTISED or options.no_tokenizer):
-        wrong = "--no-tokenizer" if options.no_tokenizer else f"--dtype {options.dtype}"
-        raise UsageError(f"{wrong} is for --to {GGUF}")
+    if options.to != GGUF and options.dtype in QUANTISED:
+        raise UsageError(f"--dtype {options.dtype} is for --to {GGUF}")
+    if options.to not in (GGUF, VLLM) and options.no_tokenizer:
+        raise UsageError(f"--no-tokenizer is for --to {GGUF} and {VLLM}")
     if options.to == GGUF:
         return _write_gguf(options, target)
     if options.to in PROGRAMS:
@@ -91,8 +100,11 @@ def run(options: argparse.Namespace) -> int:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}.") as temporary:
         made = Path(temporary) / "new"
-        stateline.save(model, made, format=options.to, dtype=dtype)
-        _copy_tokenizer(directory_of(options.source), made)
+        here = directory_of(options.source)
+        tokenizer = None if options.to != VLLM else "none" if options.no_tokenizer else here
+        stateline.save(model, made, format=options.to, dtype=dtype, tokenizer=tokenizer)
+        if options.to != VLLM:  # which has it, described as servers want it
+            _copy_tokenizer(here, made)
         _swap(made, target, Path(temporary) / "old")
     print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {size_of(target) / 1e6:,.2f} MB")
     return 0

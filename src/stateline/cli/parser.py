@@ -18,6 +18,7 @@ Later = Callable[[argparse.ArgumentParser], None]
 
 WEIGHTS = ("bf16", "int8", "int4")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+CACHES = ("bfloat16", "float16")
 
 
 class UsageError(ValueError):
@@ -65,7 +66,7 @@ def new_parser(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype, --weights, --threads, --room."""
+    """--device, --dtype, --weights, --threads, --room, --cache-dtype."""
     group = parser.add_argument_group("where it runs")
     group.add_argument("--device", help='e.g. "cpu", "cuda:0" (default: cpu)')
     bits = group.add_mutually_exclusive_group()
@@ -75,6 +76,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--room", type=positive, metavar="N", help="tokens to have room for, if the model's attention keeps all"
     )
+    group.add_argument("--cache-dtype", choices=CACHES, help="what attention keeps tokens in (default: float32)")
 
 
 def load_model(options: argparse.Namespace) -> LanguageModel:
@@ -90,6 +92,8 @@ def load_model(options: argparse.Namespace) -> LanguageModel:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     model = stateline.load(source_of(options.model), device=options.device, dtype=dtype)
     model.max_tokens = options.room
+    if options.cache_dtype is not None:
+        model.cache_dtype = options.cache_dtype
     return model if options.weights is None else stateline.prepare_for_decode(model, options.weights)
 
 

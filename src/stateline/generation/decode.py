@@ -89,6 +89,8 @@ def explain(model: LanguageModel) -> str | None:
     for block in model.backbone.layers:
         if not isinstance(block, Block) or type(block.mixer) is not Mamba:
             return f"a block holds {type(getattr(block, 'mixer', block)).__name__}, the native call knows Mamba"
+        if block.mixer.b_c_dt_rms_eps is not None:
+            return "a block's Mamba normalises dt, B and C, the native call knows it without"
         wrapped = [
             n
             for n, m in block.named_modules()

@@ -19,6 +19,7 @@ from stateline.generation import device_sampling
 from stateline.generation.device_sampling import HALF, READY, Plan
 from stateline.generation.request import Request
 from stateline.generation.sampling import GeneratedToken, SamplingConfig
+from stateline.ops import cuda
 
 if TYPE_CHECKING:
     from stateline.models import LanguageModel
@@ -230,7 +231,7 @@ class DeviceSlots:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._captured.values())).pool() if self._captured else None
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=self._aside, capture_error_mode="thread_local"):
+            with cuda.capture(graph, self._aside, pool):
                 self._step(self.rows.view(b), plan)
         except RuntimeError as error:
             problem = f"a step of this model cannot be captured as a CUDA graph: {error}"

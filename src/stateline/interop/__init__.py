@@ -8,7 +8,7 @@ import torch
 
 from stateline import checks
 from stateline.files import BUNDLED_NAMES, bundled
-from stateline.interop import gguf, hub, huggingface, mamba_ssm
+from stateline.interop import gguf, hub, huggingface, mamba_ssm, servers
 from stateline.interop.export import export_model, exported_program, load_exported
 from stateline.models import LanguageModel, checkpoint
 from stateline.models.checkpoint import CheckpointError
@@ -21,6 +21,7 @@ __all__ = [
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
 GGUF = "gguf"  # one file, for llama.cpp; written and not read
+VLLM = "vllm"  # "huggingface" with a tokenizer, as vLLM and SGLang serve it
 _LOAD = {"stateline": checkpoint.load, "mamba_ssm": mamba_ssm.load, "huggingface": huggingface.load}
 _SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface": huggingface.save}
 
@@ -67,7 +68,7 @@ def save(
     dtype: torch.dtype | str | None = None,
     tokenizer: str | Path | None = None,
 ) -> None:
-    """Write a model to a directory as "stateline", "mamba_ssm" or "huggingface", or to one file as "gguf".
+    """Write a model to a directory as "stateline", "mamba_ssm", "huggingface" or "vllm", or to one file as "gguf".
 
     Every file is whole or not there. Ours changes in one rename; the other directories are two files, renamed one after
     the other, and older weights beside them are removed.
@@ -75,17 +76,18 @@ def save(
     dtype: of the stored weights; None stores them as they are; torch.int8, for "stateline" alone, is eight bits for
         matrices with a scale a row. Time constants are never rounded. For "gguf" also one of `gguf.KINDS`, such as
         "Q8_0".
-    tokenizer: for "gguf" alone, which holds it: a directory with tokenizer.json, or "none"; see `gguf.save`.
+    tokenizer: for "gguf" and "vllm", which hold it: a directory with tokenizer.json, or "none"; None for the bytes of
+        a vocabulary of 256.
 
     Raises ValueError for what the format cannot express, and where the directory holds a model in another format.
     """
-    checks.choice("save", "format", format, (*FORMATS, GGUF))
+    checks.choice("save", "format", format, (*FORMATS, VLLM, GGUF))
     if format == GGUF:
         kind = gguf.KIND_OF.get(dtype) if isinstance(dtype, torch.dtype) else dtype
         if dtype is not None and kind is None:
             raise checks.fail("save", f"dtype is {dtype}, GGUF has {', '.join(gguf.KINDS)}.")
         return gguf.save(model, path, kind, tokenizer=tokenizer)
-    if tokenizer is not None:
+    if tokenizer is not None and format != VLLM:
         raise checks.fail(
             "save", f"tokenizer was given for format={format!r}.", "Copy tokenizer.json beside the weights."
         )
@@ -97,8 +99,10 @@ def save(
     target = Path(path).expanduser()
     if (target / checkpoint.CONFIG).exists():
         there = detect(target)
-        if there != format:
+        if there != ("huggingface" if format == VLLM else format):
             raise checks.fail("save", f"{target} holds a {there} model.", "Choose another directory.")
+    if format == VLLM:
+        return servers.save(model, target, dtype=dtype, tokenizer=tokenizer)
     _SAVE[format](model, target, dtype=dtype)
 
 

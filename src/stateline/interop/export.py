@@ -135,6 +135,9 @@ def _check_float32(model: LanguageModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise checks.fail(OP, f"{name} is {parameter.dtype}, ONNX models are float32.", "Export model.float().")
+    if model.cache_dtype is not None:
+        remedy = "Set model.cache_dtype = None."
+        raise checks.fail(OP, f"the state's cache_dtype is {model.cache_dtype}, ONNX models are float32.", remedy)
 
 
 def _export_writer(program: ExportedProgram) -> Callable[[Path], None]:

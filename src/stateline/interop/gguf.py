@@ -181,6 +181,8 @@ def _mamba_problems(mixer: Mamba) -> list[str]:
     problems = []
     if mixer.d_inner != 2 * mixer.d_model:
         problems.append(f"expand is {mixer.expand} (2 only there)")
+    if mixer.b_c_dt_rms_eps is not None:
+        problems.append("b_c_dt_rms_eps is set (norms of dt, B and C have the other norms' eps there)")
     if mixer.in_proj.bias is not None:
         problems.append("bias is True (the projections have none there)")
     return problems

@@ -1,16 +1,18 @@
-"""The format of Hugging Face transformers for Mamba and Mamba-2: config.json and safetensors, whole or sharded."""
+"""Hugging Face's format for Mamba, FalconMamba and Mamba-2: config.json and safetensors, whole or sharded."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from stateline import checks
 from stateline.files import share
@@ -85,7 +87,14 @@ MAMBA2 = Kind(
         "bias": ("use_bias", False),
     },
 )
-KINDS = {kind.name: kind for kind in (MAMBA, MAMBA2)}
+#: Mamba whose dt, B and C are normalised.
+FALCON = replace(
+    MAMBA,
+    name="falcon_mamba",
+    architecture="FalconMambaForCausalLM",
+    mixer=MAMBA.mixer | {"b_c_dt_rms_eps": ("mixer_rms_eps", 1e-6)},
+)
+KINDS = {kind.name: kind for kind in (MAMBA, MAMBA2, FALCON)}
 #: Carried through in metadata["huggingface"]: they say nothing about the model, but generation there needs them.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -107,16 +116,19 @@ def load(
 
 
 def read_config(values: dict[str, Any], path: Path) -> ModelConfig:
-    """transformers' MambaConfig or Mamba2Config as ours. Keys about training or generation are left aside."""
+    """transformers' configuration of a kind in `KINDS` as ours. Keys about training or generation are left aside."""
     name = values.get("model_type")
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        known = " and ".join(map(repr, KINDS))
-        raise CheckpointError(f"{path} has model_type {name!r}; of Hugging Face's, {known} are supported.")
+        known = ", ".join(map(repr, KINDS))
+        raise CheckpointError(f"{path} has model_type {name!r}; of Hugging Face's, these are supported: {known}.")
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"{path}: hidden_act is {values['hidden_act']!r}, supported is 'silu'.")
     ours = {name: values.get(key, default) for name, (key, default) in kind.model.items()}
     mixer = {name: _plain(values.get(key, default)) for name, (key, default) in kind.mixer.items()}
+    inner, width = values.get("intermediate_size"), ours["d_model"]
+    if kind is FALCON and all(isinstance(size, int) and size > 0 for size in (inner, width)):
+        mixer["expand"] = inner / width  # their files say 16 beside a width that is twice the model's, which counts
     if kind is MAMBA2 and ours["norm_eps"] != 1e-5:  # theirs is one for all norms
         mixer["norm_eps"] = ours["norm_eps"]
     try:
@@ -142,11 +154,16 @@ def _plain(value: Any) -> Any:
 
 
 def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model so that transformers reads it as MambaForCausalLM or Mamba2ForCausalLM.
+    """Write a model so that transformers reads it: as MambaForCausalLM, FalconMambaForCausalLM or Mamba2ForCausalLM.
 
     Other weights there go once these are written.
     Rows that only pad the embedding are left out. Raises ValueError for what transformers cannot express.
     """
+    write(*contents(model, dtype), Path(directory))
+
+
+def contents(model: LanguageModel, dtype: torch.dtype | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, named weights) of a model as transformers has them; `dtype`: of the stored matrices."""
     values = write_config(model)
     tensors = weights(model, dtype)
     rows = model.config.vocab_size
@@ -154,36 +171,38 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
     if HEAD in tensors:
         tensors[HEAD] = tensors[HEAD][:rows].contiguous()
     values["dtype"] = str(tensors[THEIRS].dtype).removeprefix("torch.")
+    return values, tensors
 
-    def write(folder: Path) -> None:
+
+def write(
+    values: dict[str, Any],
+    tensors: dict[str, Tensor],
+    directory: Path,
+    more: Mapping[str, Callable[[Path], Any]] | None = None,
+) -> None:
+    """Put weights, then files by name (`more`: what writes each), then the configuration in their place."""
+    others = dict(more or {})
+
+    def make(folder: Path) -> None:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         share(folder / "model.safetensors")
+        for name, put in others.items():
+            put(folder / name)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
-    write_aside(Path(directory), write, ["model.safetensors", "config.json"])
-    remove_others(Path(directory), "model.safetensors")
+    write_aside(directory, make, ["model.safetensors", *others, "config.json"])
+    remove_others(directory, "model.safetensors")
 
 
 def write_config(model: LanguageModel) -> dict[str, Any]:
-    """Our configuration as transformers' MambaConfig or Mamba2Config, every key explicit."""
+    """Our configuration as transformers', every key explicit."""
+    if wrong := problems(model):
+        raise checks.fail(
+            "save", f"transformers cannot express this model: {'; '.join(wrong)}.", 'Use format="stateline".'
+        )
     config = model.config
     mixer: Any = config.make_mixer(device="meta")
-    kind = next(k for k in KINDS.values() if k.layer == config.ssm_cfg.get("layer", "Mamba1"))
-    problems = []
-    if config.attn_layer_idx:
-        problems.append(f"attn_layer_idx is {config.attn_layer_idx} (no attention there)")
-    if config.d_intermediate:
-        problems.append(f"d_intermediate is {config.d_intermediate} (no MLP there)")
-    if not config.rms_norm:
-        problems.append("rms_norm is False (RMSNorm only there)")
-    if mixer.expand != int(mixer.expand):
-        problems.append(f"expand is {mixer.expand} (whole numbers only there)")
-    if kind is MAMBA2:
-        problems += _beyond_mamba2(mixer, config.norm_eps)
-    if problems:
-        raise checks.fail(
-            "save", f"transformers cannot express this model: {'; '.join(problems)}.", 'Use format="stateline".'
-        )
+    kind = _kind(config, mixer)
     given = _defaults(mixer, kind) | config.ssm_cfg | {"expand": int(mixer.expand)}
     values: dict[str, Any] = {"architectures": [kind.architecture], "model_type": kind.name}
     values |= {key: getattr(config, name) for name, (key, _) in kind.model.items()}
@@ -197,6 +216,34 @@ def write_config(model: LanguageModel) -> dict[str, Any]:
         values["time_step_rank"] = mixer.dt_rank
     ids = model.metadata.get("huggingface", {})
     return values | {key: ids.get(key) for key in TOKEN_IDS}
+
+
+def problems(model: LanguageModel) -> list[str]:
+    """What of a model transformers has no words for."""
+    config = model.config
+    mixer: Any = config.make_mixer(device="meta")
+    kind = _kind(config, mixer)
+    found = []
+    if config.attn_layer_idx:
+        found.append(f"attn_layer_idx is {config.attn_layer_idx} (no attention there)")
+    if config.d_intermediate:
+        found.append(f"d_intermediate is {config.d_intermediate} (no MLP there)")
+    if not config.rms_norm:
+        found.append("rms_norm is False (RMSNorm only there)")
+    if mixer.expand != int(mixer.expand):
+        found.append(f"expand is {mixer.expand} (whole numbers only there)")
+    if kind is MAMBA2:
+        found += _beyond_mamba2(mixer, config.norm_eps)
+    return found
+
+
+def _kind(config: ModelConfig, mixer: Any) -> Kind:
+    """Theirs for the mixer of a model; ValueError for a mixer of the user's own."""
+    layer = config.ssm_cfg.get("layer", "Mamba1")
+    found = next((kind for kind in KINDS.values() if kind.layer == layer), None)
+    if found is None:
+        raise checks.fail("save", f"transformers has no mixer for {layer}.", 'Use format="stateline".')
+    return FALCON if found is MAMBA and mixer.b_c_dt_rms_eps is not None else found
 
 
 def _defaults(mixer: Any, kind: Kind) -> dict[str, Any]:

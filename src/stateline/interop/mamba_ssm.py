@@ -26,7 +26,7 @@ KERNELS = "fused_add_norm"  # a key that chooses kernels: its values change noth
 #: Arguments of its mixers that choose kernels, or how work is cut for them.
 KERNEL_CHOICES = ("use_fast_path", "use_mem_eff_path", "chunk_size")
 #: Arguments of our attention that mamba_ssm's lacks.
-OWN = ("window", "max_tokens")
+OWN = ("window", "max_tokens", "cache_dtype")
 
 
 def load(
@@ -89,7 +89,7 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
     values = {key: value for key, value in config.to_dict().items() if key != "norm_eps"}
     values["ssm_cfg"] = _their_mixer(config.ssm_cfg)
     values.update(attn_layer_idx=config.attn_layer_idx, attn_cfg={}, fused_add_norm=True)
-    if config.attn_layer_idx:  # room for tokens is no property of the model there
+    if config.attn_layer_idx:  # how a cache is kept is no property of the model there
         known = {key: value for key, value in config.attn_cfg.items() if key not in OWN}
         values["attn_cfg"] = known | {"causal": True}
     tensors = weights(model, dtype)
@@ -111,6 +111,11 @@ def _their_mixer(ours: dict[str, Any]) -> dict[str, Any]:
         raise checks.fail(
             "save", f"the mixer's norm_eps is {ours['norm_eps']}, mamba_ssm has only {EPS}.", 'Use format="stateline".'
         )
+    if theirs.pop("b_c_dt_rms_eps", None) is not None:
+        raise checks.fail(
+            "save", "b_c_dt_rms_eps is set, mamba_ssm's Mamba does not normalise dt, B and C.",
+            'Use format="huggingface".',
+        )  # fmt: skip
     if "dt_limit" in theirs:
         low, high = check_limit("save", theirs["dt_limit"])
         theirs["dt_limit"] = [max(low, 0.0), high]  # after softplus, which is never below 0

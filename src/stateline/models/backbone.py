@@ -128,7 +128,9 @@ class ModelConfig:
 
 
 def _as_json(value: Any) -> Any:
-    """A mixer's argument as a checkpoint keeps it: pairs as lists, a bound that is infinite as None."""
+    """A mixer's argument as a checkpoint keeps it: pairs as lists, an infinite bound as None, a dtype by its name."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     if not isinstance(value, list | tuple):
         return value
     return [None if isinstance(v, float) and math.isinf(v) else v for v in value]

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from stateline import checks
 from stateline.models.backbone import Backbone, ModelConfig, ModelState, check_ids
 from stateline.models.loss import mean_cross_entropy, piece_of
+from stateline.nn.attention import Attention, check_cache_dtype
 from stateline.nn.mixer import Lengths, padding
 
 INTEGERS = (torch.int32, torch.int64)
@@ -35,7 +36,7 @@ class LanguageModel(nn.Module):
 
     Names of parameters are mamba_ssm's. `metadata`: a dict that travels with checkpoints (tokenizer, training, card).
     `max_tokens`: how many tokens of a sequence states have room for where attention keeps them all (None: what
-    `attn_cfg` says); set it at will. Other models need no such bound.
+    `attn_cfg` says); set it at will. Other models need no such bound. `cache_dtype`: what attention keeps in them.
 
     >>> model = LanguageModel(ModelConfig(d_model=16, n_layer=2, vocab_size=256))
     >>> ids = torch.randint(256, (1, 8))
@@ -61,6 +62,24 @@ class LanguageModel(nn.Module):
         self.backbone = Backbone(config, device=device, dtype=dtype)
         self.lm_head = nn.Linear(config.d_model, config.embedding_rows, bias=False, device=device, dtype=dtype)
         self.tie_weights()
+
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """What states made from now on keep keys and values of attention in: a 16-bit dtype, or None for float32."""
+        return next((layer.cache_dtype for layer in self._attention()), None)
+
+    @cache_dtype.setter
+    def cache_dtype(self, dtype: torch.dtype | str | None) -> None:
+        """Choose it for all of the model's attention; ValueError where there is none, or for another dtype."""
+        chosen = check_cache_dtype("LanguageModel", dtype)
+        layers = self._attention()
+        if chosen is not None and not layers:
+            raise checks.fail("LanguageModel", f"cache_dtype is {chosen}, and the model has no attention to use it.")
+        for layer in layers:
+            layer.cache_dtype = chosen
+
+    def _attention(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def tie_weights(self) -> None:
         """Make the output matrix the embedding again, where the configuration says so (after weights were replaced)."""

@@ -28,6 +28,7 @@ OP = "Attention"
 MLP_MULTIPLE = 256  # widths of mamba_ssm's inner MLP are rounded up to it
 #: Entries of a mask built at once: queries are taken in blocks, so that memory grows with the length, not its square.
 MASK_ENTRIES = 1 << 22
+CACHE_DTYPES = (torch.bfloat16, torch.float16)
 BLOCK = 256  # queries a block at least, where a window is short
 
 
@@ -35,7 +36,8 @@ BLOCK = 256  # queries a block at least, where a window is short
 class AttentionState:
     """What a sequence carries from token to token; of constant size, float32 (float64 in a float64 layer).
 
-    keys, values: (b, c, g, p) the last c tokens at most, a token's place modulo c being its slot; keys are turned.
+    keys, values: (b, c, g, p) the last c tokens at most, a token's place modulo c being its slot; keys are turned. In
+        the layer's `cache_dtype`, if it has one.
     conv: (b, k−1, channels) the last inputs of the convolution, empty without one.
     position: (b) int64, tokens read so far.
     """
@@ -74,6 +76,9 @@ class Attention(Mixer):
         rotary_emb_base: their slowest angle's base.   rotary_emb_interleaved: pairs are neighbours, not halves.
         window: how many tokens a token sees, itself included; None: all before it.
         max_tokens: the longest sequence that states made without another bound have room for.
+        cache_dtype: torch.bfloat16 or torch.float16, or its name: states keep keys and values in it, in half the memory
+            of float32. To a layer of that dtype it makes no difference, another gets that dtype's precision. An
+            attribute too, for states to come.
 
     The state keeps min(window, max_tokens) tokens. Without a window a longer sequence than that is refused (where
     values cannot be read, as on a GPU or in a compiled graph, outputs from there on are NaN), and `init_state` needs to
@@ -106,11 +111,13 @@ class Attention(Mixer):
         rotary_emb_interleaved: bool = False,
         window: int | None = None,
         max_tokens: int | None = None,
+        cache_dtype: torch.dtype | str | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.cache_dtype = check_cache_dtype(OP, cache_dtype)
         self.d_model, self.num_heads = d_model, num_heads
         self.num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
         for name, value in (("d_model", d_model), ("num_heads", num_heads), ("num_heads_kv", self.num_heads_kv)):
@@ -178,7 +185,8 @@ class Attention(Mixer):
                 "Give init_state max_tokens, set the model's (model.max_tokens = 8192; --room), or choose a window.",
             )
         made: dict[str, Any] = {"device": device or self.anchor.device, "dtype": wide(self.anchor.dtype)}
-        keys = torch.zeros(batch, min(bounds), self.num_heads_kv, self.head_dim, **made)
+        kept = made if self.cache_dtype is None else made | {"dtype": self.cache_dtype}
+        keys = torch.zeros(batch, min(bounds), self.num_heads_kv, self.head_dim, **kept)
         conv = torch.zeros(batch, max(self.d_conv - 1, 0), self.channels, **made)
         position = torch.zeros(batch, dtype=torch.int64, device=made["device"])
         return AttentionState(keys, torch.zeros_like(keys), conv, position)
@@ -374,6 +382,14 @@ class Attention(Mixer):
         """Sizes, for print(model)."""
         heads = f"num_heads={self.num_heads}, num_heads_kv={self.num_heads_kv}, head_dim={self.head_dim}"
         return f"d_model={self.d_model}, {heads}, window={self.window}"
+
+
+def check_cache_dtype(op: str, given: torch.dtype | str | None) -> torch.dtype | None:
+    """What `cache_dtype` names; ValueError for anything but the 16-bit dtypes and None."""
+    found = next((dtype for dtype in CACHE_DTYPES if given in (dtype, str(dtype).removeprefix("torch."))), None)
+    if found is None and given is not None:
+        raise checks.fail(op, f"cache_dtype is {given!r}, expected torch.bfloat16, torch.float16 or None.")
+    return found
 
 
 def _joined(parts: list[Tensor], dim: int, empty: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ class Mamba(Mixer):
         dt_min, dt_max, dt_init_floor: initial step sizes are log-uniform in [dt_min, dt_max], at least the floor.
         dt_init, dt_scale: initial step-size weights, "random" in ± dt_rank^−½ · dt_scale or "constant" at that value.
         conv_bias, bias: give the convolution, the two outer projections a bias.
+        b_c_dt_rms_eps: dt (before its projection), B and C are divided by their root mean square, this added to its
+            square, as in FalconMamba; None for Mamba as it was published. (mamba_ssm has none.)
 
     A_log, D and dt_proj.bias stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state.
     Projections are called as modules, so adapters and quantised Linears may replace them; one that replaces `dt_proj`
@@ -118,6 +120,7 @@ class Mamba(Mixer):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        b_c_dt_rms_eps: float | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -132,6 +135,9 @@ class Mamba(Mixer):
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         checks.number(OP, "int(expand · d_model)", self.d_inner, low=1, integer=True)
+        if b_c_dt_rms_eps is not None:
+            checks.number(OP, "b_c_dt_rms_eps", b_c_dt_rms_eps, low=0, open_low=True)
+        self.b_c_dt_rms_eps = b_c_dt_rms_eps
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         checks.number(OP, "dt_rank", self.dt_rank, low=1, integer=True)  # type: ignore[arg-type]  # a wrong string fails here
 
@@ -225,6 +231,8 @@ class Mamba(Mixer):
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u (…, e) -> dt (…, e) before bias and softplus, B, C (…, n)."""
         dt, B, C = self.x_proj(u).split([int(self.dt_rank), self.d_state, self.d_state], dim=-1)
+        if (eps := self.b_c_dt_rms_eps) is not None:
+            dt, B, C = (ops.rms_norm(v, torch.ones(v.shape[-1], device=v.device), eps=eps)[0] for v in (dt, B, C))
         return self.dt_proj(dt), B, C
 
     def _skip_and_bias(self, u: Tensor) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""How tensors reach the GPU kernels: layouts they read, where sequences are cut, launches on the right device."""
+"""How tensors reach GPU kernels: layouts they read, where sequences are cut, launches on the right device, graphs."""
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +17,8 @@ from torch import Tensor
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 Grid = tuple[int, int, int]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def data(x: Tensor) -> Tensor:
@@ -35,6 +42,84 @@ def tokens(x: Tensor, segments: Tensor | None) -> Tensor:
     """Memory for a result like x (b, t, d), contiguous; zeros where segments may leave tokens unwritten."""
     y = empty(x.shape, x.dtype, x)
     return y if segments is None else y.zero_()
+
+
+@contextmanager
+def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> Iterator[None]:
+    """Record what is launched inside as `graph`, on `stream` and with the memory of `pool`, as `torch.cuda.graph` does.
+
+    A capture that fails leaves PyTorch's random generator waiting for its end, and every later draw on the device is
+    refused; one that succeeds, here of a single launch, ends that. The failure itself is raised.
+    """
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield
+    except BaseException:
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=stream.device)
+        raise
+
+
+class _NotCompiledError(Exception):
+    """A kernel is wanted that has not been compiled, where those should be compiled side by side."""
+
+
+class _Launching(threading.local):
+    """What a launch of this thread does. held: inside `side_by_side`.   jobs: if not None, kernels to compile go there,
+    (device, what Triton promises), and nothing is launched."""
+
+    held = False
+    jobs: list[tuple[int, Any]] | None = None
+
+
+_launching = _Launching()
+
+
+def side_by_side(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that launches several kernels: those not compiled yet are compiled at once, in threads.
+
+    Nearly all of the compiler's time is spent outside Python. The function is begun again after it met such a kernel,
+    so it must change nothing but memory of its own.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **named: P.kwargs) -> T:
+        if _launching.held:
+            return function(*args, **named)
+        _launching.held = True
+        try:
+            return function(*args, **named)
+        except _NotCompiledError:
+            pass
+        finally:
+            _launching.held = False
+        _compile(lambda: function(*args, **named))
+        return function(*args, **named)
+
+    return run
+
+
+def _compile(launches: Callable[[], object]) -> None:
+    """Compile the kernels that `launches` wants, launching none. Errors are left to the launch that meets them."""
+    import triton
+
+    with ThreadPoolExecutor() as pool:
+        _launching.jobs = []
+        try:
+            with triton.AsyncCompileMode(pool, ignore_errors=True):
+                launches()
+        finally:
+            jobs, _launching.jobs = _launching.jobs, None
+        list(pool.map(_load, jobs))
+
+
+def _load(job: tuple[int, Any]) -> None:
+    """Load a compiled kernel, for which Triton builds a small library."""
+    device, promised = job
+    kernel = promised.result(ignore_errors=True) if hasattr(promised, "result") else promised
+    if kernel is not None:
+        with torch.cuda.device(device):
+            kernel.run  # noqa: B018  # a property, which loads
 
 
 class Kernel:
@@ -74,7 +159,13 @@ class Kernel:
             plain.append(x)
         key = tuple(kinds)  # all that Triton compiles a variant for
         variant = self._variants.get(key)
-        if variant is None:
+        if _launching.jobs is not None:
+            if variant is None:
+                promised = self._function.warmup(*arguments, *constants, grid=grid, num_warps=warps)
+                _launching.jobs.append((device, promised))
+        elif variant is None:
+            if _launching.held:
+                raise _NotCompiledError
             self._variants[key] = self._function[grid](*arguments, *constants, num_warps=warps)
         else:
             variant[grid](*plain, *constants)

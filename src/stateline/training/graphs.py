@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stateline.checks import fail
 from stateline.models import LanguageModel
+from stateline.ops import cuda
 from stateline.training.data import Batch
 
 #: Passes before recording: kernels are compiled, libraries make their handles and workspaces.
@@ -69,7 +70,7 @@ class Gradients:
             torch.cuda.synchronize()
             self._clear()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):  # computes nothing
+            with cuda.capture(graph, stream):  # computes nothing
                 self._loss = self._pass()
         self._graph = graph
 

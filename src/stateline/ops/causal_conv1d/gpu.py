@@ -67,6 +67,7 @@ def forward(
     return y, state
 
 
+@cuda.side_by_side
 def backward(
     dy: Tensor,
     dstate: Tensor,
@@ -85,6 +86,7 @@ def backward(
     return dx, *_gradients(dx, dy, None, dstate, *inputs, plan)
 
 
+@cuda.side_by_side
 def backward_halves(
     dy: Tensor,
     more: Tensor,

@@ -174,6 +174,7 @@ class _Call:
         return bool(self.runs.count and self.blocks)
 
 
+@cuda.side_by_side
 def forward(
     u: Tensor,
     dt: Tensor,
@@ -242,6 +243,7 @@ class _Gradient:
         return [_number(split[:, :, i].contiguous()) for i in range(self.numbers)], edges.t().contiguous()
 
 
+@cuda.side_by_side
 def backward(
     dy: Tensor,
     dstate: Tensor,

@@ -1,0 +1,99 @@
+"""The layers beside mamba_ssm's, of the same parameters, on a GPU: values, gradients, a prompt and tokens after it.
+
+Only its Triton kernels are needed, so a copy of its sources on PYTHONPATH will do (and einops); run with
+`pytest -m gpu tests/gpu/test_mamba_ssm_gpu.py`. Left out is what that library has wrong: docs/coming-from-mamba-ssm.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from where import INTERPRETED
+
+from stateline import nn as ours
+
+triton = pytest.importorskip("triton", reason="mamba_ssm computes through Triton")
+
+
+def one_configuration(configs: list[Any], key: list[str], **_: Any) -> Any:
+    """Instead of Triton's tuner, which tries for minutes: the configuration that needs least of a multiprocessor."""
+    least = min(configs, key=lambda c: (c.num_stages, sum(c.kwargs.values()), c.num_warps, c.maxnreg or 0))
+    return AUTOTUNE([least], key)
+
+
+AUTOTUNE = triton.autotune
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(triton, "autotune", one_configuration)
+    mamba_ssm = pytest.importorskip("mamba_ssm", reason="compares with mamba_ssm, which is not installed")
+
+from mamba_ssm.utils.generation import InferenceParams  # noqa: E402  # known only once mamba_ssm is
+
+pytestmark = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICE, D_MODEL = "cuda", 128
+#: Largest difference over largest value. Their products of float32 are taken in TF32, with 10 bits.
+BOUND = {torch.float32: 4e-3, torch.bfloat16: 3e-2}
+LAYERS = {
+    "Mamba2": {},
+    "Mamba2, skip a channel": {"D_has_hdim": True},
+    "Mamba2, no norm": {"rmsnorm": False},
+    "Mamba2, norm before gate": {"norm_before_gate": True},
+    "Mamba2, two groups": {"ngroups": 2},
+    "Mamba2, part through a gated unit": {"d_ssm": 128},
+    "Mamba2, limited steps": {"dt_limit": (0.01, 0.05)},
+}
+TOKENS = [name for name, options in LAYERS.items() if not {"D_has_hdim", "dt_limit"} & {*options}]
+
+
+def pair(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Our layer and theirs with the same parameters."""
+    torch.manual_seed(0)
+    kind = name.partition(",")[0]
+    options = {"headdim": 32, "d_state": 64, **LAYERS[name]}
+    theirs = getattr(mamba_ssm, kind)(D_MODEL, layer_idx=0, device=DEVICE, dtype=dtype, **options)
+    if hasattr(theirs, "use_mem_eff_path"):
+        theirs.use_mem_eff_path = False  # the other path needs causal_conv1d's CUDA build
+        theirs.chunk_size = 64  # more does not fit a multiprocessor in float32
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # nothing stays at zero or one
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    layer = getattr(ours, kind)(D_MODEL, device=DEVICE, dtype=dtype, **options)
+    layer.load_state_dict(theirs.state_dict())
+    return layer, theirs
+
+
+def near(got: Tensor, wanted: Tensor, bound: float, what: str) -> None:
+    error = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+    assert error < bound, f"{what}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_values_and_gradients_are_those_of_mamba_ssm(name: str, dtype: torch.dtype) -> None:
+    layer, theirs = pair(name, dtype)
+    x, dy = torch.randn(2, 2, 333, D_MODEL, device=DEVICE, dtype=dtype).unbind()
+    found = []
+    for module in (layer, theirs):
+        u = x.clone().requires_grad_()
+        y = module(u)
+        y.backward(dy)
+        found.append({"y": y.detach(), "input": u.grad} | {k: p.grad for k, p in module.named_parameters()})
+    assert found[0].keys() == found[1].keys()
+    for what, value in found[0].items():
+        near(value, found[1][what], BOUND[dtype], f"{name}: {what}")
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_prompt_and_tokens_after_it_are_those_of_mamba_ssm(name: str) -> None:
+    layer, theirs = pair(name, torch.float32)
+    x = torch.randn(2, 40, D_MODEL, device=DEVICE)
+    cache = InferenceParams(max_seqlen=40, max_batch_size=2)
+    with torch.no_grad():
+        y, state = layer.extend(x[:, :30], layer.init_state(2))
+        near(y, theirs(x[:, :30], inference_params=cache), BOUND[torch.float32], f"{name}: prompt")
+        for i in range(30, 40):
+            cache.seqlen_offset = i
+            wanted = theirs(x[:, i : i + 1], inference_params=cache)[:, 0]
+            near(layer.step_(x[:, i], state), wanted, BOUND[torch.float32], f"{name}: token {i}")
