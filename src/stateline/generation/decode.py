@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from stateline import backends, checks
 from stateline.models import LanguageModel, ModelState
-from stateline.nn import Block, LayerNorm, Mamba, PackedEmbedding, PackedLinear
+from stateline.nn import Block, LayerNorm, Mamba, Mamba2, PackedEmbedding, PackedLinear
 from stateline.nn.linear import PackedMatrix, gather
-from stateline.ops.decode_token import Layer, Matrix, Network, Norm, decode_token_
+from stateline.ops.decode_token import HeadLayer, Heads, Layer, Matrix, Network, Norm, decode_token_
+from stateline.ops.ssd import check_limit
 
 OP = "prepare_for_decode"
 LOG2E = 1.4426950408889634
@@ -86,9 +87,14 @@ def explain(model: LanguageModel) -> str | None:
     device = model.backbone.norm_f.weight.device.type
     if (why := _rejected(device)) is not None:
         return why
+    kinds: set[type] = set()
     for block in model.backbone.layers:
-        if not isinstance(block, Block) or type(block.mixer) is not Mamba:
-            return f"a block holds {type(getattr(block, 'mixer', block)).__name__}, the native call knows Mamba"
+        mixer = type(getattr(block, "mixer", block))
+        if not isinstance(block, Block) or mixer not in (Mamba, Mamba2):
+            return f"a block holds {mixer.__name__}, the native call knows Mamba and Mamba2"
+        kinds.add(mixer)
+        if len(kinds) > 1:
+            return "some blocks hold Mamba and others Mamba2, the native call knows stacks of one of them"
         wrapped = [
             n
             for n, m in block.named_modules()
@@ -141,7 +147,7 @@ def network_of(model: LanguageModel) -> Network:
     embedding, head = cast(PackedEmbedding, backbone.embedding), cast(PackedLinear, model.lm_head)
     return Network(
         vocabulary=model.config.vocab_size,
-        layers=tuple(_layer(block) for block in backbone.layers),
+        layers=cast("tuple[Layer, ...] | tuple[HeadLayer, ...]", tuple(_layer(block) for block in backbone.layers)),
         norm=_norm(backbone.norm_f),
         eps=model.config.norm_eps,
         embedding=_matrix(embedding.matrix, None),
@@ -149,18 +155,39 @@ def network_of(model: LanguageModel) -> Network:
     )
 
 
-def _layer(block: Any) -> Layer:
+def _layer(block: Any) -> Layer | HeadLayer:
     mixer = block.mixer
-    linears = {name: _linear(getattr(mixer, name)) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
-    return Layer(
-        norm=_norm(block.norm),
-        **linears,
-        taps=_own(mixer.conv1d.weight.squeeze(1).T),
-        conv_bias=None if mixer.conv1d.bias is None else _own(mixer.conv1d.bias),
-        A2=_own(-torch.exp(mixer.A_log.float()) * LOG2E),
-        D=_own(mixer.D),
-        dt_bias=_own(mixer.dt_proj.bias),
-        mlp=None if block.mlp is None else (_norm(block.norm2), _linear(block.mlp.fc1), _linear(block.mlp.fc2)),
+    shared: dict[str, Any] = {
+        "norm": _norm(block.norm),
+        "in_proj": _linear(mixer.in_proj),
+        "out_proj": _linear(mixer.out_proj),
+        "taps": _own(mixer.conv1d.weight.squeeze(1).T),
+        "conv_bias": None if mixer.conv1d.bias is None else _own(mixer.conv1d.bias),
+        "mlp": None if block.mlp is None else (_norm(block.norm2), _linear(block.mlp.fc1), _linear(block.mlp.fc2)),
+    }
+    A = -torch.exp(mixer.A_log.float())
+    if isinstance(mixer, Mamba2):
+        D = mixer.D if mixer.D_has_hdim else mixer.D.repeat_interleave(mixer.headdim)
+        scale = torch.ones(mixer.d_ssm) if mixer.norm is None else mixer.norm.weight
+        own = {"A": A, "D": D, "dt_bias": mixer.dt_bias, "scale": scale}
+        return HeadLayer(**shared, **{name: _own(x) for name, x in own.items()}, heads=_heads(mixer))
+    inner = {"x_proj": _linear(mixer.x_proj), "dt_proj": _linear(mixer.dt_proj)}
+    return Layer(**shared, **inner, A2=_own(A * LOG2E), D=_own(mixer.D), dt_bias=_own(mixer.dt_proj.bias))
+
+
+def _heads(mixer: Mamba2) -> Heads:
+    norm = mixer.norm
+    low, high = check_limit(OP, mixer.dt_limit)
+    return Heads(
+        mixer.headdim,
+        mixer.d_state,
+        mixer.ngroups,
+        low,
+        high,
+        beside=mixer.d_mlp,
+        normalise=norm is not None,
+        gate_last=norm is not None and norm.norm_before_gate,
+        eps=0.0 if norm is None else norm.eps,
     )
 
 

@@ -45,6 +45,8 @@ def problem(*args: object) -> str | None:
 
 
 def _problem(network: Network) -> str | None:
+    if any(not isinstance(layer, Layer) for layer in network.layers):
+        return "it knows Mamba-1 alone, these are layers of Mamba-2."
     device = network.head.data.device
     if torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 9.0, which it needs."
