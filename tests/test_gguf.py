@@ -14,7 +14,6 @@ from makers import contents, small
 
 import stateline
 from stateline.cli import main
-from stateline.interop import CheckpointError
 from stateline.interop import gguf as ours
 
 if os.environ.get("CI") or importlib.util.find_spec("gguf"):
@@ -167,8 +166,6 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match=r"save: .*m\.gguf could not be written.*disk full"):
         stateline.save(model_of(), tmp_path / "m.gguf", format="gguf", tokenizer="none")
     assert contents(tmp_path) == before
-    with pytest.raises(CheckpointError, match="GGUF files are written and not read"):
-        stateline.load(tmp_path / "m.gguf")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,11 +199,11 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, kind: str, tie: bool) -> No
     model = model_of(tie_embeddings=tie)
     stateline.save(model, tmp_path / "m.gguf", format="gguf", dtype=kind, tokenizer="none")
     stored = {name: gguf.quants.dequantize(t.data, t.tensor_type) for name, t in tensors(tmp_path / "m.gguf").items()}
-    layer = next(iter(ours.LAYERS.values()))
+    layer = ours._layer(model)
     with torch.no_grad():  # the weights that the file holds, so that only arithmetic is compared
         for name, values, is_matrix in ours._tensors(model, layer):
             if is_matrix:
-                values.copy_(torch.from_numpy(stored[name + ".weight"].copy()))
+                values.copy_(torch.from_numpy(stored[name].copy()))
         ids = torch.randint(61, (1, 40))
         wanted = model(ids)[0].numpy()
     worst = np.abs(logits(tmp_path / "m.gguf", ids[0].tolist()) - wanted).max() / np.abs(wanted).max()

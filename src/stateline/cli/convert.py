@@ -29,7 +29,7 @@ formats:
   stateline     config.json + model.safetensors, this project's own
   mamba_ssm     config.json + pytorch_model.bin, for state-spaces/mamba
   huggingface   config.json + model.safetensors, for transformers' MambaForCausalLM
-  gguf          one file with the tokenizer in it, for llama.cpp; --dtype also Q8_0 or Q4_0, 8 or 4 bits a weight
+  gguf          one file with the tokenizer in it, llama.cpp's; --dtype also Q8_0 or Q4_0, 8 or 4 bits a weight
 
 programs, for running elsewhere; each takes ids and a state and gives logits and a state:
   export        one file for torch.export.load, beside this package
@@ -43,6 +43,7 @@ examples:
   stateline convert bundled model.onnx --to onnx
   stateline convert bundled model.gguf --to gguf
   stateline convert mamba-130m mamba.gguf --to gguf --dtype Q8_0
+  stateline convert mamba2-130m.Q4_K_M.gguf my-mamba2
 """
 
 
@@ -55,7 +56,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--to", choices=(*FORMATS, GGUF, *PROGRAMS), default="stateline", help="(default: stateline)")
     kinds = (*DTYPES, INT8, *QUANTISED)
     parser.add_argument("--dtype", choices=kinds, help="of the weights (default: as loaded; onnx: float32)")
-    none = "leave the tokenizer out of a gguf file (llama.cpp then reads ids alone)"
+    none = "leave the tokenizer out of, or in, a gguf file (llama.cpp then reads ids alone)"
     parser.add_argument("--no-tokenizer", action="store_true", help=none)
     replaced = "replace OUT if it holds a checkpoint and nothing else, or if it is a file and a file is made"
     parser.add_argument("--force", action="store_true", help=replaced)
@@ -68,9 +69,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"{target} exists; --force replaces it")
     if options.dtype == INT8 and options.to != "stateline":
         raise UsageError(f"--dtype int8 goes with --to stateline, not with {options.to}")
-    if options.to != GGUF and (options.dtype in QUANTISED or options.no_tokenizer):
-        wrong = "--no-tokenizer" if options.no_tokenizer else f"--dtype {options.dtype}"
-        raise UsageError(f"{wrong} is for --to {GGUF}")
+    if options.to != GGUF and options.dtype in QUANTISED:
+        raise UsageError(f"--dtype {options.dtype} is for --to {GGUF}")
+    if options.to != GGUF and options.no_tokenizer and not options.source.endswith(f".{GGUF}"):
+        raise UsageError(f"--no-tokenizer is for --to {GGUF}, or for an IN that is a {GGUF} file")
     if options.to == GGUF:
         return _write_gguf(options, target)
     if options.to in PROGRAMS:
@@ -92,7 +94,8 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}.") as temporary:
         made = Path(temporary) / "new"
         stateline.save(model, made, format=options.to, dtype=dtype)
-        _copy_tokenizer(directory_of(options.source), made)
+        if not options.no_tokenizer:
+            _copy_tokenizer(directory_of(options.source), made)
         _swap(made, target, Path(temporary) / "old")
     print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {size_of(target) / 1e6:,.2f} MB")
     return 0
@@ -127,8 +130,13 @@ def _write_gguf(options: argparse.Namespace, target: Path) -> int:
 
     model = stateline.load(source_of(options.source))
     dtype = getattr(torch, options.dtype) if options.dtype in DTYPES else options.dtype
-    tokenizer = "none" if options.no_tokenizer else directory_of(options.source)
-    stateline.save(model, target, format=GGUF, dtype=dtype, tokenizer=tokenizer)
+    home = directory_of(options.source)
+    with tempfile.TemporaryDirectory() as aside:
+        if home.suffix == f".{GGUF}" and not options.no_tokenizer:
+            _copy_tokenizer(home, Path(aside))
+            home = Path(aside)
+        tokenizer = "none" if options.no_tokenizer else home
+        stateline.save(model, target, format=GGUF, dtype=dtype, tokenizer=tokenizer)
     print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {target.stat().st_size / 1e6:,.2f} MB")
     return 0
 
@@ -158,11 +166,16 @@ def _swap(made: Path, target: Path, old: Path) -> None:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Put the tokenizer that lies in a directory, or in a GGUF file, into a directory."""
+    if source.suffix == f".{GGUF}" and source.is_file():
+        from stateline.interop.gguf_read import write_tokenizer
+
+        write_tokenizer(source, target)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def size_of(directory: Path) -> int:
-    """Bytes of all files in a directory."""
-    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+    """Bytes of a file, or of all files in a directory."""
+    return sum(p.stat().st_size for p in (directory, *directory.rglob("*")) if p.is_file())

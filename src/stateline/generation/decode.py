@@ -147,7 +147,7 @@ def network_of(model: LanguageModel) -> Network:
     embedding, head = cast(PackedEmbedding, backbone.embedding), cast(PackedLinear, model.lm_head)
     return Network(
         vocabulary=model.config.vocab_size,
-        layers=cast("tuple[Layer, ...] | tuple[HeadLayer, ...]", tuple(_layer(block) for block in backbone.layers)),
+        layers=tuple(_layer(block) for block in backbone.layers),
         norm=_norm(backbone.norm_f),
         eps=model.config.norm_eps,
         embedding=_matrix(embedding.matrix, None),
@@ -169,10 +169,10 @@ def _layer(block: Any) -> Layer | HeadLayer:
     if isinstance(mixer, Mamba2):
         D = mixer.D if mixer.D_has_hdim else mixer.D.repeat_interleave(mixer.headdim)
         scale = torch.ones(mixer.d_ssm) if mixer.norm is None else mixer.norm.weight
-        own = {"A": A, "D": D, "dt_bias": mixer.dt_bias, "scale": scale}
-        return HeadLayer(**shared, **{name: _own(x) for name, x in own.items()}, heads=_heads(mixer))
-    inner = {"x_proj": _linear(mixer.x_proj), "dt_proj": _linear(mixer.dt_proj)}
-    return Layer(**shared, **inner, A2=_own(A * LOG2E), D=_own(mixer.D), dt_bias=_own(mixer.dt_proj.bias))
+        own: dict[str, Any] = {"A": A, "D": D, "dt_bias": mixer.dt_bias, "scale": scale}
+        return HeadLayer(**shared | {name: _own(x) for name, x in own.items()}, heads=_heads(mixer))
+    shared |= {"x_proj": _linear(mixer.x_proj), "dt_proj": _linear(mixer.dt_proj)}
+    return Layer(**shared, A2=_own(A * LOG2E), D=_own(mixer.D), dt_bias=_own(mixer.dt_proj.bias))
 
 
 def _heads(mixer: Mamba2) -> Heads:

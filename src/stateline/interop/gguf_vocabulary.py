@@ -66,6 +66,35 @@ def write(out: Any, vocabulary: Vocabulary | None, vocab_size: int) -> None:
         out.add_eos_token_id(vocabulary.end)
 
 
+def files(fields: dict[str, Any]) -> dict[str, Any]:
+    """The vocabulary in a file's metadata as tokenizer.json and tokenizer_config.json; none for bytes alone or none.
+
+    Raises ValueError for one that is no byte-level BPE cut as GPT-2's is.
+    """
+    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    pieces: list[str] = fields.get("tokenizer.ggml.tokens") or []
+    if kind in (None, "no_vocab") or pieces == byte_characters():
+        return {}
+    if kind != "gpt2" or pre not in ("gpt-2", "gpt2"):
+        raise ValueError(f"its vocabulary is {kind} cut as {pre}; read are byte-level BPE vocabularies cut as gpt-2.")
+    kinds = fields["tokenizer.ggml.token_type"]
+    used = [i for i in range(len(pieces)) if kinds[i] != UNUSED]
+    merges = [merge for merge in fields["tokenizer.ggml.merges"] if merge != NEVER]
+    added = [
+        {"id": i, "content": pieces[i], "special": kinds[i] == CONTROL, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for i in used
+        if kinds[i] in (CONTROL, USER_DEFINED)
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": {pieces[i]: i for i in used}, "merges": merges}
+    names = {"bos_token": "tokenizer.ggml.bos_token_id", "eos_token": "tokenizer.ggml.eos_token_id"}
+    return {
+        "tokenizer.json": {"added_tokens": added, "pre_tokenizer": level, "decoder": level, "model": model},
+        "tokenizer_config.json": {name: pieces[fields[key]] for name, key in names.items() if key in fields},
+    }
+
+
 def _from_json(path: Path, known: JsonTokenizer) -> Vocabulary:
     content = json.loads(path.read_text(encoding="utf-8"))
     model = content["model"]

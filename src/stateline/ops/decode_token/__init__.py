@@ -125,7 +125,7 @@ class Network:
     """
 
     vocabulary: int
-    layers: tuple[Layer, ...] | tuple[HeadLayer, ...]
+    layers: tuple[Layer | HeadLayer, ...]
     norm: Norm
     eps: float
     embedding: Matrix

@@ -10,7 +10,7 @@ import importlib.resources
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -58,7 +58,7 @@ def _problem(network: Network) -> str | None:
         return "gated MLPs are not part of it."
     if any(norm.bias is not None for norm in (network.norm, *(layer.norm for layer in network.layers))):
         return "LayerNorm is not part of it, only RMSNorm."
-    first = network.layers[0]
+    first = _layers(network)[0]
     (k, _), n, r = first.taps.shape, first.A2.shape[1], first.dt_proj.columns
     if k > 8 or n % 4 or first.D.shape[0] % 4 or r > 512:
         return f"it knows up to 8 taps, multiples of 4 states and channels, ranks up to 512; these are {k}, {n}, {r}."
@@ -67,6 +67,11 @@ def _problem(network: Network) -> str | None:
     if _stages(8, n, device) < LEAST_STAGES:
         return f"{n} states leave too little shared memory."
     return None
+
+
+def _layers(network: Network) -> tuple[Layer, ...]:
+    """The layers, which are Mamba-1's, as `problem` has seen to."""
+    return cast("tuple[Layer, ...]", network.layers)
 
 
 def step(states: Sequence[Tensor], ids: Tensor, network: Network) -> Tensor:
@@ -98,9 +103,9 @@ class _Known:
 
     @classmethod
     def of(cls, network: Network) -> _Known:
-        first = network.layers[0]
+        first = _layers(network)[0]
         k, e = first.taps.shape
-        table = [number for layer in network.layers for number in _layer(layer)]
+        table = [number for layer in _layers(network) for number in _layer(layer)]
         fixed = (double_bits(network.eps), network.norm.weight.data_ptr())
         matrices = (first.in_proj, first.x_proj, first.out_proj, network.head)
         return cls(

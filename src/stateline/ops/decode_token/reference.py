@@ -20,8 +20,8 @@ def step(states: Sequence[Tensor], ids: Tensor, network: Network) -> Tensor:
     stream = torch.zeros_like(x)
     for layer, conv, ssm in zip(network.layers, states[::2], states[1::2], strict=True):
         stream = stream + x
-        mix = _mix if isinstance(layer, Layer) else _mix_heads
-        x = mix(layer, _norm(stream, layer.norm, network.eps), conv, ssm)  # type: ignore[operator]  # of its own layer
+        x = _norm(stream, layer.norm, network.eps)
+        x = _mix(layer, x, conv, ssm) if isinstance(layer, Layer) else _mix_heads(layer, x, conv, ssm)
         if layer.mlp is not None:
             norm, fc1, fc2 = layer.mlp
             stream = stream + x
@@ -43,7 +43,7 @@ def _mix(layer: Layer, x: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
 
 
 def _mix_heads(layer: HeadLayer, x: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
-    """S ← exp(dt A) S + dt x⊗B;  y = norm((S C + D x) · silu(z)), with x, B, C convolved; beside it silu(gate) · value."""
+    """S ← exp(dt A) S + dt x⊗B;  y = norm((S C + D x) · silu(z)), x, B, C convolved; and silu(gate) · value."""
     s, d, (h, p, n) = layer.heads, layer.D.shape[0], ssm.shape[1:]
     widths = [s.beside, s.beside, d, conv.shape[2], h]
     gate, value, z, u, dt = _product(x, layer.in_proj).split(widths, dim=-1)
