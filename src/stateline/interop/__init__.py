@@ -117,7 +117,8 @@ def detect(path: str | Path) -> str:
         if path.is_file():
             raise CheckpointError(f"{path} is a file. Give the directory that holds config.json and the weights.")
         ships = f" Models that ship: {BUNDLED_NAMES}." if str(path).startswith("bundled") else ""
-        raise CheckpointError(f"{path} is no directory.{ships}")
+        kind = "file" if path.suffix == f".{GGUF}" else "directory"
+        raise CheckpointError(f"{path} is no {kind}.{ships}")
     if not (path / checkpoint.CONFIG).exists() and checkpoint.is_complete(path / checkpoint.WEIGHTS):
         return "stateline"  # a kill came between the renames of a first save
     config = checkpoint.read_json(path / checkpoint.CONFIG)

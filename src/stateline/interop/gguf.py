@@ -33,7 +33,7 @@ def save(
     """Write a model as one GGUF file, whole or not at all; one that was there is replaced.
 
     Args:
-        model: of Mamba or of Mamba2 layers with expand = 2.
+        model: of Mamba layers with expand = 2, or of Mamba2 layers.
         path: the file.
         kind: of `KINDS`, how matrices are kept; None keeps their dtype. Q8_0 and Q4_0 want a d_model that is a multiple
             of 32, their block; a small matrix that does not fit beside it (that of the step sizes) is kept as F16.

@@ -112,12 +112,7 @@ def _shared_options(fields: Fields, d_model: int) -> dict[str, Any]:
 
 
 def _shared_problems(mixer: Any) -> list[str]:
-    problems = []
-    if mixer.d_inner != 2 * mixer.d_model:
-        problems.append(f"expand is {mixer.expand} (2 only there)")
-    if mixer.in_proj.bias is not None:
-        problems.append("bias is True (the projections have none there)")
-    return problems
+    return [] if mixer.in_proj.bias is None else ["bias is True (the projections have none there)"]
 
 
 # ---- Mamba-1 ---------------------------------------------------------------------------------------------------------
@@ -127,6 +122,13 @@ def _mamba_sizes(out: Any, mixer: Mamba) -> None:
     _shared_sizes(out, mixer)
     out.add_ssm_time_step_rank(int(mixer.dt_rank))
     out.add_ssm_dt_b_c_rms(False)
+
+
+def _mamba_problems(mixer: Mamba, norm_eps: float) -> list[str]:
+    problems = _shared_problems(mixer)
+    if mixer.d_inner != 2 * mixer.d_model:
+        problems.append(f"expand is {mixer.expand} (2 only there)")
+    return problems
 
 
 def _mamba_options(fields: Fields, d_model: int) -> dict[str, Any]:
@@ -150,7 +152,7 @@ MAMBA = Layer(
     ),
     _mamba_sizes,
     _mamba_options,
-    lambda mixer, norm_eps: _shared_problems(mixer),
+    _mamba_problems,
 )
 
 
