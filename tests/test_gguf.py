@@ -298,6 +298,12 @@ def test_the_command_reads_a_file_and_its_tokenizer(tmp_path: Path, capsys: pyte
     with torch.no_grad():
         assert torch.equal(stateline.load(tmp_path / "back")(ids), stateline.load(tmp_path / "m.gguf")(ids))
     assert main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "n.gguf"), "--to", "gguf", "--dtype", "Q8_0"]) == 0
+    texts = []
+    for source in ("m.gguf", "back"):
+        capsys.readouterr()
+        assert main(["generate", "the", "--model", str(tmp_path / source), "--max-tokens", "9", "--greedy"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
     name = "tokenizer.ggml.tokens"
     assert field(tmp_path / "n.gguf", name) == field(tmp_path / "m.gguf", name)
     data = (tmp_path / "m.gguf").read_bytes().replace(b"gpt-2", b"qwen2")
