@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -342,6 +343,23 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, name: str, kind: str, tie: 
         wanted = model(ids)[0].numpy()
     worst = np.abs(logits(tmp_path / "m.gguf", ids[0].tolist()) - wanted).max() / np.abs(wanted).max()
     assert worst <= ACTIVATIONS[kind]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_what_llama_cpp_quantised_is_read(tmp_path: Path, name: str) -> None:
+    llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python (extra `peers`) is not installed")
+    stateline.save(model_of(ssm_cfg=CONFIGS[name], d_model=256), tmp_path / "m.gguf", format="gguf", tokenizer="none")
+    options = llama.llama_model_quantize_default_params()
+    options.ftype = llama.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    paths = [str(tmp_path / f"{name}.gguf").encode() for name in "mq"]
+    assert llama.llama_model_quantize(*paths, ctypes.byref(options)) == 0
+    assert "Q4_K" in {tensor.tensor_type.name for tensor in tensors(tmp_path / "q.gguf").values()}
+    ids = torch.randint(61, (1, 40))
+    wanted = stateline.load(tmp_path / "q.gguf")(ids)[0].numpy()
+    worst = np.abs(logits(tmp_path / "q.gguf", ids[0].tolist()) - wanted).max() / np.abs(wanted).max()
+    assert worst <= 5e-2  # activations in 8 bits for groups of 256
 
 
 @pytest.mark.full
