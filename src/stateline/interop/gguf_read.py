@@ -30,9 +30,8 @@ def load(
     Raises CheckpointError naming the file and what is missing, damaged or not supported; ImportError naming the extra.
     """
     source = Path(path)
-    reader = _open(source)
-    layer, fields = _describe(reader, source)
-    found = {tensor.name: tensor for tensor in reader.tensors}
+    values, found = _open(source)
+    layer, fields = _describe(values, source)
     if EMBEDDING not in found:
         raise CheckpointError(f"{source} has no {EMBEDDING}. {AGAIN}")
     config = _config(layer, fields, found, source)
@@ -46,8 +45,7 @@ def write_tokenizer(path: Path, directory: Path) -> None:
 
     Raises CheckpointError for a vocabulary that is no byte-level BPE cut as GPT-2's is.
     """
-    reader = _open(path)
-    known = {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")}
+    known, _ = _open(path, vocabulary=True)
     try:
         files = gguf_vocabulary.files(known)
     except (ValueError, KeyError) as error:
@@ -56,19 +54,22 @@ def write_tokenizer(path: Path, directory: Path) -> None:
         (directory / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, *, vocabulary: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file's metadata, those about its vocabulary or the others, and its tensors, by name."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
     gguf = library("load")
     try:
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
+        wanted = [name for name in reader.fields if name.startswith("tokenizer.") == vocabulary]
+        values = {name: reader.fields[name].contents() for name in wanted}
+        return values, {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # what the reader raises depends on the damage
         raise CheckpointError(f"{path} is no GGUF file, or damaged: {error}. {AGAIN}") from error
 
 
-def _describe(reader: Any, path: Path) -> tuple[Layer, Fields]:
+def _describe(values: dict[str, Any], path: Path) -> tuple[Layer, Fields]:
     """The kind of layer in a file, and its metadata without the architecture's name before them."""
-    values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     arch = values.get("general.architecture")
     layer = next((layer for layer in LAYERS.values() if layer.arch == arch), None)
     if layer is None:
