@@ -307,10 +307,18 @@ def test_the_command_reads_a_file_and_its_tokenizer(tmp_path: Path, capsys: pyte
     assert texts[0] == texts[1]
     name = "tokenizer.ggml.tokens"
     assert field(tmp_path / "n.gguf", name) == field(tmp_path / "m.gguf", name)
-    data = (tmp_path / "m.gguf").read_bytes().replace(b"gpt-2", b"qwen2")
+    switch, name = b"tokenizer.ggml.add_bos_token\x07\0\0\0", "begins"
+    data = (tmp_path / "m.gguf").read_bytes()
+    assert switch + b"\0" in data
+    (tmp_path / f"{name}.gguf").write_bytes(data.replace(switch + b"\0", switch + b"\1"))
+    assert main(["convert", str(tmp_path / f"{name}.gguf"), str(tmp_path / "other")]) == 2
+    assert "its texts begin with a special id" in capsys.readouterr().err
+    data = data.replace(b"gpt-2", b"qwen2")
     (tmp_path / "q.gguf").write_bytes(data)
     assert main(["convert", str(tmp_path / "q.gguf"), str(tmp_path / "other")]) == 2
-    assert "its vocabulary is gpt2 cut as qwen2" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "its vocabulary is gpt2 cut as qwen2" in error
+    assert "--no-tokenizer` leaves it out" in error
     assert not (tmp_path / "other").exists()
     assert main(["convert", str(tmp_path / "q.gguf"), str(tmp_path / "other"), "--no-tokenizer"]) == 0
     assert not (tmp_path / "other" / "tokenizer.json").exists()

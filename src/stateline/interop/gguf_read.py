@@ -49,7 +49,7 @@ def write_tokenizer(path: Path, directory: Path) -> None:
     try:
         files = gguf_vocabulary.files(known)
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {error} `stateline convert --no-tokenizer` leaves it out.") from error
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -15,6 +15,8 @@ NONE = "none"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of tokens
 #: llama.cpp wants merges, and an array cannot be empty: no text has these characters once its bytes are spelt out.
 NEVER = "␀ ␀"
+#: llama.cpp's names of vocabularies that cut texts into words by GPT-2's pattern. GPT-NeoX's is "mpt" or "olmo".
+AS_GPT2 = ("gpt-2", "mpt", "olmo", "jais", "phi-2")
 REMEDY = 'Give tokenizer="none" to write none and pass ids.'
 
 
@@ -75,8 +77,10 @@ def files(fields: dict[str, Any]) -> dict[str, Any]:
     pieces: list[str] = fields.get("tokenizer.ggml.tokens") or []
     if kind in (None, "no_vocab") or pieces == byte_characters():
         return {}
-    if kind != "gpt2" or pre not in ("gpt-2", "gpt2"):
+    if kind != "gpt2" or pre not in AS_GPT2:
         raise ValueError(f"its vocabulary is {kind} cut as {pre}; read are byte-level BPE vocabularies cut as gpt-2.")
+    if fields.get("tokenizer.ggml.add_bos_token"):
+        raise ValueError("its texts begin with a special id, which is not supported.")
     kinds = fields["tokenizer.ggml.token_type"]
     used = [i for i in range(len(pieces)) if kinds[i] != UNUSED]
     merges = [merge for merge in fields["tokenizer.ggml.merges"] if merge != NEVER]
