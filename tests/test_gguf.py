@@ -18,6 +18,7 @@ import stateline
 from stateline.cli import main
 from stateline.interop import CheckpointError
 from stateline.interop import gguf as ours
+from stateline.interop.gguf_read import write_tokenizer
 
 if os.environ.get("CI") or importlib.util.find_spec("gguf"):
     import gguf
@@ -207,6 +208,21 @@ def test_a_tokenizer_goes_along(tmp_path: Path) -> None:
     assert field(tmp_path / "m.gguf", "tokenizer.ggml.eos_token_id") == 0
 
 
+def test_texts_that_begin_with_a_special_id_do_so_there_too(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    model = stateline.load("bundled-zh")
+    folder = Path(stateline.__file__).parent / "bundled" / "chinese"
+    stateline.save(model, tmp_path / "m.gguf", format="gguf", tokenizer=folder)
+    assert field(tmp_path / "m.gguf", "tokenizer.ggml.add_bos_token") is True
+    write_tokenizer(tmp_path / "m.gguf", tmp_path)
+    again, known = (stateline.generation.load_tokenizer(home, 6144) for home in (tmp_path, "bundled-zh"))
+    assert (again.prefix, again.start, again.end) == (known.prefix, known.start, known.end) == ((0,), 0, 0)
+    text = "春眠不覺曉，處處聞啼鳥。 spring 1, 2, 3\n"
+    assert again.encode(text) == known.encode(text)
+    stateline.save(model_of(vocab_size=300), tmp_path / "n.gguf", format="gguf", tokenizer=bpe(tmp_path))
+    assert field(tmp_path / "n.gguf", "tokenizer.ggml.add_bos_token") is False
+
+
 def test_what_cannot_be_written_says_so(tmp_path: Path) -> None:
     def save(model: stateline.LanguageModel, **options: Any) -> None:
         stateline.save(model, tmp_path / "m.gguf", format="gguf", **{"tokenizer": "none", **options})
@@ -307,12 +323,7 @@ def test_the_command_reads_a_file_and_its_tokenizer(tmp_path: Path, capsys: pyte
     assert texts[0] == texts[1]
     name = "tokenizer.ggml.tokens"
     assert field(tmp_path / "n.gguf", name) == field(tmp_path / "m.gguf", name)
-    switch, name = b"tokenizer.ggml.add_bos_token\x07\0\0\0", "begins"
     data = (tmp_path / "m.gguf").read_bytes()
-    assert switch + b"\0" in data
-    (tmp_path / f"{name}.gguf").write_bytes(data.replace(switch + b"\0", switch + b"\1"))
-    assert main(["convert", str(tmp_path / f"{name}.gguf"), str(tmp_path / "other")]) == 2
-    assert "its texts begin with a special id" in capsys.readouterr().err
     data = data.replace(b"gpt-2", b"qwen2")
     (tmp_path / "q.gguf").write_bytes(data)
     assert main(["convert", str(tmp_path / "q.gguf"), str(tmp_path / "other")]) == 2
@@ -378,6 +389,11 @@ def test_llama_cpp_reads_the_vocabularies(tmp_path: Path) -> None:
     text = "the other thing, né  then\n42's <end"
     stateline.save(model_of(vocab_size=tokenizer.vocab_size + 1), tmp_path / "m.gguf", format="gguf", tokenizer=folder)
     stateline.save(model_of(vocab_size=256), tmp_path / "b.gguf", format="gguf")
+    poems = stateline.generation.load_tokenizer("bundled-zh", 6144)
+    home = Path(stateline.__file__).parent / "bundled" / "chinese"
+    stateline.save(model_of(vocab_size=6144), tmp_path / "p.gguf", format="gguf", tokenizer=home)
+    reader = llama.Llama(str(tmp_path / "p.gguf"), n_ctx=64, verbose=False)
+    assert reader.tokenize("春眠".encode(), add_bos=True) == [0, *poems.encode("春眠")]
     for name, wanted in (("m", tokenizer.encode(text)), ("b", list(text.encode()))):
         reader = llama.Llama(str(tmp_path / f"{name}.gguf"), n_ctx=64, verbose=False)
         assert reader.tokenize(text.encode(), add_bos=False) == wanted

@@ -22,13 +22,17 @@ REMEDY = 'Give tokenizer="none" to write none and pass ids.'
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """pieces: each id as byte-level BPE spells it.   kinds: of each id.   merges: "left right", best first."""
+    """pieces: each id as byte-level BPE spells it.   kinds: of each id.   merges: "left right", best first.
+
+    begins: whether every text begins with `start`.
+    """
 
     pieces: list[str]
     kinds: list[int]
     merges: list[str]
     start: int | None
     end: int | None
+    begins: bool = False
 
 
 def read(tokenizer: str | Path | None, vocab_size: int) -> Vocabulary | None:
@@ -61,7 +65,7 @@ def write(out: Any, vocabulary: Vocabulary | None, vocab_size: int) -> None:
     out.add_token_list(vocabulary.pieces + [f"[PAD{i}]" for i in missing])
     out.add_token_types(vocabulary.kinds + [UNUSED] * len(missing))
     out.add_token_merges(vocabulary.merges or [NEVER])
-    out.add_add_bos_token(False)
+    out.add_add_bos_token(vocabulary.begins)
     if vocabulary.start is not None:
         out.add_bos_token_id(vocabulary.start)
     if vocabulary.end is not None:
@@ -79,8 +83,6 @@ def files(fields: dict[str, Any]) -> dict[str, Any]:
         return {}
     if kind != "gpt2" or pre not in AS_GPT2:
         raise ValueError(f"its vocabulary is {kind} cut as {pre}; read are byte-level BPE vocabularies cut as gpt-2.")
-    if fields.get("tokenizer.ggml.add_bos_token"):
-        raise ValueError("its texts begin with a special id, which is not supported.")
     kinds = fields["tokenizer.ggml.token_type"]
     used = [i for i in range(len(pieces)) if kinds[i] != UNUSED]
     merges = [merge for merge in fields["tokenizer.ggml.merges"] if merge != NEVER]
@@ -93,10 +95,19 @@ def files(fields: dict[str, Any]) -> dict[str, Any]:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": {pieces[i]: i for i in used}, "merges": merges}
     names = {"bos_token": "tokenizer.ggml.bos_token_id", "eos_token": "tokenizer.ggml.eos_token_id"}
-    return {
-        "tokenizer.json": {"added_tokens": added, "pre_tokenizer": level, "decoder": level, "model": model},
-        "tokenizer_config.json": {name: pieces[fields[key]] for name, key in names.items() if key in fields},
-    }
+    special = {name: pieces[fields[key]] for name, key in names.items() if key in fields}
+    tokenizer = {"added_tokens": added, "pre_tokenizer": level, "decoder": level, "model": model}
+    if fields.get("tokenizer.ggml.add_bos_token"):
+        tokenizer["post_processor"] = _beginning(special["bos_token"], fields[names["bos_token"]])
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": special}
+
+
+def _beginning(piece: str, token: int) -> dict[str, Any]:
+    """What puts a special id before every text, as tokenizer.json says it."""
+    start, texts = {"SpecialToken": {"id": piece, "type_id": 0}}, [{"Sequence": {"id": i, "type_id": 0}} for i in "AB"]
+    known = {piece: {"id": piece, "ids": [token], "tokens": [piece]}}
+    single, pair = [start, texts[0]], [start, *texts]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": known}
 
 
 def _from_json(path: Path, known: JsonTokenizer) -> Vocabulary:
@@ -109,7 +120,7 @@ def _from_json(path: Path, known: JsonTokenizer) -> Vocabulary:
     for added in content.get("added_tokens") or ():
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return Vocabulary(pieces, kinds, merges, known.start, known.end)
+    return Vocabulary(pieces, kinds, merges, known.start, known.end, begins=bool(known.prefix))
 
 
 def _cuts_as_gpt2(pre: dict[str, Any] | None) -> bool:
