@@ -233,6 +233,35 @@ def test_train_then_generate_from_the_run(run: Callable[..., str], tmp_path: Pat
     run("convert", out, str(tmp_path / "hf"), "--to", "huggingface")
 
 
+def test_a_run_of_mamba2_is_written_with_and_converted(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The state of the Union is strong. " * 40)
+    out, stream = str(tmp_path / "run"), str(tmp_path / "a.stream")
+    sizes = ["--mixer", "Mamba2", "--d-model", "32", "--n-layer", "2", "--context", "16", "--batch-size", "2"]
+    quiet = ["--steps", "3", "--sample-every", "0", "--progress", "off"]
+    run("train", str(tmp_path / "text.txt"), "--out", out, *sizes, *quiet)
+    assert json.loads(run("info", out, "--json"))["config"]["ssm_cfg"]["layer"] == "Mamba2"
+
+    def write(*more: str, model: str = out) -> str:
+        return run("generate", "--model", model, "--seed", "1", "--max-tokens", "6", *more)
+
+    for form in ([], ["--weights", "int8"]):
+        whole = run("generate", "The", "--model", out, "--seed", "1", "--max-tokens", "12", *form)
+        parts = [write("The", "--save-stream", stream, *form), write("--load-stream", stream, *form)]
+        assert "".join(part.rstrip("\n") for part in parts) == whole.rstrip("\n")
+    ids = torch.randint(256, (1, 9))
+    logits = stateline.load(out)(ids)
+    for to in ("mamba_ssm", "huggingface", "stateline"):
+        run("convert", out, str(tmp_path / to), "--to", to)
+        assert torch.equal(stateline.load(tmp_path / to)(ids), logits)
+        assert write("The", model=str(tmp_path / to)) == write("The")
+    run("convert", out, str(tmp_path / "small"), "--dtype", "int8")
+    assert (
+        stateline.load(tmp_path / "small")(ids) - logits
+    ).abs().max() < 0.04 * logits.abs().max()  # as packing to eight bits
+    rows = json.loads(run("bench", "--model", out, "--quick", "--json"))["rows"]
+    assert all(row["decode"] for row in rows)
+
+
 @pytest.mark.parametrize("to", ["stateline", "mamba_ssm", "huggingface"])
 def test_convert_keeps_the_model(run: Callable[..., str], home: Path, tmp_path: Path, to: str) -> None:
     there, back = tmp_path / "there", tmp_path / "back"

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from scripted import Scripted
 
 import stateline
-from stateline import Engine
+from stateline import Engine, backends
 from stateline.generation import SamplingConfig, Stream
 from stateline.models import LanguageModel, ModelConfig
 
@@ -112,8 +112,14 @@ def test_whatever_comes_and_goes(data: st.DataObject) -> None:
         assert got == whole if request.reason == "length" else whole.startswith(got)
 
 
-def test_packed_models_step_in_one_call() -> None:
-    model = stateline.prepare_for_decode(stateline.load("bundled"), weights="int8")
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_packed_models_step_in_one_call(layer: str) -> None:
+    plain = stateline.load("bundled")
+    if layer == "Mamba2":
+        torch.manual_seed(5)
+        plain = LanguageModel(ModelConfig(64, 2, vocab_size=256, ssm_cfg={"layer": "Mamba2", "headdim": 32}))
+    model = stateline.prepare_for_decode(plain, weights="int8")
+    assert model.token_step is not None or backends.native_problem()
     engine = Engine(model, max_batch=8)
     found = engine.generate(["My fellow citizens", "War", "The economy"], max_tokens=12, sampling=GREEDY)
     expected = [alone(model, p, max_tokens=12, sampling=GREEDY) for p in ("My fellow citizens", "War", "The economy")]

@@ -57,10 +57,13 @@ def close(got: list[Tensor], want: Any, bound: float) -> None:
         assert error <= bound, f"relative error {error}"
 
 
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
+MAMBA2 = {"layer": "Mamba2", "headdim": 10, "d_state": 6, "ngroups": 2, "dt_limit": (None, 0.09)}
+
+
+@pytest.fixture(scope="module", params=[{}, MAMBA2], ids=["Mamba1", "Mamba2"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
     torch.manual_seed(4)
-    return small(d_intermediate=16)
+    return small(d_intermediate=16, ssm_cfg=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +114,13 @@ def test_a_split_is_the_whole(model: LanguageModel, run: Run) -> None:
 
 
 @torch.no_grad()
-def test_long_input_with_huge_and_tiny_steps(model: LanguageModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_long_input_with_huge_and_tiny_steps(layer: str, tmp_path: Path) -> None:
     """2,048 tokens whose dt·A reaches from under 1e-6 to thousands: no decay overflows or loses its small part."""
-    wild = small(n_layer=1)
+    wild = small(n_layer=1, ssm_cfg={"layer": layer} | ({"headdim": 5, "d_state": 5} if layer == "Mamba2" else {}))
     mixer = wild.backbone.layers[0].mixer
-    mixer.dt_proj.bias.copy_(torch.linspace(-16, 30, mixer.d_inner))
+    bias = mixer.dt_bias if layer == "Mamba2" else mixer.dt_proj.bias
+    bias.copy_(torch.linspace(-16, 30, bias.numel()))
     mixer.A_log.copy_(torch.linspace(-3, 6, mixer.A_log.numel()).view_as(mixer.A_log))
     run = runner(export_model(wild, tmp_path / "wild.onnx", "onnx"))
     x, state = torch.randint(61, (1, 2048)), wild.init_state(1)
@@ -137,6 +142,17 @@ class Calls(torch.nn.Module):
             *ops.causal_conv1d(u, w[:, :1], d),
             *ops.rms_norm(u, d),
             *ops.rms_norm(u, d, residual=dt, eps=1e-2),
+            *self.heads(u, A, B, h),
+        ]
+
+    def heads(self, u: Tensor, A: Tensor, B: Tensor, h: Tensor) -> list[Tensor]:
+        """ssd, with a head for each channel of u."""
+        x, rates, state = u[..., None] * B[:, :, :1], A[:, 0], h[..., None] * h[:, :, None]
+        both: dict[str, Any] = {"dt_softplus": True, "return_decay": True}
+        return [
+            *ops.ssd(x, u.abs(), rates, B, B),
+            *ops.ssd(x, u, rates, B, B * 2, D=rates, z=x, dt_bias=rates, initial_state=state, **both),
+            *ops.ssd(x, u, rates, B[:, :, 0], B[:, :, 1], D=A, dt_limit=(0.2, 0.9), reverse=True, **both),
         ]
 
 
@@ -172,10 +188,13 @@ def test_the_file_is_valid_small_and_tells_nothing_of_this_machine(model: Langua
     names = [[v.name for v in side] for side in (made.graph.input, made.graph.output)]
     states = [f"state.layers.{i}.{part}" for i in range(2) for part in ("conv", "ssm")]
     assert names == [["input_ids", *states], ["logits", *(f"new_{name}" for name in states)]]
-    ids, conv = (session(path).get_inputs()[i].shape for i in (0, 1))
-    assert (ids, conv) == (["batch", "time"], ["batch", 3, 40])
+    ids, conv, ssm = (session(path).get_inputs()[i].shape for i in (0, 1, 2))
+    state = model.init_state(1).layers[0]
+    assert (ids, conv, ssm) == (["batch", "time"], *(["batch", *x.shape[1:]] for x in (state.conv, state.ssm)))
     size, weights = path.stat().st_size, 4 * model.num_parameters()
-    assert weights < size < weights + 25_000, "the tied matrix, or notes, are stored besides the weights"
+    assert sum(len(i.raw_data) for i in made.graph.initializer) == weights, "the tied matrix is stored twice"
+    graph = 35_000 if model.config.ssm_cfg.get("layer") == "Mamba2" else 25_000  # splits of heads and groups
+    assert size < weights + graph, "notes are stored besides the weights"
     assert str(Path(stateline.__file__).parent).encode() not in path.read_bytes()
     (config,) = (p.value for p in made.metadata_props if p.key == "stateline.config")
     assert json.loads(config) == model.config.to_dict()

@@ -189,7 +189,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rms_norm": False,
         "ssm_cfg": {"conv_bias": False, "d_conv": 1, "d_state": 1},
     },
-}
+    "heads": {"d_model": 64, "n_layer": 2, "ssm_cfg": {"layer": "Mamba2", "headdim": 32}},
+    "heads, odd": {
+        "d_model": 37,
+        "n_layer": 3,
+        "ssm_cfg": {
+            "layer": "Mamba2", "headdim": 3, "expand": 3, "d_state": 5, "d_conv": 3, "bias": True, "ngroups": 37,
+            "dt_limit": (0.01, 0.05),
+        },
+    },
+    "heads, beside": {
+        "d_model": 40,
+        "n_layer": 2,
+        "d_intermediate": 100,
+        "tie_embeddings": False,
+        "ssm_cfg": {
+            "layer": "Mamba2", "headdim": 20, "d_ssm": 60, "d_state": 19, "ngroups": 3, "norm_before_gate": True,
+            "D_has_hdim": True,
+        },
+    },
+    "heads, bare": {
+        "d_model": 20,
+        "n_layer": 1,
+        "rms_norm": False,
+        "ssm_cfg": {
+            "layer": "Mamba2", "headdim": 40, "conv_bias": False, "d_conv": 1, "d_state": 1, "rmsnorm": False,
+            "dt_limit": (None, 0.02),
+        },
+    },
+}  # fmt: skip
 VOCABULARY = 61
 
 
@@ -224,8 +252,9 @@ def test_a_token_in_one_call_is_the_reference_the_layers_and_extend(name: str, w
 
 @needs_native
 @pytest.mark.parametrize("weights", FORMATS)
-def test_a_sequence_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(weights: str) -> None:
-    packed = prepare_for_decode(model_of("odd"), weights)
+@pytest.mark.parametrize("name", ["odd", "heads, odd", "heads, beside"])
+def test_a_sequence_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(name: str, weights: str) -> None:
+    packed = prepare_for_decode(model_of(name), weights)
     ids = torch.randint(VOCABULARY, (9, 6))
     before = torch.get_num_threads()
     try:
@@ -243,16 +272,18 @@ def test_a_sequence_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_thre
 
 @needs_native
 @pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("name", ["odd", "heads, odd", "heads, beside"])
 @torch.no_grad()
-def test_a_prompt_has_the_same_bits_alone_and_in_a_batch(weights: str) -> None:
-    packed = prepare_for_decode(model_of("odd"), weights)
+def test_a_prompt_has_the_same_bits_alone_and_in_a_batch(name: str, weights: str) -> None:
+    packed = prepare_for_decode(model_of(name), weights)
     ids = torch.randint(VOCABULARY, (7, 40))
     assert torch.equal(packed(ids)[3:4], packed(ids[3:4]))
 
 
 @pytest.mark.parametrize(("weights", "bound"), [("bf16", 0.02), ("int8", 0.04), ("int4", 0.5)])
-def test_packing_loses_what_its_bits_lose(weights: str, bound: float) -> None:
-    model = model_of("plain")
+@pytest.mark.parametrize("name", ["plain", "heads"])
+def test_packing_loses_what_its_bits_lose(name: str, weights: str, bound: float) -> None:
+    model = model_of(name)
     ids = torch.randint(VOCABULARY, (2, 30))
     with torch.no_grad():
         near(prepare_for_decode(model, weights)(ids), model(ids), bound)
@@ -310,10 +341,11 @@ def test_copies_step_with_their_own_weights() -> None:
 
 
 @pytest.mark.parametrize("change", ["half", "double", "bfloat16", "share_memory", "load", "assign", "pickle"])
-def test_a_prepared_model_survives_what_is_done_to_models(change: str) -> None:
+@pytest.mark.parametrize("name", ["mlp", "heads, beside"])
+def test_a_prepared_model_survives_what_is_done_to_models(name: str, change: str) -> None:
     """The native call reads memory that others may move, cast or fill."""
-    packed = prepare_for_decode(model_of("mlp"), "int4")
-    other = prepare_for_decode(model_of("mlp"), "int4")
+    packed = prepare_for_decode(model_of(name), "int4")
+    other = prepare_for_decode(model_of(name), "int4")
     token, before = torch.tensor([5]), packed.init_state(1)
     expected = packed.step_(token, before)
     if change in ("load", "assign"):
@@ -359,6 +391,41 @@ def test_adapters_round_a_linear_are_kept_and_said() -> None:
     with torch.no_grad():
         near(packed(ids), model(ids), 0.02)
         near(packed.step_(ids[:, 0], packed.init_state(1)), packed(ids)[:, 0], 1e-3)
+
+
+@needs_native
+def test_mixed_stacks_go_layer_by_layer_and_say_so() -> None:
+    model = model_of("heads")
+    model.backbone.layers[1].mixer = stateline.nn.Mamba(64)
+    packed = prepare_for_decode(model)
+    assert explain(packed) == "some blocks hold Mamba and others Mamba2, the native call knows stacks of one of them"
+    ids = torch.randint(VOCABULARY, (2, 5))
+    state = packed.init_state(2)
+    with torch.no_grad():
+        logits = torch.stack([packed.step_(ids[:, t], state) for t in range(5)], 1)
+        near(logits, packed(ids), 5e-4)
+
+
+@needs_native
+def test_nan_in_one_sequence_reaches_no_other_and_states_are_kept_finite_where_they_were() -> None:
+    packed = prepare_for_decode(model_of("heads"), "bf16")
+    state = packed.init_state(3)
+    state.layers[0].ssm[1, 0, 0, 0] = math.nan
+    logits = packed.step_(torch.tensor([1, 1, 1]), state)
+    assert logits[1].isnan().all()
+    assert torch.equal(logits[0], logits[2])
+    assert logits[0].isfinite().all()
+    packed.backbone.layers[1].mixer.A_log.fill_(math.nan)  # type: ignore[operator, union-attr]  # parameters of ours
+    broken = copy.deepcopy(packed)
+    assert broken.step_(torch.tensor([1]), broken.init_state(1)).isnan().all()
+
+
+def test_the_token_kernel_on_gpus_says_that_it_knows_mamba_1_alone() -> None:
+    from stateline.ops.decode_token import gpu
+
+    assert gpu.problem(network_of(prepare_for_decode(model_of("heads")))) == (
+        "it knows Mamba-1 alone, these are layers of Mamba-2."
+    )
 
 
 def test_what_cannot_be_prepared_or_saved_is_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ CHUNKED = ("ssd",)
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
 DECIDES = {"selective_scan": 2, "ssd": 2}
 #: What `sl_layout` of a fitting library says.
-LAYOUT = 1
+LAYOUT = 2
 REBUILD = "Reinstall stateline, or build it again."
 
 _forked = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import warnings
@@ -65,6 +66,10 @@ def loaders(folder: Path) -> list[Loader]:
 
             files = files | {weights: save(load(files[weights]))}
             found.append(Loader("stateline, no header, config.json", "config.json", files, stateline.load))
+    if importlib.util.find_spec("gguf"):
+        stateline.save(model(), folder / "m.gguf", "gguf", tokenizer="none")
+        files = {"m.gguf": (folder / "m.gguf").read_bytes()}
+        found.append(Loader("gguf", "m.gguf", files, lambda at: stateline.load(at / "m.gguf")))
     owner = model()
     state.save(owner.init_state(2), folder / "state", owner)
     files = {"state": (folder / "state").read_bytes()}

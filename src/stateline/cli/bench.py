@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stateline.cli.explain import machine
-from stateline.cli.parser import NAMED, Parser, directory_of, new_parser, positive, source_of
+from stateline.cli.parser import NAMED, Parser, new_parser, positive, source_of, tokenizer_of
 
 if TYPE_CHECKING:
     from stateline.apps.bench import Effort, Row
@@ -94,13 +94,12 @@ def _measure(
 
     import stateline
     from stateline.apps import bench
-    from stateline.generation import load_tokenizer
     from stateline.training.progress import Meter, Reporter
 
     model, effort = subject
     scored = options.model or "bundled"
     judged = model if options.model else stateline.load("bundled", dtype=torch.float32)
-    tokenizer = load_tokenizer(directory_of(scored), judged.config.vocab_size)
+    tokenizer = tokenizer_of(scored, judged.config.vocab_size)
     facts["model"] = {"name": options.model or "random weights", "parameters": model.num_parameters()}
     facts["model"] |= {"config": model.config.to_dict(), "quality of": scored}
     ways = bench.ways()

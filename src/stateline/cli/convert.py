@@ -34,7 +34,7 @@ formats:
   mamba_ssm     config.json + pytorch_model.bin, for state-spaces/mamba
   huggingface   config.json + model.safetensors, for transformers' MambaForCausalLM
   vllm          the same with a tokenizer, as vLLM and SGLang serve it
-  gguf          one file with the tokenizer in it, for llama.cpp; --dtype also Q8_0 or Q4_0, 8 or 4 bits a weight
+  gguf          one file with the tokenizer in it, llama.cpp's; --dtype also Q8_0 or Q4_0, 8 or 4 bits a weight
 
 programs, for running elsewhere; each takes ids and a state and gives logits and a state:
   export        one file for torch.export.load, beside this package
@@ -49,6 +49,7 @@ examples:
   stateline convert bundled model.onnx --to onnx
   stateline convert bundled model.gguf --to gguf
   stateline convert mamba-130m mamba.gguf --to gguf --dtype Q8_0
+  stateline convert mamba2-130m.Q4_K_M.gguf my-mamba2
 """
 
 
@@ -63,7 +64,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     kinds = (*DTYPES, INT8, *QUANTISED)
     parser.add_argument("--dtype", choices=kinds, help="of the weights (default: as loaded; onnx: float32)")
-    none = "leave the tokenizer out (of gguf and vllm, whose programs then read ids alone)"
+    none = "leave the tokenizer out of gguf and vllm, whose programs then read ids alone, or in an IN that is gguf"
     parser.add_argument("--no-tokenizer", action="store_true", help=none)
     replaced = "replace OUT if it holds a checkpoint and nothing else, or if it is a file and a file is made"
     parser.add_argument("--force", action="store_true", help=replaced)
@@ -78,8 +79,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--dtype int8 goes with --to stateline, not with {options.to}")
     if options.to != GGUF and options.dtype in QUANTISED:
         raise UsageError(f"--dtype {options.dtype} is for --to {GGUF}")
-    if options.to not in (GGUF, VLLM) and options.no_tokenizer:
-        raise UsageError(f"--no-tokenizer is for --to {GGUF} and {VLLM}")
+    if options.no_tokenizer and options.to not in (GGUF, VLLM) and not options.source.endswith(f".{GGUF}"):
+        raise UsageError(f"--no-tokenizer is for --to {GGUF} and {VLLM}, or for an IN that is a {GGUF} file")
     if options.to == GGUF:
         return _write_gguf(options, target)
     if options.to in PROGRAMS:
@@ -100,10 +101,10 @@ def run(options: argparse.Namespace) -> int:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}.") as temporary:
         made = Path(temporary) / "new"
-        here = directory_of(options.source)
+        here = _home_of_tokenizer(options, Path(temporary))
         tokenizer = None if options.to != VLLM else "none" if options.no_tokenizer else here
         stateline.save(model, made, format=options.to, dtype=dtype, tokenizer=tokenizer)
-        if options.to != VLLM:  # which has it, described as servers want it
+        if options.to != VLLM and not options.no_tokenizer:  # vllm has it, described as servers want it
             _copy_tokenizer(here, made)
         _swap(made, target, Path(temporary) / "old")
     print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {size_of(target) / 1e6:,.2f} MB")
@@ -139,10 +140,22 @@ def _write_gguf(options: argparse.Namespace, target: Path) -> int:
 
     model = stateline.load(source_of(options.source))
     dtype = getattr(torch, options.dtype) if options.dtype in DTYPES else options.dtype
-    tokenizer = "none" if options.no_tokenizer else directory_of(options.source)
-    stateline.save(model, target, format=GGUF, dtype=dtype, tokenizer=tokenizer)
+    with tempfile.TemporaryDirectory() as aside:
+        tokenizer = "none" if options.no_tokenizer else _home_of_tokenizer(options, Path(aside))
+        stateline.save(model, target, format=GGUF, dtype=dtype, tokenizer=tokenizer)
     print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {target.stat().st_size / 1e6:,.2f} MB")
     return 0
+
+
+def _home_of_tokenizer(options: argparse.Namespace, aside: Path) -> Path:
+    """Where IN's tokenizer lies: beside its weights, or in `aside`, taken out of a GGUF file if it is wanted."""
+    home = directory_of(options.source)
+    if home.suffix != f".{GGUF}" or options.no_tokenizer:
+        return home
+    taken = aside / "tokenizer"
+    taken.mkdir()
+    _copy_tokenizer(home, taken)
+    return taken
 
 
 def check_replaceable(target: Path) -> None:
@@ -170,11 +183,16 @@ def _swap(made: Path, target: Path, old: Path) -> None:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Put the tokenizer that lies in a directory, or in a GGUF file, into a directory."""
+    if source.suffix == f".{GGUF}" and source.is_file():
+        from stateline.interop.gguf_read import write_tokenizer
+
+        write_tokenizer(source, target)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def size_of(directory: Path) -> int:
-    """Bytes of all files in a directory."""
-    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+    """Bytes of a file, or of all files in a directory."""
+    return sum(p.stat().st_size for p in (directory, *directory.rglob("*")) if p.is_file())

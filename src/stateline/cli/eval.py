@@ -14,10 +14,10 @@ from stateline.cli.parser import (
     Parser,
     UsageError,
     add_model_options,
-    directory_of,
     load_model,
     new_parser,
     positive,
+    tokenizer_of,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the figures; after Ctrl-C, those of what was read."""
     from stateline.apps.evaluate import Corpus, Evaluator
-    from stateline.generation import load_tokenizer
     from stateline.training.progress import Reporter
 
     config = _config(options)
@@ -79,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         force_binary=options.force_binary,
     )
     model = load_model(options)
-    evaluator = Evaluator(model, load_tokenizer(directory_of(options.model), model.config.vocab_size), config)
+    evaluator = Evaluator(model, tokenizer_of(options.model, model.config.vocab_size), config)
     code = 0
     with Reporter("auto") as reporter:
         progress = _Progress(reporter, corpus.size)

@@ -19,10 +19,10 @@ from stateline.cli.parser import (
     Parser,
     UsageError,
     add_model_options,
-    directory_of,
     load_model,
     new_parser,
     positive,
+    tokenizer_of,
 )
 
 if TYPE_CHECKING:
@@ -161,11 +161,11 @@ def _single(options: argparse.Namespace, sampling: SamplingConfig) -> int:
 
 def _open(options: argparse.Namespace, sampling: SamplingConfig) -> Stream:
     """A new stream, or the one to go on with, which must be sampled as asked."""
-    from stateline.generation import Stream, load_tokenizer
+    from stateline.generation import Stream
 
     path = None if options.load_stream is None else _existing(options.load_stream)
     model = load_model(options)
-    tokenizer = load_tokenizer(directory_of(options.model), model.config.vocab_size)
+    tokenizer = tokenizer_of(options.model, model.config.vocab_size)
     if path is None:
         return Stream(model, sampling=sampling, tokenizer=tokenizer)
     stream = Stream.load(path, model, tokenizer)
@@ -264,14 +264,14 @@ def _prompt(options: argparse.Namespace) -> Any:
 
 
 def _batch(options: argparse.Namespace, sampling: SamplingConfig) -> int:
-    from stateline.generation import Engine, load_tokenizer
+    from stateline.generation import Engine
 
     for flag in ("endless", "save_stream", "load_stream"):
         if getattr(options, flag):
             raise UsageError(f"--{flag.replace('_', '-')} goes with one prompt, not with --batch")
     prompts = _prompts(options)
     model = load_model(options)
-    tokenizer = load_tokenizer(directory_of(options.model), model.config.vocab_size)
+    tokenizer = tokenizer_of(options.model, model.config.vocab_size)
     engine = Engine(model, max_batch=options.batch_size, tokenizer=tokenizer)
     started = time.perf_counter()
     done = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from stateline.files import BUNDLED_NAMES, bundled
 
 if TYPE_CHECKING:
+    from stateline.generation.tokenizer import Tokenizer
     from stateline.models import LanguageModel
 
 #: What a model may be called, for help texts.
-NAMED = f"a directory, {BUNDLED_NAMES}"
+NAMED = f"a directory, a .gguf file, {BUNDLED_NAMES}"
 Later = Callable[[argparse.ArgumentParser], None]
 
 WEIGHTS = ("bf16", "int8", "int4")
@@ -121,6 +123,19 @@ def directory_of(model: str) -> Path:
     from stateline.interop import resolve
 
     return bundled(model) or resolve(source_of(model))
+
+
+def tokenizer_of(model: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer that lies beside a model's weights, or in its GGUF file."""
+    from stateline.generation import load_tokenizer
+    from stateline.interop.gguf_read import write_tokenizer
+
+    home = directory_of(model)
+    if home.suffix != ".gguf" or not home.is_file():
+        return load_tokenizer(home, vocab_size)
+    with tempfile.TemporaryDirectory() as aside:
+        write_tokenizer(home, Path(aside))
+        return load_tokenizer(aside, vocab_size)
 
 
 def positive(text: str) -> int:

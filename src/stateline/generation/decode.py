@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from stateline import backends, checks
 from stateline.models import LanguageModel, ModelState
-from stateline.nn import Block, LayerNorm, Mamba, PackedEmbedding, PackedLinear
+from stateline.nn import Block, LayerNorm, Mamba, Mamba2, PackedEmbedding, PackedLinear
 from stateline.nn.linear import PackedMatrix, gather
-from stateline.ops.decode_token import Layer, Matrix, Network, Norm, decode_token_
+from stateline.ops.decode_token import HeadLayer, Heads, Layer, Matrix, Network, Norm, decode_token_
+from stateline.ops.ssd import check_limit
 
 OP = "prepare_for_decode"
 LOG2E = 1.4426950408889634
@@ -38,9 +39,10 @@ def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageM
             step-size biases, skips, convolutions, norms and states stay float32, as is all between the matrices.
 
     `extend`, `step_`, `generate`, streams and states are used as before; a state of one form goes on in another of the
-    same model within the form's precision. Training, saving and casting need the model itself. For stacks of Mamba
-    blocks `step_` is one call on the CPU, with the C++ library, and on CUDA devices of compute capability 9.0 or later,
-    where it pays for up to 64 sequences; elsewhere it goes layer by layer, and `explain` says why.
+    same model within the form's precision. Training, saving and casting need the model itself. For stacks of Mamba or
+    of Mamba2 blocks `step_` is one call on the CPU, with the C++ library; for Mamba also on CUDA devices of compute
+    capability 9.0 or later, where it pays for up to 64 sequences; elsewhere it goes layer by layer, and `explain` says
+    why.
 
     Raises ValueError for another name of weights, TypeError for what is no LanguageModel or is packed already.
     """
@@ -86,11 +88,16 @@ def explain(model: LanguageModel) -> str | None:
     device = model.backbone.norm_f.weight.device.type
     if (why := _rejected(device)) is not None:
         return why
+    kinds: set[type] = set()
     for block in model.backbone.layers:
-        if not isinstance(block, Block) or type(block.mixer) is not Mamba:
-            return f"a block holds {type(getattr(block, 'mixer', block)).__name__}, the native call knows Mamba"
-        if block.mixer.b_c_dt_rms_eps is not None:
+        mixer = getattr(block, "mixer", block)
+        if not isinstance(block, Block) or type(mixer) not in (Mamba, Mamba2):
+            return f"a block holds {type(mixer).__name__}, the native call knows Mamba and Mamba2"
+        if type(mixer) is Mamba and mixer.b_c_dt_rms_eps is not None:
             return "a block's Mamba normalises dt, B and C, the native call knows it without"
+        kinds.add(type(mixer))
+        if len(kinds) > 1:
+            return "some blocks hold Mamba and others Mamba2, the native call knows stacks of one of them"
         wrapped = [
             n
             for n, m in block.named_modules()
@@ -151,18 +158,39 @@ def network_of(model: LanguageModel) -> Network:
     )
 
 
-def _layer(block: Any) -> Layer:
+def _layer(block: Any) -> Layer | HeadLayer:
     mixer = block.mixer
-    linears = {name: _linear(getattr(mixer, name)) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
-    return Layer(
-        norm=_norm(block.norm),
-        **linears,
-        taps=_own(mixer.conv1d.weight.squeeze(1).T),
-        conv_bias=None if mixer.conv1d.bias is None else _own(mixer.conv1d.bias),
-        A2=_own(-torch.exp(mixer.A_log.float()) * LOG2E),
-        D=_own(mixer.D),
-        dt_bias=_own(mixer.dt_proj.bias),
-        mlp=None if block.mlp is None else (_norm(block.norm2), _linear(block.mlp.fc1), _linear(block.mlp.fc2)),
+    shared: dict[str, Any] = {
+        "norm": _norm(block.norm),
+        "in_proj": _linear(mixer.in_proj),
+        "out_proj": _linear(mixer.out_proj),
+        "taps": _own(mixer.conv1d.weight.squeeze(1).T),
+        "conv_bias": None if mixer.conv1d.bias is None else _own(mixer.conv1d.bias),
+        "mlp": None if block.mlp is None else (_norm(block.norm2), _linear(block.mlp.fc1), _linear(block.mlp.fc2)),
+    }
+    A = -torch.exp(mixer.A_log.float())
+    if isinstance(mixer, Mamba2):
+        D = mixer.D if mixer.D_has_hdim else mixer.D.repeat_interleave(mixer.headdim)
+        scale = torch.ones(mixer.d_ssm) if mixer.norm is None else mixer.norm.weight
+        own: dict[str, Any] = {"A": A, "D": D, "dt_bias": mixer.dt_bias, "scale": scale}
+        return HeadLayer(**shared | {name: _own(x) for name, x in own.items()}, heads=_heads(mixer))
+    shared |= {"x_proj": _linear(mixer.x_proj), "dt_proj": _linear(mixer.dt_proj)}
+    return Layer(**shared, A2=_own(A * LOG2E), D=_own(mixer.D), dt_bias=_own(mixer.dt_proj.bias))
+
+
+def _heads(mixer: Mamba2) -> Heads:
+    norm = mixer.norm
+    low, high = check_limit(OP, mixer.dt_limit)
+    return Heads(
+        mixer.headdim,
+        mixer.d_state,
+        mixer.ngroups,
+        low,
+        high,
+        beside=mixer.d_mlp,
+        normalise=norm is not None,
+        gate_last=norm is not None and norm.norm_before_gate,
+        eps=0.0 if norm is None else norm.eps,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from stateline import checks
 from stateline.files import BUNDLED_NAMES, bundled
-from stateline.interop import gguf, hub, huggingface, mamba_ssm, servers
+from stateline.interop import gguf, gguf_read, hub, huggingface, mamba_ssm, servers
 from stateline.interop.export import export_model, exported_program, load_exported
 from stateline.models import LanguageModel, checkpoint
 from stateline.models.checkpoint import CheckpointError
@@ -20,21 +21,26 @@ __all__ = [
 ]  # fmt: skip
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
-GGUF = "gguf"  # one file, for llama.cpp; written and not read
+GGUF = "gguf"  # one file, llama.cpp's
 VLLM = "vllm"  # "huggingface" with a tokenizer, as vLLM and SGLang serve it
-_LOAD = {"stateline": checkpoint.load, "mamba_ssm": mamba_ssm.load, "huggingface": huggingface.load}
+_LOAD: dict[str, Callable[..., LanguageModel]] = {
+    "stateline": checkpoint.load,
+    "mamba_ssm": mamba_ssm.load,
+    "huggingface": huggingface.load,
+    GGUF: gguf_read.load,
+}
 _SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface": huggingface.save}
 
 
 def load(
     path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """The model in a directory of any known format, one that ships, or one of the Hugging Face Hub; to evaluate.
+    """The model in a directory of any known format or a .gguf file, one that ships, or one of the Hugging Face Hub.
 
     Args:
-        path_or_name: a directory (of a model, or of a training run, whose best model is meant), "bundled" (English, by
-            bytes) or "bundled-zh" (Chinese poems; its text needs `load_tokenizer("bundled-zh", …)`), or a name,
-            "organisation/model" or "organisation/model@revision". Only such a name, where no directory has it, is
+        path_or_name: a directory (of a model, or of a training run, whose best model is meant), a file, "bundled"
+            (English, by bytes) or "bundled-zh" (Chinese poems; its text needs `load_tokenizer("bundled-zh", …)`), or a
+            name, "organisation/model" or "organisation/model@revision". Only such a name, where no directory has it, is
             looked for on the Hub, by huggingface_hub (extra `hf`), which downloads what is not here yet.
         device: where the weights go; CPU if None.
         dtype: of the weights; None keeps the checkpoint's. Time constants stay float32 at least.
@@ -107,15 +113,16 @@ def save(
 
 
 def detect(path: str | Path) -> str:
-    """The format of the model in a directory, from what its config.json says; CheckpointError if none is known."""
+    """The format of a model, from a directory's config.json or a file's name; CheckpointError if none is known."""
     path = Path(path).expanduser()
     if not path.is_dir():
-        if path.suffix == ".gguf":
-            raise CheckpointError(f"{path}: GGUF files are written and not read. Give the directory it was made from.")
+        if path.suffix == f".{GGUF}" and path.is_file():
+            return GGUF
         if path.is_file():
             raise CheckpointError(f"{path} is a file. Give the directory that holds config.json and the weights.")
         ships = f" Models that ship: {BUNDLED_NAMES}." if str(path).startswith("bundled") else ""
-        raise CheckpointError(f"{path} is no directory.{ships}")
+        kind = "file" if path.suffix == f".{GGUF}" else "directory"
+        raise CheckpointError(f"{path} is no {kind}.{ships}")
     if not (path / checkpoint.CONFIG).exists() and checkpoint.is_complete(path / checkpoint.WEIGHTS):
         return "stateline"  # a kill came between the renames of a first save
     config = checkpoint.read_json(path / checkpoint.CONFIG)

@@ -6,8 +6,6 @@ float32 for these, for D and for vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +16,8 @@ from torch import Tensor
 from stateline import checks
 from stateline.interop import gguf_vocabulary
 from stateline.interop.export import write_aside
+from stateline.interop.gguf_layers import LAYERS, Layer, Tensors
 from stateline.models import LanguageModel, checkpoint
-from stateline.nn import Mamba
 
 OP = "save"
 #: How matrices are kept. The last two in blocks of 32 along a row, with a scale each.
@@ -28,22 +26,6 @@ BLOCKED, BLOCK = ("Q8_0", "Q4_0"), 32
 KIND_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 CONTEXT = 2**20  # as llama.cpp's converter says of models that have no limit
 
-Tensors = Iterator[tuple[str, Tensor, bool]]  # name there, values, whether it is a matrix that may be rounded
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A kind of layer that llama.cpp has.
-
-    arch: its name there.   sizes: (writer, mixer) writes the metadata that describe it.
-    problems: what of a mixer cannot be said there.   tensors: a mixer's, by their names in a block.
-    """
-
-    arch: str
-    sizes: Callable[[Any, Any], None]
-    problems: Callable[[Any], list[str]]
-    tensors: Callable[[Any], Tensors]
-
 
 def save(
     model: LanguageModel, path: str | Path, kind: str | None = None, *, tokenizer: str | Path | None = None
@@ -51,7 +33,7 @@ def save(
     """Write a model as one GGUF file, whole or not at all; one that was there is replaced.
 
     Args:
-        model: of Mamba layers with expand = 2.
+        model: of Mamba layers with expand = 2, or of Mamba2 layers.
         path: the file.
         kind: of `KINDS`, how matrices are kept; None keeps their dtype. Q8_0 and Q4_0 want a d_model that is a multiple
             of 32, their block; a small matrix that does not fit beside it (that of the step sizes) is kept as F16.
@@ -68,7 +50,7 @@ def save(
     target = Path(path).expanduser()
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise checks.fail(OP, f"{target} cannot be written as a file.", "Give a file in a directory that exists.")
-    library = _library()
+    writer = library(OP)
     layer = _layer(model)
     if kind in BLOCKED and model.config.d_model % BLOCK:
         raise checks.fail(
@@ -77,11 +59,11 @@ def save(
     vocabulary = gguf_vocabulary.read(tokenizer, model.config.vocab_size)
 
     def write(file: Path) -> None:
-        out = library.GGUFWriter(file, layer.arch)
-        _describe(out, model, layer, library)
+        out = writer.GGUFWriter(file, layer.arch)
+        _describe(out, model, layer, writer)
         gguf_vocabulary.write(out, vocabulary, model.config.vocab_size)
         for name, values, is_matrix in _tensors(model, layer):
-            _add(out, library, name, values, kind if is_matrix else "F32")
+            _add(out, writer, name, values, kind if is_matrix else "F32")
         out.write_header_to_file()
         out.write_kv_data_to_file()
         out.write_tensors_to_file()
@@ -95,11 +77,12 @@ def model_dtype(model: LanguageModel) -> torch.dtype:
     return checkpoint.plain(model).backbone.embedding.weight.dtype
 
 
-def _library() -> ModuleType:
+def library(op: str) -> ModuleType:
+    """The package gguf, for an operation. Raises ImportError naming the extra."""
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(f"{OP}: GGUF files need the package gguf. pip install 'stateline[gguf]'") from error
+        raise ImportError(f"{op}: GGUF files need the package gguf. pip install 'stateline[gguf]'") from error
     return gguf
 
 
@@ -112,7 +95,7 @@ def _layer(model: LanguageModel) -> Layer:
         names = ", ".join(odd or sorted({type(m).__name__ for m in mixers}))
         raise checks.fail(OP, f"the model has layers of kind {names}, GGUF takes one of {_names()}.", OTHER)
     layer = LAYERS[type(mixers[0])]
-    problems = layer.problems(mixers[0])
+    problems = layer.problems(mixers[0], config.norm_eps)
     if config.d_intermediate:
         problems.append(f"d_intermediate is {config.d_intermediate} (no MLP there)")
     if not config.rms_norm:
@@ -145,60 +128,20 @@ def _describe(out: Any, model: LanguageModel, layer: Layer, library: ModuleType)
 
 def _tensors(model: LanguageModel, layer: Layer) -> Tensors:
     rows = model.config.vocab_size  # those that pad the embedding stay here
-    yield "token_embd", model.backbone.embedding.weight[:rows], True
-    yield "output_norm", model.backbone.norm_f.weight, False
+    yield "token_embd.weight", model.backbone.embedding.weight[:rows], True
+    yield "output_norm.weight", model.backbone.norm_f.weight, False
     if not model.config.tie_embeddings:
-        yield "output", model.lm_head.weight[:rows], True
+        yield "output.weight", model.lm_head.weight[:rows], True
     blocks: Any = model.backbone.layers
     for i, block in enumerate(blocks):
-        yield f"blk.{i}.attn_norm", block.norm.weight, False
+        yield f"blk.{i}.attn_norm.weight", block.norm.weight, False
         for name, values, is_matrix in layer.tensors(block.mixer):
             yield f"blk.{i}.{name}", values, is_matrix
 
 
 def _add(out: Any, library: ModuleType, name: str, values: Tensor, kind: str) -> None:
-    if "." not in name.removeprefix("blk.").partition(".")[2] and not name.endswith((".ssm_a", ".ssm_d")):
-        name += ".weight"
     if kind in BLOCKED and values.shape[-1] % BLOCK:
         kind = "F16"
     array = values.detach().to("cpu", torch.float32).contiguous().numpy()
     stored = getattr(library.GGMLQuantizationType, kind)
     out.add_tensor(name, library.quants.quantize(array, stored), raw_dtype=stored)
-
-
-# ---- kinds of layers -------------------------------------------------------------------------------------------------
-
-
-def _mamba_sizes(out: Any, mixer: Mamba) -> None:
-    out.add_ssm_conv_kernel(mixer.d_conv)
-    out.add_ssm_inner_size(mixer.d_inner)
-    out.add_ssm_state_size(mixer.d_state)
-    out.add_ssm_time_step_rank(int(mixer.dt_rank))
-    out.add_ssm_dt_b_c_rms(False)
-
-
-def _mamba_problems(mixer: Mamba) -> list[str]:
-    problems = []
-    if mixer.d_inner != 2 * mixer.d_model:
-        problems.append(f"expand is {mixer.expand} (2 only there)")
-    if mixer.b_c_dt_rms_eps is not None:
-        problems.append("b_c_dt_rms_eps is set (norms of dt, B and C have the other norms' eps there)")
-    if mixer.in_proj.bias is not None:
-        problems.append("bias is True (the projections have none there)")
-    return problems
-
-
-def _mamba_tensors(mixer: Mamba) -> Tensors:
-    taps, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
-    yield "ssm_in", mixer.in_proj.weight, True
-    yield "ssm_conv1d", taps, False
-    yield "ssm_conv1d.bias", taps.new_zeros(mixer.d_inner) if bias is None else bias, False
-    yield "ssm_x", mixer.x_proj.weight, True
-    yield "ssm_dt", mixer.dt_proj.weight, True
-    yield "ssm_dt.bias", mixer.dt_proj.bias, False
-    yield "ssm_a", -torch.exp(mixer.A_log.detach()), False
-    yield "ssm_d", mixer.D, False
-    yield "ssm_out", mixer.out_proj.weight, True
-
-
-LAYERS: dict[type, Layer] = {Mamba: Layer("mamba", _mamba_sizes, _mamba_problems, _mamba_tensors)}

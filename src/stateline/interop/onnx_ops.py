@@ -1,14 +1,16 @@
 """Our operations in plain ONNX operators, so that a model runs wherever ONNX does, without our code.
 
-selective_scan becomes one Scan: the recurrence itself, token after token. Forms that work on all tokens at once divide
-by products of decays, which underflow at large dt·A; here every decay is exp of a number ≤ 0, so nothing overflows
-however long the input or large the step. causal_conv1d and rms_norm become a grouped Conv and a mean of squares.
+selective_scan and ssd become one Scan each: the recurrence itself, token after token. Forms that work on all tokens at
+once divide by products of decays, which underflow at large dt·A; here every decay is exp of a number ≤ 0, so nothing
+overflows however long the input or large the step. causal_conv1d and rms_norm become a grouped Conv and a mean of
+squares.
 
-Suffixes: b batch, t time step, d channel, n state, g group, k taps.
+Suffixes: b batch, t time step, d channel, n state, g group, k taps, h head, p head width.
 """
 
 # No `from __future__ import annotations` here: onnxscript reads those of the recurrence as objects.
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, no_type_check
 
@@ -38,6 +40,7 @@ def translations() -> dict[Callable[..., Any], Translation]:
     raw = torch.ops.stateline
     return {
         raw.selective_scan.default: _selective_scan,
+        raw.ssd.default: _ssd,
         raw.causal_conv1d.default: _causal_conv1d,
         raw.rms_norm.default: _rms_norm,
     }
@@ -136,15 +139,89 @@ def _selective_scan(
     dt = _softplus(dt) if dt_softplus else dt
     B, C = (_per_token(x, u, d) for x in (B, C))
     v = op.Mul(dt, u)
-    if initial_state is None:
-        b = op.Shape(u, start=0, end=1)
-        initial_state = op.Expand(op.Constant(value_float=0.0), op.Concat(b, _ints(d, n), axis=0))
+    initial_state = _zeros(u, d, n) if initial_state is None else initial_state
     if reverse:
         dt, v, B, C = (_flip(x) for x in (dt, v, B, C))
     y, state = _recurrence()(initial_state, dt, v, A, B, C)
+    return _finish(y, u, D, z, reverse), state
+
+
+@functools.cache
+@no_type_check
+def _head_recurrence() -> Any:
+    """S[t] = decay[t] S[t-1] + v[t]⊗B[t], y[t] = S[t] C[t] as an ONNX function."""
+    from onnxscript import FLOAT, graph, script
+    from onnxscript import opset18 as op
+    from onnxscript.values import Opset
+
+    stateline_opset = Opset("stateline", 1)
+
+    @script(stateline_opset, default_opset=op)
+    def ssd(
+        S: FLOAT[None, None, None, None],
+        decay: FLOAT[None, None, None],
+        v: FLOAT[None, None, None, None],
+        B: FLOAT[None, None, None, None],
+        C: FLOAT[None, None, None, None],
+    ) -> tuple[FLOAT[None, None, None, None], FLOAT[None, None, None, None]]:
+        @graph()
+        def step(
+            S_bhpn: FLOAT[None, None, None, None],
+            decay_bh: FLOAT[None, None],
+            v_bhp: FLOAT[None, None, None],
+            B_bhn: FLOAT[None, None, None],
+            C_bhn: FLOAT[None, None, None],
+        ) -> tuple[FLOAT[None, None, None, None], FLOAT[None, None, None]]:
+            last = op.Constant(value_ints=[-1])
+            two = op.Constant(value_ints=[-2, -1])
+            drive = op.Mul(op.Unsqueeze(v_bhp, last), op.Unsqueeze(B_bhn, op.Constant(value_ints=[-2])))
+            S_new = op.Add(op.Mul(op.Unsqueeze(decay_bh, two), S_bhpn), drive)
+            y_bhp = op.ReduceSum(op.Mul(S_new, op.Unsqueeze(C_bhn, op.Constant(value_ints=[-2]))), last, keepdims=0)
+            return S_new, y_bhp
+
+        S_end, y = op.Scan(
+            S, decay, v, B, C, body=step, num_scan_inputs=4, scan_input_axes=[1, 1, 1, 1], scan_output_axes=[1]
+        )
+        return y, S_end
+
+    return ssd
+
+
+def _ssd(
+    x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any = None, z: Any = None, dt_bias: Any = None,
+    dt_softplus: bool = False, dt_low: float = -math.inf, dt_high: float = math.inf, initial_state: Any = None,
+    segments: Any = None, reverse: bool = False, backend: Any = None,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """The raw operation's arguments -> y (b, t, h, p), state (b, h, p, n), decay (b, h)."""
+    op, (h, p), n = _op(), x.shape[2:], B.shape[3]
+    dt = dt if dt_bias is None else op.Add(dt, dt_bias)
+    dt = _softplus(dt) if dt_softplus else dt
+    dt = dt if dt_low == -math.inf else op.Max(dt, op.Constant(value_float=dt_low))
+    dt = dt if dt_high == math.inf else op.Min(dt, op.Constant(value_float=dt_high))
+    B, C = (_per_token(v, x, h) for v in (B, C))
+    v, decay = op.Mul(op.Unsqueeze(dt, _ints(-1)), x), op.Exp(op.Mul(dt, A))
+    initial_state = _zeros(x, h, p, n) if initial_state is None else initial_state
+    if reverse:
+        decay, v, B, C = (_flip(w) for w in (decay, v, B, C))
+    y, state = _head_recurrence()(initial_state, decay, v, B, C)
+    D = D if D is None or len(D.shape) == 2 else op.Unsqueeze(D, _ints(-1))
+    whole = op.Exp(op.Mul(op.ReduceSum(dt, _ints(1), keepdims=0), A))
+    return _finish(y, x, D, z, reverse), state, whole
+
+
+def _finish(y: Any, u: Any, D: Any, z: Any, reverse: bool) -> Any:
+    """(y + D u) · silu(z) of a recurrence's output, which ran backwards if `reverse`."""
+    op = _op()
     y = _flip(y) if reverse else y
     y = y if D is None else op.Add(y, op.Mul(D, u))
-    return y if z is None else op.Mul(y, op.Mul(z, op.Sigmoid(z))), state
+    return y if z is None else op.Mul(y, op.Mul(z, op.Sigmoid(z)))
+
+
+def _zeros(like: Any, *shape: int) -> Any:
+    """Zeros (b, *shape) for the batch of another tensor."""
+    op = _op()
+    b = op.Shape(like, start=0, end=1)
+    return op.Expand(op.Constant(value_float=0.0), op.Concat(b, _ints(*shape), axis=0))
 
 
 def _per_token(x: Any, u: Any, d: int) -> Any:
@@ -163,9 +240,7 @@ def _causal_conv1d(
 ) -> tuple[Any, Any]:  # fmt: skip
     """The raw operation's arguments -> y (b, t, d), state (b, k-1, d)."""
     op, (d, k) = _op(), weight.shape
-    if initial_state is None:
-        b = op.Shape(x, start=0, end=1)
-        initial_state = op.Expand(op.Constant(value_float=0.0), op.Concat(b, _ints(k - 1, d), axis=0))
+    initial_state = _zeros(x, k - 1, d) if initial_state is None else initial_state
     padded = op.Concat(initial_state, _flip(x) if reverse else x, axis=1)
     taps = op.Unsqueeze(weight, _ints(1))
     y = op.Conv(op.Transpose(padded, perm=[0, 2, 1]), *([taps] if bias is None else [taps, bias]), group=d)

@@ -1,6 +1,7 @@
-"""decode_token: one token through a whole Mamba-1 language model with packed matrices, in place, in one call.
+"""decode_token: one token through a whole Mamba-1 or Mamba-2 model with packed matrices, in place, in one call.
 
-Letters: b sequences, d_model width, d inner channels, n state, r rank of the step size, k taps.
+Letters: b sequences, d_model width, d inner channels, n state, r rank of the step size, k taps; of Mamba-2 h heads of
+width p, d = h·p, and g groups.
 """
 
 from __future__ import annotations
@@ -36,9 +37,13 @@ class Norm(NamedTuple):
     bias: Tensor | None
 
 
+Shape = tuple[int, ...]
+GatedMLP = tuple[Norm, Matrix, Matrix]
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A block: float32 tensors, contiguous, on one device.
+    """A block of Mamba-1: float32 tensors, contiguous, on one device.
 
     norm; in_proj (2d, d_model), x_proj (r + 2n, d), dt_proj (d, r) without its bias, out_proj (d_model, d); taps
     (k, d), oldest first; conv_bias (d) or None; A2 (d, n) = −exp(A_log)·log2(e); D, dt_bias (d); and
@@ -55,15 +60,72 @@ class Layer:
     A2: Tensor
     D: Tensor
     dt_bias: Tensor
-    mlp: tuple[Norm, Matrix, Matrix] | None = None
+    mlp: GatedMLP | None = None
+
+    @property
+    def state_shapes(self) -> dict[str, Shape]:
+        """A sequence's states: conv (k−1, d), ssm (d, n)."""
+        k, d = self.taps.shape
+        return {"conv": (k - 1, d), "ssm": tuple(self.A2.shape)}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes and choices of Mamba-2, the same in all layers of a network.
+
+    p, n, g: width of a head, state, groups that share B and C and are normalised together.   low, high: of the step
+    size, infinite where there are none.   beside: channels of a gated unit beside the recurrence.   eps: of the norm
+    before out_proj; normalise: there is one; gate_last: it comes before the gate.
+    """
+
+    p: int
+    n: int
+    g: int
+    low: float
+    high: float
+    beside: int
+    normalise: bool
+    gate_last: bool
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLayer:
+    """A block of Mamba-2, as `Layer` but for these.
+
+    in_proj: (2 beside + 2d + 2g·n + h, d_model), rows of the gate and value beside, z, x, B, C, dt.
+    out_proj: (d_model, beside + d).   taps (k, d + 2g·n), conv_bias (d + 2g·n) or None.
+    A (h) = −exp(A_log), D (d), dt_bias (h), scale (d) of the norm before out_proj, ones where there is none.
+    """
+
+    norm: Norm
+    in_proj: Matrix
+    out_proj: Matrix
+    taps: Tensor
+    conv_bias: Tensor | None
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    scale: Tensor
+    heads: Heads
+    mlp: GatedMLP | None = None
+
+    @property
+    def state_shapes(self) -> dict[str, Shape]:
+        """A sequence's states: conv (k−1, d + 2g·n), ssm (h, p, n)."""
+        k, channels = self.taps.shape
+        return {"conv": (k - 1, channels), "ssm": (self.A.shape[0], self.heads.p, self.heads.n)}
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A model: token ids are below `vocabulary`; blocks, final norm, the epsilon of all norms, embedding and head."""
+    """A model: token ids are below `vocabulary`; blocks, final norm, the epsilon of all norms, embedding and head.
+
+    All layers are of one kind and size.
+    """
 
     vocabulary: int
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer | HeadLayer, ...]
     norm: Norm
     eps: float
     embedding: Matrix
@@ -88,7 +150,7 @@ class Network:
 def decode_token_(states: Sequence[Tensor], ids: Tensor, network: Network, *, backend: str | None = None) -> Tensor:
     """Advance `states` by the tokens ids (b) in place and return logits (b, rows of the head), float32. No gradient.
 
-    states: of each layer in turn the convolution's (b, k−1, d) and the scan's (b, d, n), float32, contiguous.
+    states: of each layer in turn the convolution's and the recurrence's, (b, *state_shapes), float32, contiguous.
 
     Residual stream and all that is not packed are float32. A row's bits do not depend on the other rows.
 
@@ -115,9 +177,8 @@ def _check_states(states: Sequence[Tensor], b: int, device: torch.device, networ
     if len(states) != 2 * len(network.layers):
         raise checks.fail(OP, f"states has {len(states)} tensors, the model {2 * len(network.layers)}.")
     for i, layer in enumerate(network.layers):
-        k, d = layer.taps.shape
-        wanted = {"conv": (b, k - 1, d), "ssm": (b, *layer.A2.shape)}
-        for (name, shape), x in zip(wanted.items(), states[2 * i : 2 * i + 2], strict=True):
+        for (name, of_one), x in zip(layer.state_shapes.items(), states[2 * i : 2 * i + 2], strict=True):
+            shape = (b, *of_one)
             if x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous() or x.device != device:
                 got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
                 wanted_here = f"contiguous float32 {shape} on {device}"

@@ -1,13 +1,15 @@
-// One token for each of b sequences through a whole Mamba-1 language model with packed matrices: embedding, blocks, final norm, head.
+// One token for each of b sequences through a whole Mamba-1 or Mamba-2 language model with packed matrices: embedding, blocks, final
+// norm, head.
 // The definition is LanguageModel.step_.
 //
 // A token is a chain of phases, each cut into chunks that threads take as they come; a thread that finds no chunk left waits
 // for the phase to be done. Any number of threads may come, even late or never: one alone does all. No chunk's result depends on
 // who computes it or on how phases are cut, so neither does the token.
-// Suffixes and letters: b sequence, d channel of the inner width, n state, k tap, r rank of the step size.
+// Suffixes and letters: b sequence, d channel of the inner width, n state, k tap, r rank of the step size, h head, g group.
 #include <sched.h>
 #include <stdlib.h>
 
+#include "head_step.h"
 #include "packed.h"
 #include "pool.h"
 
@@ -18,22 +20,35 @@ struct Norm {
 };
 struct Layer {
     Norm norm;
-    Packed in_proj, x_proj, dt_proj, out_proj;
-    const float *taps, *conv_bias;  // (k, d), (d) or null
-    const float *A2, *D, *dt_bias;  // (d, n) = -exp(A_log) · log2(e), (d), (d)
-    Norm norm2;                     // of the MLP; null weight: there is none
+    Packed in_proj, x_proj, dt_proj, out_proj;  // x_proj, dt_proj: of Mamba-1
+    const float *taps, *conv_bias;              // (k, channels), (channels) or null
+    const float *A, *D, *dt_bias;               // Mamba-1: (d, n) = -exp(A_log) · log2(e), (d), (d); Mamba-2: (h) = -exp(A_log), (d), (h)
+    const float* scale;                         // (d) of the norm before out_proj
+    Norm norm2;                                 // of the MLP; null weight: there is none
     Packed fc1, fc2;
+};
+// Of Mamba-2; h is 0 for Mamba-1. beside: channels of the gated unit beside the recurrence. normalise: before out_proj, in g groups;
+// gate_last: and before the gate.
+struct Heads {
+    int64_t h, g, beside, normalise, gate_last;
+    double low, high, eps;  // of dt; of the norm
 };
 // Laid out as Python packs it: every field is eight bytes.
 struct Args {
-    int64_t b, layers, d_model, d, n, r, k, hidden, threads;
+    int64_t b, layers, d_model, d, n, r, k, hidden;
+    Heads heads;
+    int64_t threads;
     double eps;
     const Layer* layer;
     Norm norm;
     Packed embedding, head;
     const int64_t* ids;            // (b)
-    float* const (*states)[2];     // a layer's convolution (b, k-1, d) and scan (b, d, n) states, changed in place
+    float* const (*states)[2];     // a layer's convolution (b, k-1, channels) and scan (b, d, n) states, changed in place
     float* logits;                 // (b, rows of the head)
+
+    int64_t channels() const { return heads.h ? d + 2 * heads.g * n : d; }  // of the convolution
+    int64_t before() const { return heads.h ? 2 * heads.beside + d : 0; }   // rows of in_proj that come before them
+    int64_t rest() const { return heads.h ? before() + channels() + heads.h : 2 * d; }  // rows of in_proj
 };
 
 constexpr int W = Simd<float>::W;
@@ -69,7 +84,7 @@ static void unpack_row(const Packed& w, int64_t row, float* to) {
 struct Token {
     const Args& a;
     Phase* phases;
-    float *x, *stream[2], *z, *u, *select, *y, *mlp;
+    float *x, *stream[2], *rest, *u, *select, *y, *mlp;  // rest: rows of in_proj, of which the convolution's come to u
     int finished;  // some thread saw the last phase done; one without memory leaves the work to the others
 };
 
@@ -79,7 +94,7 @@ struct Worker {
     const Args& a;
     Phase* phase;
     char* prepared;   // rows of x as the phase's matrix reads them
-    float* h;         // (d_model) a normalised row
+    float* h;         // (d_model or the columns of out_proj) a normalised row
     int current = 0;  // the stream to read
 
     template <class F>
@@ -178,15 +193,19 @@ struct Worker {
         return load(full);
     }
 
-    // in_proj, and as its rows come: u = silu(convolution) of the first d, whose state moves on by one, and z of the others.
+    // in_proj, and as its rows come: u = silu(convolution) of some, whose state moves on by one; the others stay as they are.
     void enter(const Layer& l, float* state) {
+        const int64_t begin = a.before(), channels = a.channels(), end = begin + channels;
+        auto within = [&](int64_t row) { return row < begin ? begin : row > end ? end : row; };
         normalised_product(l.norm, l.in_proj, [&](int64_t i, int64_t row, int64_t rows, const float* sums) {
-            const int64_t inner = row >= a.d ? 0 : row + rows <= a.d ? rows : a.d - row;
-            if (inner) convolve(l, row, inner, sums, state + i * (a.k - 1) * a.d + row, t.u + i * wide(a.d) + row);
-            __builtin_memcpy(t.z + i * wide(a.d) + row + inner - a.d, sums + inner, sizeof(float) * (rows - inner));
+            __builtin_memcpy(t.rest + i * wide(a.rest()) + row, sums, sizeof(float) * rows);
+            const int64_t c = within(row) - begin, count = within(row + rows) - begin - c;
+            if (count)
+                convolve(l, c, count, sums + begin + c - row, state + i * (a.k - 1) * channels + c, t.u + i * wide(channels) + c);
         });
     }
     void convolve(const Layer& l, int64_t c, int64_t count, const float* newest, float* memory, float* u) const {
+        const int64_t channels = a.channels();
         for (int64_t first = 0; first < count; first += W) {
             const int lanes = int(count - first < W ? count - first : W);
             auto read = [&](const float* p) { return lanes == W ? load(p) : load_some<float>(p, lanes); };
@@ -195,11 +214,11 @@ struct Worker {
             VF sum = l.conv_bias ? read(l.conv_bias + at) : VF{};
             const VF x = load(newest + first);
             for (int64_t j = 0; j + 1 < a.k; j++) {
-                float* m = memory + j * a.d + first;
-                sum = fma(read(l.taps + j * a.d + at), read(m), sum);
-                write(m, j + 2 < a.k ? read(m + a.d) : x);
+                float* m = memory + j * channels + first;
+                sum = fma(read(l.taps + j * channels + at), read(m), sum);
+                write(m, j + 2 < a.k ? read(m + channels) : x);
             }
-            write(u + first, silu<float>(fma(read(l.taps + (a.k - 1) * a.d + at), x, sum)));
+            write(u + first, silu<float>(fma(read(l.taps + (a.k - 1) * channels + at), x, sum)));
         }
     }
 
@@ -219,7 +238,7 @@ struct Worker {
             const int64_t first = chunk * each, last = first + each < blocks ? first + each : blocks;
             fetch(l.out_proj, first, last, blocks);
             product(l.dt_proj, first, last, prepared, l.dt_proj.x_bytes(), a.b, [&](int64_t i, int64_t block, float* dt) {
-                const float *select = t.select + i * width, *z = t.z + i * wide(a.d);
+                const float *select = t.select + i * width, *z = t.rest + i * wide(a.rest()) + a.d;
                 const int64_t c = block * LANES, count = a.d - c < LANES ? a.d - c : LANES;
                 advance(l, c, count, dt, t.u + i * wide(a.d) + c, z + c, select + a.r, select + a.r + a.n,
                         state + (i * a.d + c) * a.n, t.y + i * wide(a.d) + c);
@@ -243,7 +262,7 @@ struct Worker {
 #pragma GCC unroll 16
             for (int j = 0; j < W; j++)
                 if (first + j < count)
-                    sum[j] = advance_channel(l.A2 + (c + first + j) * n, dt[first + j], u[first + j], B, C, state + (first + j) * n);
+                    sum[j] = advance_channel(l.A + (c + first + j) * n, dt[first + j], u[first + j], B, C, state + (first + j) * n);
             store(out + first, sums_of_lanes(sum));
         }
         for (int64_t j = 0; j < count; j++) y[j] = (out[j] + l.D[c + j] * u[j]) * gate[j];
@@ -271,6 +290,82 @@ struct Worker {
     // exp2 may lose a NaN; a product with it does not.
     static VF decayed(VF exponent, VF h, VF input) { return fma(exponent == exponent ? exp2(exponent) : exponent, h, input); }
 
+    // Mamba-2: step sizes, the recurrence and, unless a norm comes first, the gate; the gated unit beside them.
+    void scan_heads(const Layer& l, float* state) {
+        const Heads& q = a.heads;
+        const int64_t p = a.d / q.h, few = a.b * q.h < 8 * a.threads && p > LANES, each = few ? LANES : p, parts = (p + each - 1) / each;
+        const int64_t chunks = a.b * q.h * parts;
+        run(chunks + (q.beside ? a.b : 0), [&](int64_t chunk) {
+            if (chunk >= chunks) return unit_beside(chunk - chunks);
+            const int64_t i = chunk / (q.h * parts), head = chunk / parts % q.h, c = chunk % parts * each;
+            advance_head(l, i, head, c, p - c < each ? p - c : each, state + (i * a.d + head * p + c) * a.n);
+        });
+    }
+    // `count` channels of a head of width p from its c-th on.
+    void advance_head(const Layer& l, int64_t i, int64_t head, int64_t c, int64_t count, float* state) {
+        const Heads& q = a.heads;
+        const float *u = t.u + i * wide(a.channels()), *B = u + a.d + head * q.g / q.h * a.n;
+        float* rest = t.rest + i * wide(a.rest());
+        VF size, slope;
+        softplus<float>(splat(rest[a.before() + a.channels() + head] + l.dt_bias[head]), size, slope);
+        const VF low = splat(float(q.low)), high = splat(float(q.high));
+        size = size < low ? low : size;
+        size = size > high ? high : size;
+        float dt[W], decay[W];
+        store(dt, size);
+        store(decay, exp(size * splat(l.A[head])));
+        c += head * (a.d / q.h);
+        float *y = t.y + i * wide(q.beside + a.d) + q.beside + c, *z = rest + 2 * q.beside + c;
+        advance_channels(decay[0], dt[0], u + c, int(count), B, B + q.g * a.n, a.n, state, y);
+        for (int64_t j = 0; j < count; j += W) {
+            const int lanes = int(count - j < W ? count - j : W);
+            auto read = [&](const float* p) { return lanes == W ? load(p) : load_some<float>(p, lanes); };
+            auto write = [&](float* p, VF v) { lanes == W ? store(p, v) : store_some<float>(p, v, lanes); };
+            const VF gate = silu<float>(read(z + j)), out = fma(read(l.D + c + j), read(u + c + j), read(y + j));
+            write(y + j, q.gate_last ? out : out * gate);
+            if (q.gate_last) write(z + j, gate);
+        }
+    }
+    void unit_beside(int64_t i) {
+        const int64_t count = a.heads.beside;
+        const float *gate = t.rest + i * wide(a.rest()), *value = gate + count;
+        float* y = t.y + i * wide(count + a.d);
+        for (int64_t c = 0; c < count; c += W) {
+            const int lanes = int(count - c < W ? count - c : W);
+            store_some<float>(y + c, silu<float>(load_some<float>(gate + c, lanes)) * load_some<float>(value + c, lanes), lanes);
+        }
+    }
+    // out_proj of what `scan_heads` left, normalised in groups; as in `normalised_product` by every thread for itself.
+    void leave(const Layer& l) {
+        const Heads& q = a.heads;
+        const int64_t width = q.beside + a.d;
+        if (!q.normalise) return multiply(l.out_proj, t.y, wide(width), t.x, wide(a.d_model));
+        product_phase(l.out_proj, [&](bool) {
+            for (int64_t i = 0; i < a.b; i++) {
+                const float *y = t.y + i * wide(width), *gate = t.rest + i * wide(a.rest()) + 2 * q.beside;
+                __builtin_memcpy(h, y, sizeof(float) * q.beside);
+                for (int64_t g = 0; g < q.g; g++) normalise_group(l, g * (a.d / q.g), y + q.beside, gate);
+                prepare(l.out_proj, h, prepared + i * l.out_proj.x_bytes());
+            }
+        }, [&](int64_t i, int64_t row, int64_t rows, const float* sums) {
+            __builtin_memcpy(t.x + i * wide(a.d_model) + row, sums, sizeof(float) * rows);
+        });
+    }
+    // h = y / rms(y) · scale, times the gate where it comes last, of the group that starts at channel `from`.
+    void normalise_group(const Layer& l, int64_t from, const float* y, const float* gate) {
+        const int64_t end = from + a.d / a.heads.g;
+        VF squares = {};
+        for (int64_t c = from; c < end; c += W) {
+            const VF v = c + W <= end ? load(y + c) : load_some<float>(y + c, int(end - c));
+            squares = fma(v, v, squares);
+        }
+        const float by = 1.0f / __builtin_sqrtf(sum_lanes<float>(squares) / float(end - from) + float(a.heads.eps));
+        float* to = h + a.heads.beside;
+        for (int64_t c = from; c < end; c++) to[c] = y[c] * by * l.scale[c];
+        if (a.heads.gate_last)
+            for (int64_t c = from; c < end; c++) to[c] *= gate[c];
+    }
+
     // fc2(value · silu(gate)) of fc1's halves; hidden is a multiple of 128.
     void mlp(const Layer& l) {
         const int64_t width = wide(2 * a.hidden);
@@ -289,9 +384,14 @@ struct Worker {
         for (int64_t i = 0; i < a.layers; i++) {
             const Layer& l = a.layer[i];
             enter(l, a.states[i][0]);
-            multiply(l.x_proj, t.u, wide(a.d), t.select, wide(a.r + 2 * a.n));
-            scan(l, a.states[i][1]);
-            multiply(l.out_proj, t.y, wide(a.d), t.x, wide(a.d_model));
+            if (a.heads.h) {
+                scan_heads(l, a.states[i][1]);
+                leave(l);
+            } else {
+                multiply(l.x_proj, t.u, wide(a.d), t.select, wide(a.r + 2 * a.n));
+                scan(l, a.states[i][1]);
+                multiply(l.out_proj, t.y, wide(a.d), t.x, wide(a.d_model));
+            }
             if (l.norm2.weight) mlp(l);
         }
         normalised_product(a.norm, a.head, [&](int64_t i, int64_t row, int64_t rows, const float* sums) {
@@ -312,8 +412,8 @@ int64_t widest_x(const Args& a) {
 
 void work(void* context, int64_t) {
     Token& t = *(Token*)context;
-    const int64_t prepared = t.a.b * widest_x(t.a);
-    char* memory = (char*)sl_scratch(prepared + sizeof(float) * wide(t.a.d_model));
+    const int64_t prepared = t.a.b * widest_x(t.a), inner = t.a.heads.beside + t.a.d;
+    char* memory = (char*)sl_scratch(prepared + sizeof(float) * wide(t.a.d_model > inner ? t.a.d_model : inner));
     if (!memory) return;
     Worker worker = {t, t.a, t.phases, memory, (float*)(memory + prepared)};
     worker.whole_token();
@@ -325,8 +425,9 @@ void work(void* context, int64_t) {
 SL_KERNEL(decode_token) {
     const Args& a = *(const Args*)args;
     if (!a.b) return SL_OK;
-    const int64_t phases = 2 + a.layers * 7, model = wide(a.d_model), inner = wide(a.d);
-    const int64_t floats = a.b * (3 * model + 3 * inner + wide(a.r + 2 * a.n) + wide(2 * a.hidden)) + 64;
+    const int64_t phases = 2 + a.layers * 7, model = wide(a.d_model), rest = wide(a.rest()), u = wide(a.channels());
+    const int64_t y = wide(a.heads.beside + a.d), select = wide(a.r + 2 * a.n), mlp = wide(2 * a.hidden);
+    const int64_t floats = a.b * (3 * model + rest + u + y + select + mlp) + 64;
     const size_t bytes = sizeof(Phase) * phases + sizeof(float) * floats;
     char* memory = nullptr;
     if (posix_memalign((void**)&memory, 128, bytes)) return SL_NO_MEMORY;
@@ -336,7 +437,7 @@ SL_KERNEL(decode_token) {
     float* p = arena.take<float>(floats);
     auto take = [&](int64_t width) { float* here = p; p += a.b * width; return here; };
     t.x = take(model), t.stream[0] = take(model), t.stream[1] = take(model);
-    t.z = take(inner), t.u = take(inner), t.y = take(inner), t.select = take(wide(a.r + 2 * a.n)), t.mlp = take(wide(2 * a.hidden));
+    t.rest = take(rest), t.u = take(u), t.y = take(y), t.select = take(select), t.mlp = take(mlp);
     sl_parallel(a.threads, a.threads, 1e9, work, &t);
     free(memory);
     return t.finished ? SL_OK : SL_NO_MEMORY;

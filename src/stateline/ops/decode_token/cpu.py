@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from stateline.ops import native
-from stateline.ops.decode_token import Layer, Matrix, Network, Norm
+from stateline.ops.decode_token import HeadLayer, Layer, Matrix, Network, Norm
 from stateline.ops.packed_linear.cpu import fields as matrix_fields
 
 NO_MATRIX = (0,) * 6
+NO_HEADS = (0,) * 8
 
 #: What the kernel reads of a network, made once: fields of the call that never change, and the table of layers.
 _known: WeakKeyDictionary[Network, tuple[tuple[int, ...], tuple[int, ...], Tensor]] = WeakKeyDictionary()
@@ -37,24 +38,35 @@ def step(states: Sequence[Tensor], ids: Tensor, network: Network) -> Tensor:
 def _describe(network: Network) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
     """Sizes with the bits of eps last, norm and matrices of both ends, and the layers' table."""
     first = network.layers[0]
-    k, d = first.taps.shape
     hidden = 0 if first.mlp is None else first.mlp[2].columns
-    widths = (network.head.columns, d, first.A2.shape[1], first.dt_proj.columns, k, hidden)
+    n, rank = (first.A2.shape[1], first.dt_proj.columns) if isinstance(first, Layer) else (first.heads.n, 0)
+    widths = (network.head.columns, first.D.shape[0], n, rank, first.taps.shape[0], hidden)
     table = torch.tensor([number for layer in network.layers for number in _layer(layer)], dtype=torch.int64)
-    sizes = (len(network.layers), *widths, native.double_bits(network.eps))
+    sizes = (len(network.layers), *widths, *_heads(first), native.double_bits(network.eps))
     return sizes, (*_norm(network.norm), *_matrix(network.embedding), *_matrix(network.head)), table
 
 
-def _layer(layer: Layer) -> tuple[int, ...]:
-    own = (layer.taps, layer.conv_bias, layer.A2, layer.D, layer.dt_bias)
+def _heads(layer: Layer | HeadLayer) -> tuple[int, ...]:
+    """Count, groups, width beside, flags, limits and epsilon of Mamba-2's heads; zeros for Mamba-1."""
+    if isinstance(layer, Layer):
+        return NO_HEADS
+    s = layer.heads
+    numbers = (native.double_bits(x) for x in (s.low, s.high, s.eps))
+    return (layer.A.shape[0], s.g, s.beside, s.normalise, s.gate_last, *numbers)
+
+
+def _layer(layer: Layer | HeadLayer) -> tuple[int, ...]:
     mlp: tuple[int, ...] = (0, 0, *NO_MATRIX, *NO_MATRIX)
     if layer.mlp is not None:
         norm, fc1, fc2 = layer.mlp
         mlp = (*_norm(norm), *_matrix(fc1), *_matrix(fc2))
-    matrices = (layer.in_proj, layer.x_proj, layer.dt_proj, layer.out_proj)
-    return (
-        *_norm(layer.norm), *(number for m in matrices for number in _matrix(m)), *map(native.pointer, own), *mlp
-    )  # fmt: skip
+    if isinstance(layer, Layer):
+        inner, A, scale = (*_matrix(layer.x_proj), *_matrix(layer.dt_proj)), layer.A2, None
+    else:
+        inner, A, scale = NO_MATRIX + NO_MATRIX, layer.A, layer.scale
+    own = (layer.taps, layer.conv_bias, A, layer.D, layer.dt_bias, scale)
+    matrices = (*_matrix(layer.in_proj), *inner, *_matrix(layer.out_proj))
+    return (*_norm(layer.norm), *matrices, *map(native.pointer, own), *mlp)
 
 
 def _norm(norm: Norm) -> tuple[int, int]:

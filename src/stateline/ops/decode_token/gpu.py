@@ -10,7 +10,7 @@ import importlib.resources
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,6 +43,8 @@ def problem(*args: object) -> str | None:
 
 
 def _problem(network: Network) -> str | None:
+    if any(not isinstance(layer, Layer) for layer in network.layers):
+        return "it knows Mamba-1 alone, these are layers of Mamba-2."
     device = network.head.data.device
     if torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 9.0, which it needs."
@@ -52,7 +54,7 @@ def _problem(network: Network) -> str | None:
         return "gated MLPs are not part of it."
     if any(norm.bias is not None for norm in (network.norm, *(layer.norm for layer in network.layers))):
         return "LayerNorm is not part of it, only RMSNorm."
-    first = network.layers[0]
+    first = _layers(network)[0]
     (k, e), n, r, d = first.taps.shape, first.A2.shape[1], first.dt_proj.columns, network.head.columns
     if k > 8 or n % 4 or e % 4 or d % 4:
         return f"it knows up to 8 taps, and multiples of 4 states, channels and width; these are {k}, {n}, {e} and {d}."
@@ -62,6 +64,11 @@ def _problem(network: Network) -> str | None:
     if scan_shared(n, r) > of.shared_memory_per_block_optin - 1024:
         return f"{n} states and a rank of {r} leave too little shared memory."
     return None
+
+
+def _layers(network: Network) -> tuple[Layer, ...]:
+    """The layers, which are Mamba-1's, as `problem` has seen to."""
+    return cast("tuple[Layer, ...]", network.layers)
 
 
 def step(states: Sequence[Tensor], ids: Tensor, network: Network) -> Tensor:
@@ -123,7 +130,7 @@ class _Known:
 
     @classmethod
     def of(cls, network: Network) -> _Known:
-        layers = [tuple(_layer(layer)) for layer in network.layers]
+        layers = [tuple(_layer(layer)) for layer in _layers(network)]
         begins = (double_bits(network.eps), *_matrix(network.embedding), *_matrix(network.head))
         norms = (*(layer[0] for layer in layers), network.norm.weight.data_ptr())
         return cls(_Sizes.of(network), begins, layers, norms)
@@ -193,7 +200,7 @@ class _Sizes(NamedTuple):
 
     @classmethod
     def of(cls, network: Network) -> _Sizes:
-        first, nothing = network.layers[0], torch.empty(0)
+        first, nothing = _layers(network)[0], torch.empty(0)
         matrices = (first.in_proj, first.x_proj, first.out_proj, network.head)
         bare = tuple(m._replace(data=nothing, scales=nothing, bias=None) for m in matrices)
         widths = (network.head.columns, first.taps.shape[1], first.A2.shape[1], first.dt_proj.columns)

@@ -1,5 +1,6 @@
 // ssd on CPUs, forward and one step; cpu_backward.cpp has the gradient. The definition is in reference.py.
 #include "cpu_ssd.h"
+#include "head_step.h"
 
 namespace {
 
@@ -60,45 +61,18 @@ void forward_task(void* context, int64_t task) {
     ((R*)a.decay)[sequence * a.h + k.head] = total[0];
 }
 
-// One token of one head in place, channel after channel, states in lanes: the state is read and written once, as it lies.
+// One token of one head in place.
 template <class R>
 void step_head(Head<R>& k, int64_t row, R* state) {
     typedef typename Simd<R>::V V;
     constexpr int W = Simd<R>::W;
     const Args& a = k.a;
-    const int64_t n = k.n, full = n / W * W;
-    const int rest = int(n - full);
     const Span at = {0, 1};
     k.load_steps(row, at, 1);
     k.load_projection(k.Bt, a.B, row, at, 1);
     k.load_projection(k.Ct, a.C, row, at, 1);
     read_numbers(k.x, k.channels, a.x.dtype, a.x.at(row, 0, k.head));
-    const V shrink = splat(k.decay[0]);
-    for (int first = 0; first < k.channels; first += W) {
-        V sums[W] = {};
-        for (int i = 0; i < W && first + i < k.channels; i++) {
-            const V in = splat(k.step[0] * k.x[first + i]);
-            R* S = state + (first + i) * n;
-            V sum = {};
-            for (int64_t s = 0; s < full; s += W) {
-                const V next = fma(shrink, load(S + s), in * load(k.Bt + s));
-                store(S + s, next);
-                sum = fma(next, load(k.Ct + s), sum);
-            }
-            if (rest) {
-                const V next = fma(shrink, load_some<R>(S + full, rest), in * load_some<R>(k.Bt + full, rest));
-                store_some<R>(S + full, next, rest);
-                sum = fma(next, load_some<R>(k.Ct + full, rest), sum);
-            }
-            sums[i] = sum;
-        }
-        V out;
-        if constexpr (sizeof(R) == 4)
-            out = sums_of_lanes(sums);
-        else
-            for (int i = 0; i < W; i++) out[i] = sum_lanes<R>(sums[i]);
-        store(k.y + first, out);
-    }
+    advance_channels(k.decay[0], k.step[0], k.x, k.channels, k.Bt, k.Ct, k.n, state, k.y);
     if (a.z.data) read_numbers(k.gate, k.channels, a.z.dtype, a.z.at(row, 0, k.head));
     for (int i = 0; i < k.vectors * W; i += W) {
         V out = load(k.y + i);
