@@ -69,7 +69,7 @@ def case(s: dict[str, Any]) -> Case:
         B, C = (v[:, :, :, group].transpose(2, 3) + x.get(f"{name}_bias", 0) for name, v in ranked.items())
         turns = x["dt"][..., None] * x["rates"][:, :, None] if pairs else x["dt"].new_zeros(b, t, h, 0)
         mix, D = x.get("mix", torch.ones(h, r, p, dtype=torch.float64)), x.get("D", torch.zeros(h, dtype=torch.float64))
-        ys, ends = x["x"].new_zeros(b, t, h, r, p), []
+        ys, ends = 0 * x["x"][:, :, :, None].expand(b, t, h, r, p), []
         for i, (row, start, stop) in enumerate(place.sequences):
             tokens = [v[row, start:stop] for v in (x["x"], x["dt"], x["A"], x["blend"], B, C, turns)]
             tokens = [v.flip(0) for v in tokens] if s["reverse"] else tokens
