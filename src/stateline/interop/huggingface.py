@@ -1,11 +1,12 @@
-"""The format of Hugging Face transformers for Mamba and Mamba-2: config.json and safetensors, whole or sharded."""
+"""The format of Hugging Face transformers for Mamba and Mamba-2, and of flash-linear-attention, which registers Mamba-3
+with it: config.json and safetensors, whole or sharded."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,18 @@ OURS, THEIRS = "backbone.embedding.weight", "backbone.embeddings.weight"
 
 @dataclass(frozen=True)
 class Kind:
-    """One of their models. model, mixer: our field -> (their key, their default where a file leaves it out)."""
+    """One of their models. model, mixer: our field -> (their key, their default where a file leaves it out).
+
+    fixed: arguments of our mixer that have one value there.   library: whose model it is.
+    """
 
     name: str  # model_type
     layer: str
     architecture: str
     model: dict[str, tuple[str, Any]]
     mixer: dict[str, tuple[str, Any]]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    library: str = "transformers"
 
 
 MAMBA = Kind(
@@ -85,7 +91,36 @@ MAMBA2 = Kind(
         "bias": ("use_bias", False),
     },
 )
-KINDS = {kind.name: kind for kind in (MAMBA, MAMBA2)}
+MAMBA3 = Kind(
+    "mamba3",
+    "Mamba3",
+    "Mamba3ForCausalLM",
+    {
+        "d_model": ("hidden_size", 2048),
+        "n_layer": ("num_hidden_layers", 48),
+        "vocab_size": ("vocab_size", 32000),
+        "residual_in_fp32": ("residual_in_fp32", True),
+        "tie_embeddings": ("tie_word_embeddings", False),
+        "norm_eps": ("norm_eps", 1e-5),
+    },
+    {
+        "d_state": ("state_size", 128),
+        "expand": ("expand", 2),
+        "headdim": ("head_dim", 64),
+        "ngroups": ("n_groups", 1),
+        "rope_fraction": ("rope_fraction", 0.5),
+        "A_floor": ("A_floor", 1e-4),
+        "dt_min": ("dt_min", 0.001),
+        "dt_max": ("dt_max", 0.1),
+        "dt_init_floor": ("dt_init_floor", 1e-4),
+        "is_outproj_norm": ("is_outproj_norm", False),
+        "is_mimo": ("is_mimo", False),
+        "mimo_rank": ("mimo_rank", 4),
+    },
+    {"A_activation": "softplus"},  # whatever mamba_ssm has come to since
+    "flash-linear-attention",
+)
+KINDS = {kind.name: kind for kind in (MAMBA, MAMBA2, MAMBA3)}
 #: Carried through in metadata["huggingface"]: they say nothing about the model, but generation there needs them.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -107,17 +142,20 @@ def load(
 
 
 def read_config(values: dict[str, Any], path: Path) -> ModelConfig:
-    """transformers' MambaConfig or Mamba2Config as ours. Keys about training or generation are left aside."""
+    """Their MambaConfig, Mamba2Config or Mamba3Config as ours. Keys about training or generation are left aside."""
     name = values.get("model_type")
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        known = " and ".join(map(repr, KINDS))
+        *others, last = map(repr, KINDS)
+        known = f"{', '.join(others)} and {last}"
         raise CheckpointError(f"{path} has model_type {name!r}; of Hugging Face's, {known} are supported.")
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"{path}: hidden_act is {values['hidden_act']!r}, supported is 'silu'.")
     ours = {name: values.get(key, default) for name, (key, default) in kind.model.items()}
-    mixer = {name: _plain(values.get(key, default)) for name, (key, default) in kind.mixer.items()}
-    if kind is MAMBA2 and ours["norm_eps"] != 1e-5:  # theirs is one for all norms
+    mixer = {name: _plain(values.get(key, default)) for name, (key, default) in kind.mixer.items()} | kind.fixed
+    if kind is MAMBA3 and values.get("use_bias", False):
+        raise CheckpointError(f"{path}: use_bias is {values['use_bias']!r}, Mamba3's projections have none.")
+    if kind is not MAMBA and ours["norm_eps"] != 1e-5:  # theirs is one for all norms
         mixer["norm_eps"] = ours["norm_eps"]
     try:
         config = ModelConfig(**ours, ssm_cfg={"layer": kind.layer, **mixer}, pad_vocab_size_multiple=1)
@@ -142,10 +180,11 @@ def _plain(value: Any) -> Any:
 
 
 def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model so that transformers reads it as MambaForCausalLM or Mamba2ForCausalLM.
+    """Write a model so that transformers reads it as MambaForCausalLM or Mamba2ForCausalLM, or with
+    flash-linear-attention imported as Mamba3ForCausalLM.
 
     Other weights there go once these are written.
-    Rows that only pad the embedding are left out. Raises ValueError for what transformers cannot express.
+    Rows that only pad the embedding are left out. Raises ValueError for what these cannot express.
     """
     values = write_config(model)
     tensors = weights(model, dtype)
@@ -165,10 +204,13 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
 
 
 def write_config(model: LanguageModel) -> dict[str, Any]:
-    """Our configuration as transformers' MambaConfig or Mamba2Config, every key explicit."""
+    """Our configuration as their MambaConfig, Mamba2Config or Mamba3Config, every key explicit."""
     config = model.config
     mixer: Any = config.make_mixer(device="meta")
-    kind = next(k for k in KINDS.values() if k.layer == config.ssm_cfg.get("layer", "Mamba1"))
+    layer = config.ssm_cfg.get("layer", "Mamba1")
+    kind = next((k for k in KINDS.values() if k.layer == layer), None)
+    if kind is None:
+        raise checks.fail("save", f"the mixer is {layer}, which transformers does not have.", 'Use format="stateline".')
     problems = []
     if config.attn_layer_idx:
         problems.append(f"attn_layer_idx is {config.attn_layer_idx} (no attention there)")
@@ -178,18 +220,19 @@ def write_config(model: LanguageModel) -> dict[str, Any]:
         problems.append("rms_norm is False (RMSNorm only there)")
     if mixer.expand != int(mixer.expand):
         problems.append(f"expand is {mixer.expand} (whole numbers only there)")
-    if kind is MAMBA2:
-        problems += _beyond_mamba2(mixer, config.norm_eps)
+    problems += {"Mamba2": _beyond_mamba2, "Mamba3": _beyond_mamba3}.get(layer, lambda *_: [])(mixer, config.norm_eps)
     if problems:
         raise checks.fail(
-            "save", f"transformers cannot express this model: {'; '.join(problems)}.", 'Use format="stateline".'
+            "save", f"{kind.library} cannot express this model: {'; '.join(problems)}.", 'Use format="stateline".'
         )
     given = _defaults(mixer, kind) | config.ssm_cfg | {"expand": int(mixer.expand)}
     values: dict[str, Any] = {"architectures": [kind.architecture], "model_type": kind.name}
     values |= {key: getattr(config, name) for name, (key, _) in kind.model.items()}
     values |= {key: given[name] for name, (key, _) in kind.mixer.items()}
     values |= {"intermediate_size": mixer.d_inner, "hidden_act": "silu"}
-    if kind is MAMBA2:
+    if kind is MAMBA3:
+        values |= {"use_bias": False, "num_heads": mixer.nheads, "chunk_size": 64}
+    elif kind is MAMBA2:
         low, high = check_limit("save", mixer.dt_limit)
         # Python's JSON and theirs have an infinity.
         values |= {"time_step_limit": [max(low, 0.0), high], "num_heads": mixer.nheads, "chunk_size": 256}
@@ -218,4 +261,20 @@ def _beyond_mamba2(mixer: Any, eps: float) -> list[str]:
         problems.append("norm_before_gate is True (the gate comes first there)")
     elif mixer.norm.eps != eps:
         problems.append(f"the mixer's norm_eps is {mixer.norm.eps}, the model's {eps} (one for all norms there)")
+    return problems
+
+
+def _beyond_mamba3(mixer: Any, eps: float) -> list[str]:
+    """What flash-linear-attention's Mamba3 has no words for, or does not run."""
+    problems = []
+    if mixer.A_activation != "softplus":
+        problems.append(f"A_activation is {mixer.A_activation!r} ('softplus' there)")
+    if mixer.is_mimo:
+        problems.append("is_mimo is True (it runs one rank)")
+    elif not mixer.rope_interleaved:
+        problems.append("rope_interleaved is False (neighbours turn there)")
+    if mixer.rope_fraction not in (0.5, 1.0) or not mixer.num_rope_angles:
+        problems.append(f"rope_fraction is {mixer.rope_fraction} of {mixer.d_state} states (0.5 or 1.0 of some there)")
+    if mixer.B_norm.eps != eps:
+        problems.append(f"the mixer's norm_eps is {mixer.B_norm.eps}, the model's {eps} (one for all norms there)")
     return problems
