@@ -105,3 +105,368 @@ def test_grid(s: dict[str, Any]) -> None:
 def test_grid_with_other_seeds(seed: int) -> None:
     for s in pairwise(GRID, seed):
         check(case(s), s["dtype"], s["strided"])
+
+
+# ---- the contract beyond values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reverse", FLAG)
+@pytest.mark.parametrize("r", [None, 3])
+def test_a_split_is_bit_equal_to_the_whole(backend: str, dtype: torch.dtype, reverse: bool, r: int | None) -> None:
+    x = plain(t=75, p=19, n=9, dtype=dtype, r=r, mix=r is not None)
+    how: dict[str, Any] = {"reverse": reverse, "backend": backend}
+    whole, last = ops.trapezoid_ssd(**x, **how)
+    for k in (0, 1, 32, 50, 75):
+        first, second = (slice(k, None), slice(0, k)) if reverse else (slice(0, k), slice(k, None))
+        y1, state = ops.trapezoid_ssd(**cut(x, first), **how)
+        y2, state = ops.trapezoid_ssd(**(cut(x, second) | {"initial_state": state}), **how)
+        same(torch.cat([y2, y1] if reverse else [y1, y2], 1), whole, backend)
+        for got, want in zip(state, last, strict=True):
+            same(got, want, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_chunks_may_be_cut_anywhere(dtype: torch.dtype) -> None:
+    x = plain(t=75, r=2, dtype=dtype)
+    whole, last = ops.trapezoid_ssd(**x, backend="chunked")
+    for k in (1, 32, 70):
+        y1, state = ops.trapezoid_ssd(**cut(x, slice(0, k)), backend="chunked")
+        y2, state = ops.trapezoid_ssd(**(cut(x, slice(k, None)) | {"initial_state": state}), backend="chunked")
+        close("y", torch.cat([y1, y2], 1), whole.double(), dtype)
+        for got, want in zip(state[1:], last[1:], strict=True):
+            close("state", got, want.double(), dtype)
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "r"), [(2, None), (16, 2), (33, 3)])
+def test_steps_follow_the_scan(backend: str, dtype: torch.dtype, n: int, r: int | None) -> None:
+    x = plain(t=7, p=19, n=n, r=r, mix=r is not None, dtype=dtype, interleaved=n != 16)
+    how: dict[str, Any] = {"backend": backend, "interleaved": n != 16}
+    whole, last = ops.trapezoid_ssd(**x, **how)
+    slots = tuple(torch.randn(5, *s.shape[1:], dtype=s.dtype) for s in last)
+    start = x.pop("initial_state")
+    for own, given in zip(slots, start, strict=True):
+        own[[3, 1]] = given
+    kept = [s.clone() for s in slots]
+    for t in range(7):
+        y = ops.trapezoid_ssd_step_(slots, **cut(x, t), index=torch.tensor([3, 1]), **how)
+        close("y", y, whole[:, t].double(), dtype)
+    for own, want, before in zip(slots, last, kept, strict=True):
+        close("state", own[[3, 1]], want.double(), want.dtype)
+        assert torch.equal(own[[0, 2, 4]], before[[0, 2, 4]])
+    kept = [s.clone() for s in slots]
+    y = ops.trapezoid_ssd_step_(slots, **cut(x, 0), index=torch.tensor([-1, 4], dtype=torch.int32), **how)
+    assert not y[0].any()
+    assert y[1].any()
+    assert all(torch.equal(own[:4], before[:4]) for own, before in zip(slots, kept, strict=True))
+    y = ops.trapezoid_ssd_step_(tuple(s.clone() for s in start), **cut(x, 0), **how)
+    close("y", y, whole[:, 0].double(), dtype)
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("place", ["whole", "left", "packed"])
+def test_gradcheck_of_every_argument(backend: str, place: str) -> None:
+    s = PLAIN | dict(backend=backend, dtype=torch.float64, layout=place, t=5, h=3, p=2, n=4, g=2, r=2, mix=True)
+    given = case(s | {"reverse": place == "left", "interleaved": place == "packed"})
+    names = list(given.leaves)
+    leaves = [given.leaves[k].requires_grad_() for k in names]
+    assert torch.autograd.gradcheck(lambda *v: given.op(**dict(zip(names, v, strict=True))), leaves)
+
+
+@pytest.mark.parametrize("reverse", FLAG)
+def test_gradients_of_a_sequence_of_many_tiles(reverse: bool) -> None:
+    """Long enough that the C++ gradient marks states coarsely, then finely."""
+    s = PLAIN | {"dtype": torch.float64, "t": 32 * 300 + 5, "h": 1, "p": 2, "n": 4, "g": 1, "reverse": reverse}
+    leaves = {k: v[:1] if k in (*TOKENS, *STATE) else v for k, v in case(s).leaves.items()}
+    grads = []
+    for backend in (BACKENDS[-1], "chunked"):
+        own = {k: v.clone().requires_grad_() for k, v in leaves.items()}
+        state = tuple(own[k] for k in STATE)
+        rest = {k: v for k, v in own.items() if k not in STATE}
+        y, end = ops.trapezoid_ssd(**rest, initial_state=state, reverse=reverse, backend=backend)
+        grads.append(torch.autograd.grad(y.square().sum() + sum(v.sum() for v in end), list(own.values())))
+    for name, got, want in zip(leaves, *grads, strict=True):
+        close(name, got, want, torch.float64)
+
+
+def test_opcheck_of_raw_ops() -> None:
+    x = plain(r=2, mix=True)
+    head = (*(x[k] for k in (*TOKENS, *PARAMETERS)), True)
+    where = (*x["initial_state"], torch.tensor([[0, 0, 7], [1, 2, 12]]), False, None)
+    results = OPS.trapezoid_ssd(*head, *where)
+    torch.library.opcheck(OPS.trapezoid_ssd.default, (*head, *where))
+    torch.library.opcheck(OPS.trapezoid_ssd_backward.default, (*results, *head, *where))
+    token = (*(cut(x, 0)[k] for k in TOKENS[:6]), None, None, None, None, None, False)
+    states = (torch.zeros(2, 4, 0), *results[2:])
+    torch.library.opcheck(OPS.trapezoid_ssd_step_.default, (*states, *token, torch.tensor([1, -1]), None))
+
+
+def test_compiles_whole_and_exports_with_dynamic_sizes() -> None:
+    names = [*TOKENS, *PARAMETERS[:2]]
+
+    def run(*args: Tensor) -> Tensor:
+        *given, S, lengths = args
+        x = dict(zip(names, given, strict=True))
+        state = (S[..., 0, :2], S, S[..., :1, :], S[..., 0])
+        y, end = ops.trapezoid_ssd(**x, initial_state=state, lengths=lengths)
+        return y.square().sum() + sum(v.sum() for v in end)
+
+    class Layer(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return run(*args)
+
+    def inputs(t: int) -> list[Tensor]:
+        x = plain(t=t)
+        return [*(x[k] for k in names), x["initial_state"][1]]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for t in (9, 5):
+        args, lengths = [v.requires_grad_() for v in inputs(t)], torch.tensor([t, 2])
+        wanted = torch.autograd.grad(run(*args, lengths), args)
+        for got, want in zip(torch.autograd.grad(compiled(*args, lengths), args), wanted, strict=True):
+            torch.testing.assert_close(got, want)
+    t = torch.export.Dim("t")
+    shapes = [{1: t} if k in TOKENS else None for k in names] + [None, None]
+    fixed = (*(v.detach() for v in args), lengths)
+    program = torch.export.export(Layer(), fixed, dynamic_shapes={"args": tuple(shapes)})
+    longer = inputs(31)
+    torch.testing.assert_close(program.module()(*longer, lengths), run(*longer, lengths))
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_mixed_dtypes_as_autocast_gives_them(backend: str) -> None:
+    x = plain()
+    mixed = x | {"x": x["x"].bfloat16(), "B": x["B"].bfloat16(), "C": x["C"].half()}
+    wide = mixed | {k: mixed[k].float() for k in "xBC"}
+    y, state = ops.trapezoid_ssd(**mixed, backend=backend)
+    y32, state32 = ops.trapezoid_ssd(**wide, backend=backend)
+    assert (y.dtype, state[1].dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(state, state32)
+    torch.testing.assert_close(y, y32.bfloat16())
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_at_a_blend_of_one_it_is_ssd(backend: str) -> None:
+    x = plain(bias=False, s=0, initial=True)
+    x["A"] = x["A"][:1, :1].expand_as(x["A"])
+    start = x.pop("initial_state")
+    y, state = ops.trapezoid_ssd(**x | {"blend": torch.ones_like(x["blend"])}, initial_state=start, backend=backend)
+    of_ssd = {k: x[k] for k in ("x", "dt", "B", "C", "D")} | {"A": x["A"][0, 0], "initial_state": start[1]}
+    want, last = ops.ssd(**of_ssd)
+    close("y", y, want.double(), torch.float32)
+    close("state", state[1], last.double(), torch.float32)
+
+
+@pytest.mark.parametrize(("blend", "order"), [(0.5, 2), (1.0, 1), (0.0, 1)])
+def test_the_trapezoid_is_of_second_order(blend: float, order: int) -> None:
+    """S' = −S + cos(3 s) to s = 2, from S = 0: halving the step divides the error by 2^order."""
+    errors = []
+    exact = (torch.tensor(6.0, dtype=torch.float64).cos() + 3 * torch.tensor(6.0, dtype=torch.float64).sin()) / 10
+    exact = exact - torch.exp(torch.tensor(-2.0, dtype=torch.float64)) / 10
+    for t in (100, 200):
+        u = torch.cos(3 * torch.linspace(0, 2, t + 1, dtype=torch.float64))
+        dt = torch.full((1, t, 1), 2 / t, dtype=torch.float64)
+        one = torch.ones(1, t, 1, 1, dtype=torch.float64)
+        zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        state = (zero[..., :0, 0], zero, zero + 1, u[:1].view(1, 1, 1))
+        _, end = ops.trapezoid_ssd(
+            u[1:].view(1, t, 1, 1), dt, -dt / dt, blend * dt / dt, one, one, initial_state=state
+        )
+        errors.append(abs(end[1].item() - exact.item()))
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.05)
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("which", [*TOKENS, *PARAMETERS])
+def test_nan_is_passed_on(backend: str, which: str) -> None:
+    x = plain(t=3, mix=True)
+    x[which].view(-1)[0] = float("nan")
+    y, _ = ops.trapezoid_ssd(**x, backend=backend)
+    assert y[0, 0, 0, 0].isnan()
+
+
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("empty", ["p", "n", "b", "h"])
+def test_sizes_of_zero(backend: str, empty: str) -> None:
+    b, p, n, h = ({"b": 2, "p": 3, "n": 4, "h": 2} | {empty: 0}).values()
+    x, B = torch.randn(b, 40, h, p, requires_grad=True), torch.randn(b, 40, 2, 1, n)
+    dt, rates = torch.rand(b, 40, h), torch.randn(b, 40, n // 2)
+    y, state = ops.trapezoid_ssd(x, dt, -dt, dt, B, B, rates=rates, D=torch.ones(h), backend=backend)
+    assert y.shape == (b, 40, h, 2, p)
+    assert [tuple(s.shape) for s in state] == [(b, h, n // 2), (b, h, p, n), (b, h, 2, n), (b, h, p)]
+    assert n or torch.equal(y[:, :, :, 0], x)
+    (y.sum() + state[1].sum()).backward()
+    assert x.grad is not None
+    own = tuple(s.detach() for s in state)
+    token = (x.detach()[:, 0], dt[:, 0], -dt[:, 0], dt[:, 0], B[:, 0], B[:, 0])
+    assert ops.trapezoid_ssd_step_(own, *token, rates=rates[:, 0], backend=backend).shape == (b, h, 2, p)
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_an_input_state_is_never_changed(backend: str) -> None:
+    x = plain()
+    before = [s.clone() for s in x["initial_state"]]
+    for t in (12, 1, 0):
+        _, state = ops.trapezoid_ssd(**cut(x, slice(0, t)), backend=backend)
+        memory = {v.data_ptr() for v in (*x["initial_state"], x["x"])}
+        for own in state:
+            own.add_(1)
+            assert own.data_ptr() not in memory
+        assert all(map(torch.equal, x["initial_state"], before))
+
+
+X = plain()
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": X["x"][..., 0]}, ValueError, r"x has shape \(2, 12, 4\), expected \(b, t, h, p\)"),
+    ({"dt": X["dt"][..., :3]}, ValueError, r"dt has shape .* with h = 4 \(set by x\)"),
+    ({"dt": X["dt"].bfloat16()}, TypeError, "dt is bfloat16, expected one of float32. It keeps full precision"),
+    ({"A": X["A"][0, 0]}, ValueError, r"A has shape \(4,\), expected \(b, t, h\)"),
+    ({"B": X["B"][..., 0]}, ValueError, r"B has shape .* expected \(b, t, r, g, n\).*Were ranks, groups and states"),
+    ({"C": X["C"][:, :, :1]}, ValueError, r"C has shape .* with g = 2 \(set by B\)"),
+    ({"rates": X["blend"].repeat(1, 1, 2)}, ValueError, "rates turns 8 pairs of states, B has 8 states"),
+    ({"B_bias": X["B_bias"][:, 0]}, ValueError, r"B_bias has shape \(4, 8\), expected \(h, r, n\)"),
+    ({"mix": X["B_bias"]}, ValueError, r"mix has shape .* p = 6 \(set by x\)"),
+    ({"D": X["D"].half()}, TypeError, "D is float16.*Keep D out of casts"),
+    ({"interleaved": 1}, TypeError, "interleaved is 1, expected True or False"),
+    ({"initial_state": X["initial_state"][:3]}, TypeError, "initial_state is tuple, expected angle, ssm, k, v"),
+    ({"initial_state": tuple(s[:1] for s in X["initial_state"])}, ValueError, "initial_state, angle, .* n_seq = 2"),
+    ({"initial_state": tuple(s.half() for s in X["initial_state"])}, TypeError, "angle, is float16.*does not drift"),
+    ({"lengths": [1, 2], "cu_seqlens": torch.tensor([0, 12])}, ValueError, "lengths and cu_seqlens were both given"),
+    ({"backend": "tpu"}, ValueError, "expected one of 'gpu', 'cpu', 'chunked', 'reference' or None"),
+    ({"x": X["x"].to("meta")}, ValueError, "dt is on cpu, x is on meta"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda v: v[:40] if isinstance(v, str) else "")
+def test_bad_input_gets_one_clear_error(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^trapezoid_ssd: .*" + message):
+        ops.trapezoid_ssd(**(X | change))
+
+
+def test_explain_says_that_a_gpu_gets_matrix_products() -> None:
+    cuda = backends.choose("trapezoid_ssd", "cuda", dtype=torch.float32)
+    assert cuda.name == "chunked"
+    assert cuda.rejected["gpu"] == "GPU kernels of trapezoid_ssd are not part of this release."
+    assert backends.explain(ops.trapezoid_ssd, X["x"]).name == ("cpu" if "cpu" in BACKENDS else "chunked")
+    given = (X["initial_state"], X["x"], X["dt"], X["A"])
+    assert backends.explain(ops.trapezoid_ssd_step_, *given).name == ("cpu" if "cpu" in BACKENDS else "chunked")
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_step_between_forward_and_backward_is_refused(part: int) -> None:
+    """Each of a state's four tensors counts as written."""
+    x = plain()
+    x["dt"].requires_grad_()
+    state = x["initial_state"]
+    kept = tuple(s if i == part else s.clone() for i, s in enumerate(state))
+    y, _ = ops.trapezoid_ssd(**x | {"initial_state": kept})
+    token = {k: v for k, v in cut(x, 0).items() if k != "initial_state"}
+    ops.trapezoid_ssd_step_(state, **token | {"dt": token["dt"].detach()})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_soak_of_a_quarter_million_steps() -> None:
+    """bfloat16 data through many calls: no NaN, and state and angle stay as near float64's as they began."""
+    steps, state, exact = (250_000 if "cpu" in BACKENDS else 20_000), None, None
+    for i in range(10):
+        torch.manual_seed(i)
+        x, B, C = (leaf((1, steps // 10, *w), torch.bfloat16) for w in ((2, 3), (1, 4), (1, 4)))
+        dt, blend = (leaf((1, steps // 10, 2), torch.float32).sigmoid() for _ in range(2))
+        rates, A = leaf((1, steps // 10, 2), torch.float32).tanh() / 2, -4 * blend
+        y, state = ops.trapezoid_ssd(x, dt, A, blend, B, C, rates=rates, initial_state=state)
+        wide = [v.double() for v in (x, dt, A, blend, B, C, rates)]
+        y64, exact = ops.trapezoid_ssd(*wide[:6], rates=wide[6], initial_state=exact)
+        assert y.isfinite().all()
+        close("y", y, y64, torch.bfloat16)
+    drift = (state[0].double() - exact[0] + 0.5) % 1 - 0.5
+    assert drift.abs().max() < 1e-4  # turns; a float32 sum of a quarter million of them
+    assert (state[1].double() - exact[1]).abs().max() / exact[1].abs().max() < 1e-3
+
+
+# ---- what the C++ library promises beside right values ---------------------------------------------------------------
+
+needs_native = pytest.mark.skipif("cpu" not in BACKENDS, reason="no C++ library")
+
+
+def native(x: dict[str, Any], table: Tensor | None = None, reverse: bool = False) -> list[Tensor]:
+    """Every result of the C++ kernels: y, the state and fifteen gradients."""
+    from stateline.ops.trapezoid_ssd import cpu
+
+    args = (*(x[k] for k in (*TOKENS, *PARAMETERS)), True, *x["initial_state"], table, reverse)
+    results = cpu.forward(*args)
+    return [*results, *cpu.backward(*results, *args)]
+
+
+def ranked(**options: Any) -> dict[str, Any]:
+    x = plain(r=3, mix=True, **options)
+    return x | {name: x[name] for name in "BC"}
+
+
+@needs_native
+def test_threads_do_not_change_bits() -> None:
+    x, before = ranked(t=200, h=9, p=16, n=32, g=2), torch.get_num_threads()
+    library = backends.load_native()
+    try:
+        torch.set_num_threads(1)
+        want = native(x)
+        for own in (0, 1):
+            library.sl_use_own_threads(own)
+            for threads in (2, 5):
+                torch.set_num_threads(threads)
+                for a, b in zip(want, native(x), strict=True):
+                    assert torch.equal(a, b)
+    finally:
+        library.sl_use_own_threads(0)
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize(("h", "p", "n", "g"), [(3, 5, 7, 2), (6, 16, 16, 1), (1, 33, 4, 1)])
+def test_guards_stay_untouched(h: int, p: int, n: int, g: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs and outputs inside larger buffers of NaN: what lies around them is neither read nor written."""
+    from stateline.ops.trapezoid_ssd import cpu
+
+    empty, guards = torch.empty, []
+
+    def fenced(*shape: Any, dtype: torch.dtype = torch.float32, **rest: Any) -> Tensor:
+        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        count = torch.Size(shape).numel()
+        buffer = empty(count + 128, dtype=dtype, **rest).fill_(float("nan"))
+        buffer[:64], buffer[64 + count :] = -77.0, -77.0
+        guards.append((buffer[:64], buffer[64 + count :]))
+        return buffer[64 : 64 + count].view(shape)
+
+    x = ranked(t=35, h=h, p=p, n=n, g=g)
+    want = native(x)
+    monkeypatch.setattr(torch, "empty", fenced)
+
+    def fence(v: Any) -> Any:
+        return tuple(map(fence, v)) if isinstance(v, tuple) else fenced(v.shape, dtype=v.dtype).copy_(v)
+
+    x = {k: fence(v) for k, v in x.items()}
+    for got, same_values in zip(native(x), want, strict=True):
+        assert torch.equal(got, same_values)
+    token = [v[:, 0] if k in TOKENS else v for k, v in ((k, x[k]) for k in (*TOKENS, *PARAMETERS))]
+    slots = fence(x["initial_state"])
+    assert cpu.step(*slots, *token, True, None).isfinite().all()
+    assert all(s.isfinite().all() for s in slots)
+    assert len(guards) > 30
+    assert all((side == -77.0).all() for pair in guards for side in pair)
+
+
+@needs_native
+def test_wrong_segments_and_slots_are_refused() -> None:
+    from stateline.ops.trapezoid_ssd import cpu
+
+    x = ranked(t=4)
+    one = x | {"initial_state": tuple(s[:1] for s in x["initial_state"])}
+    for bad in ([0, 0, 5], [2, 0, 1], [0, -1, 2], [0, 3, 2], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="segment"):
+            native(one, torch.tensor([bad]))
+    token = [v[:, 0] if k in TOKENS else v for k, v in ((k, x[k]) for k in (*TOKENS, *PARAMETERS))]
+    with pytest.raises(ValueError, match="index"):
+        cpu.step(*x["initial_state"], *token, True, torch.tensor([0, 2]))
