@@ -376,7 +376,9 @@ def test_another_family_is_refused_by_name(tmp_path: Path) -> None:
     stateline.save(small(), tmp_path, "huggingface")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "falcon_mamba"}))
-    with pytest.raises(ValueError, match=r"config.json has model_type 'falcon_mamba'.*'mamba2' and 'mamba3' are supported"):
+    with pytest.raises(
+        ValueError, match=r"config.json has model_type 'falcon_mamba'.*'mamba2' and 'mamba3' are supported"
+    ):
         stateline.load(tmp_path)
 
 

@@ -173,7 +173,8 @@ def test_gradcheck_of_every_argument(backend: str, place: str) -> None:
     given = case(s | {"reverse": place == "left", "interleaved": place == "packed"})
     names = list(given.leaves)
     leaves = [given.leaves[k].requires_grad_() for k in names]
-    assert torch.autograd.gradcheck(lambda *v: given.op(**dict(zip(names, v, strict=True))), leaves)
+    fast = backend != "cpu"  # the others' is autograd's own
+    assert torch.autograd.gradcheck(lambda *v: given.op(**dict(zip(names, v, strict=True))), leaves, fast_mode=fast)
 
 
 @pytest.mark.parametrize("reverse", FLAG)
@@ -272,9 +273,7 @@ def test_the_trapezoid_is_of_second_order(blend: float, order: int) -> None:
         one = torch.ones(1, t, 1, 1, dtype=torch.float64)
         zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
         state = (zero[..., :0, 0], zero, zero + 1, u[:1].view(1, 1, 1))
-        _, end = ops.trapezoid_ssd(
-            u[1:].view(1, t, 1, 1), dt, -dt / dt, blend * dt / dt, one, one, initial_state=state
-        )
+        _, end = ops.trapezoid_ssd(u[1:].view(1, t, 1, 1), dt, -dt / dt, blend * dt / dt, one, one, initial_state=state)
         errors.append(abs(end[1].item() - exact.item()))
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.05)
 
@@ -402,8 +401,7 @@ def native(x: dict[str, Any], table: Tensor | None = None, reverse: bool = False
 
 
 def ranked(**options: Any) -> dict[str, Any]:
-    x = plain(r=3, mix=True, **options)
-    return x | {name: x[name] for name in "BC"}
+    return plain(r=3, mix=True, **options)
 
 
 @needs_native

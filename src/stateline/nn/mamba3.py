@@ -157,7 +157,9 @@ class Mamba3(Mixer):
         self.norm = GatedRMSNorm(self.d_inner, norm_eps, h, True, **made) if is_outproj_norm else None
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False, **made)
         check_step_range(OP, dt_min, dt_max, dt_init_floor)
-        if self.dt_bias.device.type != "meta":  # where loaders build models: nothing to fill, whatever size a file claims
+        if (
+            self.dt_bias.device.type != "meta"
+        ):  # where loaders build models: nothing to fill, whatever size a file claims
             with torch.no_grad():  # drawn on the CPU, so that a seed gives the same values on every device
                 self.dt_bias.copy_(initial_bias(h, dt_min, dt_max, dt_init_floor, self.dt_bias.dtype))
 

@@ -453,7 +453,9 @@ def _check_together(config: TrainConfig) -> None:
     if config.model.mixer == "Mamba3" and config.model.d_conv != ShapeConfig.d_conv:
         raise ValueError(f"train: d_conv is {config.model.d_conv}, but mixer is 'Mamba3', which has no convolution.")
     if config.model.mixer != "Mamba3" and config.model.mimo_rank > 1:
-        raise ValueError(f"train: mimo_rank is {config.model.mimo_rank}, but mixer is {config.model.mixer!r}: Mamba3's.")
+        raise ValueError(
+            f"train: mimo_rank is {config.model.mimo_rank}, but mixer is {config.model.mixer!r}: Mamba3's."
+        )
     for name in ("decay_share", "decay_form"):
         if optim.schedule != "wsd" and getattr(optim, name) is not None:
             raise ValueError(f"train: {name} is set, but schedule is {optim.schedule!r}. It belongs to schedule 'wsd'.")

@@ -20,7 +20,11 @@ HEADS_IN_PART = 4
 def _strided(x: Tensor, tokens: bool) -> tuple[int, ...]:
     """Fields of a (b, t, …, width) tensor, its last dimension adjacent, or without `tokens` of a single step's."""
     b, *rest = x.stride()[:-1]
-    return (x.data_ptr(), native.DTYPES[x.dtype], b, *rest) if tokens else (x.data_ptr(), native.DTYPES[x.dtype], b, 0, *rest)
+    return (
+        (x.data_ptr(), native.DTYPES[x.dtype], b, *rest)
+        if tokens
+        else (x.data_ptr(), native.DTYPES[x.dtype], b, 0, *rest)
+    )
 
 
 class _Call:
@@ -84,7 +88,9 @@ def backward(dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *
     fields = call.fields(where, _pointers(call.initial), native.ABSENT2, [0] * 4)
     to_state = [0] * 4 if start is None else _pointers(start)
     outgoing = (*native.output(dx), *_pointers(per_step), parts, *_pointers([dB, dC, drates, *sums]))
-    native.call("trapezoid_ssd_backward", (*fields, 0, 0, *_strided(dy, True), *_pointers(incoming), *to_state, *outgoing))
+    native.call(
+        "trapezoid_ssd_backward", (*fields, 0, 0, *_strided(dy, True), *_pointers(incoming), *to_state, *outgoing)
+    )
     grads = [dx, *per_step, dB.sum(0), dC.sum(0), drates.sum(0), *(v.sum(0) for v in sums)]
     wanted = (given.x, given.dt, given.A, given.blend, given.B, given.C, given.rates, given.B_bias, given.C_bias)
     wanted = (*wanted, given.mix, given.D, given.angle, given.ssm, given.k, given.v)

@@ -194,9 +194,7 @@ def backward_by(scan: Scan, grads: tuple[Tensor, ...], *args: Any) -> tuple[Tens
         outs, given = zip(*pairs, strict=True) if pairs else ((), ())
         found = iter(torch.autograd.grad(outs, wanted, given, allow_unused=True) if pairs else [None] * len(wanted))
     tensors = [*leaves[:11], *leaves[12:16]]
-    return tuple(
-        None if v is None else torch.zeros_like(v) if (grad := next(found)) is None else grad for v in tensors
-    )
+    return tuple(None if v is None else torch.zeros_like(v) if (grad := next(found)) is None else grad for v in tensors)
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
