@@ -8,25 +8,27 @@ import oracles
 import pytest
 import torch
 from oracles import layout, pairwise
-from test_ops import BACKENDS, BOUND, DTYPES, FLAG, LAYOUTS, Case, check, close, leaf, name_of, same
+from test_ops import BACKENDS, DTYPES, FLAG, LAYOUTS, Case, check, close, leaf, name_of, same
 from torch import Tensor
 
 from stateline import backends, ops
 
 OPS = torch.ops.stateline
 FORMS = [*BACKENDS, "chunked"]
-TOKENS = ("x", "dt", "A", "blend", "B", "C", "rates")
 STATE = ("angle", "ssm", "k", "v")
-PARAMETERS = ("B_bias", "C_bias", "mix", "D")
+GIVEN = ("x", "dt", "A", "blend", "B", "C", "rates", "B_bias", "C_bias", "mix", "D", "z", "z_mix", "y_mix")
+TOKENS = (*GIVEN[:7], "z")
 GRID = {
-    "backend": FORMS, "dtype": DTYPES, "layout": LAYOUTS, "t": [0, 1, 2, 7, 31, 32, 33, 63, 64, 65, 130], "h": [1, 2, 5],
+    "backend": FORMS, "dtype": DTYPES, "layout": LAYOUTS, "t": [0, 1, 2, 7, 31, 32, 33, 64, 65, 130], "h": [1, 2, 5],
     "p": [1, 3, 16, 40], "n": [2, 3, 16, 36], "g": [1, 2, 3], "r": [None, 1, 2, 4, 5], "s": [0, 1, "half", "all"],
-    "interleaved": FLAG, "reverse": FLAG, "bias": FLAG, "mix": FLAG, "D": FLAG, "initial": FLAG, "strided": FLAG,
+    "interleaved": FLAG, "reverse": FLAG, "bias": FLAG, "mix": FLAG, "D": FLAG, "z": FLAG, "initial": FLAG,
+    "strided": FLAG,
 }  # fmt: skip
 #: A call as a Mamba-3 layer makes it; tests change what they are about.
 PLAIN: dict[str, Any] = {
     "backend": None, "dtype": torch.float32, "layout": "whole", "t": 12, "h": 4, "p": 6, "n": 8, "g": 2, "r": None,
-    "s": "half", "interleaved": True, "reverse": False, "bias": True, "mix": False, "D": True, "initial": True,
+    "s": "half", "interleaved": True, "reverse": False, "bias": True, "mix": False, "D": True, "z": True,
+    "initial": True,
 }  # fmt: skip
 
 
@@ -42,10 +44,12 @@ def case(s: dict[str, Any]) -> Case:
         x["rates"] = leaf((b, t, pairs), wide)
     if s["bias"]:
         x |= {name: leaf((h, r, n), wide) for name in ("B_bias", "C_bias")}
-    if s["mix"]:
-        x["mix"] = leaf((h, r, p), wide)
     if s["D"]:
         x["D"] = leaf((h,), wide)
+    if s["z"]:
+        x["z"] = leaf((b, t, h, p), dtype)
+    if s["mix"]:
+        x |= {name: leaf((h, r, p), wide) for name in (("mix", "z_mix", "y_mix") if s["z"] else ("mix",))}
     shapes = ((count, h, pairs), (count, h, p, n), (count, h, r, n), (count, h, p))
     if s["initial"]:
         x |= {name: leaf(shape, wide) for name, shape in zip(STATE, shapes, strict=True)}
@@ -68,7 +72,8 @@ def case(s: dict[str, Any]) -> Case:
         ranked = {name: x[name] if s["r"] else x[name][:, :, None] for name in "BC"}
         B, C = (v[:, :, :, group].transpose(2, 3) + x.get(f"{name}_bias", 0) for name, v in ranked.items())
         turns = x["dt"][..., None] * x["rates"][:, :, None] if pairs else x["dt"].new_zeros(b, t, h, 0)
-        mix, D = x.get("mix", torch.ones(h, r, p, dtype=torch.float64)), x.get("D", torch.zeros(h, dtype=torch.float64))
+        one = torch.ones(h, r, p, dtype=torch.float64)
+        mix, D = x.get("mix", one), x.get("D", torch.zeros(h, dtype=torch.float64))
         ys, ends = 0 * x["x"][:, :, :, None].expand(b, t, h, r, p), []
         for i, (row, start, stop) in enumerate(place.sequences):
             tokens = [v[row, start:stop] for v in (x["x"], x["dt"], x["A"], x["blend"], B, C, turns)]
@@ -78,7 +83,10 @@ def case(s: dict[str, Any]) -> Case:
             y = y.flip(0) if s["reverse"] else y
             ys = ys.index_put((torch.tensor(row), torch.arange(start, stop)), y)
             ends.append(tuple(v[None] for v in end))
-        return (ys if s["r"] else ys.squeeze(3)), torch.cat([flat(end) for end in ends])
+        if s["z"]:
+            gate = x["z"][:, :, :, None] * x.get("z_mix", one)
+            ys = torch.einsum("bthrp,bthrp,hrp->bthp", ys, gate * gate.sigmoid(), x.get("y_mix", one))
+        return (ys if s["r"] or s["z"] else ys.squeeze(3)), torch.cat([flat(end) for end in ends])
 
     return Case(x, place, op, oracle, TOKENS)
 
@@ -195,18 +203,18 @@ def test_gradients_of_a_sequence_of_many_tiles(reverse: bool) -> None:
 
 def test_opcheck_of_raw_ops() -> None:
     x = plain(r=2, mix=True)
-    head = (*(x[k] for k in (*TOKENS, *PARAMETERS)), True)
+    head = (*(x[k] for k in GIVEN), True)
     where = (*x["initial_state"], torch.tensor([[0, 0, 7], [1, 2, 12]]), False, None)
     results = OPS.trapezoid_ssd(*head, *where)
     torch.library.opcheck(OPS.trapezoid_ssd.default, (*head, *where))
     torch.library.opcheck(OPS.trapezoid_ssd_backward.default, (*results, *head, *where))
-    token = (*(cut(x, 0)[k] for k in TOKENS[:6]), None, None, None, None, None, False)
+    token = (*(cut(x, 0)[k] for k in GIVEN[:6]), *[None] * 8, False)
     states = (torch.zeros(2, 4, 0), *results[2:])
     torch.library.opcheck(OPS.trapezoid_ssd_step_.default, (*states, *token, torch.tensor([1, -1]), None))
 
 
 def test_compiles_whole_and_exports_with_dynamic_sizes() -> None:
-    names = [*TOKENS, *PARAMETERS[:2]]
+    names = [*GIVEN[:9], "z"]
 
     def run(*args: Tensor) -> Tensor:
         *given, S, lengths = args
@@ -240,8 +248,8 @@ def test_compiles_whole_and_exports_with_dynamic_sizes() -> None:
 @pytest.mark.parametrize("backend", FORMS)
 def test_mixed_dtypes_as_autocast_gives_them(backend: str) -> None:
     x = plain()
-    mixed = x | {"x": x["x"].bfloat16(), "B": x["B"].bfloat16(), "C": x["C"].half()}
-    wide = mixed | {k: mixed[k].float() for k in "xBC"}
+    mixed = x | {"x": x["x"].bfloat16(), "B": x["B"].bfloat16(), "C": x["C"].half(), "z": x["z"].bfloat16()}
+    wide = mixed | {k: mixed[k].float() for k in "xBCz"}
     y, state = ops.trapezoid_ssd(**mixed, backend=backend)
     y32, state32 = ops.trapezoid_ssd(**wide, backend=backend)
     assert (y.dtype, state[1].dtype) == (torch.bfloat16, torch.float32)
@@ -251,11 +259,11 @@ def test_mixed_dtypes_as_autocast_gives_them(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FORMS)
 def test_at_a_blend_of_one_it_is_ssd(backend: str) -> None:
-    x = plain(bias=False, s=0, initial=True)
+    x = plain(bias=False, s=0)
     x["A"] = x["A"][:1, :1].expand_as(x["A"])
     start = x.pop("initial_state")
     y, state = ops.trapezoid_ssd(**x | {"blend": torch.ones_like(x["blend"])}, initial_state=start, backend=backend)
-    of_ssd = {k: x[k] for k in ("x", "dt", "B", "C", "D")} | {"A": x["A"][0, 0], "initial_state": start[1]}
+    of_ssd = {k: x[k] for k in ("x", "dt", "B", "C", "D", "z")} | {"A": x["A"][0, 0], "initial_state": start[1]}
     want, last = ops.ssd(**of_ssd)
     close("y", y, want.double(), torch.float32)
     close("state", state[1], last.double(), torch.float32)
@@ -279,7 +287,7 @@ def test_the_trapezoid_is_of_second_order(blend: float, order: int) -> None:
 
 
 @pytest.mark.parametrize("backend", FORMS)
-@pytest.mark.parametrize("which", [*TOKENS, *PARAMETERS])
+@pytest.mark.parametrize("which", GIVEN)
 def test_nan_is_passed_on(backend: str, which: str) -> None:
     x = plain(t=3, mix=True)
     x[which].view(-1)[0] = float("nan")
@@ -297,7 +305,10 @@ def test_sizes_of_zero(backend: str, empty: str) -> None:
     assert y.shape == (b, 40, h, 2, p)
     assert [tuple(s.shape) for s in state] == [(b, h, n // 2), (b, h, p, n), (b, h, 2, n), (b, h, p)]
     assert n or torch.equal(y[:, :, :, 0], x)
-    (y.sum() + state[1].sum()).backward()
+    gated, _ = ops.trapezoid_ssd(x, dt, -dt, dt, B, B, rates=rates, D=torch.ones(h), z=x, backend=backend)
+    assert gated.shape == x.shape
+    assert n or torch.allclose(gated, 2 * x * torch.nn.functional.silu(x))
+    (y.sum() + gated.sum() + state[1].sum()).backward()
     assert x.grad is not None
     own = tuple(s.detach() for s in state)
     token = (x.detach()[:, 0], dt[:, 0], -dt[:, 0], dt[:, 0], B[:, 0], B[:, 0])
@@ -329,6 +340,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"B_bias": X["B_bias"][:, 0]}, ValueError, r"B_bias has shape \(4, 8\), expected \(h, r, n\)"),
     ({"mix": X["B_bias"]}, ValueError, r"mix has shape .* p = 6 \(set by x\)"),
     ({"D": X["D"].half()}, TypeError, "D is float16.*Keep D out of casts"),
+    ({"z": X["x"][:, :1]}, ValueError, r"z has shape .* with t = 12 \(set by x\)"),
+    ({"z": None, "y_mix": X["x"][0, 0][:, None]}, ValueError, "z_mix and y_mix belong to a gate, and z is None"),
     ({"interleaved": 1}, TypeError, "interleaved is 1, expected True or False"),
     ({"initial_state": X["initial_state"][:3]}, TypeError, "initial_state is tuple, expected angle, ssm, k, v"),
     ({"initial_state": tuple(s[:1] for s in X["initial_state"])}, ValueError, "initial_state, angle, .* n_seq = 2"),
@@ -392,10 +405,10 @@ needs_native = pytest.mark.skipif("cpu" not in BACKENDS, reason="no C++ library"
 
 
 def native(x: dict[str, Any], table: Tensor | None = None, reverse: bool = False) -> list[Tensor]:
-    """Every result of the C++ kernels: y, the state and fifteen gradients."""
+    """Every result of the C++ kernels: y, the state and eighteen gradients."""
     from stateline.ops.trapezoid_ssd import cpu
 
-    args = (*(x[k] for k in (*TOKENS, *PARAMETERS)), True, *x["initial_state"], table, reverse)
+    args = (*(x[k] for k in GIVEN), True, *x["initial_state"], table, reverse)
     results = cpu.forward(*args)
     return [*results, *cpu.backward(*results, *args)]
 
@@ -448,7 +461,7 @@ def test_guards_stay_untouched(h: int, p: int, n: int, g: int, monkeypatch: pyte
     x = {k: fence(v) for k, v in x.items()}
     for got, same_values in zip(native(x), want, strict=True):
         assert torch.equal(got, same_values)
-    token = [v[:, 0] if k in TOKENS else v for k, v in ((k, x[k]) for k in (*TOKENS, *PARAMETERS))]
+    token = [v[:, 0] if k in TOKENS else v for k, v in ((k, x[k]) for k in GIVEN)]
     slots = fence(x["initial_state"])
     assert cpu.step(*slots, *token, True, None).isfinite().all()
     assert all(s.isfinite().all() for s in slots)
@@ -465,6 +478,6 @@ def test_wrong_segments_and_slots_are_refused() -> None:
     for bad in ([0, 0, 5], [2, 0, 1], [0, -1, 2], [0, 3, 2], [-1, 0, 1]):
         with pytest.raises(ValueError, match="segment"):
             native(one, torch.tensor([bad]))
-    token = [v[:, 0] if k in TOKENS else v for k, v in ((k, x[k]) for k in (*TOKENS, *PARAMETERS))]
+    token = [v[:, 0] if k in TOKENS else v for k, v in ((k, x[k]) for k in GIVEN)]
     with pytest.raises(ValueError, match="index"):
         cpu.step(*x["initial_state"], *token, True, torch.tensor([0, 2]))

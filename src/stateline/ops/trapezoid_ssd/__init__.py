@@ -36,6 +36,9 @@ def trapezoid_ssd(
     C_bias: Tensor | None = None,
     mix: Tensor | None = None,
     D: Tensor | None = None,
+    z: Tensor | None = None,
+    z_mix: Tensor | None = None,
+    y_mix: Tensor | None = None,
     interleaved: bool = True,
     initial_state: State | None = None,
     lengths: Tensor | Sequence[int] | None = None,
@@ -47,7 +50,7 @@ def trapezoid_ssd(
     """Scan a state that decays, turns, and takes its input by a trapezoid; return y and the last state.
 
         S[t] = exp(dt A) (S[t-1] + (1 − blend) dt Σ_r v_r[t-1]⊗k_r[t-1]) + blend dt Σ_r v_r[t]⊗k_r[t]
-        y_r[t] = S[t] q_r[t] + D v_r[t]
+        y_r[t] = S[t] q_r[t] + D v_r[t];   gated: y = Σ_r y_mix_r ∘ y_r ∘ silu(z_mix_r ∘ z)
         v_r = mix_r ∘ x;   k, q: B and C with their biases, turned by θ[t] = θ[t-1] + dt rates
 
     Args:
@@ -57,15 +60,16 @@ def trapezoid_ssd(
         B, C: (b, t, r, g, n) of r ranks that share the state, or (b, t, g, n) of one; head i uses group floor(i·g/h).
         rates: (b, t, s) turns (of 2π) of s pairs of states per unit of dt, shared by all heads; None turns nothing.
         B_bias, C_bias: (h, r, n), added before turning.   mix: (h, r, p), 1 if None.   D: (h) skip weight.
+        z: (b, t, h, p) gate; it sums over ranks.   z_mix, y_mix: (h, r, p) scales of gate and output, 1 if None.
         interleaved: pairs are states (2i, 2i + 1), otherwise (i, i + n/2); i < s ≤ n/2.
-        initial_state: angle (n_seq, h, s) in turns, S (n_seq, h, p, n), and k (n_seq, h, r, n) and x (n_seq, h, p) of the
-            last token; zeros if None. n_seq is b, or the number of packed sequences.
+        initial_state: angle (n_seq, h, s) in turns, S (n_seq, h, p, n), and of the last token k (n_seq, h, r, n) and x
+            (n_seq, h, p); zeros if None. n_seq is b, or the number of packed sequences.
         lengths, padding_side, cu_seqlens, reverse: as in `selective_scan`.
         backend: "cpu", "chunked" (PyTorch, matrix products) or "reference" forces one, None chooses.
 
     Returns:
-        y (b, t, h, r, p), or (b, t, h, p) where B has no ranks, in x's dtype, 0 at padding; and the state, in A's dtype,
-        its angle within half a turn of 0.
+        y (b, t, h, r, p), or (b, t, h, p) where B has no ranks or z is given, in x's dtype, 0 at padding; and the
+        state, in A's dtype, its angle within half a turn of 0.
 
     Differentiable in every tensor, into the initial state and out of all results; first derivatives only.
 
@@ -79,14 +83,14 @@ def trapezoid_ssd(
     >>> y.shape, [tuple(s.shape) for s in state]
     (torch.Size([2, 5, 3, 8]), [(2, 3, 2), (2, 3, 8, 4), (2, 3, 1, 4), (2, 3, 8)])
     """
-    sizes, ranked = Sizes(OP), isinstance(B, Tensor) and B.dim() == 5
-    B, C = _check(OP, sizes, "b t", x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D, interleaved)
+    sizes, ranked = Sizes(OP), z is None and isinstance(B, Tensor) and B.dim() == 5
+    inputs = _check(OP, sizes, "b t", x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D, z, z_mix, y_mix)
+    _check_flag(OP, interleaved)
     segments = build(OP, x, lengths, padding_side, cu_seqlens)
     state: Sequence[Tensor | None] = (None,) * 4
     if initial_state is not None:
         sizes.bind("n_seq", segments.count, "the number of sequences")
         state = _check_state(OP, sizes, "initial_state", "n_seq", initial_state, A)
-    inputs = (x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D)
     checks.same_device(OP, dict(zip(NAMES, (*inputs, *state), strict=True)))
     y, *end = call(_TrapezoidSSD, *inputs, *state, bool(interleaved), segments.table, bool(reverse), backend)
     return (y if ranked else y.squeeze(3)), tuple(end)  # type: ignore[return-value]  # four of them
@@ -106,6 +110,9 @@ def trapezoid_ssd_step_(
     C_bias: Tensor | None = None,
     mix: Tensor | None = None,
     D: Tensor | None = None,
+    z: Tensor | None = None,
+    z_mix: Tensor | None = None,
+    y_mix: Tensor | None = None,
     interleaved: bool = True,
     index: Tensor | None = None,
     backend: str | None = None,
@@ -114,35 +121,35 @@ def trapezoid_ssd_step_(
 
     Args:
         state: angle (slots, h, s), S (slots, h, p, n), k (slots, h, r, n), x (slots, h, p), contiguous, in A's dtype.
-        x: (b, h, p).   dt, A, blend: (b, h).   B, C: (b, r, g, n) or (b, g, n).   rates: (b, s).
-        B_bias, C_bias, mix, D, interleaved: as in `trapezoid_ssd`.
+        x, z: (b, h, p).   dt, A, blend: (b, h).   B, C: (b, r, g, n) or (b, g, n).   rates: (b, s).
+        B_bias, C_bias, mix, D, z_mix, y_mix, interleaved: as in `trapezoid_ssd`.
         index: (b) distinct slots, int32 or int64; a negative one skips its row: y = 0 and no state is touched.
             None: row i uses slot i, and slots = b.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    sizes, ranked = Sizes(STEP), isinstance(B, Tensor) and B.dim() == 4
-    B, C = _check(STEP, sizes, "b", x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D, interleaved)
+    sizes, ranked = Sizes(STEP), z is None and isinstance(B, Tensor) and B.dim() == 4
+    inputs = _check(STEP, sizes, "b", x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D, z, z_mix, y_mix)
+    _check_flag(STEP, interleaved)
     own = _check_state(STEP, sizes, "state", "slots", state, A)
     for part in own:
         check_slots(STEP, sizes, part, index)
-    inputs = (x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D)
     checks.same_device(STEP, dict(zip(NAMES, (*inputs, *own), strict=True)) | {"index": index})
     with torch.no_grad():
         y = _step(*own, *inputs, bool(interleaved), index, backend)
     return y if ranked else y.squeeze(2)
 
 
-NAMES = ("x", "dt", "A", "blend", "B", "C", "rates", "B_bias", "C_bias", "mix", "D", *PARTS)
+NAMES = ("x", "dt", "A", "blend", "B", "C", "rates", "B_bias", "C_bias", "mix", "D", "z", "z_mix", "y_mix", *PARTS)
 
 
 def _check(
     op: str, sizes: Sizes, lead: str, x: Tensor, dt: Tensor, A: Tensor, blend: Tensor, B: Tensor, C: Tensor,
     rates: Tensor | None, B_bias: Tensor | None, C_bias: Tensor | None, mix: Tensor | None, D: Tensor | None,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Check what scan and step share; B and C brought to (…lead, r, g, n)."""
+    z: Tensor | None, z_mix: Tensor | None, y_mix: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Check what scan and step share; the inputs, B and C brought to (…lead, r, g, n)."""
     sizes.match("x", x, f"{lead} h p")
     checks.dtype(op, "x", x, checks.REAL_DTYPES)
     full = (torch.float64,) if x.dtype == torch.float64 else (torch.float32,)
@@ -151,7 +158,8 @@ def _check(
         checks.dtype(op, name, v, full, "It keeps full precision: float32, or float64 where the data is.")
     B, C = (_projection(op, sizes, name, v, lead) for name, v in (("B", B), ("C", C)))
     forms = (("rates", rates, f"{lead} s"), ("B_bias", B_bias, "h r n"), ("C_bias", C_bias, "h r n"))
-    for name, v, form in (*forms, ("mix", mix, "h r p"), ("D", D, "h")):
+    mixes = (("mix", mix, "h r p"), ("z_mix", z_mix, "h r p"), ("y_mix", y_mix, "h r p"))
+    for name, v, form in (*forms, *mixes, ("D", D, "h")):
         if v is not None:
             sizes.match(name, v, form)
             checks.dtype(op, name, v, full, f"Keep {name} out of casts.")
@@ -159,9 +167,17 @@ def _check(
         sizes.bind("s", 0, "rates, which is None")
     if 2 * sizes["s"] > sizes["n"]:
         raise checks.fail(op, f"rates turns {sizes['s']} pairs of states, B has {sizes['n']} states.")
+    if z is not None:
+        sizes.match("z", z, f"{lead} h p")
+        checks.dtype(op, "z", z, checks.REAL_DTYPES)
+    elif z_mix is not None or y_mix is not None:
+        raise checks.fail(op, "z_mix and y_mix belong to a gate, and z is None.", "Give z, or scale y yourself.")
+    return x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D, z, z_mix, y_mix
+
+
+def _check_flag(op: str, interleaved: bool) -> None:
     if not isinstance(interleaved, bool):
         raise checks.fail(op, f"interleaved is {interleaved!r}, expected True or False.", error=TypeError)
-    return B, C
 
 
 def _projection(op: str, sizes: Sizes, name: str, v: Tensor, lead: str) -> Tensor:
@@ -208,38 +224,39 @@ def _run_step(angle: Tensor, *args: Any) -> Tensor:
 
 
 def _fake(x: Tensor, dt: Tensor, A: Tensor, blend: Tensor, B: Tensor, C: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    rates, segments = args[0], args[-3]
+    rates, z, segments = args[0], args[5], args[-3]
     rows = x.shape[0] if segments is None else segments.shape[0]
     b, t, h, p = x.shape
     r, n, s = B.shape[2], B.shape[4], 0 if rates is None else rates.shape[2]
     shapes = ((h, s), (h, p, n), (h, r, n), (h, p))
-    return (x.new_empty((b, t, h, r, p)), *(A.new_empty((rows, *shape)) for shape in shapes))
+    return (x.new_empty((b, t, h, r if z is None else 1, p)), *(A.new_empty((rows, *shape)) for shape in shapes))
 
 
 def _fake_backward(dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs = (*args[:11], *args[12:16])
+    inputs = (*args[:14], *args[15:19])
     return tuple(dy.new_empty(0) if v is None else v.new_empty(v.shape) for v in inputs)
 
 
 def _fake_step(angle: Tensor, ssm: Tensor, k: Tensor, v: Tensor, x: Tensor, *args: Any) -> Tensor:
     b, h, p = x.shape
-    return x.new_empty((b, h, args[3].shape[1], p))
+    return x.new_empty((b, h, args[3].shape[1] if args[10] is None else 1, p))
 
 
 _ARGS = (
     "Tensor x, Tensor dt, Tensor A, Tensor blend, Tensor B, Tensor C, Tensor? rates, Tensor? B_bias, Tensor? C_bias, "
-    "Tensor? mix, Tensor? D, bool interleaved"
+    "Tensor? mix, Tensor? D, Tensor? z, Tensor? z_mix, Tensor? y_mix, bool interleaved"
 )
 _WHERE = "Tensor? angle, Tensor? ssm, Tensor? k, Tensor? v, Tensor? segments, bool reverse, str? backend"
 _forward = define(f"{OP}({_ARGS}, {_WHERE}) -> ({', '.join(['Tensor'] * 5)})", _run, _fake)
 _backward = define(
     f"{OP}_backward(Tensor dy, Tensor dangle, Tensor dssm, Tensor dk, Tensor dv, {_ARGS}, {_WHERE}) -> "
-    f"({', '.join(['Tensor'] * 15)})",
+    f"({', '.join(['Tensor'] * 18)})",
     _run_backward,
     _fake_backward,
 )
+_STATE = "Tensor(a!) angle, Tensor(b!) ssm, Tensor(c!) k, Tensor(d!) v"
 _step = define(
-    f"{STEP}(Tensor(a!) angle, Tensor(b!) ssm, Tensor(c!) k, Tensor(d!) v, {_ARGS}, Tensor? index, str? backend) -> Tensor",
+    f"{STEP}({_STATE}, {_ARGS}, Tensor? index, str? backend) -> Tensor",
     _run_step,
     _fake_step,
 )
@@ -251,17 +268,17 @@ class _TrapezoidSSD(Function):
     @staticmethod
     def forward(  # setup_context form; spelled out, since compile does not take *args here
         x: Tensor, dt: Tensor, A: Tensor, blend: Tensor, B: Tensor, C: Tensor, rates: Tensor | None,
-        B_bias: Tensor | None, C_bias: Tensor | None, mix: Tensor | None, D: Tensor | None, angle: Tensor | None,
-        ssm: Tensor | None, k: Tensor | None, v: Tensor | None, interleaved: bool, table: Tensor | None,
-        reverse: bool, backend: str | None,
+        B_bias: Tensor | None, C_bias: Tensor | None, mix: Tensor | None, D: Tensor | None, z: Tensor | None,
+        z_mix: Tensor | None, y_mix: Tensor | None, angle: Tensor | None, ssm: Tensor | None, k: Tensor | None,
+        v: Tensor | None, interleaved: bool, table: Tensor | None, reverse: bool, backend: str | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        inputs = (x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D)
+        inputs = (x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D, z, z_mix, y_mix)
         return _forward(*inputs, interleaved, angle, ssm, k, v, table, reverse, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:15], inputs[16])
-        ctx.options = (inputs[15], *inputs[17:])
+        ctx.save_for_backward(*inputs[:18], inputs[19])
+        ctx.options = (inputs[18], *inputs[20:])
 
     @staticmethod
     def backward(
@@ -270,5 +287,5 @@ class _TrapezoidSSD(Function):
         *given, table = ctx.saved_tensors
         interleaved, reverse, backend = ctx.options
         incoming = (dy, dangle, dssm, dk, dv)
-        grads = _backward(*incoming, *given[:11], interleaved, *given[11:], table, reverse, backend)
+        grads = _backward(*incoming, *given[:14], interleaved, *given[14:], table, reverse, backend)
         return (*first_only_of(OP, given, grads, *incoming), *[None] * 4)

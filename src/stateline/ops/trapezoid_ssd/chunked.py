@@ -1,9 +1,9 @@
 """trapezoid_ssd as matrix products, in PyTorch: the fast form where there is no kernel of our own.
 
-What token j adds to a later one is known when token j + 1 is: its own end of its trapezoid, blend dt, and the next one's
-other end, (1 − blend) dt. So a chunk is a masked matrix, (q kᵀ) ∘ L with L[i, j] = exp of the sum of dt·A from step j + 1 to
-i times that sum, and blend dt alone on the diagonal; chunks hand a state on, which is the definition's plus the next token's
-end of its trapezoid. Exponents and angles are summed in float64.
+What token j adds to a later one is known when token j + 1 is: its own end of its trapezoid, blend dt, and the next
+one's other end, (1 − blend) dt. So a chunk is a masked matrix, (q kᵀ) ∘ L with L[i, j] = exp of the sum of dt·A from
+step j + 1 to i times that sum, and blend dt alone on the diagonal; chunks hand a state on, which is the definition's
+plus the next token's end of its trapezoid. Exponents and angles are summed in float64.
 
 Suffixes: b batch, c chunk, q and k steps of a chunk, h head, r rank, p head width, n state. Time runs forwards.
 """
@@ -63,7 +63,7 @@ def scan(piece: Piece, state: State) -> tuple[Tensor, State]:
         S = enter[:, c, :, -1, None, None] * S + gain[:, c]
     y = matrix @ v_rows + spread[0] * (q_rows @ torch.stack(before, 1).mT)
     y = join(y.unflatten(3, (steps, r)), t)
-    return piece.skipped(y, V), (angles[:, -1], S, K[:, -1], piece.x_bthp[:, -1])
+    return piece.finished(y), (angles[:, -1], S, K[:, -1], piece.x_bthp[:, -1])
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:

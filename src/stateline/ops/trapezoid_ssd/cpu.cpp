@@ -102,21 +102,35 @@ struct Forward : Head<R> {
 #pragma GCC unroll 8
             for (int v = 0; v < NV; v++) store(state + (v * n + s) * W, S_[s][v]);
     }
-    // y + D·v, to memory.
+    // y + D·v, gated or not, to memory.
     void finish(int64_t row, Span at, int count) const {
-        for (int64_t k = 0; k < ranks; k++) {
-            R* const from = y + k * tiles;
+        this->load_gate(row, at, count);
+        for (int64_t k = 0; k < ranks; k++)
             for (int v = 0; v < vectors; v++) {
                 const V skip = splat(this->D) * this->mixed(k, v);
                 for (int r = 0; r < count; r++) {
                     const int64_t i = v * tile + r * W;
-                    const V out = n ? load(from + i) : V{};
-                    store(from + i, a.D ? fma(skip, load(x + i), out) : out);
+                    const V out = n ? load(y + k * tiles + i) : V{};
+                    store(y + k * tiles + i, a.D ? fma(skip, load(x + i), out) : out);
                 }
             }
-            char* const to = a.y.data + dtype_size(a.y.dtype) * ((((row * a.t + at.token) * a.h + head) * ranks + k) * channels);
-            store_tile(from, PITCH, 0, count, channels, a.y.dtype, to, at.direction * a.h * ranks * channels);
+        if (a.z.data)
+            for (int v = 0; v < vectors; v++)
+                for (int r = 0; r < count; r++) {
+                    const int64_t i = v * tile + r * W;
+                    store(y + i, gated(y + i, tiles, load(this->z + i), v));
+                }
+        for (int64_t k = 0; k < a.outputs(); k++) {
+            char* const to = a.y.data + dtype_size(a.y.dtype) * ((((row * a.t + at.token) * a.h + head) * a.outputs() + k) * channels);
+            store_tile(y + k * tiles, PITCH, 0, count, channels, a.y.dtype, to, at.direction * a.h * a.outputs() * channels);
         }
+    }
+    // Σ_r y_mix y silu(z_mix z) of a vector of channels; y of the next rank lies `apart`.
+    V gated(const R* from, int64_t apart, V z, int v) const {
+        V sum = {};
+        for (int64_t k = 0; k < ranks; k++)
+            sum = fma(load(from + k * apart) * this->of_mix(this->y_mix, k, v), silu<R>(z * this->of_mix(this->z_mix, k, v)), sum);
+        return sum;
     }
 
     // One token in place, channel after channel, states in lanes: the state is read and written once, as it lies.
@@ -132,14 +146,14 @@ struct Forward : Head<R> {
         R* const now = this->K + ranks * n;
         read_numbers(this->before, channels, a.x.dtype, a.x.at(row, 0, head));
         const V shrink = splat(this->decay[0]);
-        const int64_t full = n / W * W;
+        const int64_t full = n / W * W, width = int64_t(vectors) * W;
         const int rest = int(n - full);
         for (int c = 0; c < channels; c++) {
             R* const state = S + c * n;
             const auto at_states = [&]<class Load>(int64_t s, Load&& load_of) {
                 V sum = load_of(state + s) * shrink;
                 for (int64_t k = 0; k < ranks; k++) {
-                    const R weight = this->mix[k * vectors * W + c];
+                    const R weight = this->mix[k * width + c];
                     const V in = splat(this->newer[0] * (weight * this->before[c]));
                     const V then = splat(this->decay[0] * this->older[0] * (weight * past[c]));
                     sum = fma(then, load_of(old + k * n + s), fma(in, load_of(now + k * n + s), sum));
@@ -154,11 +168,15 @@ struct Forward : Head<R> {
                 V sum = {};
                 for (int64_t s = 0; s < full; s += W) sum = fma(load(state + s), load(q + s), sum);
                 if (rest) sum = fma(some(state + full), some(q + full), sum);
-                y[k * channels + c] = sum_lanes<R>(sum) + this->D * (this->mix[k * vectors * W + c] * this->before[c]);
+                y[k * width + c] = sum_lanes<R>(sum) + this->D * (this->mix[k * width + c] * this->before[c]);
             }
         }
-        const int64_t to = (row * a.h + head) * ranks * channels;
-        write_numbers(y, ranks * channels, a.y.dtype, a.y.data + dtype_size(a.y.dtype) * to);
+        if (a.z.data) read_numbers(this->z, channels, a.z.dtype, a.z.at(row, 0, head));
+        for (int v = 0; v < vectors && a.z.data; v++) store(y + v * W, gated(y + v * W, width, load(this->z + v * W), v));
+        for (int64_t k = 0; k < a.outputs(); k++) {
+            const int64_t to = ((row * a.h + head) * a.outputs() + k) * channels;
+            write_numbers(y + k * width, channels, a.y.dtype, a.y.data + dtype_size(a.y.dtype) * to);
+        }
         __builtin_memcpy(old, now, sizeof(R) * ranks * n);
         __builtin_memcpy(past, this->before, sizeof(R) * channels);
         if (turned) __builtin_memcpy(turned, this->angle, sizeof(R) * this->pairs);

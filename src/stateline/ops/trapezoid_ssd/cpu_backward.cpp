@@ -29,12 +29,14 @@ struct Gradient : Head<R> {
     using typename Base::V;
     using Base::a, Base::channels, Base::head, Base::n, Base::padded, Base::pairs, Base::ranks, Base::tile, Base::tiles, Base::vectors,
         Base::W, Base::x;
-    // Lanes [v][n][W]: gradient of the state after the step. Tiles [r][v][PITCH][W]: v, weight·v, dy, what reaches v.
-    R *G, *values, *drive, *dy, *dvalues;
+    // Lanes [v][n][W]: gradient of the state after the step. Tiles [r][v][PITCH][W]: v, weight·v, dy, what reaches v, y if
+    // it is gated; and then what reaches the gated y, [v][PITCH][W].
+    R *G, *values, *drive, *dy, *dvalues, *y, *given;
     // Per step [T][W]: d loss / d log decay. One block: the states [T][NT][NV][W]; sums for k and q [T][2r][NT][W], and the numbers
     // they come to. Gradients of k and q, [T][r][n]; of what a later token sends back to k and x of the last of this tile.
     R *dlog, *past, *sums, *flat, *dK, *dQ, *dk_later, *dx_later;
-    R *dangle, *dB_bias, *dC_bias, *dmix, *products;  // (padded), (r, n), (r, n), [r][v][W], (r, r) twice
+    R *dangle, *dB_bias, *dC_bias, *products;  // (padded), (r, n), (r, n), (r, r) twice
+    R *dmix, *dz_mix, *dy_mix;                 // [r][v][W]
     double dD;
     bool first_of_part = true;
     int64_t part = 0;
@@ -42,14 +44,15 @@ struct Gradient : Head<R> {
     static size_t scratch_bytes(const Args& a) {
         const size_t width = (a.p + W - 1) / W * W, padded = (a.s + W - 1) / W * W;
         return Base::scratch_bytes(a) +
-               sizeof(R) * (width * (a.n + 4 * PITCH * a.r + 1 + a.r) + T * W + T * WIDE * NV * W + T * 2 * a.r * WIDE * (W + 1) + W +
-                            (2 * T + 3) * a.r * a.n + 3 * W + padded + 2 * a.r * a.r) + 64 * 18;
+               sizeof(R) * (width * (a.n + 5 * PITCH * a.r + PITCH + 1 + 3 * a.r) + T * W + T * WIDE * NV * W + T * 2 * a.r * WIDE * (W + 1) + W +
+                            (2 * T + 3) * a.r * a.n + 3 * W + padded + 2 * a.r * a.r) + 64 * 22;
     }
     Gradient(const Args& args, Arena& arena) : Base(args, arena) {
         const size_t width = size_t(vectors) * W, rows = size_t(ranks) * n;
         G = arena.take<R>(width * n);
-        R** const all[] = {&values, &drive, &dy, &dvalues};
+        R** const all[] = {&values, &drive, &dy, &dvalues, &y};
         for (R** p : all) *p = arena.take<R>(tiles * ranks);
+        given = arena.take<R>(tiles);
         dlog = arena.take<R>(T * W);
         past = arena.take<R>(T * WIDE * NV * W);
         sums = arena.take<R>(T * 2 * ranks * WIDE * W);
@@ -61,7 +64,8 @@ struct Gradient : Head<R> {
         dangle = arena.take<R>(padded);
         dB_bias = arena.take<R>(rows);
         dC_bias = arena.take<R>(rows);
-        dmix = arena.take<R>(width * ranks);
+        R** const mixes[] = {&dmix, &dz_mix, &dy_mix};
+        for (R** p : mixes) *p = arena.take<R>(width * ranks);
         products = arena.take<R>(2 * ranks * ranks);
     }
 
@@ -85,7 +89,7 @@ struct Gradient : Head<R> {
             if (marks) mark(marks + (k - from) * mark_size());
             if (marks && k == to - 1) break;
             load(segment, k, T);
-            for_blocks<WIDE>(vectors, n, [&]<int NV, int NT>(int v, int64_t s) { advance<NV, NT, false>(v, s, T); });
+            for_blocks<WIDE>(vectors, n, [&]<int NV, int NT>(int v, int64_t s) { advance<NV, NT, false, false>(v, s, T); });
         }
     }
     int64_t mark_size() const { return int64_t(vectors) * n * W + padded; }
@@ -152,12 +156,14 @@ struct Gradient : Head<R> {
         for (int64_t i = 0; i < pairs; i++) dangle[i] = R(this->of(a.dend.angle, index, pairs)[i] / RADIANS);
         __builtin_memset(dB_bias, 0, sizeof(R) * ranks * n);
         __builtin_memset(dC_bias, 0, sizeof(R) * ranks * n);
-        __builtin_memset(dmix, 0, sizeof(R) * width * ranks);
+        R* const mixes[] = {dmix, dz_mix, dy_mix};
+        for (R* p : mixes) __builtin_memset(p, 0, sizeof(R) * width * ranks);
         dD = 0;
     }
 
-    // P over a block of channels and states; with PAST, past[(r·NT + s)·NV + v] is the state before step r.
-    template <int NV, int NT, bool PAST>
+    // P over a block of channels and states; with PAST, past[(r·NT + s)·NV + v] is the state before step r; with OUT, y
+    // accumulates P q, of which decay is still missing.
+    template <int NV, int NT, bool PAST, bool OUT>
     __attribute__((noinline)) void advance(int v0, int64_t s0, int count) const {
         V S_[NT][NV];
         R* const state = this->S + (v0 * n + s0) * W;
@@ -167,7 +173,19 @@ struct Gradient : Head<R> {
             for (int v = 0; v < NV; v++) S_[s][v] = ::load(state + (v * n + s) * W);
         for (int r = 0; r < count; r++) {
             const V shrink = splat(this->decay[r]);
-            const R* b = this->K + (r + 1) * ranks * n + s0;
+            const R *b = this->K + (r + 1) * ranks * n + s0, *c = this->Q + r * ranks * n + s0;
+            for (int64_t k = 0; OUT && k < ranks; k++, c += n) {
+                R* const out = y + k * tiles + v0 * tile + r * W;
+                V out_[NV];
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; v++) out_[v] = s0 ? ::load(out + v * tile) : V{};
+#pragma GCC unroll 8
+                for (int s = 0; s < NT; s++)
+#pragma GCC unroll 8
+                    for (int v = 0; v < NV; v++) out_[v] = fma(S_[s][v], splat(c[s]), out_[v]);
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; v++) store(out + v * tile, out_[v]);
+            }
 #pragma GCC unroll 8
             for (int s = 0; s < NT; s++)
 #pragma GCC unroll 8
@@ -198,23 +216,40 @@ struct Gradient : Head<R> {
         const Span at = span(segment, a.reverse, index * T);
         load(segment, index, count);
         this->load_rows(this->Q, a.C, this->C_bias, segment.row, at, count);
-        for (int64_t k = 0; k < ranks; k++)
-            load_tile(dy + k * tiles, PITCH, 0, count, channels, a.dy.dtype, a.dy.at(segment.row, at.token, head * ranks + k),
-                      at.direction * a.dy.time);
+        for (int64_t k = 0; k < a.outputs(); k++)
+            load_tile(a.z.data ? given : dy + k * tiles, PITCH, 0, count, channels, a.dy.dtype,
+                      a.dy.at(segment.row, at.token, head * a.outputs() + k), at.direction * a.dy.time);
+        if (a.z.data) through_gate(segment.row, at, count);
         __builtin_memset(dlog, 0, sizeof(R) * T * W);
-        if (!n) __builtin_memset(dvalues, 0, sizeof(R) * tiles * ranks);
+        R* const empty[] = {dvalues, y};
+        for (R* p : empty)
+            if (!n) __builtin_memset(p, 0, sizeof(R) * tiles * ranks);
         int64_t s = 0;
         for (; s + WIDE <= n; s += WIDE) run_of_states<WIDE>(s, count);
         for (; s < n; s++) run_of_states<1>(s, count);
         for (int r = count - 1; r >= 0; r--) token(segment.row, at.token + at.direction * r, r);
         write_inputs(segment.row, at, count);
     }
+    // What reaches each rank's y.
+    void through_gate(int64_t row, Span at, int count) const {
+        this->load_gate(row, at, count);
+        for (int64_t k = 0; k < ranks; k++)
+            for (int v = 0; v < vectors; v++)
+                for (int r = 0; r < count; r++) {
+                    const int64_t i = v * tile + r * W;
+                    const V gate = silu<R>(::load(this->z + i) * this->of_mix(this->z_mix, k, v));
+                    store(dy + k * tiles + i, ::load(given + i) * this->of_mix(this->y_mix, k, v) * gate);
+                }
+    }
     template <int NT>
     void run_of_states(int64_t s, int count) {
         const int64_t rows = 2 * ranks * NT, total = count * rows;
         __builtin_memset(sums, 0, sizeof(R) * total * W);
         for_blocks<NT>(vectors, NT, [&]<int NV, int N>(int v, int64_t) {
-            advance<NV, NT, true>(v, s, count);
+            if (a.z.data)
+                advance<NV, NT, true, true>(v, s, count);
+            else
+                advance<NV, NT, true, false>(v, s, count);
             adjoint<NV, NT>(v, s, count);
         });
         if constexpr (sizeof(R) == 4) {
@@ -315,6 +350,7 @@ struct Gradient : Head<R> {
         for (int64_t j = 0; j < ranks; j++) {
             dweight += dot_of_tiles(dvalues + j * tiles, values + j * tiles, r);
             dD += pull[j * ranks + j];
+            if (a.z.data) output_of_rank(j, newer, match, r);
             value_of_rank(j, weight, newer, match, r);
             R *const dk = dK + (r * ranks + j) * n, *const dq = dQ + (r * ranks + j) * n;
             for (int64_t i = 0; i < n; i++) dq[i] *= this->decay[r];
@@ -345,6 +381,15 @@ struct Gradient : Head<R> {
         ((R*)a.ddt)[later] += (R(1) - ((const R*)a.blend)[later]) * dolder;
     }
 
+    void output_of_rank(int64_t j, R newer, const R* match, int r) const {
+        for (int v = 0; v < vectors; v++) {
+            const int64_t i = v * tile + r * W;
+            V sum = splat(this->decay[r]) * ::load(y + j * tiles + i);
+            for (int64_t o = 0; o < ranks; o++)
+                sum = fma(splat(newer * match[j * ranks + o] + (o == j ? this->D : R(0))), ::load(values + o * tiles + i), sum);
+            store(y + j * tiles + i, sum);
+        }
+    }
     void value_of_rank(int64_t j, R weight, R newer, const R* match, int r) const {
         for (int v = 0; v < vectors; v++) {
             const int64_t i = v * tile + r * W;
@@ -404,8 +449,9 @@ struct Gradient : Head<R> {
         }
     }
 
-    // x and mix of a tile, and what the state at the end sends to the last x.
+    // x, z and mixes of a tile, and what the state at the end sends to the last x.
     void write_inputs(int64_t row, Span at, int count) {
+        if (a.z.data) write_gate(row, at, count);
         for (int v = 0; v < vectors; v++)
             for (int r = 0; r < count; r++) {
                 const int64_t i = v * tile + r * W;
@@ -413,15 +459,40 @@ struct Gradient : Head<R> {
                 V dx = r == count - 1 ? ::load(dx_later + v * W) : V{};
                 for (int64_t k = 0; k < ranks; k++) {
                     const V d = ::load(dvalues + k * tiles + i);
-                    R* const sum = dmix + (k * vectors + v) * W;
-                    store(sum, fma(d, in, ::load(sum)));
+                    add_to(dmix, k, v, d * in);
                     dx = fma(d, this->mixed(k, v), dx);
                 }
                 store(x + i, dx);
             }
         __builtin_memset(dx_later, 0, sizeof(R) * vectors * W);
-        char* const to = a.dx.data + dtype_size(a.dx.dtype) * (((row * a.t + at.token) * a.h + head) * channels);
-        store_tile(x, PITCH, 0, count, channels, a.dx.dtype, to, at.direction * a.h * channels);
+        write(a.dx, x, row, at, count);
+    }
+    void write_gate(int64_t row, Span at, int count) const {
+        for (int v = 0; v < vectors; v++)
+            for (int r = 0; r < count; r++) {
+                const int64_t i = v * tile + r * W;
+                const V z = ::load(this->z + i), reach = ::load(given + i);
+                V dz = {};
+                for (int64_t k = 0; k < ranks; k++) {
+                    const V mix = this->of_mix(this->z_mix, k, v), out = reach * ::load(y + k * tiles + i);
+                    V value, steep;
+                    silu<R>(z * mix, value, steep);
+                    const V d = out * this->of_mix(this->y_mix, k, v) * steep;
+                    add_to(dz_mix, k, v, d * z);
+                    add_to(dy_mix, k, v, out * value);
+                    dz = fma(d, mix, dz);
+                }
+                store(this->z + i, dz);
+            }
+        write(a.dz, this->z, row, at, count);
+    }
+    void add_to(R* total, int64_t k, int v, V more) const {
+        R* const sum = total + (k * vectors + v) * W;
+        store(sum, ::load(sum) + more);
+    }
+    void write(Output o, const R* from, int64_t row, Span at, int count) const {
+        char* const to = o.data + dtype_size(o.dtype) * (((row * a.t + at.token) * a.h + head) * channels);
+        store_tile(from, PITCH, 0, count, channels, o.dtype, to, at.direction * a.h * channels);
     }
 
     void finish_sequence(const Segment& segment, int64_t index) {
@@ -432,7 +503,10 @@ struct Gradient : Head<R> {
             add_older(of_older_end(this->older[0]));
         }
         later = -1;
-        for (int64_t k = 0; k < ranks; k++) store_lanes(dmix + k * width, (R*)a.dmix + (i * ranks + k) * channels, channels, 1);
+        R *const mixes[] = {dmix, dz_mix, dy_mix}, *const to[] = {(R*)a.dmix, (R*)a.dz_mix, (R*)a.dy_mix};
+        for (int which = 0; which < 3; which++)
+            for (int64_t k = 0; k < ranks; k++)
+                store_lanes(mixes[which] + k * width, to[which] + (i * ranks + k) * channels, channels, 1);
         __builtin_memcpy((R*)a.dB_bias + i * ranks * n, dB_bias, sizeof(R) * ranks * n);
         __builtin_memcpy((R*)a.dC_bias + i * ranks * n, dC_bias, sizeof(R) * ranks * n);
         ((R*)a.dD)[i] = R(dD);
@@ -456,8 +530,7 @@ struct Gradient : Head<R> {
                 }
                 total += sum_lanes<R>(reach * in);
                 const V d = splat(older) * reach;
-                R* const sum = dmix + (k * vectors + v) * W;
-                store(sum, fma(d, past, ::load(sum)));
+                add_to(dmix, k, v, d * past);
                 store(dx_later + v * W, fma(d, mix, ::load(dx_later + v * W)));
             }
         return total;

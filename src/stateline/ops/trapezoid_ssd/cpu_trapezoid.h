@@ -49,23 +49,27 @@ struct Args {
     Heads x;
     const void *dt, *A, *blend;  // (b, t, h)
     Ranked B, C;
-    const void *rates;                        // (b, t, s)
+    const void* rates;                      // (b, t, s)
     const void *B_bias, *C_bias, *mix, *D;  // (h, r, n), (h, r, n), (h, r, p), (h)
-    State initial;                            // the step: the slots, changed in place
-    Output y;                                 // (b, t, h, r, p)
+    Heads z;
+    const void *z_mix, *y_mix;  // (h, r, p)
+    State initial;              // the step: the slots, changed in place
+    Output y;                   // (b, t, h, outputs, p)
     State end;
     // step
     const int64_t* index;
     int64_t slots;
     // gradients
-    Heads dy;  // (b, t, h·r, p)
+    Heads dy;  // (b, t, h·outputs, p)
     State dend, dinitial;
-    Output dx;
+    Output dx, dz;
     void *ddt, *dA, *dblend;              // (b, t, h)
     int64_t parts;                        // of a group's heads
     void *dB, *dC, *drates;               // (parts, b, t, r, g, n) twice, (g·parts, b, t, s)
-    void *dB_bias, *dC_bias, *dmix, *dD;  // (count, h, r, n), (count, h, r, n), (count, h, r, p), (count, h)
+    void *dB_bias, *dC_bias;              // (count, h, r, n)
+    void *dmix, *dz_mix, *dy_mix, *dD;    // (count, h, r, p) three times, (count, h)
 
+    int64_t outputs() const { return z.data ? 1 : r; }  // a gate sums over ranks
     Segments segments() const { return {table, count, b, t, reverse}; }
     int64_t group_of(int64_t head) const { return head * g / h; }
     int64_t group_start(int64_t group) const { return (group * h + g - 1) / g; }
@@ -83,16 +87,16 @@ struct Head {
     int64_t head, n, ranks, pairs, padded;  // padded: pairs rounded up to whole vectors
     int vectors, channels;
     int64_t tile, tiles;  // numbers in a tile, and in the tiles of all ranks
-    // State [v][n][W]; tile x [v][PITCH][W] and the token before it [v][W]; mix [r][v][W]; angle and the circle's points
-    // [T][padded]; k (the token before the tile first) and q, [T + 1][r][n]; biases (r, n).
-    R *S, *x, *before, *mix, *angle, *cosine, *sine, *K, *Q;
+    // State [v][n][W]; tiles x and z [v][PITCH][W] and the x before them [v][W]; mixes [r][v][W]; angle and the circle's
+    // points [T][padded]; k (the token before the tile first) and q, [T + 1][r][n]; biases (r, n).
+    R *S, *x, *z, *before, *mix, *z_mix, *y_mix, *angle, *cosine, *sine, *K, *Q;
     const R *B_bias, *C_bias;
     R D;
     R step[T], decay[T], newer[T], older[T + 1];
 
     static size_t scratch_bytes(const Args& a) {
         const size_t width = (a.p + W - 1) / W * W, padded = (a.s + W - 1) / W * W;
-        return sizeof(R) * (width * (a.n + PITCH + 1 + a.r) + padded * (2 * T + 1) + 2 * ((T + 1) * a.r * a.n + W)) + 64 * 10;
+        return sizeof(R) * (width * (a.n + 2 * PITCH + 1 + 3 * a.r) + padded * (2 * T + 1) + 2 * ((T + 1) * a.r * a.n + W)) + 64 * 13;
     }
     Head(const Args& args, Arena& arena)
         : a(args), head(0), n(args.n), ranks(args.r), pairs(args.s), padded((args.s + W - 1) / W * W), vectors(int((args.p + W - 1) / W)),
@@ -100,8 +104,10 @@ struct Head {
         const size_t width = size_t(vectors) * W;
         S = arena.take<R>(width * n);
         x = arena.take<R>(PITCH * width);
+        z = arena.take<R>(PITCH * width);
         before = arena.take<R>(width);
-        mix = arena.take<R>(width * ranks);
+        R** const mixes[] = {&mix, &z_mix, &y_mix};
+        for (R** p : mixes) *p = arena.take<R>(width * ranks);
         angle = arena.take<R>(padded);
         cosine = arena.take<R>(T * padded);
         sine = arena.take<R>(T * padded);
@@ -113,15 +119,21 @@ struct Head {
         B_bias = a.B_bias ? (const R*)a.B_bias + head * ranks * n : nullptr;
         C_bias = a.C_bias ? (const R*)a.C_bias + head * ranks * n : nullptr;
         D = a.D ? ((const R*)a.D)[head] : R(0);
+        select_mix(mix, (const R*)a.mix);
+        select_mix(z_mix, (const R*)a.z_mix);
+        select_mix(y_mix, (const R*)a.y_mix);
+    }
+    void select_mix(R* to, const R* from) const {
         const int64_t width = int64_t(vectors) * W;
         for (int64_t k = 0; k < ranks; k++)
             for (int64_t c = 0; c < width; c++)
-                mix[k * width + c] = c < channels ? (a.mix ? ((const R*)a.mix)[(head * ranks + k) * channels + c] : R(1)) : R(0);
+                to[k * width + c] = c >= channels ? R(0) : from ? from[(head * ranks + k) * channels + c] : R(1);
     }
     // Of the tensors of a state, where this head of a row lies.
     R* of(char* p, int64_t row, int64_t size) const { return (R*)p + (row * a.h + head) * size; }
     const R* tokens(const void* p, int64_t row, int64_t token) const { return (const R*)p + (row * a.t + token) * a.h + head; }
-    V mixed(int64_t rank, int v) const { return load(mix + (rank * vectors + v) * W); }
+    V mixed(int64_t rank, int v) const { return of_mix(mix, rank, v); }
+    V of_mix(const R* which, int64_t rank, int v) const { return load(which + (rank * vectors + v) * W); }
 
     // The state that a row starts from.
     void load_state(const State& from, int64_t row) {
@@ -163,6 +175,9 @@ struct Head {
     }
     void load_inputs(int64_t row, Span at, int count) const {
         load_tile(x, PITCH, 0, count, channels, a.x.dtype, a.x.at(row, at.token, head), at.direction * a.x.time);
+    }
+    void load_gate(int64_t row, Span at, int count) const {
+        if (a.z.data) load_tile(z, PITCH, 0, count, channels, a.z.dtype, a.z.at(row, at.token, head), at.direction * a.z.time);
     }
     // What each step turns by, and the points of the circle.
     void load_angles(int64_t row, Span at, int count) const {

@@ -2,10 +2,11 @@
 
     θ[t] = θ[t-1] + dt[t] rates[t]      k[t] = turn(B[t] + B_bias, θ[t])      q[t] = turn(C[t] + C_bias, θ[t])
     S[t] = exp(dt[t] A[t]) (S[t-1] + (1 − blend[t]) dt[t] Σ_r v_r[t-1]⊗k_r[t-1]) + blend[t] dt[t] Σ_r v_r[t]⊗k_r[t]
-    y_r[t] = S[t] q_r[t] + D v_r[t]     with v_r = mix_r ∘ x
+    y_r[t] = S[t] q_r[t] + D v_r[t]     with v_r = mix_r ∘ x, and gated y = Σ_r y_mix_r ∘ y_r ∘ silu(z_mix_r ∘ z)
 
-The integral of the input over a step is taken by a trapezoid whose weight `blend` on the newer end is chosen by the data; at
-blend = 1 it is Mamba-2's rule. Turning B and C by θ is a complex state whose phase the data drives. Ranks r share one state.
+The integral of the input over a step is taken by a trapezoid whose weight `blend` on the newer end is chosen by the
+data; at blend = 1 it is Mamba-2's rule. Turning B and C by θ is a complex state whose phase the data drives. Ranks r
+share one state.
 Source: "Mamba-3: Improved Sequence Modeling using State Space Principles" (Lahoti et al. 2026).
 
 Suffixes: b batch, t time step, h head, r rank, p head width, n state, g group, s pairs that turn. θ: turns, in [−½, ½].
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stateline.ops.segments import pieces
@@ -45,6 +47,9 @@ class Inputs:
     C_bias: Tensor | None
     mix: Tensor | None
     D: Tensor | None
+    z: Tensor | None
+    z_mix: Tensor | None
+    y_mix: Tensor | None
     interleaved: bool
     angle: Tensor | None
     ssm: Tensor | None
@@ -81,6 +86,7 @@ class Piece:
     turns_bths: Tensor  # what each step adds to θ
     mix_hrp: Tensor
     D_h: Tensor | None
+    gate_bthrp: Tensor | None  # y_mix ∘ silu(z_mix ∘ z)
     interleaved: bool
 
     def values(self, x: Tensor) -> Tensor:
@@ -96,9 +102,11 @@ class Piece:
         newer = self.blend_bth * self.dt_bth
         return newer, (1 - self.blend_bth) * self.dt_bth
 
-    def skipped(self, y: Tensor, v: Tensor) -> Tensor:
-        """y + D·v (…, h, r, p)."""
-        return y if self.D_h is None else y + self.D_h[:, None, None] * v
+    def finished(self, y: Tensor) -> Tensor:
+        """y + D·v (b, t, h, r, p) or, with a gate, that gated and summed over ranks, (b, t, h, 1, p)."""
+        if self.D_h is not None:
+            y = y + self.D_h[:, None, None] * self.values(self.x_bthp)
+        return y if self.gate_bthrp is None else (y * self.gate_bthrp).sum(3, keepdim=True)
 
 
 def turn(rows: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
@@ -136,10 +144,9 @@ def scan(piece: Piece, state: State) -> tuple[Tensor, State]:
         angle, x = whole(angle + piece.turns_bths[:, t]), piece.x_bthp[:, t]
         k, q = piece.turned(piece.K_bthrn[:, t], angle), piece.turned(piece.Q_bthrn[:, t], angle)
         decay = torch.exp(piece.dt_bth[:, t] * piece.A_bth[:, t])
-        v = piece.values(x)
-        S = decay[..., None, None] * S + newer[:, t, :, None, None] * outer(v, k)
-        out.append(piece.skipped(q @ S.mT, v))
-    return torch.stack(out, 1), (angle, S, k, x)
+        S = decay[..., None, None] * S + newer[:, t, :, None, None] * outer(piece.values(x), k)
+        out.append(q @ S.mT)
+    return piece.finished(torch.stack(out, 1)), (angle, S, k, x)
 
 
 def prepare(call: Inputs, rows: slice, time: slice) -> Piece:
@@ -158,14 +165,18 @@ def prepare(call: Inputs, rows: slice, time: slice) -> Piece:
     x, dt = cut(call.x), cut(call.dt)
     turns = x.new_zeros(*x.shape[:3], 0) if call.rates is None else dt[..., None] * cut(call.rates)[:, :, None]
     mix = x.new_ones(h, call.B.shape[2], x.shape[3]) if call.mix is None else call.mix
+    gate = None
+    if call.z is not None:
+        gate = F.silu(cut(call.z)[..., None, :] * (torch.ones_like(mix) if call.z_mix is None else call.z_mix))
+        gate = gate if call.y_mix is None else gate * call.y_mix
     K, Q = per_head(call.B, call.B_bias), per_head(call.C, call.C_bias)
-    return Piece(x, dt, cut(call.A), cut(call.blend), K, Q, turns, mix, call.D, call.interleaved)
+    return Piece(x, dt, cut(call.A), cut(call.blend), K, Q, turns, mix, call.D, gate, call.interleaved)
 
 
 def run(scan: Scan, call: Inputs) -> tuple[Tensor, State]:
-    """y (b, t, h, r, p) and the state of all sequences, by a scan of each piece."""
+    """y (b, t, h, r, p), r = 1 where it is gated, and the state of all sequences, by a scan of each piece."""
     b, t, h, p = call.x.shape
-    y = call.x.new_zeros(b, t, h, call.B.shape[2], p)
+    y = call.x.new_zeros(b, t, h, call.B.shape[2] if call.z is None else 1, p)
     begin, ends = call.state(), []
     for rows, seq, time in pieces(call.segments, t):
         own: Any = tuple(s[seq] for s in begin)
@@ -185,40 +196,41 @@ def forward_by(scan: Scan, *args: Any) -> tuple[Tensor, ...]:
 
 
 def backward_by(scan: Scan, grads: tuple[Tensor, ...], *args: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of the tensors among the arguments, in order, None where there was none; the forward pass runs again."""
+    """Gradients of the tensors among the arguments, None where there was none; the forward pass runs again."""
     with torch.enable_grad():
-        leaves = [v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
+        leaves: list[Any] = [v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
         y, state = run(scan, Inputs(*leaves))
         wanted = [v for v in leaves if isinstance(v, Tensor) and v.requires_grad]
         pairs = [(o, g) for o, g in zip((y, *state), grads, strict=True) if o.requires_grad]
         outs, given = zip(*pairs, strict=True) if pairs else ((), ())
         found = iter(torch.autograd.grad(outs, wanted, given, allow_unused=True) if pairs else [None] * len(wanted))
-    tensors = [*leaves[:11], *leaves[12:16]]
+    tensors = [*leaves[:14], *leaves[15:19]]
     return tuple(None if v is None else torch.zeros_like(v) if (grad := next(found)) is None else grad for v in tensors)
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
-    """Arguments: the fields of `Inputs` -> y (b, t, h, r, p), angle, ssm, k, v."""
+    """Arguments: the fields of `Inputs` -> y (b, t, h, r or 1, p), angle, ssm, k, v."""
     return forward_by(scan, *args)
 
 
 def backward(dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D, angle, ssm, k, v; None where the input was."""
+    """Gradients of the first fourteen fields of `Inputs` and of the state's four; None where the input was."""
     return backward_by(scan, (dy, dangle, dssm, dk, dv), *args)
 
 
 def step(angle: Tensor, ssm: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
-    """One token, in place. x (b, h, p); dt, A, blend (b, h); B, C (b, r, g, n); rates (b, s); the last argument, index
-    (b), picks state rows, negative: skip. -> y (b, h, r, p)"""
-    *tokens, B_bias, C_bias, mix, D, interleaved, index = args
-    x, B = tokens[0], tokens[4]
+    """One token, in place: the fields of `Inputs` up to `interleaved`, those of tokens without t, then index (b), which
+    picks state rows, negative: skip. -> y (b, h, r or 1, p)"""
+    *given, index = args
+    x, B, z = given[0], given[4], given[11]
     keep = slice(None) if index is None else (index >= 0).nonzero()[:, 0]
     rows: Any = slice(None) if index is None else index[keep].long()
     own = [s[rows] for s in (angle, ssm, k, v)]
-    one = [None if token is None else token[keep][:, None] for token in tokens]
-    y, *new = forward_by(scan, *one, B_bias, C_bias, mix, D, interleaved, *own, None, False)
+    tokens = (*range(7), 11)
+    one = [v[keep][:, None] if i in tokens and v is not None else v for i, v in enumerate(given)]
+    y, *new = forward_by(scan, *one, *own, None, False)
     for whole_state, part in zip((angle, ssm, k, v), new, strict=True):
         whole_state[rows] = part
-    out = x.new_zeros(*x.shape[:2], B.shape[1], x.shape[2])
+    out = x.new_zeros(*x.shape[:2], B.shape[1] if z is None else 1, x.shape[2])
     out[keep] = y[:, 0]
     return out
