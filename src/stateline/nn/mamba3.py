@@ -2,11 +2,11 @@
 
     z, x, B, C, dt, A, trap, angles = in_proj(input)          B, C = RMSNorm(B), RMSNorm(C) over each head's states
     dt = softplus(dt + dt_bias)     A = −f(A)     blend = sigmoid(trap)     rates = π tanh(angles)
-    y = trapezoid_ssd(x, dt, A, blend, B + B_bias, C + C_bias, turned by rates) + D·x
-    output = out_proj(y · silu(z))
+    y = trapezoid_ssd(x, dt, A, blend, B + B_bias, C + C_bias, turned by rates) + D·x, gated by silu(z)
+    output = out_proj(y)
 
-No convolution, and no activation of x, B and C: the trapezoid reads the token before, the biases and the turning do the rest.
-With ranks (MIMO), x, z and y are scaled a rank by mimo_x, mimo_z and mimo_o, and the ranks' outputs are added up.
+No convolution, and no activation of x, B and C: the trapezoid reads the token before, the biases and the turning do the
+rest. With ranks (MIMO), x, z and y are scaled a rank by mimo_x, mimo_z and mimo_o, and what ranks put out is added up.
 A by zero-order hold, B by a trapezoid whose weight the data chooses.
 Suffixes: b batch, t time step, h head, p head width, n state, g group, r rank, s pairs of states that turn.
 Source: Lahoti et al. 2026, "Mamba-3: Improved Sequence Modeling using State Space Principles".
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from stateline.nn.norm import GatedRMSNorm, RMSNorm
 from stateline.nn.precision import keep_wide, wide
 
 OP = "Mamba3"
+System = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # x, dt, A, blend, B, C
 
 
 def heavy_tail(x: Tensor) -> Tensor:
@@ -74,8 +75,8 @@ class Mamba3(Mixer):
         d_state: n, states a channel.   expand: inner width d_inner = int(expand · d_model).
         headdim: p; the layer has d_inner / headdim heads.   ngroups: g, groups of heads that share B and C.
         rope_fraction: share of the states that turn, in pairs, 0 to 1.
-        rope_interleaved: pairs are neighbours (2i, 2i + 1), otherwise (i, i + n/2); None is as mamba_ssm has it: neighbours,
-            and n/2 apart with is_mimo.
+        rope_interleaved: pairs are neighbours (2i, 2i + 1), otherwise (i, i + n/2); None is as mamba_ssm has it:
+            neighbours, and n/2 apart with is_mimo.
         A_activation: "heavy_tail", mamba_ssm's since June 2026, or "softplus", its earlier one and
             flash-linear-attention's. No checkpoint says which, and the other gives wrong numbers without an error.
         A_floor: least −A.   dt_min, dt_max, dt_init_floor: initial step sizes are log-uniform in [dt_min, dt_max], at
@@ -83,7 +84,8 @@ class Mamba3(Mixer):
         is_outproj_norm: normalise every head before the gate.   norm_eps: of all norms.
         is_mimo: mimo_rank inputs and outputs share each state. Without it, mimo_rank is not looked at.
 
-    dt_bias, B_bias, C_bias, D and mimo_* stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state.
+    dt_bias, B_bias, C_bias, D and mimo_* stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the
+    state.
     Projections are called as modules, so adapters and quantised Linears may replace them.
 
     >>> layer = Mamba3(16, 8, headdim=8)
@@ -199,7 +201,7 @@ class Mamba3(Mixer):
         check_input(OP, x, "b t d_model", self.d_model, self.B_norm.weight.dtype)
         z, system, options = self._system(self.in_proj(zero_padding(x, lengths)))
         initial = None if state is None else _parts(state)
-        y, end = ops.trapezoid_ssd(*system, **options, initial_state=initial, lengths=lengths, **where)
+        y, end = ops.trapezoid_ssd(*system, **options, **where, initial_state=initial, lengths=lengths)
         return zero_padding(self._finish(y, z), lengths), Mamba3State(*end)
 
     @torch.no_grad()
@@ -214,8 +216,8 @@ class Mamba3(Mixer):
         shared, h = self.mimo_rank * self.ngroups * self.d_state, self.nheads
         return [self.d_inner, self.d_inner, shared, shared, h, h, h, self.num_rope_angles]
 
-    def _system(self, projected: Tensor) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Any]]:
-        """z (…, h·p), the system's tensors, and its parameters."""
+    def _system(self, projected: Tensor) -> tuple[Tensor, System, dict[str, Any]]:
+        """z (…, h, p), the system's tensors, and its other arguments."""
         z, x, B, C, dt, A, trap, angles = projected.split(self._widths(), dim=-1)
         full = wide(projected.dtype)
         dt = softplus(dt.to(full) + self.dt_bias.to(full))
@@ -224,24 +226,24 @@ class Mamba3(Mixer):
         B, C = (norm(v.unflatten(-1, ranks))[0] for norm, v in ((self.B_norm, B), (self.C_norm, C)))
         options: dict[str, Any] = {"D": self.D.to(full), "interleaved": self.rope_interleaved}
         options |= {"B_bias": self.B_bias.to(full), "C_bias": self.C_bias.to(full)}
-        options["mix"] = None if self.mimo_x is None else self.mimo_x.to(full)
         options["rates"] = torch.tanh(angles.to(full)) / 2 if self.num_rope_angles else None  # π of 2π
-        x = x.unflatten(-1, (self.nheads, self.headdim))
+        x, z = (v.unflatten(-1, (self.nheads, self.headdim)) for v in (x, z))
+        mixes: list[Tensor | None] = [self.mimo_x, self.mimo_z, self.mimo_o]
+        mix, z_mix, y_mix = (None if v is None else v.to(full) for v in mixes)
+        options |= {"mix": mix} if self.norm is not None else {"mix": mix, "z": z, "z_mix": z_mix, "y_mix": y_mix}
         return z, (x, dt, A, torch.sigmoid(trap.to(full)), B, C), options
 
     def _finish(self, y: Tensor, z: Tensor) -> Tensor:
-        """y (…, h, r, p), z (…, h·p) -> (…, d_model)."""
-        if not self.is_mimo:
-            y = y.flatten(-3)
-            return self.out_proj(y * F.silu(z) if self.norm is None else self.norm(y, z))
-        full = wide(y.dtype)
-        gate = z.unflatten(-1, (self.nheads, 1, self.headdim)).to(full) * self.mimo_z.to(full)
+        """y (…, h, p), or (…, h, r, p) before norm and gate, and z (…, h, p) -> (…, d_model)."""
         if self.norm is None:
-            gated = y * F.silu(gate)
-        else:  # a weight a channel, shared by ranks
-            y, gate = (v.transpose(-3, -2).flatten(-2) for v in (y, gate))
-            gated = self.norm(y.to(full), gate).unflatten(-1, (self.nheads, self.headdim)).transpose(-3, -2)
-        return self.out_proj((gated * self.mimo_o.to(full)).sum(-2).flatten(-2).to(y.dtype))
+            return self.out_proj(y.flatten(-2))
+        if not self.is_mimo:
+            return self.out_proj(self.norm(y.flatten(-3), z.flatten(-2)))
+        full = wide(y.dtype)
+        gate = z.to(full).unsqueeze(-2) * cast(Tensor, self.mimo_z).to(full)
+        y, gate = (v.transpose(-3, -2).flatten(-2) for v in (y, gate))  # a weight a channel, shared by ranks
+        normed = self.norm(y.to(full), gate).unflatten(-1, (self.nheads, self.headdim)).transpose(-3, -2)
+        return self.out_proj((normed * cast(Tensor, self.mimo_o).to(full)).sum(-2).flatten(-2).to(z.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mamba3:
         if recurse:
@@ -255,7 +257,7 @@ class Mamba3(Mixer):
         return f"{sizes}, ngroups={self.ngroups}, mimo_rank={self.mimo_rank}, A_activation={self.A_activation!r}"
 
 
-def _parts(state: Mamba3State) -> tuple[Tensor, ...]:
+def _parts(state: Mamba3State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return state.angle, state.ssm, state.k, state.v
 
 

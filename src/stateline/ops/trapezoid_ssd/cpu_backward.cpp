@@ -1,16 +1,12 @@
-// The gradient of trapezoid_ssd on CPUs.
+// The gradient of trapezoid_ssd on CPUs; cpu_adjoint.h has what touches the state.
 //
-// Written for the state before a step with both ends of the last token's trapezoid in it,
-//     P[t+1] = decay[t] P[t] + weight[t] Σ_r v_r[t]⊗k_r[t]      weight[t] = newer[t] + older[t+1], newer[t] at the end,
-// which is the definition's state at the end, and of which y[t] reads decay[t] P[t] q[t] besides the token's own
-// newer[t] (q[t]·k[t]) v[t]: no more work on the state than ssd has. Nothing is kept from the forward pass: as in ssd, states are
-// marked tile by tile on the way up, coarsely first for sequences of many tiles, and the adjoint runs back over them.
-//
-// Sums over heads (B, C, rates): heads of a part in order, parts by the caller. Sums over time (biases, mix, D): time within a
+// Nothing is kept from the forward pass: as in ssd, states are marked tile by tile on the way up, coarsely first for sequences
+// of many tiles, and the adjoint runs back over them.
+// Sums over heads (B, C, rates): heads of a part in order, parts by the caller. Sums over time (biases, mixes, D): time within a
 // sequence, sequences by the caller. Parts depend on h and g alone, so the bits do not depend on threads.
 #include <stdlib.h>
 
-#include "cpu_trapezoid.h"
+#include "cpu_adjoint.h"
 
 namespace {
 
@@ -24,17 +20,14 @@ struct Job {
 };
 
 template <class R>
-struct Gradient : Head<R> {
-    typedef Head<R> Base;
+struct Gradient : Adjoint<R> {
+    typedef Adjoint<R> Base;
     using typename Base::V;
     using Base::a, Base::channels, Base::head, Base::n, Base::padded, Base::pairs, Base::ranks, Base::tile, Base::tiles, Base::vectors,
         Base::W, Base::x;
-    // Lanes [v][n][W]: gradient of the state after the step. Tiles [r][v][PITCH][W]: v, weight·v, dy, what reaches v, y if
-    // it is gated; and then what reaches the gated y, [v][PITCH][W].
-    R *G, *values, *drive, *dy, *dvalues, *y, *given;
-    // Per step [T][W]: d loss / d log decay. One block: the states [T][NT][NV][W]; sums for k and q [T][2r][NT][W], and the numbers
-    // they come to. Gradients of k and q, [T][r][n]; of what a later token sends back to k and x of the last of this tile.
-    R *dlog, *past, *sums, *flat, *dK, *dQ, *dk_later, *dx_later;
+    using Base::dK, Base::dlog, Base::dQ, Base::dvalues, Base::dy, Base::G, Base::values, Base::y;
+    // What reaches the gated y, [v][PITCH][W]; what a later token sends back to k and x of the last of this tile, (r, n), [v][W].
+    R *given, *dk_later, *dx_later;
     R *dangle, *dB_bias, *dC_bias, *products;  // (padded), (r, n), (r, n), (r, r) twice
     R *dmix, *dz_mix, *dy_mix;                 // [r][v][W]
     double dD;
@@ -43,22 +36,11 @@ struct Gradient : Head<R> {
 
     static size_t scratch_bytes(const Args& a) {
         const size_t width = (a.p + W - 1) / W * W, padded = (a.s + W - 1) / W * W;
-        return Base::scratch_bytes(a) +
-               sizeof(R) * (width * (a.n + 5 * PITCH * a.r + PITCH + 1 + 3 * a.r) + T * W + T * WIDE * NV * W + T * 2 * a.r * WIDE * (W + 1) + W +
-                            (2 * T + 3) * a.r * a.n + 3 * W + padded + 2 * a.r * a.r) + 64 * 22;
+        return Base::scratch_bytes(a) + sizeof(R) * (width * (PITCH + 1 + 3 * a.r) + 3 * a.r * a.n + padded + 2 * a.r * a.r) + 64 * 10;
     }
     Gradient(const Args& args, Arena& arena) : Base(args, arena) {
         const size_t width = size_t(vectors) * W, rows = size_t(ranks) * n;
-        G = arena.take<R>(width * n);
-        R** const all[] = {&values, &drive, &dy, &dvalues, &y};
-        for (R** p : all) *p = arena.take<R>(tiles * ranks);
         given = arena.take<R>(tiles);
-        dlog = arena.take<R>(T * W);
-        past = arena.take<R>(T * WIDE * NV * W);
-        sums = arena.take<R>(T * 2 * ranks * WIDE * W);
-        flat = arena.take<R>(T * 2 * ranks * WIDE + W);
-        dK = arena.take<R>(T * rows + W);
-        dQ = arena.take<R>(T * rows + W);
         dk_later = arena.take<R>(rows);
         dx_later = arena.take<R>(width);
         dangle = arena.take<R>(padded);
@@ -69,27 +51,13 @@ struct Gradient : Head<R> {
         products = arena.take<R>(2 * ranks * ranks);
     }
 
-    // Loads a tile and makes v and weight·v of it.
-    void load(const Segment& segment, int64_t index, int count) {
-        const Span at = span(segment, a.reverse, index * T);
-        this->load_all(segment.row, at, count, index * T + count < segment.stop - segment.start);
-        for (int64_t k = 0; k < ranks; k++)
-            for (int v = 0; v < vectors; v++)
-                for (int r = 0; r < count; r++) {
-                    const int64_t i = v * tile + r * W;
-                    const V value = this->mixed(k, v) * ::load(x + i);
-                    store(values + k * tiles + i, value);
-                    store(drive + k * tiles + i, splat(this->newer[r] + this->older[r + 1]) * value);
-                }
-    }
-
     // P over tiles [from, to), each one's beginning marked if there is a place for it: the state, then the angles.
     void sweep(const Segment& segment, int64_t from, int64_t to, R* marks) {
         for (int64_t k = from; k < to; k++) {
             if (marks) mark(marks + (k - from) * mark_size());
             if (marks && k == to - 1) break;
-            load(segment, k, T);
-            for_blocks<WIDE>(vectors, n, [&]<int NV, int NT>(int v, int64_t s) { advance<NV, NT, false, false>(v, s, T); });
+            this->load(segment, k, T);
+            for_blocks<WIDE>(vectors, n, [&]<int NV, int NT>(int v, int64_t s) { this->template advance<NV, NT, false, false>(v, s, T); });
         }
     }
     int64_t mark_size() const { return int64_t(vectors) * n * W + padded; }
@@ -161,72 +129,15 @@ struct Gradient : Head<R> {
         dD = 0;
     }
 
-    // P over a block of channels and states; with PAST, past[(r·NT + s)·NV + v] is the state before step r; with OUT, y
-    // accumulates P q, of which decay is still missing.
-    template <int NV, int NT, bool PAST, bool OUT>
-    __attribute__((noinline)) void advance(int v0, int64_t s0, int count) const {
-        V S_[NT][NV];
-        R* const state = this->S + (v0 * n + s0) * W;
-#pragma GCC unroll 8
-        for (int s = 0; s < NT; s++)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; v++) S_[s][v] = ::load(state + (v * n + s) * W);
-        for (int r = 0; r < count; r++) {
-            const V shrink = splat(this->decay[r]);
-            const R *b = this->K + (r + 1) * ranks * n + s0, *c = this->Q + r * ranks * n + s0;
-            for (int64_t k = 0; OUT && k < ranks; k++, c += n) {
-                R* const out = y + k * tiles + v0 * tile + r * W;
-                V out_[NV];
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; v++) out_[v] = s0 ? ::load(out + v * tile) : V{};
-#pragma GCC unroll 8
-                for (int s = 0; s < NT; s++)
-#pragma GCC unroll 8
-                    for (int v = 0; v < NV; v++) out_[v] = fma(S_[s][v], splat(c[s]), out_[v]);
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; v++) store(out + v * tile, out_[v]);
-            }
-#pragma GCC unroll 8
-            for (int s = 0; s < NT; s++)
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; v++) {
-                    if (PAST) store(past + ((r * NT + s) * NV + v) * W, S_[s][v]);
-                    S_[s][v] = S_[s][v] * shrink;
-                }
-            for (int64_t k = 0; k < ranks; k++, b += n) {
-                V in[NV];
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; v++) in[v] = ::load(drive + k * tiles + (v0 + v) * tile + r * W);
-#pragma GCC unroll 8
-                for (int s = 0; s < NT; s++) {
-                    const V bs = splat(b[s]);
-#pragma GCC unroll 8
-                    for (int v = 0; v < NV; v++) S_[s][v] = fma(in[v], bs, S_[s][v]);
-                }
-            }
-        }
-        if (PAST) return;
-#pragma GCC unroll 8
-        for (int s = 0; s < NT; s++)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; v++) store(state + (v * n + s) * W, S_[s][v]);
-    }
-
     void back(const Segment& segment, int64_t index, int count) {
         const Span at = span(segment, a.reverse, index * T);
-        load(segment, index, count);
+        this->load(segment, index, count);
         this->load_rows(this->Q, a.C, this->C_bias, segment.row, at, count);
         for (int64_t k = 0; k < a.outputs(); k++)
             load_tile(a.z.data ? given : dy + k * tiles, PITCH, 0, count, channels, a.dy.dtype,
                       a.dy.at(segment.row, at.token, head * a.outputs() + k), at.direction * a.dy.time);
         if (a.z.data) through_gate(segment.row, at, count);
-        __builtin_memset(dlog, 0, sizeof(R) * T * W);
-        R* const empty[] = {dvalues, y};
-        for (R* p : empty)
-            if (!n) __builtin_memset(p, 0, sizeof(R) * tiles * ranks);
-        int64_t s = 0;
-        for (; s + WIDE <= n; s += WIDE) run_of_states<WIDE>(s, count);
-        for (; s < n; s++) run_of_states<1>(s, count);
+        this->run(count);
         for (int r = count - 1; r >= 0; r--) token(segment.row, at.token + at.direction * r, r);
         write_inputs(segment.row, at, count);
     }
@@ -241,100 +152,6 @@ struct Gradient : Head<R> {
                     store(dy + k * tiles + i, ::load(given + i) * this->of_mix(this->y_mix, k, v) * gate);
                 }
     }
-    template <int NT>
-    void run_of_states(int64_t s, int count) {
-        const int64_t rows = 2 * ranks * NT, total = count * rows;
-        __builtin_memset(sums, 0, sizeof(R) * total * W);
-        for_blocks<NT>(vectors, NT, [&]<int NV, int N>(int v, int64_t) {
-            if (a.z.data)
-                advance<NV, NT, true, true>(v, s, count);
-            else
-                advance<NV, NT, true, false>(v, s, count);
-            adjoint<NV, NT>(v, s, count);
-        });
-        if constexpr (sizeof(R) == 4) {
-            for (int64_t i = 0; i < total; i += W) {
-                V lanes[W];
-                for (int j = 0; j < W; j++) lanes[j] = i + j < total ? ::load(sums + (i + j) * W) : V{};
-                store(flat + i, sums_of_lanes(lanes));
-            }
-        } else {
-            for (int64_t i = 0; i < total; i++) flat[i] = sum_lanes<R>(::load(sums + i * W));
-        }
-        for (int r = 0; r < count; r++)
-            for (int64_t k = 0; k < ranks; k++)
-                for (int i = 0; i < NT; i++) {
-                    dK[(r * ranks + k) * n + s + i] = flat[r * rows + 2 * k * NT + i];
-                    dQ[(r * ranks + k) * n + s + i] = flat[r * rows + (2 * k + 1) * NT + i];
-                }
-    }
-    // From the last step to the first, over NV vectors of channels and NT states. Leaves in dvalues what the state sends to v
-    // before weight, in the sums G v weighted, and P dy before decay.
-    template <int NV, int NT>
-    __attribute__((noinline)) void adjoint(int v0, int64_t s0, int count) {
-        V g[NT][NV];
-        R* const reach = G + (v0 * n + s0) * W;
-#pragma GCC unroll 8
-        for (int s = 0; s < NT; s++)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; v++) g[s][v] = ::load(reach + (v * n + s) * W);
-        for (int r = count - 1; r >= 0; r--) {
-            const R *b = this->K + (r + 1) * ranks * n + s0, *c = this->Q + r * ranks * n + s0;
-            const R* const before = past + r * NT * NV * W;
-            R* sum = sums + r * 2 * ranks * NT * W;
-            for (int64_t k = 0; k < ranks; k++, b += n, sum += 2 * NT * W) {
-                const int64_t i = k * tiles + v0 * tile + r * W;
-                V in[NV], to[NV];
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; v++) in[v] = ::load(drive + i + v * tile), to[v] = s0 ? ::load(dvalues + i + v * tile) : V{};
-#pragma GCC unroll 8
-                for (int s = 0; s < NT; s++) {
-                    const V bs = splat(b[s]);
-                    V db = ::load(sum + s * W);
-#pragma GCC unroll 8
-                    for (int v = 0; v < NV; v++) {
-                        db = fma(g[s][v], in[v], db);
-                        to[v] = fma(g[s][v], bs, to[v]);
-                    }
-                    store(sum + s * W, db);
-                }
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; v++) store(dvalues + i + v * tile, to[v]);
-            }
-            sum = sums + r * 2 * ranks * NT * W + NT * W;
-            for (int64_t k = 0; k < ranks; k++, c += n, sum += 2 * NT * W) {
-                V out[NV];
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; v++) out[v] = ::load(dy + k * tiles + (v0 + v) * tile + r * W);
-#pragma GCC unroll 8
-                for (int s = 0; s < NT; s++) {
-                    const V cs = splat(c[s]);
-                    V dc = ::load(sum + s * W);
-#pragma GCC unroll 8
-                    for (int v = 0; v < NV; v++) {
-                        dc = fma(out[v], ::load(before + (s * NV + v) * W), dc);
-                        g[s][v] = fma(out[v], cs, g[s][v]);
-                    }
-                    store(sum + s * W, dc);
-                }
-            }
-            const V shrink = splat(this->decay[r]);
-            V pull = ::load(dlog + r * W);
-#pragma GCC unroll 8
-            for (int s = 0; s < NT; s++)
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; v++) {
-                    g[s][v] = g[s][v] * shrink;
-                    pull = fma(g[s][v], ::load(before + (s * NV + v) * W), pull);
-                }
-            store(dlog + r * W, pull);
-        }
-#pragma GCC unroll 8
-        for (int s = 0; s < NT; s++)
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; v++) store(reach + (v * n + s) * W, g[s][v]);
-    }
-
     // What does not touch the state: a token's own part of y, its weights, biases, turning. dvalues becomes d loss / d v.
     void token(int64_t row, int64_t token, int r) {
         const R newer = this->newer[r], weight = newer + this->older[r + 1];
