@@ -19,9 +19,9 @@ STATE = ("angle", "ssm", "k", "v")
 GIVEN = ("x", "dt", "A", "blend", "B", "C", "rates", "B_bias", "C_bias", "mix", "D", "z", "z_mix", "y_mix")
 TOKENS = (*GIVEN[:7], "z")
 GRID = {
-    "backend": FORMS, "dtype": DTYPES, "layout": LAYOUTS, "t": [0, 1, 2, 7, 31, 32, 33, 64, 65, 130], "h": [1, 2, 5],
-    "p": [1, 3, 16, 40], "n": [2, 3, 16, 36], "g": [1, 2, 3], "r": [None, 1, 2, 4, 5], "s": [0, 1, "half", "all"],
-    "interleaved": FLAG, "reverse": FLAG, "bias": FLAG, "mix": FLAG, "D": FLAG, "z": FLAG, "initial": FLAG,
+    "backend": FORMS, "dtype": DTYPES, "layout": LAYOUTS, "t": [0, 1, 2, 7, 31, 32, 33, 64, 65, 130],
+    "h": [1, 2, 5], "p": [1, 3, 16, 40], "n": [2, 3, 16, 36], "g": [1, 2, 3], "r": [None, 1, 2, 4, 5],
+    "s": [0, 1, "half", "all"], "interleaved": FLAG, "reverse": FLAG, "bias": FLAG, "mix": FLAG, "D": FLAG, "z": FLAG, "initial": FLAG,
     "strided": FLAG,
 }  # fmt: skip
 #: A call as a Mamba-3 layer makes it; tests change what they are about.

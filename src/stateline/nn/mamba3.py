@@ -96,6 +96,9 @@ class Mamba3(Mixer):
     True
     """
 
+    mimo_x: nn.Parameter | None
+    mimo_z: nn.Parameter | None
+    mimo_o: nn.Parameter | None
     no_weight_decay = ("dt_bias", "B_bias", "C_bias", "D", "mimo_x", "mimo_z", "mimo_o")
     full_precision = no_weight_decay
     reversible = True
@@ -201,7 +204,7 @@ class Mamba3(Mixer):
         check_input(OP, x, "b t d_model", self.d_model, self.B_norm.weight.dtype)
         z, system, options = self._system(self.in_proj(zero_padding(x, lengths)))
         initial = None if state is None else _parts(state)
-        y, end = ops.trapezoid_ssd(*system, **options, **where, initial_state=initial, lengths=lengths)
+        y, end = ops.trapezoid_ssd(*system, **options | where | {"initial_state": initial, "lengths": lengths})
         return zero_padding(self._finish(y, z), lengths), Mamba3State(*end)
 
     @torch.no_grad()
@@ -228,8 +231,7 @@ class Mamba3(Mixer):
         options |= {"B_bias": self.B_bias.to(full), "C_bias": self.C_bias.to(full)}
         options["rates"] = torch.tanh(angles.to(full)) / 2 if self.num_rope_angles else None  # π of 2π
         x, z = (v.unflatten(-1, (self.nheads, self.headdim)) for v in (x, z))
-        mixes: list[Tensor | None] = [self.mimo_x, self.mimo_z, self.mimo_o]
-        mix, z_mix, y_mix = (None if v is None else v.to(full) for v in mixes)
+        mix, z_mix, y_mix = (None if v is None else v.to(full) for v in (self.mimo_x, self.mimo_z, self.mimo_o))
         options |= {"mix": mix} if self.norm is not None else {"mix": mix, "z": z, "z_mix": z_mix, "y_mix": y_mix}
         return z, (x, dt, A, torch.sigmoid(trap.to(full)), B, C), options
 

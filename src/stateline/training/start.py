@@ -154,7 +154,7 @@ def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabula
 
 
 def _mixer(shape: ShapeConfig, d_model: int) -> dict[str, Any]:
-    """ModelConfig's ssm_cfg. Mamba-2 and 3 get heads of 64 channels, or fewer where 64 do not divide the inner width."""
+    """ModelConfig's ssm_cfg. Mamba-2 and 3 get heads of 64 channels, fewer where 64 do not divide the inner width."""
     options: dict[str, Any] = {"d_state": shape.d_state, "expand": shape.expand}
     if shape.mixer != "Mamba3":
         options["d_conv"] = shape.d_conv

@@ -93,7 +93,7 @@ def trapezoid_ssd(
         state = _check_state(OP, sizes, "initial_state", "n_seq", initial_state, A)
     checks.same_device(OP, dict(zip(NAMES, (*inputs, *state), strict=True)))
     y, *end = call(_TrapezoidSSD, *inputs, *state, bool(interleaved), segments.table, bool(reverse), backend)
-    return (y if ranked else y.squeeze(3)), tuple(end)  # type: ignore[return-value]  # four of them
+    return (y if ranked else y.squeeze(3)), tuple(end)
 
 
 def trapezoid_ssd_step_(
@@ -156,13 +156,13 @@ def _check(
     for name, v in (("dt", dt), ("A", A), ("blend", blend)):
         sizes.match(name, v, f"{lead} h")
         checks.dtype(op, name, v, full, "It keeps full precision: float32, or float64 where the data is.")
-    B, C = (_projection(op, sizes, name, v, lead) for name, v in (("B", B), ("C", C)))
+    B, C = _projection(op, sizes, "B", B, lead), _projection(op, sizes, "C", C, lead)
     forms = (("rates", rates, f"{lead} s"), ("B_bias", B_bias, "h r n"), ("C_bias", C_bias, "h r n"))
     mixes = (("mix", mix, "h r p"), ("z_mix", z_mix, "h r p"), ("y_mix", y_mix, "h r p"))
-    for name, v, form in (*forms, *mixes, ("D", D, "h")):
-        if v is not None:
-            sizes.match(name, v, form)
-            checks.dtype(op, name, v, full, f"Keep {name} out of casts.")
+    for name, given, form in (*forms, *mixes, ("D", D, "h")):
+        if given is not None:
+            sizes.match(name, given, form)
+            checks.dtype(op, name, given, full, f"Keep {name} out of casts.")
     if rates is None:
         sizes.bind("s", 0, "rates, which is None")
     if 2 * sizes["s"] > sizes["n"]:

@@ -35,9 +35,8 @@ class _Call:
     def __init__(self, given: Inputs) -> None:
         self.real, self.tokens, self.interleaved = given.A.dtype, given.x.dim() == 4, given.interleaved
         self.data = [None if v is None else native.data(v) for v in (given.x, given.B, given.C, given.z)]
-        full = (given.dt, given.A, given.blend, given.rates, given.B_bias, given.C_bias, given.mix, given.D)
-        full = (*full, given.z_mix, given.y_mix)
-        self.full = [native.optional_parameter(v, self.real) for v in full]
+        full = [given.dt, given.A, given.blend, given.rates, given.B_bias, given.C_bias, given.mix, given.D]
+        self.full = [native.optional_parameter(v, self.real) for v in (*full, given.z_mix, given.y_mix)]
         self.initial = [native.optional_parameter(v, self.real) for v in (given.angle, given.ssm, given.k, given.v)]
         b, (h, p), (r, g, n) = given.x.shape[0], given.x.shape[-2:], given.B.shape[-3:]
         s = 0 if given.rates is None else given.rates.shape[-1]
@@ -83,7 +82,9 @@ def backward(dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *
     parts = -(-largest // HEADS_IN_PART)
     even = parts == 1 if h % g else True  # else some group has fewer parts, whose rows nobody writes
     unwritten = segments if even and h >= g else torch.empty(0)
-    dx, dz = (None if v is None else native.empty(v.shape, native.out_dtype(v.dtype), segments) for v in (given.x, given.z))
+    dx, dz = (
+        None if v is None else native.empty(v.shape, native.out_dtype(v.dtype), segments) for v in (given.x, given.z)
+    )
     per_step = [native.empty((b, t, h), real, segments) for _ in range(3)]
     dB, dC = (native.empty((parts, b, t, r, g, n), real, unwritten) for _ in "BC")
     drates = native.empty((g * parts, b, t, s), real, unwritten)
@@ -91,7 +92,13 @@ def backward(dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *
     start: Any = call.empty_state(rows) if given.ssm is not None else None
     fields = call.fields(where, _pointers(call.initial), native.ABSENT2, [0] * 4)
     to_state = [0] * 4 if start is None else _pointers(start)
-    outgoing = (*native.output(dx), *native.output(dz), *_pointers(per_step), parts, *_pointers([dB, dC, drates, *sums]))
+    outgoing = (
+        *native.output(dx),
+        *native.output(dz),
+        *_pointers(per_step),
+        parts,
+        *_pointers([dB, dC, drates, *sums]),
+    )
     ends = (*_strided(dy, True), *_pointers(incoming), *to_state, *outgoing)
     native.call("trapezoid_ssd_backward", (*fields, 0, 0, *ends))
     dB_bias, dC_bias, dmix, dz_mix, dy_mix, dD = (v.sum(0) for v in sums)
@@ -104,7 +111,7 @@ def backward(dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *
 def step(angle: Tensor, ssm: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     """One token, in place; arguments as of reference.step."""
     *rest, index = args
-    given = Inputs(*rest, angle, ssm, k, v, None, False)
+    given = Inputs(*(*rest, angle, ssm, k, v, None, False))
     call = _Call(given)
     index = native.slots(index)
     b, _, h, p = call.sizes[:4]

@@ -198,7 +198,9 @@ def forward_by(scan: Scan, *args: Any) -> tuple[Tensor, ...]:
 def backward_by(scan: Scan, grads: tuple[Tensor, ...], *args: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors among the arguments, None where there was none; the forward pass runs again."""
     with torch.enable_grad():
-        leaves: list[Any] = [v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
+        leaves: list[Any] = [
+            v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args
+        ]
         y, state = run(scan, Inputs(*leaves))
         wanted = [v for v in leaves if isinstance(v, Tensor) and v.requires_grad]
         pairs = [(o, g) for o, g in zip((y, *state), grads, strict=True) if o.requires_grad]
