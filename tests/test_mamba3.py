@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.plain_mamba3 import PlainMamba3
 from makers import edit, small
 from torch import Tensor, nn
 
@@ -108,6 +109,12 @@ def test_equals_the_formulas(options: dict[str, Any]) -> None:
     for got in (y, stepped):
         for row, want in zip(got, (plain_forward(m, v) for v in x), strict=True):
             assert (row - want).abs().max() < 5e-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("form", ["loop", "quadratic"])
+def test_plain_pytorch_that_it_is_measured_beside_says_the_same(form: str) -> None:
+    m, x = layer(ngroups=1), torch.randn(2, 9, 16)
+    assert torch.allclose(PlainMamba3(16, form, m)(x), m(x), atol=1e-5)
 
 
 def test_shapes_are_those_of_mamba3_1_5b() -> None:

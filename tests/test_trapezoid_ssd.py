@@ -21,8 +21,8 @@ TOKENS = (*GIVEN[:7], "z")
 GRID = {
     "backend": FORMS, "dtype": DTYPES, "layout": LAYOUTS, "t": [0, 1, 2, 7, 31, 32, 33, 64, 65, 130],
     "h": [1, 2, 5], "p": [1, 3, 16, 40], "n": [2, 3, 16, 36], "g": [1, 2, 3], "r": [None, 1, 2, 4, 5],
-    "s": [0, 1, "half", "all"], "interleaved": FLAG, "reverse": FLAG, "bias": FLAG, "mix": FLAG, "D": FLAG, "z": FLAG, "initial": FLAG,
-    "strided": FLAG,
+    "s": [0, 1, "half", "all"], "interleaved": FLAG, "reverse": FLAG, "bias": FLAG, "mix": FLAG, "D": FLAG, "z": FLAG,
+    "initial": FLAG, "strided": FLAG,
 }  # fmt: skip
 #: A call as a Mamba-3 layer makes it; tests change what they are about.
 PLAIN: dict[str, Any] = {
