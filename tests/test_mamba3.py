@@ -21,13 +21,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.plain_mamba3 import PlainMamba3
 from makers import edit, small
 from torch import Tensor, nn
 
@@ -37,6 +37,10 @@ from stateline import nn as sl
 from stateline.generation import Engine, SamplingConfig, Stream, generate_tokens
 from stateline.nn.mamba3 import heavy_tail
 from stateline.ops.trapezoid_ssd.reference import turn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.plain_mamba3 import PlainMamba3  # noqa: E402  # a folder of the repository, not of the package
 
 GROUPED: dict[str, Any] = {"d_state": 6, "headdim": 4, "ngroups": 2}  # d_model 16: 8 heads
 RANKED: dict[str, Any] = GROUPED | {"is_mimo": True, "mimo_rank": 3}

@@ -28,7 +28,8 @@ EPILOG = """\
 formats:
   stateline     config.json + model.safetensors, this project's own
   mamba_ssm     config.json + pytorch_model.bin, for state-spaces/mamba
-  huggingface   config.json + model.safetensors, for transformers' MambaForCausalLM
+  huggingface   config.json + model.safetensors, for transformers' MambaForCausalLM and Mamba2ForCausalLM, and for
+                flash-linear-attention's Mamba3ForCausalLM
   gguf          one file with the tokenizer in it, for llama.cpp; --dtype also Q8_0 or Q4_0, 8 or 4 bits a weight
 
 programs, for running elsewhere; each takes ids and a state and gives logits and a state:
