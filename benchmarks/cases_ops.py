@@ -136,7 +136,7 @@ def _trapezoid(b: int, t: int, h: int, p: int, n: int, r: int, dtype: torch.dtyp
 
 
 def _trapezoid_step(b: int, h: int, p: int, n: int, r: int) -> Iterator[Case]:
-    whole = ("B_bias", "C_bias", "D")
+    whole = ("B_bias", "C_bias", "D", "mix", "z_mix", "y_mix")
     inputs = _trapezoid_inputs(b, 1, h, p, n, r, torch.float32)
     token = {k: v if k in whole else v[:, 0] for k, v in inputs.items()}
     state = (torch.zeros(b, h, n // 4), torch.zeros(b, h, p, n), torch.zeros(b, h, r, n), torch.zeros(b, h, p))

@@ -35,6 +35,12 @@ def join(v_bchqx: Tensor, t: int) -> Tensor:
     return v_bchqx.transpose(2, 3).flatten(1, 2)[:, :t]
 
 
+def spread(L_bchqk: Tensor, r: int) -> Tensor:
+    """(b, c, h, q, k) -> (b, c, h, q·r, k·r), the same for all ranks."""
+    b, c, h, q, k = L_bchqk.shape
+    return L_bchqk[:, :, :, :, None, :, None].expand(b, c, h, q, r, k, r).reshape(b, c, h, q * r, k * r)
+
+
 def scan(piece: Piece, state: State) -> tuple[Tensor, State]:
     """reference.scan, a chunk at a time."""
     angle, S, k, x = state
@@ -54,14 +60,17 @@ def scan(piece: Piece, state: State) -> tuple[Tensor, State]:
     enter, leave = total.exp().to(real), (total[..., -1:] - total).exp().to(real) * split(weight, steps)
 
     k_rows, q_rows, v_rows = (split(v, steps).flatten(3, 4) for v in (K, Q, V))  # (b, c, h, q·r, …)
-    spread = [v.repeat_interleave(r, -1)[..., None] for v in (enter, leave)]
-    matrix = (q_rows @ k_rows.mT) * L.repeat_interleave(r, -1).repeat_interleave(r, -2)
-    gain = (v_rows * spread[1]).mT @ k_rows
+    L, enter_rows, leave_rows = (
+        spread(L, r),
+        *(v[..., None].expand(*v.shape, r).flatten(3)[..., None] for v in (enter, leave)),
+    )
+    matrix = (q_rows @ k_rows.mT) * L
+    gain = (v_rows * leave_rows).mT @ k_rows
     before = []
     for c in range(gain.shape[1]):
         before.append(S)
         S = enter[:, c, :, -1, None, None] * S + gain[:, c]
-    y = matrix @ v_rows + spread[0] * (q_rows @ torch.stack(before, 1).mT)
+    y = matrix @ v_rows + enter_rows * (q_rows @ torch.stack(before, 1).mT)
     y = join(y.unflatten(3, (steps, r)), t)
     return piece.finished(y), (angles[:, -1], S, K[:, -1], piece.x_bthp[:, -1])
 

@@ -190,15 +190,18 @@ struct Adjoint : Head<R> {
                 }
             }
             const V shrink = splat(this->decay[r]);
-            V pull = ::load(dlog + r * W);
+            V pull[NV] = {};  // a sum each, since one would wait for itself
 #pragma GCC unroll 8
             for (int s = 0; s < NT; s++)
 #pragma GCC unroll 8
                 for (int v = 0; v < NV; v++) {
                     g[s][v] = g[s][v] * shrink;
-                    pull = fma(g[s][v], ::load(before + (s * NV + v) * W), pull);
+                    pull[v] = fma(g[s][v], ::load(before + (s * NV + v) * W), pull[v]);
                 }
-            store(dlog + r * W, pull);
+            V total = ::load(dlog + r * W);
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; v++) total = total + pull[v];
+            store(dlog + r * W, total);
         }
 #pragma GCC unroll 8
         for (int s = 0; s < NT; s++)
