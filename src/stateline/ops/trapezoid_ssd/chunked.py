@@ -67,9 +67,9 @@ def scan(piece: Piece, state: State) -> tuple[Tensor, State]:
     matrix = (q_rows @ k_rows.mT) * L
     gain = (v_rows * leave_rows).mT @ k_rows
     before = []
-    for c in range(gain.shape[1]):
+    for decay, more in zip(enter[..., -1, None, None].unbind(1), gain.unbind(1), strict=True):
         before.append(S)
-        S = enter[:, c, :, -1, None, None] * S + gain[:, c]
+        S = decay * S + more
     y = matrix @ v_rows + enter_rows * (q_rows @ torch.stack(before, 1).mT)
     y = join(y.unflatten(3, (steps, r)), t)
     return piece.finished(y), (angles[:, -1], S, K[:, -1], piece.x_bthp[:, -1])
