@@ -40,7 +40,7 @@ from stateline.ops.trapezoid_ssd.reference import turn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.plain_mamba3 import PlainMamba3  # noqa: E402  # a folder of the repository, not of the package
+from benchmarks.plain_mamba3 import PlainMamba3  # a folder of the repository, not of the package
 
 GROUPED: dict[str, Any] = {"d_state": 6, "headdim": 4, "ngroups": 2}  # d_model 16: 8 heads
 RANKED: dict[str, Any] = GROUPED | {"is_mimo": True, "mimo_rank": 3}
