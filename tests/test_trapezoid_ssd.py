@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+import sys
 from typing import Any
 
 import oracles
@@ -467,6 +471,20 @@ def test_guards_stay_untouched(h: int, p: int, n: int, g: int, monkeypatch: pyte
     assert all(s.isfinite().all() for s in slots)
     assert len(guards) > 30
     assert all((side == -77.0).all() for pair in guards for side in pair)
+
+
+@needs_native
+@pytest.mark.full
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_other_instruction_sets(isa: str) -> None:
+    """The grid and what surrounds it, where this machine runs the set and has not chosen it by itself."""
+    library = backends.load_native()
+    library.sl_isas.restype = ctypes.c_char_p
+    if isa not in library.sl_isas().decode().split():
+        pytest.skip(f"this machine does not run {isa}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "cpu or guards or tiles"]
+    run = subprocess.run(command, env={**os.environ, "STATELINE_ISA": isa}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
 
 
 @needs_native
