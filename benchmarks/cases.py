@@ -5,6 +5,7 @@ A case makes its candidates when asked; the others are compared with the first. 
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from stateline import ops
 from stateline.models import LanguageModel, ModelConfig
-from stateline.nn import Mamba, Mamba2
+from stateline.nn import Mamba, Mamba2, Mamba3
 
 OURS = "stateline"
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -113,7 +114,11 @@ def blocks() -> Iterator[Case]:
     d, t = 768, 2048
     generations: tuple[tuple[str, Any, Callable[[int], dict[str, nn.Module]]], ...] = (
         ("Mamba", Mamba, peers.blocks), ("Mamba2", Mamba2, peers.blocks_of_mamba2),
+        ("Mamba3", Mamba3, peers.blocks_of_mamba3),
+        ("Mamba3 of 4 ranks", functools.partial(Mamba3, is_mimo=True), lambda d: {}),
     )  # fmt: skip
+    #: Minutes, and gigabytes: transformers' backward pass of Mamba-1, and all states of a loop.
+    too_slow = (("Mamba", "transformers"), ("Mamba3", "torch loop"))
 
     def run(layer: nn.Module, x: Tensor, backward: bool) -> Work:
         if not backward:
@@ -125,15 +130,14 @@ def blocks() -> Iterator[Case]:
         for dtype, backward in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
 
             def make(
-                with_peers: bool, dtype: torch.dtype = dtype, backward: bool = backward, ours: Any = ours,
-                theirs: Any = theirs,
+                with_peers: bool, label: str = label, dtype: torch.dtype = dtype, backward: bool = backward,
+                ours: Any = ours, theirs: Any = theirs,
             ) -> dict[str, Work]:  # fmt: skip
                 torch.manual_seed(0)
                 x = torch.randn(1, t, d)
                 work = {OURS: run(ours(d).to(dtype), x.to(dtype), backward)}
                 for name, layer in theirs(d).items() if with_peers else ():
-                    # transformers' backward pass of Mamba-1 takes minutes at this length
-                    if not (backward and name == "transformers" and ours is Mamba):
+                    if not (backward and (label, name) in too_slow):
                         work[name if dtype == torch.float32 else f"{name}, float32"] = run(layer, x, backward)
                 return work
 

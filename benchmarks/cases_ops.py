@@ -1,6 +1,6 @@
 """Timing cases of the CPU operations, at the shapes of Mamba 130M and 2.8B blocks: (name, shape, callable) each.
 
-b batch, t time step, d channel, n state, k taps, h head, p head width.
+b batch, t time step, d channel, n state, k taps, h head, p head width, r rank.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         yield from _scan(1, 2048, 1536, 16, dtype)
         yield from _ssd(1, 2048, 24, 64, 128, dtype)
+        yield from _trapezoid(1, 2048, 24, 64, 128, 1, dtype)
+        yield from _trapezoid(1, 2048, 24, 64, 128, 4, dtype)
         yield from _conv(1, 2048, 1536, 4, dtype)
         yield from _norm(2048, 768, dtype)
     yield from _scan_step(1, 1536, 16)
     yield from _scan_step(64, 5120, 16)
     yield from _ssd_step(1, 24, 64, 128)
     yield from _ssd_step(64, 80, 64, 128)
+    yield from _trapezoid_step(1, 24, 64, 128, 1)
+    yield from _trapezoid_step(64, 80, 64, 128, 1)
     yield from _conv_step(1, 1536, 4)
 
 
@@ -98,6 +102,46 @@ def _ssd_step(b: int, h: int, p: int, n: int) -> Iterator[Case]:
     token = {k: v if v.dim() == 1 else v[:, 0] for k, v in _ssd_inputs(b, 1, h, p, n, torch.float32).items()}
     state = torch.zeros(b, h, p, n)
     yield "ssd step", f"b{b} h{h} p{p} n{n} float32", lambda: ops.ssd_step_(state, **token, dt_softplus=True)  # type: ignore[arg-type]
+
+
+def _trapezoid_inputs(b: int, t: int, h: int, p: int, n: int, r: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs as a Mamba-3 layer at its initial values has them, half the states turning, with its gate."""
+    torch.manual_seed(0)
+    x, z = (torch.randn(b, t, h, p).to(dtype) for _ in range(2))
+    B, C = (torch.randn(b, t, r, 1, n).to(dtype) for _ in range(2))
+    dt = F.softplus(torch.randn(b, t, h) * 0.5 - 4)
+    mixes = {name: torch.full((h, r, p), 1 / r) for name in ("mix", "z_mix", "y_mix") if r > 1}
+    tokens = {"x": x, "dt": dt, "A": -1 - torch.rand(b, t, h), "blend": torch.rand(b, t, h), "B": B, "C": C, "z": z}
+    rates, one = torch.randn(b, t, n // 4).tanh() / 2, torch.ones(h, r, n)
+    return {**tokens, "rates": rates, "B_bias": one, "C_bias": one, "D": torch.ones(h), **mixes}
+
+
+def _trapezoid(b: int, t: int, h: int, p: int, n: int, r: int, dtype: torch.dtype) -> Iterator[Case]:
+    shape = f"b{b} h{h} p{p} t{t} n{n} r{r} {_name(dtype)}"
+    inputs = _trapezoid_inputs(b, t, h, p, n, r, dtype)
+    leaves = {name: v.clone().requires_grad_() for name, v in inputs.items()}
+    dy = torch.randn(b, t, h, p).to(dtype)
+    for backend, name in ((None, "trapezoid_ssd"), ("chunked", "trapezoid_ssd, chunked in PyTorch")):
+
+        def forward(backend: str | None = backend) -> object:
+            with torch.no_grad():
+                return ops.trapezoid_ssd(**inputs, backend=backend)  # type: ignore[arg-type]
+
+        def both(backend: str | None = backend) -> object:
+            y, _ = ops.trapezoid_ssd(**leaves, backend=backend)  # type: ignore[arg-type]
+            return torch.autograd.grad(y, list(leaves.values()), dy)
+
+        yield f"{name} fwd", shape, forward
+        yield f"{name} fwd+bwd", shape, both
+
+
+def _trapezoid_step(b: int, h: int, p: int, n: int, r: int) -> Iterator[Case]:
+    whole = ("B_bias", "C_bias", "D", "mix", "z_mix", "y_mix")
+    inputs = _trapezoid_inputs(b, 1, h, p, n, r, torch.float32)
+    token = {k: v if k in whole else v[:, 0] for k, v in inputs.items()}
+    state = (torch.zeros(b, h, n // 4), torch.zeros(b, h, p, n), torch.zeros(b, h, r, n), torch.zeros(b, h, p))
+    shape = f"b{b} h{h} p{p} n{n} r{r} float32"
+    yield "trapezoid_ssd step", shape, lambda: ops.trapezoid_ssd_step_(state, **token)  # type: ignore[arg-type]
 
 
 def _conv(b: int, t: int, d: int, k: int, dtype: torch.dtype) -> Iterator[Case]:

@@ -53,6 +53,13 @@ def blocks_of_mamba2(d_model: int) -> dict[str, nn.Module]:
     return {"transformers": Mamba2Mixer(Mamba2Config(hidden_size=d_model, num_hidden_layers=1, **heads), 0)}
 
 
+def blocks_of_mamba3(d_model: int) -> dict[str, nn.Module]:
+    """Mamba-3 of one rank in plain PyTorch, in two forms: no library has one that runs on a CPU."""
+    from benchmarks.plain_mamba3 import PlainMamba3
+
+    return {f"torch {form}": PlainMamba3(d_model, form) for form in ("loop", "quadratic")}
+
+
 def language_model(d_model: int, n_layer: int, vocab_size: int) -> Any:
     """transformers' Mamba of that shape, random weights; None where it is not installed."""
     if not find_spec("transformers"):

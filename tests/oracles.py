@@ -51,6 +51,45 @@ def ssd(
     return y, states[:, -1], decay.prod(1)
 
 
+def turned(rows: Tensor, turns: Tensor, interleaved: bool) -> Tensor:
+    """rows (…, r, n), turns (…, s): pairs as complex numbers, times e^(2πi·turns)."""
+    n, s = rows.shape[-1], turns.shape[-1]
+    first = torch.arange(s) * (2 if interleaved else 1)
+    second = first + (1 if interleaved else n // 2)
+    circle = torch.polar(torch.ones_like(turns), 2 * torch.pi * turns)[..., None, :]
+    pairs = torch.complex(rows[..., first], rows[..., second]) * circle
+    return rows.index_copy(-1, first, pairs.real).index_copy(-1, second, pairs.imag)
+
+
+def trapezoid_ssd(
+    x: Tensor, dt: Tensor, A: Tensor, blend: Tensor, B: Tensor, C: Tensor, turns: Tensor, mix: Tensor, D: Tensor,
+    interleaved: bool, state: tuple[Tensor, ...],
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """One sequence: x (t, h, p), dt, A, blend (t, h), B, C (t, h, r, n) with biases, turns (t, h, s), mix (h, r, p).
+
+    Every state as an explicit sum over all earlier tokens. What is turned is C alone, by the angle since each of them.
+    """
+    t, (angle, S0, k0, x0) = x.shape[0], state
+    if t == 0:
+        return x.new_zeros(*x.shape[:2], *mix.shape[1:]), state
+    log = (dt * A).cumsum(0)
+    theta = turns.cumsum(0)  # since the initial state
+    own, next_end = blend * dt, F.pad(((1 - blend) * dt)[1:], (0, 0, 0, 1))
+    past = torch.tril(torch.ones(t, t, dtype=torch.bool))[..., None]
+    reach = torch.exp(torch.where(past, log[:, None] - log[None], 0.0)) * past
+    weight = reach * (own + torch.where(past & past.transpose(0, 1), 0.0, next_end))
+    v = x[:, :, None] * mix
+    start = S0 + ((1 - blend) * dt)[0, :, None, None] * torch.einsum("hrp,hrn->hpn", x0[:, None] * mix, k0)
+    since = theta[:, None] - theta[None]  # (to, from, h, s)
+    back = turned(C[:, None].expand(t, t, *C.shape[1:]), since, interleaved)
+    y = torch.einsum("tsh,tshrn,shqn,shqp->thrp", weight, back, B, v)
+    q = turned(C, angle + theta, interleaved)
+    y = y + torch.einsum("th,thrn,hpn->thrp", torch.exp(log), q, start) + D[:, None, None] * v
+    k = turned(B, angle + theta, interleaved)
+    S = torch.einsum("sh,shrp,shrn->hpn", weight[-1], v, k) + torch.exp(log[-1])[:, None, None] * start
+    return y, (angle + theta[-1], S, k[-1], x[-1])
+
+
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, taps: Tensor) -> tuple[Tensor, Tensor]:
     """One sequence: x (t, d), weight (d, k), taps (k-1, d) -> y (t, d), taps; by torch's own grouped convolution."""
     padded = torch.cat([taps, x])

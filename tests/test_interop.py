@@ -252,7 +252,7 @@ def test_other_hugging_face_models_are_refused_by_name(tmp_path: Path, kind: str
     stateline.save(small(), tmp_path, "huggingface")
     edit(tmp_path / "config.json", model_type=kind)
     with pytest.raises(
-        CheckpointError, match=f"model_type '{kind}'; of Hugging Face's, these are supported: 'mamba', 'mamba2', 'falc"
+        CheckpointError, match=f"model_type '{kind}'; of Hugging Face's, these are supported: 'mamba', 'mamba2', 'mamb"
     ):
         stateline.load(tmp_path)
 
@@ -296,7 +296,7 @@ def test_old_files_of_mamba_ssm_lack_keys(tmp_path: Path) -> None:
         ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "window": 4}}, "attn_cfg has unknown keys window"),
         ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "num_heads": 4, "heads": 4}}, "attn_cfg has unknown"),
         ({"attn_layer_idx": [1], "attn_cfg": {"causal": True, "num_heads": 4}}, "missing: backbone.layers.1.mixer"),
-        ({"ssm_cfg": {"layer": "Mamba3"}}, "'Mamba3', expected one of"),
+        ({"ssm_cfg": {"layer": "Mamba4"}}, "'Mamba4', expected one of"),
         ({"n_head": 3}, "unknown keys n_head"), ({"vocab_size": None}, "lacks vocab_size"),
         ({"ssm_cfg": {"d_stat": 3}}, "unknown keys d_stat"), ({"d_model": "20"}, "d_model is '20'"),
     ],

@@ -27,7 +27,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Gradients]:
             here.append(self)
 
     @contextlib.contextmanager
-    def capture(graph: Any, stream: Any) -> Any:
+    def capture(graph: Any, **_: Any) -> Any:
         grads, state = [None if p.grad is None else p.grad.clone() for p in here[-1]._learning], torch.get_rng_state()
         yield
         torch.set_rng_state(state)

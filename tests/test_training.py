@@ -324,7 +324,9 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"d_model": 0}, ValueError, "d_model is 0"),
     ({"size": "huge"}, ValueError, "size is 'huge', expected one of 'tiny'"),
     ({"size": "tiny", "d_model": 8, "n_layer": 1}, ValueError, "Give the size or the numbers"),
-    ({"mixer": "mamba2"}, ValueError, "mixer is 'mamba2', expected one of 'Mamba1', 'Mamba2'"),
+    ({"mixer": "mamba2"}, ValueError, "mixer is 'mamba2', expected one of 'Mamba1', 'Mamba2', 'Mamba3'"),
+    ({"mixer": "Mamba3", "d_conv": 3}, ValueError, "d_conv is 3, but mixer is 'Mamba3', which has no convolution"),
+    ({"mixer": "Mamba2", "mimo_rank": 2}, ValueError, "mimo_rank is 2, but mixer is 'Mamba2'"),
     ({"size": "tiny", "attention_every": 3}, ValueError, "attention_every is 3, and the model has 2 blocks"),
     ({"attention_window": 64}, ValueError, "attention_window is set, and attention_every is 0"),
     ({"size": "tiny", "init_from": "bundled"}, ValueError, "init_from brings its own shape"),
@@ -336,6 +338,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
             "d_conv": 3,
             "expand": 3,
             "mixer": "Mamba2",
+            "mimo_rank": 2,
             "d_intermediate": 32,
             "attention_every": 1,
         }.items()
@@ -441,6 +444,18 @@ def test_models_of_mamba2_are_trained(tmp_path: Path, d_model: int, headdim: int
     first, last = (block.mixer for block in model.backbone.layers)
     assert (type(first).__name__, first.headdim, first.d_state, type(last).__name__) == (
         "Mamba2", headdim, 32, "Attention",
+    )  # fmt: skip
+    assert stateline.load(tmp_path / "run").config == model.config
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_models_of_mamba3_are_trained(tmp_path: Path, ranks: int) -> None:
+    (tmp_path / "a.txt").write_text("The state of the Union is strong. " * 200)
+    shape = {"size": None, "d_model": 20, "n_layer": 2, "mixer": "Mamba3", "mimo_rank": ranks, "attention_every": 2}
+    model = train(tiny(tmp_path / "a.txt", **shape, steps=2, out=str(tmp_path / "run"))).model
+    first, last = (block.mixer for block in model.backbone.layers)
+    assert (type(first).__name__, first.headdim, first.mimo_rank, first.is_mimo, type(last).__name__) == (
+        "Mamba3", 8, ranks, ranks > 1, "Attention",
     )  # fmt: skip
     assert stateline.load(tmp_path / "run").config == model.config
 

@@ -32,8 +32,9 @@ EPILOG = """\
 formats:
   stateline     config.json + model.safetensors, this project's own
   mamba_ssm     config.json + pytorch_model.bin, for state-spaces/mamba
-  huggingface   config.json + model.safetensors, for transformers' MambaForCausalLM
-  vllm          the same with a tokenizer, as vLLM and SGLang serve it
+  huggingface   config.json + model.safetensors, for transformers' MambaForCausalLM, FalconMambaForCausalLM and
+                Mamba2ForCausalLM, and for flash-linear-attention's Mamba3ForCausalLM
+  vllm          Mamba, FalconMamba or Mamba-2 with a tokenizer, as vLLM and SGLang serve them
   gguf          one file with the tokenizer in it, llama.cpp's; --dtype also Q8_0 or Q4_0, 8 or 4 bits a weight
 
 programs, for running elsewhere; each takes ids and a state and gives logits and a state:

@@ -1,4 +1,5 @@
-"""Hugging Face's format for Mamba, FalconMamba and Mamba-2: config.json and safetensors, whole or sharded."""
+"""The format of Hugging Face transformers for Mamba, FalconMamba and Mamba-2, and of flash-linear-attention, which
+registers Mamba-3 with it: config.json and safetensors, whole or sharded."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,18 @@ OURS, THEIRS = "backbone.embedding.weight", "backbone.embeddings.weight"
 
 @dataclass(frozen=True)
 class Kind:
-    """One of their models. model, mixer: our field -> (their key, their default where a file leaves it out)."""
+    """One of their models. model, mixer: our field -> (their key, their default where a file leaves it out).
+
+    fixed: arguments of our mixer that have one value there.   library: whose model it is.
+    """
 
     name: str  # model_type
     layer: str
     architecture: str
     model: dict[str, tuple[str, Any]]
     mixer: dict[str, tuple[str, Any]]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    library: str = "transformers"
 
 
 MAMBA = Kind(
@@ -87,6 +93,35 @@ MAMBA2 = Kind(
         "bias": ("use_bias", False),
     },
 )
+MAMBA3 = Kind(
+    "mamba3",
+    "Mamba3",
+    "Mamba3ForCausalLM",
+    {
+        "d_model": ("hidden_size", 2048),
+        "n_layer": ("num_hidden_layers", 48),
+        "vocab_size": ("vocab_size", 32000),
+        "residual_in_fp32": ("residual_in_fp32", True),
+        "tie_embeddings": ("tie_word_embeddings", False),
+        "norm_eps": ("norm_eps", 1e-5),
+    },
+    {
+        "d_state": ("state_size", 128),
+        "expand": ("expand", 2),
+        "headdim": ("head_dim", 64),
+        "ngroups": ("n_groups", 1),
+        "rope_fraction": ("rope_fraction", 0.5),
+        "A_floor": ("A_floor", 1e-4),
+        "dt_min": ("dt_min", 0.001),
+        "dt_max": ("dt_max", 0.1),
+        "dt_init_floor": ("dt_init_floor", 1e-4),
+        "is_outproj_norm": ("is_outproj_norm", False),
+        "is_mimo": ("is_mimo", False),
+        "mimo_rank": ("mimo_rank", 4),
+    },
+    {"A_activation": "softplus"},  # whatever mamba_ssm has come to since
+    "flash-linear-attention",
+)
 #: Mamba whose dt, B and C are normalised.
 FALCON = replace(
     MAMBA,
@@ -94,7 +129,7 @@ FALCON = replace(
     architecture="FalconMambaForCausalLM",
     mixer=MAMBA.mixer | {"b_c_dt_rms_eps": ("mixer_rms_eps", 1e-6)},
 )
-KINDS = {kind.name: kind for kind in (MAMBA, MAMBA2, FALCON)}
+KINDS = {kind.name: kind for kind in (MAMBA, MAMBA2, MAMBA3, FALCON)}
 #: Carried through in metadata["huggingface"]: they say nothing about the model, but generation there needs them.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -116,7 +151,7 @@ def load(
 
 
 def read_config(values: dict[str, Any], path: Path) -> ModelConfig:
-    """transformers' configuration of a kind in `KINDS` as ours. Keys about training or generation are left aside."""
+    """Their configuration of a kind in `KINDS` as ours. Keys about training or generation are left aside."""
     name = values.get("model_type")
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
@@ -125,11 +160,13 @@ def read_config(values: dict[str, Any], path: Path) -> ModelConfig:
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"{path}: hidden_act is {values['hidden_act']!r}, supported is 'silu'.")
     ours = {name: values.get(key, default) for name, (key, default) in kind.model.items()}
-    mixer = {name: _plain(values.get(key, default)) for name, (key, default) in kind.mixer.items()}
+    mixer = {name: _plain(values.get(key, default)) for name, (key, default) in kind.mixer.items()} | kind.fixed
     inner, width = values.get("intermediate_size"), ours["d_model"]
     if kind is FALCON and all(isinstance(size, int) and size > 0 for size in (inner, width)):
         mixer["expand"] = inner / width  # their files say 16 beside a width that is twice the model's, which counts
-    if kind is MAMBA2 and ours["norm_eps"] != 1e-5:  # theirs is one for all norms
+    if kind is MAMBA3 and values.get("use_bias", False):
+        raise CheckpointError(f"{path}: use_bias is {values['use_bias']!r}, Mamba3's projections have none.")
+    if kind in (MAMBA2, MAMBA3) and ours["norm_eps"] != 1e-5:  # theirs is one for all norms
         mixer["norm_eps"] = ours["norm_eps"]
     try:
         config = ModelConfig(**ours, ssm_cfg={"layer": kind.layer, **mixer}, pad_vocab_size_multiple=1)
@@ -154,10 +191,11 @@ def _plain(value: Any) -> Any:
 
 
 def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model so that transformers reads it: as MambaForCausalLM, FalconMambaForCausalLM or Mamba2ForCausalLM.
+    """Write a model so that transformers reads it as MambaForCausalLM, FalconMambaForCausalLM or Mamba2ForCausalLM, or,
+    with flash-linear-attention imported, as Mamba3ForCausalLM.
 
     Other weights there go once these are written.
-    Rows that only pad the embedding are left out. Raises ValueError for what transformers cannot express.
+    Rows that only pad the embedding are left out. Raises ValueError for what these cannot express.
     """
     write(*contents(model, dtype), Path(directory))
 
@@ -195,20 +233,21 @@ def write(
 
 
 def write_config(model: LanguageModel) -> dict[str, Any]:
-    """Our configuration as transformers', every key explicit."""
-    if wrong := problems(model):
-        raise checks.fail(
-            "save", f"transformers cannot express this model: {'; '.join(wrong)}.", 'Use format="stateline".'
-        )
+    """Our configuration as theirs, every key explicit."""
     config = model.config
     mixer: Any = config.make_mixer(device="meta")
     kind = _kind(config, mixer)
+    if wrong := problems(model):
+        what = f"{kind.library} cannot express this model: {'; '.join(wrong)}."
+        raise checks.fail("save", what, 'Use format="stateline".')
     given = _defaults(mixer, kind) | config.ssm_cfg | {"expand": int(mixer.expand)}
     values: dict[str, Any] = {"architectures": [kind.architecture], "model_type": kind.name}
     values |= {key: getattr(config, name) for name, (key, _) in kind.model.items()}
     values |= {key: given[name] for name, (key, _) in kind.mixer.items()}
     values |= {"intermediate_size": mixer.d_inner, "hidden_act": "silu"}
-    if kind is MAMBA2:
+    if kind is MAMBA3:
+        values |= {"use_bias": False, "num_heads": mixer.nheads, "chunk_size": 64}
+    elif kind is MAMBA2:
         low, high = check_limit("save", mixer.dt_limit)
         # Python's JSON and theirs have an infinity.
         values |= {"time_step_limit": [max(low, 0.0), high], "num_heads": mixer.nheads, "chunk_size": 256}
@@ -219,7 +258,7 @@ def write_config(model: LanguageModel) -> dict[str, Any]:
 
 
 def problems(model: LanguageModel) -> list[str]:
-    """What of a model transformers has no words for."""
+    """What of a model transformers, or flash-linear-attention, has no words for."""
     config = model.config
     mixer: Any = config.make_mixer(device="meta")
     kind = _kind(config, mixer)
@@ -234,6 +273,8 @@ def problems(model: LanguageModel) -> list[str]:
         found.append(f"expand is {mixer.expand} (whole numbers only there)")
     if kind is MAMBA2:
         found += _beyond_mamba2(mixer, config.norm_eps)
+    if kind is MAMBA3:
+        found += _beyond_mamba3(mixer, config.norm_eps)
     return found
 
 
@@ -265,4 +306,20 @@ def _beyond_mamba2(mixer: Any, eps: float) -> list[str]:
         problems.append("norm_before_gate is True (the gate comes first there)")
     elif mixer.norm.eps != eps:
         problems.append(f"the mixer's norm_eps is {mixer.norm.eps}, the model's {eps} (one for all norms there)")
+    return problems
+
+
+def _beyond_mamba3(mixer: Any, eps: float) -> list[str]:
+    """What flash-linear-attention's Mamba3 has no words for, or does not run."""
+    problems = []
+    if mixer.A_activation != "softplus":
+        problems.append(f"A_activation is {mixer.A_activation!r} ('softplus' there)")
+    if mixer.is_mimo:
+        problems.append("is_mimo is True (it runs one rank)")
+    elif not mixer.rope_interleaved:
+        problems.append("rope_interleaved is False (neighbours turn there)")
+    if mixer.rope_fraction not in (0.5, 1.0) or not mixer.num_rope_angles:
+        problems.append(f"rope_fraction is {mixer.rope_fraction} of {mixer.d_state} states (0.5 or 1.0 of some there)")
+    if mixer.B_norm.eps != eps:
+        problems.append(f"the mixer's norm_eps is {mixer.B_norm.eps}, the model's {eps} (one for all norms there)")
     return problems

@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 KERNELS = "fused_add_norm"  # a key that chooses kernels: its values change nothing
 #: Arguments of its mixers that choose kernels, or how work is cut for them.
-KERNEL_CHOICES = ("use_fast_path", "use_mem_eff_path", "chunk_size")
+KERNEL_CHOICES = ("use_fast_path", "use_mem_eff_path", "chunk_size", "fuse_pregate_headwise_norm")
 #: Arguments of our attention that mamba_ssm's lacks.
 OWN = ("window", "max_tokens", "cache_dtype")
 
@@ -119,4 +119,20 @@ def _their_mixer(ours: dict[str, Any]) -> dict[str, Any]:
     if "dt_limit" in theirs:
         low, high = check_limit("save", theirs["dt_limit"])
         theirs["dt_limit"] = [max(low, 0.0), high]  # after softplus, which is never below 0
+    return _their_mamba3(theirs) if theirs.get("layer") == "Mamba3" else theirs
+
+
+def _their_mamba3(theirs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of Mamba3 as its own takes them: it ignores what it does not know, so nothing of that may matter."""
+    fraction, ranks = theirs.get("rope_fraction", 0.5), theirs.get("is_mimo", False)
+    activation, neighbours = theirs.pop("A_activation", "heavy_tail"), theirs.pop("rope_interleaved", None)
+    problem = ""
+    if activation != "heavy_tail":
+        problem = f"A_activation is {activation!r}, mamba_ssm's Mamba3 has only 'heavy_tail'."
+    elif neighbours not in (None, not ranks):
+        problem = f"rope_interleaved is {neighbours} with is_mimo {ranks}, mamba_ssm's Mamba3 has {not ranks} there."
+    elif fraction not in (0.5, 1.0) or int(theirs.get("d_state", 128) * fraction) < 2:
+        problem = f"rope_fraction is {fraction}, mamba_ssm's Mamba3 has 0.5 and 1.0, of two states at least."
+    if problem:
+        raise checks.fail("save", problem, 'Use format="stateline".')
     return theirs

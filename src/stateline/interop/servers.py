@@ -72,6 +72,8 @@ def _problems(model: LanguageModel) -> list[str]:
     """What both servers would compute otherwise than we do, or not at all."""
     mixer: Any = model.config.make_mixer(device="meta")
     problems = []
+    if model.config.ssm_cfg.get("layer") == "Mamba3":
+        problems.append("the mixer is Mamba3 (neither has it)")
     low, high = check_limit(OP, getattr(mixer, "dt_limit", None))
     if low > 0 or high < math.inf:
         problems.append(f"dt_limit is {mixer.dt_limit} (step sizes are not limited there)")

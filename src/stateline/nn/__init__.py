@@ -6,6 +6,7 @@ from stateline.nn.groups import param_groups
 from stateline.nn.linear import PackedEmbedding, PackedLinear
 from stateline.nn.mamba import Mamba, MambaState
 from stateline.nn.mamba2 import Mamba2, Mamba2State
+from stateline.nn.mamba3 import Mamba3, Mamba3State
 from stateline.nn.mixer import Mixer
 from stateline.nn.norm import GatedRMSNorm, LayerNorm, RMSNorm
 from stateline.nn.wrappers import Bidirectional, Scan2d
@@ -21,6 +22,8 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba2State",
+    "Mamba3",
+    "Mamba3State",
     "MambaState",
     "Mixer",
     "PackedEmbedding",

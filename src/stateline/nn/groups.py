@@ -26,7 +26,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         names = getattr(type(module), "no_weight_decay", ())
         if isinstance(module, nn.Embedding):
             names = ("weight", *names)
-        spared.update(id(module.get_parameter(name)) for name in names)
+        spared.update(id(getattr(module, name)) for name in names if getattr(module, name) is not None)
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():  # yields a shared parameter once

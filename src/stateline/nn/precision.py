@@ -41,4 +41,5 @@ def full_precision_names(model: nn.Module) -> set[str]:
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         for name in getattr(type(module), "full_precision", ())
+        if getattr(module, name) is not None
     }

@@ -6,6 +6,7 @@ from stateline.ops.packed_linear import packed_linear
 from stateline.ops.rms_norm import rms_norm
 from stateline.ops.selective_scan import selective_scan, selective_scan_step_
 from stateline.ops.ssd import ssd, ssd_step_
+from stateline.ops.trapezoid_ssd import trapezoid_ssd, trapezoid_ssd_step_
 
 __all__ = [
     "causal_conv1d",
@@ -17,4 +18,6 @@ __all__ = [
     "selective_scan_step_",
     "ssd",
     "ssd_step_",
+    "trapezoid_ssd",
+    "trapezoid_ssd_step_",
 ]

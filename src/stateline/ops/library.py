@@ -23,10 +23,10 @@ PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, floa
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define `stateline::<schema>`, run by `run` on CPU and CUDA tensors and by `fake` on shapes alone."""
-    mutable = "(a!)" in schema  # the step forms, which write into their first argument
+    mutable = schema.count("!)")  # the step forms, which write into their first arguments
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     # No gradient: an exported graph calls the raw op with parameters that want one, outside the Function.
-    quiet = _without_grad(_counted(run) if mutable else run)
+    quiet = _without_grad(_counted(run, mutable) if mutable else run)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, quiet, key)
     torch.library.register_fake(f"stateline::{name}", fake, lib=LIBRARY)
@@ -75,14 +75,15 @@ def _without_grad(run: Callable[..., Any]) -> Callable[..., Any]:
     return quiet
 
 
-def _counted(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, telling autograd that its first argument was written: C++ does so behind its back."""
+def _counted(run: Callable[..., Any], mutable: int) -> Callable[..., Any]:
+    """`run`, telling autograd that its first `mutable` arguments were written: C++ does so behind its back."""
 
     @functools.wraps(run)
-    def counted(state: torch.Tensor, *args: Any) -> Any:
-        out = run(state, *args)
-        if not state.is_inference():
-            torch.autograd.graph.increment_version(state)
+    def counted(*args: Any) -> Any:
+        out = run(*args)
+        for state in args[:mutable]:
+            if not state.is_inference():
+                torch.autograd.graph.increment_version(state)
         return out
 
     return counted

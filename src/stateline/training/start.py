@@ -154,11 +154,16 @@ def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabula
 
 
 def _mixer(shape: ShapeConfig, d_model: int) -> dict[str, Any]:
-    """ModelConfig's ssm_cfg. Mamba-2 gets heads of 64 channels, or of fewer where 64 do not divide the inner width."""
-    options: dict[str, Any] = {"d_state": shape.d_state, "d_conv": shape.d_conv, "expand": shape.expand}
+    """ModelConfig's ssm_cfg. Mamba-2 and 3 get heads of 64 channels, fewer where 64 do not divide the inner width."""
+    options: dict[str, Any] = {"d_state": shape.d_state, "expand": shape.expand}
+    if shape.mixer != "Mamba3":
+        options["d_conv"] = shape.d_conv
     if shape.mixer == "Mamba1":
         return options
-    return {"layer": shape.mixer, **options, "headdim": math.gcd(HEAD, shape.expand * d_model)}
+    options["headdim"] = math.gcd(HEAD, shape.expand * d_model)
+    if shape.mixer == "Mamba3" and shape.mimo_rank > 1:
+        options |= {"is_mimo": True, "mimo_rank": shape.mimo_rank}
+    return {"layer": shape.mixer, **options}
 
 
 def _attention(shape: ShapeConfig, d_model: int, n_layer: int) -> dict[str, Any]:
