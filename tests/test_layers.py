@@ -70,12 +70,13 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "mamba2, no norm": lambda: sl.Mamba2(WIDTH, 3, headdim=12, rmsnorm=False, expand=1),
     "mamba3": lambda: sl.Mamba3(WIDTH, 8, headdim=8),
-    "mamba3, groups": lambda: sl.Mamba3(WIDTH, 5, headdim=3, ngroups=4, rope_fraction=1.0, A_activation="softplus"),
-    "mamba3, ranks": lambda: sl.Mamba3(WIDTH, 8, headdim=6, ngroups=2, is_mimo=True, mimo_rank=3),
-    "mamba3, ranks and norm": lambda: sl.Mamba3(
-        WIDTH, 6, expand=1, headdim=4, is_mimo=True, mimo_rank=2, is_outproj_norm=True, rope_interleaved=True
+    "mamba3, groups and norm": lambda: sl.Mamba3(
+        WIDTH, 5, headdim=3, ngroups=4, rope_fraction=1.0, A_activation="softplus", is_outproj_norm=True
     ),
-    "mamba3, norm, nothing turns": lambda: sl.Mamba3(WIDTH, 3, headdim=12, is_outproj_norm=True, rope_fraction=0.0),
+    "mamba3, ranks": lambda: sl.Mamba3(WIDTH, 8, headdim=6, ngroups=2, is_mimo=True, mimo_rank=3),
+    "mamba3, ranks and norm, nothing turns": lambda: sl.Mamba3(
+        WIDTH, 3, expand=1, headdim=4, is_mimo=True, mimo_rank=2, is_outproj_norm=True, rope_fraction=0.0
+    ),
     "attention": lambda: sl.Attention(WIDTH, 3, rotary_emb_dim=4, max_tokens=32),
     "attention, grouped, window": lambda: sl.Attention(
         WIDTH, 4, 2, 5, rotary_emb_dim=2, rotary_emb_interleaved=True, window=4, qkv_proj_bias=False
@@ -88,7 +89,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "block with mlp": lambda: block(mlp=sl.GatedMLP(WIDTH, 30), norm2=sl.LayerNorm(WIDTH), residual_in_fp32=False),
     "language model": model,
     "mamba2 language model": lambda: model(ssm_cfg={"layer": "Mamba2", "d_state": 8, "headdim": 8}),
-    "mamba3 language model": lambda: model(ssm_cfg={"layer": "Mamba3", "d_state": 8, "headdim": 8}),
     "language model with mlp": lambda: model(d_intermediate=16, rms_norm=False, tie_embeddings=False),
     "hybrid": lambda: model(attn_layer_idx=[1], attn_cfg={**HEADS, "max_tokens": 20}),
     "hybrid with windows and mlp": lambda: model(attn_layer_idx=[0], attn_cfg={**HEADS, "window": 3}, d_intermediate=9),
