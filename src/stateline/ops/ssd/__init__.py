@@ -183,23 +183,25 @@ def _projection(op: str, sizes: Sizes, name: str, v: Tensor, lead: str) -> Tenso
 # ---- raw ops ---------------------------------------------------------------------------------------------------------
 
 
-def _kernel(tensor: Tensor, backend: str | None, A: Tensor) -> ModuleType:
-    return backends.kernel(OP, tensor.device.type, backend, A.dtype)
+def _kernel(device: str, backend: str | None, system: Sequence[Tensor]) -> ModuleType:
+    """The module that computes it; `system` is x, dt, A, B, C."""
+    return backends.kernel(OP, device, backend, system[2].dtype, system)
 
 
 def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, backend = args
-    return _kernel(x, backend, rest[1]).forward(x, *rest)
+    return _kernel(x.device.type, backend, (x, *rest[:4])).forward(x, *rest)
 
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rest, backend = args
-    return tuple(or_empty(g, dy) for g in _kernel(dy, backend, rest[4]).backward(dy, *rest))
+    grads = _kernel(dy.device.type, backend, rest[2:7]).backward(dy, *rest)
+    return tuple(or_empty(g, dy) for g in grads)
 
 
 def _run_step(state: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
-    return _kernel(state, backend, rest[2]).step(state, *rest)
+    return _kernel(state.device.type, backend, rest[:5]).step(state, *rest)
 
 
 def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
