@@ -27,8 +27,9 @@ MOST_STATES = 256
 _prepare, _sweep, _combine, _outputs, _step = map(
     cuda.Kernel, (kernels.prepare, kernels.sweep, kernels.combine, kernels.outputs, kernels.step)
 )
-_gradients, _finish, _add = map(
-    cuda.Kernel, (backward_kernels.gradients, backward_kernels.finish, backward_kernels.add)
+_inputs, _projections, _finish, _add = map(
+    cuda.Kernel,
+    (backward_kernels.inputs, backward_kernels.projections, backward_kernels.finish, backward_kernels.add),
 )
 _reduce = cuda.Kernel(shared.reduce)
 #: Heads of a program of `prepare` and `finish`.
@@ -40,8 +41,7 @@ class Plan:
     """How work is cut.
 
     tile: Q, steps of a matrix product.   run: steps of a program of the scan.   channels, states: of a part of a head.
-    share: parts of a group whose dB and dC one program sums.   warps, stages: of the kernels with matrix products,
-    first of those that walk runs, then of the gradient's.
+    share: parts of a group whose dB and dC one program sums.   warps, stages: of sweep, outputs, inputs, projections.
     """
 
     tile: int
@@ -49,8 +49,8 @@ class Plan:
     channels: int
     states: int
     share: int
-    warps: tuple[int, int]
-    stages: tuple[int, int]
+    warps: tuple[int, int, int, int]
+    stages: tuple[int, int, int, int]
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def plan(t: int, h: int, p: int, n: int, half: bool, memory: int) -> Plan:
     channels = max(16, min(32 if states > 128 else 64, cuda.power_of_2(p)))
     programs = h * cuda.ceil_div(p, channels)
     run = next((r for r in (512,) if t * programs >= 256 * r), 256)
-    return Plan(tile, run, channels, states, 8, (4, 4 if small else 8), (1, 1) if not half else (2, 2))
+    return Plan(tile, run, channels, states, 8, (4, 4, 4, 4), (1, 1, 1, 1) if not half else (3, 1, 1, 1))
 
 
 def problem(*args: Any) -> str | None:
@@ -157,16 +157,14 @@ class _Call:
         adjoint = dy is not None
         u, u_at = _heads(dy) if adjoint else (self.x, self.x_at)
         W, w_at = (self.C, self.C_at) if adjoint else (self.B, self.B_at)
-        z, z_at = (self.z, self.z_at) if adjoint else (None, (0, 0, 0))
         made = None
         if mark:
-            kind = torch.bfloat16 if self.half else torch.float32
-            made = self.empty(self.tiles.count, self.h, self.p, self.n, dtype=kind)
+            made = self.empty(self.tiles.count, self.h, self.p, self.n, dtype=_kind(self.half))
         plan = self.plan
         terms = 2 if self.half and not adjoint and not mark else 1
         arguments = (
-            u, z, W, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t, self.runs.each,
-            self.tiles.each, *u_at, *z_at, *w_at,
+            u, W, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t, self.runs.each,
+            self.tiles.each, *u_at, *w_at,
         )  # fmt: skip
         constants = (
             self.h, self.g, self.p, self.n, adjoint, mark, self.reverse, self.half, terms, self.precision, plan.tile,
@@ -195,6 +193,22 @@ class _Call:
         self.combine(clock, ends, self.initial, state, decay)
         return ends
 
+    def outputs(
+        self, clock: Tensor, starts: Tensor, y: Tensor, dy: Tensor | None = None, dz: Tensor | None = None
+    ) -> None:
+        """y from the states before runs; with dy, dz and, in y's place, the gradient before the gate."""
+        plan, (grad, dy_at) = self.plan, _heads(dy)
+        arguments = (
+            self.x, self.z, self.B, self.C, self.D, grad, clock, self.runs.table, self.runs.tiles, self.tiles.firsts,
+            starts, y, dz, self.t, self.runs.each, self.tiles.each, *self.x_at, *self.z_at, *self.B_at, *self.C_at,
+            *dy_at,
+        )  # fmt: skip
+        constants = (
+            self.h, self.g, self.p, self.n, _wide(self.D), self.reverse, self.half, self.precision, plan.tile, plan.run,
+            plan.channels, plan.states, plan.stages[1],
+        )  # fmt: skip
+        _outputs((self.runs.count * self.parts, 1, 1), arguments, constants, plan.warps[1])
+
 
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
@@ -210,17 +224,13 @@ def forward(
     if call.works():
         clock = call.clock()
         starts = call.states(clock, state, decay)
-        plan = call.plan
-        arguments = (
-            call.x, call.z, call.B, call.C, call.D, clock, call.runs.table, call.runs.tiles, call.tiles.firsts, starts,
-            y, call.t, call.runs.each, call.tiles.each, *call.x_at, *call.z_at, *call.B_at, *call.C_at,
-        )  # fmt: skip
-        constants = (
-            call.h, call.g, call.p, call.n, _wide(D), reverse, call.half, call.precision, plan.tile, plan.run,
-            plan.channels, plan.states, plan.stages[0],
-        )  # fmt: skip
-        _outputs((call.runs.count * call.parts, 1, 1), arguments, constants, plan.warps[0])
+        call.outputs(clock, starts, y)
     return y, state, decay
+
+
+def _kind(half: bool) -> torch.dtype:
+    """What matrix products take."""
+    return torch.bfloat16 if half else torch.float32
 
 
 def _wide(D: Tensor | None) -> bool:
@@ -245,37 +255,41 @@ class _Gradient:
     def run(self) -> None:
         call = self.call
         clock, decay = call.clock(), call.empty(call.sequences, call.h)
-        before = call.sweep(clock, call.states(clock, None, decay), mark=True)
-        ends = call.empty(call.runs.count, call.h, call.p, call.n)
-        call.sweep(clock, ends, self.dy)
-        call.combine(clock, ends, self.dstate, self.dinitial, None, adjoint=True)
-        after = call.sweep(clock, ends, self.dy, mark=True)
+        starts = call.states(clock, None, decay)
+        if call.z is not None:
+            gated = cuda.empty(self.dy.shape, torch.float32, self.dy)
+            call.outputs(clock, starts, gated, self.dy, self.dz)
+            self.dy = gated
+        before = call.sweep(clock, starts, mark=True)
+        call.sweep(clock, starts, self.dy)
+        call.combine(clock, starts, self.dstate, self.dinitial, None, adjoint=True)
+        after = call.sweep(clock, starts, self.dy, mark=True)
         pieces, crossing = self.tiles(clock, before, after)
         self.steps(clock, pieces, crossing, decay)
 
     def tiles(self, clock: Tensor, before: Tensor | None, after: Tensor | None) -> tuple[Tensor, Tensor]:
         """All gradients but those of dt, A and its bias; what those are summed from."""
-        call, plan, size = self.call, self.call.plan, self.call.B[..., 0, 0].numel() * self.call.g * self.call.n
+        call, plan, size = self.call, self.call.plan, self.dB.numel()
         per_head, count = call.parts // call.h, call.tiles.count
         shares = cuda.ceil_div(cuda.ceil_div(call.h, call.g) * per_head, plan.share)
-        pieces, crossing = call.empty(count, 2, call.parts, plan.tile), call.empty(count, call.parts)
+        pieces, crossing = call.empty(count, 3, call.parts, plan.tile), call.empty(count, 2, call.parts)
         dD = None if call.D is None else call.sums(call.parts * plan.channels)
-        dB, dC = (call.empty(shares, call.b, call.t, call.g, call.n) for _ in "BC")
+        pairs = call.empty(count, call.g, shares, plan.tile, plan.tile, dtype=_kind(call.half))
+        dB, dC = (call.empty(shares, *self.dB.shape) for _ in "BC")
         if call.segments is not None:
             dB.zero_(), dC.zero_()
-        arguments = (
-            self.dy, call.x, call.z, call.B, call.C, call.D, clock, call.tiles.table, call.tiles.tiles, before, after,
-            self.dx, self.dz, dB, dC, pieces, crossing, dD, call.t, call.tiles.each, size, *_heads(self.dy)[1],
-            *call.x_at, *call.z_at, *call.B_at, *call.C_at,
-        )  # fmt: skip
-        constants = (
-            call.h, call.g, call.p, call.n, _wide(call.D), call.reverse, call.half, call.precision, shares, plan.share,
-            plan.tile, plan.channels, plan.states, plan.stages[1],
-        )  # fmt: skip
-        _gradients((count * call.g * shares, 1, 1), arguments, constants, plan.warps[1])
-        for partial, out in ((dB, self.dB), (dC, self.dC)):
-            if size:
-                _add((cuda.ceil_div(size, 1024), 1, 1), (partial, out, size), (shares, 1024), 4)
+        where, strides = (clock, call.tiles.table, call.tiles.tiles), (*_heads(self.dy)[1], *call.x_at)
+        strides += (*call.B_at, *call.C_at)
+        data = (self.dy, call.x, call.B, call.C)
+        sizes = (call.h, call.g, call.p, call.n)
+        how = (call.reverse, call.half, call.precision, shares, plan.share, plan.tile, plan.channels, plan.states)
+        grid = (count * call.g * shares, 1, 1)
+        arguments = (*data, call.D, *where, after, self.dx, pairs, pieces, crossing, dD, call.t, call.tiles.each)
+        _inputs(grid, (*arguments, *strides), (*sizes, _wide(call.D), *how, plan.stages[2]), plan.warps[2])
+        arguments = (*data, *where, before, after, pairs, dB, dC, pieces, crossing, call.t, call.tiles.each, size)
+        _projections(grid, (*arguments, *strides), (*sizes, *how, plan.stages[3]), plan.warps[3])
+        if size:
+            _add((cuda.ceil_div(size, 1024), 1, 1), (dB, dC, self.dB, self.dC, size), (shares, 1024), 4)
         if dD is not None and self.dD is not None:
             width = call.parts * plan.channels
             total = call.empty(width, 1)

@@ -1,8 +1,9 @@
-"""ssd's gradients in Triton. A program of `gradients` takes a tile and some parts of one group, whose dB and dC it sums.
+"""ssd's gradients in Triton. A program takes a tile and some parts of one group, whose dB and dC it sums.
 
-It reads the state before the tile and the gradient that reaches the state after it. What a step's decay gets back is
-the sum over all pairs of an earlier input and an output at or after it: sums over rows and columns of one matrix, so
-that they cancel to the last bit of float32. `finish` sums them over time; nothing here is added by atomics.
+`inputs` reads the gradient that reaches the state after the tile, `projections` that and the state before it. What a
+step's decay gets back is the sum over all pairs of an earlier input and an output at or after it: sums over rows and
+columns of one matrix, so that they cancel to the last bit of float32. `finish` sums them over time; nothing here is
+added by atomics.
 
 Names as in gpu_kernels.py.
 """
@@ -14,89 +15,124 @@ from stateline.ops.gpu_kernels import place
 from stateline.ops.ssd.gpu_kernels import at, clock_of, decays, operand, put, rows, sheet, sized, skip
 
 
+@triton.jit
+def parts_of(group, share, heads: tl.constexpr, groups: tl.constexpr, PARTS: tl.constexpr, TAKEN: tl.constexpr):
+    """The first of a program's parts, and the one after the last."""
+    begin = (group * heads + groups - 1) // groups * PARTS + share * TAKEN
+    return begin, tl.minimum(begin + TAKEN, ((group + 1) * heads + groups - 1) // groups * PARTS)
+
+
 @triton.jit(do_not_specialize=("t", "each"))
-def gradients(
-    dy, x, z, B, Cs, D, clock, table, tiles, before, after, dx, dz, dB, dC, pieces, crossing, dD, t, each, size_of_part,
-    dy_b, dy_t, dy_h, x_b, x_t, x_h, z_b, z_t, z_h, B_b, B_t, B_g, Cs_b, Cs_t, Cs_g,
+def inputs(
+    dy, x, B, Cs, D, clock, table, tiles, after, dx, pairs, pieces, crossing, dD, t, each,
+    dy_b, dy_t, dy_h, x_b, x_t, x_h, B_b, B_t, B_g, Cs_b, Cs_t, Cs_g,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, D_WIDE: tl.constexpr,
     REVERSE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, TAKEN: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx and dz of a tile, and what dt, dB, dC and dD are summed from. SHARES programs share a group, TAKEN parts each.
+    """dx of a tile, and what inputs give to the sums for dt, dB, dC and dD. SHARES programs share a group.
 
-    pieces: (tile, 2, part, Q) what goes to the decays of a step and all before it, and to its size.
-    crossing: (tile, part) what all decays of a tile get.   dD: (tile, part, PB).   dB, dC: (SHARES, b, t, g, n).
+    pairs: (tile, group, SHARES, Q, Q) the gradient of C·B of two steps.   dD: (tile, part, PB).
+    pieces: (tile, 3, part, Q) what goes to the decays of a step and all before it, twice, and to its size.
+    crossing: (tile, 2, part) what all decays of a tile get.
     """
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
     tile, rest = (program // (SHARES * groups)).to(tl.int64), program % (SHARES * groups)
-    group, share = rest // SHARES, rest % SHARES
+    group = rest // SHARES
     sequence, row, first, length, origin, exists = place(table, tiles, tile, t, each, Q, REVERSE)
     if exists:
         n, s = tl.arange(0, NB), tl.arange(0, Q)
-        b = operand(rows(at(B + group * B_g, row, B_b, B_t, origin, first, Q, REVERSE), n, N, first, length, Q, NB),
-                    HALF)  # fmt: skip
-        c = operand(rows(at(Cs + group * Cs_g, row, Cs_b, Cs_t, origin, first, Q, REVERSE), n, N, first, length, Q, NB),
-                    HALF)  # fmt: skip
+        b_at = at(B + group * B_g, row, B_b, B_t, origin, first, Q, REVERSE)
+        c_at = at(Cs + group * Cs_g, row, Cs_b, Cs_t, origin, first, Q, REVERSE)
+        b = operand(rows(b_at, n, N, first, length, Q, NB), HALF)
+        c = operand(rows(c_at, n, N, first, length, Q, NB), HALF)
         product = tl.dot(c, tl.trans(b), input_precision=PRECISION)
         dproduct = tl.zeros((Q, Q), tl.float32)
+        begin, end = parts_of(group, rest % SHARES, heads, groups, PARTS, TAKEN)
+        for part in tl.range(begin, end, num_stages=STAGES):
+            head, p0 = part // PARTS, part % PARTS * PB
+            p = p0 + tl.arange(0, PB)
+            own, exist = sheet(p0, P, N, PB, NB)
+            x_at = at(x + head * x_h, row, x_b, x_t, origin, first, Q, REVERSE)
+            dy_at = at(dy + head * dy_h, row, dy_b, dy_t, origin, first, Q, REVERSE)
+            value = rows(x_at, p, P, first, length, Q, PB)
+            slope = rows(dy_at, p, P, first, length, Q, PB)
+            G = tl.load(after + (tile * heads + head) * (P * N) + own, mask=exist, other=0.0)
+            size, _, leave, exponent, left_out, _ = clock_of(clock, tile, head, heads, Q, HALF)
+            within = decays(exponent, left_out, Q, HALF)
+            grad = operand(slope, HALF)
+            both = tl.dot(grad, tl.trans(operand(value, HALF)), input_precision=PRECISION) * (within * size[None, :])
+            dproduct += both
+            both *= product
+            later = tl.sum(both, 1) - tl.sum(both, 0)
+            du = tl.dot(b, tl.trans(G), input_precision=PRECISION) * leave[:, None]
+            value = value.to(tl.float32)
+            into = tl.sum(value * du, 1) * size
+            matrix = operand(product * within, HALF)
+            du = tl.dot(tl.trans(matrix), grad, du, input_precision=PRECISION)
+            out = pieces + (tile * 3 * (heads * PARTS) + part) * Q + s
+            tl.store(out, later - into)
+            tl.store(out + 2 * heads * PARTS * Q, tl.sum(value * du, 1))
+            tl.store(crossing + tile * 2 * (heads * PARTS) + part, tl.sum(into))
+            du *= size[:, None]
+            if D is not None:
+                wide = slope.to(tl.float32)
+                du += skip(D, head, p, P, D_WIDE)[None, :] * wide
+                tl.store(dD + (tile * (heads * PARTS) + part) * PB + tl.arange(0, PB), tl.sum(wide * value, 0))
+            put(at(dx + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, du,
+                Q, PB)  # fmt: skip
+        where = pairs + (tile * (groups * SHARES) + rest) * (Q * Q) + s[:, None] * Q + s[None, :]
+        tl.store(where, dproduct.to(pairs.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=("t", "each"))
+def projections(
+    dy, x, B, Cs, clock, table, tiles, before, after, pairs, dB, dC, pieces, crossing, t, each, size_of_share,
+    dy_b, dy_t, dy_h, x_b, x_t, x_h, B_b, B_t, B_g, Cs_b, Cs_t, Cs_g,
+    heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr,
+    HALF: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, TAKEN: tl.constexpr, Q: tl.constexpr,
+    PB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dB and dC of a tile, a share of their sums over heads each, (SHARES, b, t, g, n); the rest of what dt gets."""
+    PARTS: tl.constexpr = (P + PB - 1) // PB
+    program = tl.program_id(0)
+    tile, rest = (program // (SHARES * groups)).to(tl.int64), program % (SHARES * groups)
+    group = rest // SHARES
+    sequence, row, first, length, origin, exists = place(table, tiles, tile, t, each, Q, REVERSE)
+    if exists:
+        n, s = tl.arange(0, NB), tl.arange(0, Q)
+        c_at = at(Cs + group * Cs_g, row, Cs_b, Cs_t, origin, first, Q, REVERSE)
+        c = operand(rows(c_at, n, N, first, length, Q, NB), HALF)
         db, dc = tl.zeros((Q, NB), tl.float32), tl.zeros((Q, NB), tl.float32)
-        begin = (group * heads + groups - 1) // groups * PARTS + share * TAKEN
-        end = tl.minimum(begin + TAKEN, ((group + 1) * heads + groups - 1) // groups * PARTS)
+        diagonal = tl.arange(0, PB)[:, None] == tl.arange(0, PB)[None, :]
+        begin, end = parts_of(group, rest % SHARES, heads, groups, PARTS, TAKEN)
         for part in tl.range(begin, end, num_stages=STAGES):
             head, p0 = part // PARTS, part % PARTS * PB
             p = p0 + tl.arange(0, PB)
             own, exist = sheet(p0, P, N, PB, NB)
             own += (tile * heads + head) * (P * N)
-            given = rows(at(x + head * x_h, row, x_b, x_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
-            slope = rows(at(dy + head * dy_h, row, dy_b, dy_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
+            x_at = at(x + head * x_h, row, x_b, x_t, origin, first, Q, REVERSE)
+            dy_at = at(dy + head * dy_h, row, dy_b, dy_t, origin, first, Q, REVERSE)
+            value = rows(x_at, p, P, first, length, Q, PB).to(tl.float32)
+            slope = rows(dy_at, p, P, first, length, Q, PB).to(tl.float32)
             S = tl.load(before + own, mask=exist, other=0.0)
             G = tl.load(after + own, mask=exist, other=0.0)
-            size, exponent, left_out, last, last_rest = clock_of(clock, tile, head, heads, Q, HALF)
-            within = decays(exponent, left_out, Q)
-            enter = tl.exp2(exponent + left_out)
-            leave = tl.exp2((last - exponent) + (last_rest - left_out))
-            skipped = tl.zeros((PB,), tl.float32)
-            if D is not None:
-                skipped = skip(D, head, p, P, D_WIDE)
-            value = operand(given, HALF)
-            read = tl.dot(c, tl.trans(S), input_precision=PRECISION) * enter[:, None]
-            if z is not None:
-                gate_at = at(z + head * z_h, row, z_b, z_t, origin, first, Q, REVERSE)
-                gate = rows(gate_at, p, P, first, length, Q, PB).to(tl.float32)
-                sigmoid = tl.sigmoid(gate)
-                matrix = operand(product * within * size[None, :], HALF)
-                y = tl.dot(matrix, value, read, input_precision=PRECISION) + skipped[None, :] * given.to(tl.float32)
-                dgate = slope.to(tl.float32) * y * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
-                dz_at = at(dz + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE)
-                put(dz_at, p, P, first, length, dgate, Q, PB)
-                slope = slope.to(tl.float32) * (gate * sigmoid)
-            grad = operand(slope, HALF)
-            wide = grad.to(tl.float32)
-            pairs = tl.dot(grad, tl.trans(value), input_precision=PRECISION) * within * size[None, :]
-            dproduct += pairs
-            pairs *= product
-            passed = tl.dot(b, tl.trans(G), input_precision=PRECISION) * leave[:, None]
-            matrix = operand(product * within, HALF)
-            du = tl.dot(tl.trans(matrix), grad, passed, input_precision=PRECISION)
-            value_wide = given.to(tl.float32)
-            into = tl.sum(value_wide * passed, 1) * size
-            later = tl.sum(pairs, 1) + tl.sum(wide * read, 1) - tl.sum(pairs, 0) - into
-            out = pieces + (tile * 2 * (heads * PARTS) + part) * Q + s
-            tl.store(out, later)
-            tl.store(out + heads * PARTS * Q, tl.sum(value_wide * du, 1))
-            dx_at = at(dx + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE)
-            put(dx_at, p, P, first, length, du * size[:, None] + skipped[None, :] * wide, Q, PB)
-            if D is not None:
-                tl.store(dD + (tile * (heads * PARTS) + part) * PB + tl.arange(0, PB), tl.sum(wide * value_wide, 0))
-            dc = tl.dot(operand(wide * enter[:, None], HALF), S, dc, input_precision=PRECISION)
-            db = tl.dot(operand(value_wide * (leave * size)[:, None], HALF), G, db, input_precision=PRECISION)
-            through = tl.sum(S.to(tl.float32) * G.to(tl.float32)) * tl.exp2(last + last_rest)
-            tl.store(crossing + tile * (heads * PARTS) + part, tl.sum(into) + through)
-        half = operand(dproduct, HALF)
+            size, enter, leave, _, _, whole = clock_of(clock, tile, head, heads, Q, HALF)
+            slope *= enter[:, None]
+            dc = tl.dot(operand(slope, HALF), S, dc, input_precision=PRECISION)
+            db = tl.dot(operand(value * (leave * size)[:, None], HALF), G, db, input_precision=PRECISION)
+            read = tl.dot(c, tl.trans(S), input_precision=PRECISION)
+            tl.store(pieces + (tile * 3 * (heads * PARTS) + heads * PARTS + part) * Q + s, tl.sum(slope * read, 1))
+            through = tl.dot(S, tl.trans(G), input_precision=PRECISION)  # what both hold lies on its diagonal
+            through = tl.sum(tl.where(diagonal, through, 0.0)) * whole
+            tl.store(crossing + (tile * 2 + 1) * (heads * PARTS) + part, through)
+        half = tl.load(pairs + (tile * (groups * SHARES) + rest) * (Q * Q) + s[:, None] * Q + s[None, :])
+        b_at = at(B + group * B_g, row, B_b, B_t, origin, first, Q, REVERSE)
+        b = operand(rows(b_at, n, N, first, length, Q, NB), HALF)
         dc = tl.dot(half, b, dc, input_precision=PRECISION)
         db = tl.dot(tl.trans(half), c, db, input_precision=PRECISION)
-        offset = share * size_of_part + group * N
+        offset = rest % SHARES * size_of_share + group * N
         width = groups * N
         put(at(dC + offset, row * t, width, width, origin, first, Q, REVERSE), n, N, first, length, dc, Q, NB)
         put(at(dB + offset, row * t, width, width, origin, first, Q, REVERSE), n, N, first, length, db, Q, NB)
@@ -121,10 +157,12 @@ def finish(
     through = tl.load(ddecay + sequence * heads + h, mask=there, other=0.0)
     through *= tl.load(decay + sequence * heads + h, mask=there, other=0.0)
     for i in tl.static_range(PARTS):
-        own = pieces + ((tile * 2 * heads + h) * PARTS + i)[:, None] * Q + s[None, :]
+        own = pieces + ((tile * 3 * heads + h) * PARTS + i)[:, None] * Q + s[None, :]
         later += tl.load(own, mask=live, other=0.0)
-        direct += tl.load(own + heads * PARTS * Q, mask=live, other=0.0)
-        through += tl.load(crossing + (tile * heads + h) * PARTS + i, mask=there, other=0.0)
+        later += tl.load(own + heads * PARTS * Q, mask=live, other=0.0)
+        direct += tl.load(own + 2 * heads * PARTS * Q, mask=live, other=0.0)
+        own = crossing + (tile * 2 * heads + h) * PARTS + i
+        through += tl.load(own, mask=there, other=0.0) + tl.load(own + heads * PARTS, mask=there, other=0.0)
     dexponent = tl.cumsum(later, 1, reverse=True) + through[:, None]
     size = tl.load(clock + (tile * heads + h)[:, None] * (3 * Q) + s[None, :], mask=live, other=0.0)
     rate = tl.load(A + h, mask=known, other=0.0)
@@ -147,11 +185,13 @@ def finish(
 
 
 @triton.jit(do_not_specialize=("size",))
-def add(partial, out, size, SHARES: tl.constexpr, C: tl.constexpr):
-    """Sums over SHARES of (SHARES, size), in order."""
+def add(dB_parts, dC_parts, dB, dC, size, SHARES: tl.constexpr, C: tl.constexpr):
+    """Sums over SHARES of two tensors (SHARES, size), in order."""
     c = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
     live = c < size
-    total = tl.load(partial + c, mask=live, other=0.0)
-    for i in tl.static_range(1, SHARES):
-        total += tl.load(partial + i * size.to(tl.int64) + c, mask=live, other=0.0)
-    tl.store(out + c, total.to(out.dtype.element_ty), mask=live)
+    first, second = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    for i in tl.static_range(SHARES):
+        first += tl.load(dB_parts + i * size.to(tl.int64) + c, mask=live, other=0.0)
+        second += tl.load(dC_parts + i * size.to(tl.int64) + c, mask=live, other=0.0)
+    tl.store(dB + c, first.to(dB.dtype.element_ty), mask=live)
+    tl.store(dC + c, second.to(dC.dtype.element_ty), mask=live)

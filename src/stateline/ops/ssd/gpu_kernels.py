@@ -73,21 +73,27 @@ def tile_of(firsts, sequence, first, each, Q: tl.constexpr):
 
 @triton.jit
 def clock_of(clock, tile, head, heads: tl.constexpr, Q: tl.constexpr, HALF: tl.constexpr):
-    """Step sizes, exponents, what they leave out (0 where nobody would see it), and the last step's two."""
+    """Of a tile's steps: sizes, decays into and out of it, exponents, what these leave out; the decay of all of it."""
     base = clock + (tile * heads + head) * (3 * Q)
     s = tl.arange(0, Q)
-    exponent, last = tl.load(base + Q + s), tl.load(base + 2 * Q - 1)
-    rest, last_rest = exponent * 0.0, last * 0.0
-    if not HALF:
+    size, exponent, last = tl.load(base + s), tl.load(base + Q + s), tl.load(base + 2 * Q - 1)
+    rest = exponent
+    if HALF:  # nobody would see what is left out
+        enter, leave, whole = tl.exp2(exponent), tl.exp2(last - exponent), tl.exp2(last)
+    else:
         rest, last_rest = tl.load(base + 2 * Q + s), tl.load(base + 3 * Q - 1)
-    return tl.load(base + s), exponent, rest, last, last_rest
+        enter, whole = tl.exp2(exponent + rest), tl.exp2(last + last_rest)
+        leave = tl.exp2((last - exponent) + (last_rest - rest))
+    return size, enter, leave, exponent, rest, whole
 
 
 @triton.jit
-def decays(exponent, rest, Q: tl.constexpr):
+def decays(exponent, rest, Q: tl.constexpr, HALF: tl.constexpr):
     """(Q, Q): the decay from after step j to after step i, 0 where j comes later."""
     s = tl.arange(0, Q)
-    between = (exponent[:, None] - exponent[None, :]) + (rest[:, None] - rest[None, :])
+    between = exponent[:, None] - exponent[None, :]
+    if not HALF:
+        between += rest[:, None] - rest[None, :]
     return tl.exp2(tl.where(s[:, None] >= s[None, :], between, float("-inf")))
 
 
@@ -138,7 +144,7 @@ def prepare(
 
 @triton.jit(do_not_specialize=("t", "runs", "each"))
 def sweep(
-    u, z, W, clock, table, tiles, firsts, ends, marks, t, runs, each, u_b, u_t, u_h, z_b, z_t, z_h, w_b, w_t, w_g,
+    u, W, clock, table, tiles, firsts, ends, marks, t, runs, each, u_b, u_t, u_h, w_b, w_t, w_g,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, ADJOINT: tl.constexpr,
     MARK: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, RUN: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
@@ -161,8 +167,6 @@ def sweep(
         count = (tl.minimum(length - first, RUN) + Q - 1) // Q
         u += head * u_h
         W += group_of(head, heads, groups) * w_g
-        if z is not None:
-            z += head * z_h
         S = tl.zeros((PB, NB), tl.float32)
         if MARK:
             S = tl.load(ends + own, mask=exist, other=0.0)
@@ -172,18 +176,11 @@ def sweep(
             tile = first_tile + k
             value = rows(at(u, row, u_b, u_t, origin, s0, Q, REVERSE), p, P, s0, length, Q, PB).to(tl.float32)
             w = operand(rows(at(W, row, w_b, w_t, origin, s0, Q, REVERSE), n, N, s0, length, Q, NB), HALF)
-            size, exponent, rest, last, last_rest = clock_of(clock, tile, head, heads, Q, HALF)
+            size, enter, leave, _, _, whole = clock_of(clock, tile, head, heads, Q, HALF)
             if MARK:
                 tl.store(marks + (tile * heads + head) * (P * N) + own, S.to(marks.dtype.element_ty), mask=exist)
-            if ADJOINT:
-                weight = tl.exp2(exponent + rest)
-                if z is not None:
-                    gate = rows(at(z, row, z_b, z_t, origin, s0, Q, REVERSE), p, P, s0, length, Q, PB).to(tl.float32)
-                    value *= gate * tl.sigmoid(gate)
-            else:
-                weight = tl.exp2((last - exponent) + (last_rest - rest)) * size
-            value *= weight[:, None]
-            S *= tl.exp2(last + last_rest)
+            value *= (enter if ADJOINT else leave * size)[:, None]
+            S *= whole
             most = operand(value, HALF)
             S = tl.dot(tl.trans(most), w, S, input_precision=PRECISION)
             if TERMS == 2:
@@ -246,13 +243,13 @@ def combine(
 
 @triton.jit(do_not_specialize=("t", "runs", "each"))
 def outputs(
-    x, z, B, Cs, D, clock, table, tiles, firsts, starts, y, t, runs, each, x_b, x_t, x_h, z_b, z_t, z_h, B_b, B_t, B_g,
-    Cs_b, Cs_t, Cs_g,
+    x, z, B, Cs, D, dy, clock, table, tiles, firsts, starts, y, dz, t, runs, each, x_b, x_t, x_h, z_b, z_t, z_h, B_b,
+    B_t, B_g, Cs_b, Cs_t, Cs_g, dy_b, dy_t, dy_h,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, D_WIDE: tl.constexpr,
     REVERSE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, RUN: tl.constexpr,
     PB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y of a run and a part, from the state before it."""
+    """y of a run and a part, from the state before it. With dy, dz and, in y's place, dy through the gate."""
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
     run, part = (program // (heads * PARTS)).to(tl.int64), program % (heads * PARTS)
@@ -274,9 +271,9 @@ def outputs(
             given = rows(at(x, row, x_b, x_t, origin, s0, Q, REVERSE), p, P, s0, length, Q, PB)
             b = operand(rows(at(B, row, B_b, B_t, origin, s0, Q, REVERSE), n, N, s0, length, Q, NB), HALF)
             c = operand(rows(at(Cs, row, Cs_b, Cs_t, origin, s0, Q, REVERSE), n, N, s0, length, Q, NB), HALF)
-            size, exponent, rest, last, last_rest = clock_of(clock, first_tile + k, head, heads, Q, HALF)
-            matrix = tl.dot(c, tl.trans(b), input_precision=PRECISION) * decays(exponent, rest, Q) * size[None, :]
-            out = tl.dot(c, tl.trans(operand(S, HALF)), input_precision=PRECISION) * tl.exp2(exponent + rest)[:, None]
+            size, enter, leave, exponent, rest, whole = clock_of(clock, first_tile + k, head, heads, Q, HALF)
+            matrix = tl.dot(c, tl.trans(b), input_precision=PRECISION) * decays(exponent, rest, Q, HALF) * size[None, :]
+            out = tl.dot(c, tl.trans(operand(S, HALF)), input_precision=PRECISION) * enter[:, None]
             out = tl.dot(operand(matrix, HALF), operand(given, HALF), out, input_precision=PRECISION)
             value = given.to(tl.float32)
             if D is not None:
@@ -284,10 +281,19 @@ def outputs(
             if z is not None:
                 gate_at = at(z + head * z_h, row, z_b, z_t, origin, s0, Q, REVERSE)
                 gate = rows(gate_at, p, P, s0, length, Q, PB).to(tl.float32)
-                out *= gate * tl.sigmoid(gate)
+                sigmoid = tl.sigmoid(gate)
+                if dy is None:
+                    out *= gate * sigmoid
+                else:
+                    dy_at = at(dy + head * dy_h, row, dy_b, dy_t, origin, s0, Q, REVERSE)
+                    grad = rows(dy_at, p, P, s0, length, Q, PB).to(tl.float32)
+                    out *= grad * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                    dz_at = at(dz + head * P, row * t, heads * P, heads * P, origin, s0, Q, REVERSE)
+                    put(dz_at, p, P, s0, length, out, Q, PB)
+                    out = grad * gate * sigmoid
             put(at(y, row * t, heads * P, heads * P, origin, s0, Q, REVERSE), p, P, s0, length, out, Q, PB)
-            value *= (tl.exp2((last - exponent) + (last_rest - rest)) * size)[:, None]
-            S *= tl.exp2(last + last_rest)
+            value *= (leave * size)[:, None]
+            S *= whole
             S = tl.dot(tl.trans(operand(value, HALF)), b, S, input_precision=PRECISION)
 
 
