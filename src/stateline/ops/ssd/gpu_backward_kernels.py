@@ -38,10 +38,11 @@ def inputs(
     """
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
-    tile, rest = (program // (SHARES * groups)).to(tl.int64), program % (SHARES * groups)
+    number, rest = program // (SHARES * groups), program % (SHARES * groups)
     group = rest // SHARES
-    sequence, row, first, length, origin, exists = place(table, tiles, tile, t, each, Q, REVERSE)
+    sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
     if exists:
+        tile = number.to(tl.int64)
         n, s = tl.arange(0, NB), tl.arange(0, Q)
         b_at = at(B + group * B_g, row, B_b, B_t, origin, first, Q, REVERSE)
         c_at = at(Cs + group * Cs_g, row, Cs_b, Cs_t, origin, first, Q, REVERSE)
@@ -66,7 +67,7 @@ def inputs(
             dproduct += both
             both *= product
             later = tl.sum(both, 1) - tl.sum(both, 0)
-            du = tl.dot(b, tl.trans(G), input_precision=PRECISION) * leave[:, None]
+            du = tl.dot(b, G, input_precision=PRECISION) * leave[:, None]
             value = value.to(tl.float32)
             into = tl.sum(value * du, 1) * size
             matrix = operand(product * within, HALF)
@@ -97,10 +98,11 @@ def projections(
     """dB and dC of a tile, a share of their sums over heads each, (SHARES, b, t, g, n); the rest of what dt gets."""
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
-    tile, rest = (program // (SHARES * groups)).to(tl.int64), program % (SHARES * groups)
+    number, rest = program // (SHARES * groups), program % (SHARES * groups)
     group = rest // SHARES
-    sequence, row, first, length, origin, exists = place(table, tiles, tile, t, each, Q, REVERSE)
+    sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
     if exists:
+        tile = number.to(tl.int64)
         n, s = tl.arange(0, NB), tl.arange(0, Q)
         c_at = at(Cs + group * Cs_g, row, Cs_b, Cs_t, origin, first, Q, REVERSE)
         c = operand(rows(c_at, n, N, first, length, Q, NB), HALF)
@@ -120,11 +122,11 @@ def projections(
             G = tl.load(after + own, mask=exist, other=0.0)
             size, enter, leave, _, _, whole = clock_of(clock, tile, head, heads, Q, HALF)
             slope *= enter[:, None]
-            dc = tl.dot(operand(slope, HALF), S, dc, input_precision=PRECISION)
-            db = tl.dot(operand(value * (leave * size)[:, None], HALF), G, db, input_precision=PRECISION)
-            read = tl.dot(c, tl.trans(S), input_precision=PRECISION)
+            dc = tl.dot(operand(slope, HALF), tl.trans(S), dc, input_precision=PRECISION)
+            db = tl.dot(operand(value * (leave * size)[:, None], HALF), tl.trans(G), db, input_precision=PRECISION)
+            read = tl.dot(c, S, input_precision=PRECISION)
             tl.store(pieces + (tile * 3 * (heads * PARTS) + heads * PARTS + part) * Q + s, tl.sum(slope * read, 1))
-            through = tl.dot(S, tl.trans(G), input_precision=PRECISION)  # what both hold lies on its diagonal
+            through = tl.dot(tl.trans(S), G, input_precision=PRECISION)  # what both hold lies on its diagonal
             through = tl.sum(tl.where(diagonal, through, 0.0)) * whole
             tl.store(crossing + (tile * 2 + 1) * (heads * PARTS) + part, through)
         half = tl.load(pairs + (tile * (groups * SHARES) + rest) * (Q * Q) + s[:, None] * Q + s[None, :])
@@ -145,8 +147,8 @@ def finish(
     H: tl.constexpr,
 ):  # fmt: skip
     """ddt of a tile and H heads, and its sums for A and dt_bias, (tile, 2, h)."""
+    sequence, row, first, length, origin, exists = place(table, tiles, tl.program_id(0), t, each, Q, REVERSE)
     tile = tl.program_id(0).to(tl.int64)
-    sequence, row, first, length, origin, exists = place(table, tiles, tile, t, each, Q, REVERSE)
     h, s = tl.program_id(1) * H + tl.arange(0, H), tl.arange(0, Q)
     known = h < heads
     if not exists:

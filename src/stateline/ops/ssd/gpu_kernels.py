@@ -51,9 +51,9 @@ def put(where, c, width: tl.constexpr, s0, length, value, Q: tl.constexpr, C: tl
 
 @triton.jit
 def sheet(p0, P: tl.constexpr, N: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr):
-    """Offsets of PB × NB numbers of a head's state from row p0, and which exist."""
+    """Offsets of a head's state from row p0 as (NB, PB), and which exist."""
     p, n = p0 + tl.arange(0, PB), tl.arange(0, NB)
-    return p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
+    return n[:, None] + p[None, :] * N, (n < N)[:, None] & (p < P)[None, :]
 
 
 @triton.jit
@@ -121,9 +121,9 @@ def prepare(
     heads: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """The clock of a tile, of H heads."""
-    tile = tl.program_id(0).to(tl.int64)
-    sequence, row, first, length, origin, exists = place(table, tiles, tile, t, each, Q, REVERSE)
+    sequence, row, first, length, origin, exists = place(table, tiles, tl.program_id(0), t, each, Q, REVERSE)
     if exists:
+        tile = tl.program_id(0).to(tl.int64)
         h = tl.program_id(1) * H + tl.arange(0, H)
         s = tl.arange(0, Q)
         live = (first + s < length)[:, None] & (h < heads)[None, :]
@@ -156,18 +156,19 @@ def sweep(
     """
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
-    run, part = (program // (heads * PARTS)).to(tl.int64), program % (heads * PARTS)
+    run, part = program // (heads * PARTS), program % (heads * PARTS)
     sequence, row, first, length, origin, exists = place(table, tiles, run, t, runs, RUN, REVERSE)
     if exists:
+        wide = run.to(tl.int64)
         head, p0 = part // PARTS, part % PARTS * PB
         p, n = p0 + tl.arange(0, PB), tl.arange(0, NB)
         own, exist = sheet(p0, P, N, PB, NB)
-        ends += (run * heads + head) * (P * N)
+        ends += (wide * heads + head) * (P * N)
         first_tile = tile_of(firsts, sequence, first, each, Q)
         count = (tl.minimum(length - first, RUN) + Q - 1) // Q
         u += head * u_h
         W += group_of(head, heads, groups) * w_g
-        S = tl.zeros((PB, NB), tl.float32)
+        S = tl.zeros((NB, PB), tl.float32)
         if MARK:
             S = tl.load(ends + own, mask=exist, other=0.0)
         for i in tl.range(0, count, num_stages=STAGES):
@@ -182,9 +183,9 @@ def sweep(
             value *= (enter if ADJOINT else leave * size)[:, None]
             S *= whole
             most = operand(value, HALF)
-            S = tl.dot(tl.trans(most), w, S, input_precision=PRECISION)
+            S = tl.dot(tl.trans(w), most, S, input_precision=PRECISION)
             if TERMS == 2:
-                S = tl.dot(tl.trans(operand(value - most.to(tl.float32), HALF)), w, S, input_precision=PRECISION)
+                S = tl.dot(tl.trans(w), operand(value - most.to(tl.float32), HALF), S, input_precision=PRECISION)
         if not MARK:
             tl.store(ends + own, S, mask=exist)
 
@@ -252,13 +253,14 @@ def outputs(
     """y of a run and a part, from the state before it. With dy, dz and, in y's place, dy through the gate."""
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
-    run, part = (program // (heads * PARTS)).to(tl.int64), program % (heads * PARTS)
+    run, part = program // (heads * PARTS), program % (heads * PARTS)
     sequence, row, first, length, origin, exists = place(table, tiles, run, t, runs, RUN, REVERSE)
     if exists:
+        wide = run.to(tl.int64)
         head, p0 = part // PARTS, part % PARTS * PB
         p, n = p0 + tl.arange(0, PB), tl.arange(0, NB)
         own, exist = sheet(p0, P, N, PB, NB)
-        S = tl.load(starts + (run * heads + head) * (P * N) + own, mask=exist, other=0.0)
+        S = tl.load(starts + (wide * heads + head) * (P * N) + own, mask=exist, other=0.0)
         first_tile = tile_of(firsts, sequence, first, each, Q)
         count = (tl.minimum(length - first, RUN) + Q - 1) // Q
         group = group_of(head, heads, groups)
@@ -273,7 +275,7 @@ def outputs(
             c = operand(rows(at(Cs, row, Cs_b, Cs_t, origin, s0, Q, REVERSE), n, N, s0, length, Q, NB), HALF)
             size, enter, leave, exponent, rest, whole = clock_of(clock, first_tile + k, head, heads, Q, HALF)
             matrix = tl.dot(c, tl.trans(b), input_precision=PRECISION) * decays(exponent, rest, Q, HALF) * size[None, :]
-            out = tl.dot(c, tl.trans(operand(S, HALF)), input_precision=PRECISION) * enter[:, None]
+            out = tl.dot(c, operand(S, HALF), input_precision=PRECISION) * enter[:, None]
             out = tl.dot(operand(matrix, HALF), operand(given, HALF), out, input_precision=PRECISION)
             value = given.to(tl.float32)
             if D is not None:
@@ -294,7 +296,7 @@ def outputs(
             put(at(y, row * t, heads * P, heads * P, origin, s0, Q, REVERSE), p, P, s0, length, out, Q, PB)
             value *= (leave * size)[:, None]
             S *= whole
-            S = tl.dot(tl.trans(operand(value, HALF)), b, S, input_precision=PRECISION)
+            S = tl.dot(tl.trans(b), operand(value, HALF), S, input_precision=PRECISION)
 
 
 @triton.jit
@@ -309,7 +311,7 @@ def step(
     row, part = (program // (heads * PARTS)).to(tl.int64), program % (heads * PARTS)
     head, p0 = part // PARTS, part % PARTS * PB
     p, n = p0 + tl.arange(0, PB), tl.arange(0, NB)
-    own, exist = sheet(p0, P, N, PB, NB)
+    own, exist = p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
     slot = row
     if index is not None:
         slot = tl.load(index + row).to(tl.int64)
