@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases_gpu, measure
+from benchmarks import cases_gpu, cases_gpu_mamba2, measure
 from benchmarks.cases_gpu import Case
 from benchmarks.measure import Work
 
@@ -123,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks: torch sees no CUDA device here", file=sys.stderr)
         return 2
     words = [options.profile] if options.profile else [*options.only, *(["limit"] if options.only else [])]
-    chosen = [c for c in cases_gpu.cases() if not words or any(w.lower() in f"{c.op} {c.shape}".lower() for w in words)]
+    every = (*cases_gpu.cases(), *cases_gpu_mamba2.cases())
+    chosen = [c for c in every if not words or any(w.lower() in f"{c.op} {c.shape}".lower() for w in words)]
     about, rates = measure.provenance() | {"gpu": torch.cuda.get_device_name()}, {}
     for case in chosen:
         if (why := case.missing()) is not None:

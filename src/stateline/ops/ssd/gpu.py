@@ -62,8 +62,9 @@ def plan(t: int, h: int, p: int, n: int, half: bool, memory: int) -> Plan:
     tile = 32 if small else 64
     channels = max(16, min(32 if states > 128 else 64, cuda.power_of_2(p)))
     programs = h * cuda.ceil_div(p, channels)
-    run = next((r for r in (512,) if t * programs >= 256 * r), 256)
-    return Plan(tile, run, channels, states, 8, (4, 4, 4, 4), (1, 1, 1, 1) if not half else (3, 1, 1, 1))
+    run = next((r for r in (1024, 512) if t * programs >= 128 * r), 256)
+    stages = (3, 2, 3, 3) if half and not small else (1, 1, 1, 1)
+    return Plan(tile, run, channels, states, 16, (4, 4, 4, 8), stages)
 
 
 def problem(*args: Any) -> str | None:
@@ -113,7 +114,10 @@ class _Call:
         (self.b, self.t, self.h, self.p), (self.g, self.n) = x.shape, B.shape[2:]
         self.half = x.dtype == B.dtype == C.dtype == torch.bfloat16
         self.plan = plan(self.t, self.h, self.p, self.n, self.half, _memory(x.get_device()))
-        (self.x, self.x_at), (self.z, self.z_at), (self.B, self.B_at), (self.C, self.C_at) = map(_heads, (x, z, B, C))
+        (self.x, self.x_at), (self.z, self.z_at), (self.B, self.w_at), (self.C, C_at) = map(_heads, (x, z, B, C))
+        if self.w_at != C_at:  # kernels step through both at once
+            self.B, self.C = self.B.contiguous(), self.C.contiguous()
+            self.w_at = _heads(self.B)[1]
         self.dt, self.A, self.D, self.bias = cuda.data(dt), cuda.plain(A), cuda.plain(D), cuda.plain(dt_bias)
         self.softplus, self.low, self.high = options
         self.initial, self.segments, self.reverse = cuda.plain(initial_state), segments, reverse
@@ -156,15 +160,14 @@ class _Call:
         """
         adjoint = dy is not None
         u, u_at = _heads(dy) if adjoint else (self.x, self.x_at)
-        W, w_at = (self.C, self.C_at) if adjoint else (self.B, self.B_at)
         made = None
         if mark:
             made = self.empty(self.tiles.count, self.h, self.p, self.n, dtype=_kind(self.half))
         plan = self.plan
         terms = 2 if self.half and not adjoint and not mark else 1
         arguments = (
-            u, W, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t, self.runs.each,
-            self.tiles.each, *u_at, *w_at,
+            u, self.C if adjoint else self.B, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t, self.runs.each,
+            self.tiles.each, *u_at, *self.w_at,
         )  # fmt: skip
         constants = (
             self.h, self.g, self.p, self.n, adjoint, mark, self.reverse, self.half, terms, self.precision, plan.tile,
@@ -200,8 +203,7 @@ class _Call:
         plan, (grad, dy_at) = self.plan, _heads(dy)
         arguments = (
             self.x, self.z, self.B, self.C, self.D, grad, clock, self.runs.table, self.runs.tiles, self.tiles.firsts,
-            starts, y, dz, self.t, self.runs.each, self.tiles.each, *self.x_at, *self.z_at, *self.B_at, *self.C_at,
-            *dy_at,
+            starts, y, dz, self.t, self.runs.each, self.tiles.each, *self.x_at, *self.z_at, *self.w_at, *dy_at,
         )  # fmt: skip
         constants = (
             self.h, self.g, self.p, self.n, _wide(self.D), self.reverse, self.half, self.precision, plan.tile, plan.run,
@@ -273,13 +275,13 @@ class _Gradient:
         per_head, count = call.parts // call.h, call.tiles.count
         shares = cuda.ceil_div(cuda.ceil_div(call.h, call.g) * per_head, plan.share)
         pieces, crossing = call.empty(count, 3, call.parts, plan.tile), call.empty(count, 2, call.parts)
-        dD = None if call.D is None else call.sums(call.parts * plan.channels)
+        width = call.parts * (plan.channels if _wide(call.D) else 1)
+        dD = None if call.D is None else call.sums(width)
         pairs = call.empty(count, call.g, shares, plan.tile, plan.tile, dtype=_kind(call.half))
         dB, dC = (call.empty(shares, *self.dB.shape) for _ in "BC")
         if call.segments is not None:
             dB.zero_(), dC.zero_()
-        where, strides = (clock, call.tiles.table, call.tiles.tiles), (*_heads(self.dy)[1], *call.x_at)
-        strides += (*call.B_at, *call.C_at)
+        where, strides = (clock, call.tiles.table, call.tiles.tiles), (*_heads(self.dy)[1], *call.x_at, *call.w_at)
         data = (self.dy, call.x, call.B, call.C)
         sizes = (call.h, call.g, call.p, call.n)
         how = (call.reverse, call.half, call.precision, shares, plan.share, plan.tile, plan.channels, plan.states)
@@ -291,11 +293,10 @@ class _Gradient:
         if size:
             _add((cuda.ceil_div(size, 1024), 1, 1), (dB, dC, self.dB, self.dC, size), (shares, 1024), 4)
         if dD is not None and self.dD is not None:
-            width = call.parts * plan.channels
             total = call.empty(width, 1)
             _reduce((cuda.ceil_div(width, 32), 1, 1), (dD, total, None, count, width), (1, 1, 32, 32), 4)
-            each = total.view(call.h, -1)[:, : call.p]
-            self.dD.copy_(each if self.dD.dim() == 2 else each.sum(1))
+            each = total.view(call.h, -1)
+            self.dD.copy_(each[:, : call.p] if _wide(call.D) else each.sum(1))
         return pieces, crossing
 
     def steps(self, clock: Tensor, pieces: Tensor, crossing: Tensor, decay: Tensor) -> None:

@@ -25,14 +25,14 @@ def parts_of(group, share, heads: tl.constexpr, groups: tl.constexpr, PARTS: tl.
 @triton.jit(do_not_specialize=("t", "each"))
 def inputs(
     dy, x, B, Cs, D, clock, table, tiles, after, dx, pairs, pieces, crossing, dD, t, each,
-    dy_b, dy_t, dy_h, x_b, x_t, x_h, B_b, B_t, B_g, Cs_b, Cs_t, Cs_g,
+    dy_b, dy_t, dy_h, x_b, x_t, x_h, w_b, w_t, w_g,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, D_WIDE: tl.constexpr,
     REVERSE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, TAKEN: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile, and what inputs give to the sums for dt, dB, dC and dD. SHARES programs share a group.
 
-    pairs: (tile, group, SHARES, Q, Q) the gradient of C·B of two steps.   dD: (tile, part, PB).
+    pairs: (tile, group, SHARES, Q, Q) the gradient of C·B of two steps.   dD: (tile, part) or, D_WIDE, (tile, part, PB).
     pieces: (tile, 3, part, Q) what goes to the decays of a step and all before it, twice, and to its size.
     crossing: (tile, 2, part) what all decays of a tile get.
     """
@@ -44,12 +44,13 @@ def inputs(
     if exists:
         tile = number.to(tl.int64)
         n, s = tl.arange(0, NB), tl.arange(0, Q)
-        b_at = at(B + group * B_g, row, B_b, B_t, origin, first, Q, REVERSE)
-        c_at = at(Cs + group * Cs_g, row, Cs_b, Cs_t, origin, first, Q, REVERSE)
+        b_at = at(B + group * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
+        c_at = at(Cs + group * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
         b = operand(rows(b_at, n, N, first, length, Q, NB), HALF)
         c = operand(rows(c_at, n, N, first, length, Q, NB), HALF)
         product = tl.dot(c, tl.trans(b), input_precision=PRECISION)
         dproduct = tl.zeros((Q, Q), tl.float32)
+        diagonal = s[:, None] == s[None, :]
         begin, end = parts_of(group, rest % SHARES, heads, groups, PARTS, TAKEN)
         for part in tl.range(begin, end, num_stages=STAGES):
             head, p0 = part // PARTS, part % PARTS * PB
@@ -61,26 +62,33 @@ def inputs(
             slope = rows(dy_at, p, P, first, length, Q, PB)
             G = tl.load(after + (tile * heads + head) * (P * N) + own, mask=exist, other=0.0)
             size, _, leave, exponent, left_out, _ = clock_of(clock, tile, head, heads, Q, HALF)
-            within = decays(exponent, left_out, Q, HALF)
             grad = operand(slope, HALF)
-            both = tl.dot(grad, tl.trans(operand(value, HALF)), input_precision=PRECISION) * (within * size[None, :])
-            dproduct += both
-            both *= product
-            later = tl.sum(both, 1) - tl.sum(both, 0)
-            du = tl.dot(b, G, input_precision=PRECISION) * leave[:, None]
-            value = value.to(tl.float32)
-            into = tl.sum(value * du, 1) * size
+            both = tl.dot(grad, tl.trans(operand(value, HALF)), input_precision=PRECISION)
+            if D is not None:
+                if not D_WIDE:  # one for all channels of a head: what both hold lies on the diagonal
+                    tl.store(dD + tile * (heads * PARTS) + part, tl.sum(tl.where(diagonal, both, 0.0)))
+            within = decays(exponent, left_out, Q, HALF)
             matrix = operand(product * within, HALF)
+            both *= within
+            dproduct += both * size[None, :]
+            both *= product
+            direct = tl.sum(both, 0)
+            later = tl.sum(both * size[None, :], 1)
+            du = tl.dot(b, G, input_precision=PRECISION) * leave[:, None]
+            into = tl.sum(value.to(tl.float32) * du, 1)
             du = tl.dot(tl.trans(matrix), grad, du, input_precision=PRECISION)
             out = pieces + (tile * 3 * (heads * PARTS) + part) * Q + s
-            tl.store(out, later - into)
-            tl.store(out + 2 * heads * PARTS * Q, tl.sum(value * du, 1))
-            tl.store(crossing + tile * 2 * (heads * PARTS) + part, tl.sum(into))
+            direct += into
+            tl.store(out, later - direct * size)
+            tl.store(out + 2 * heads * PARTS * Q, direct)
+            tl.store(crossing + tile * 2 * (heads * PARTS) + part, tl.sum(into * size))
             du *= size[:, None]
             if D is not None:
                 wide = slope.to(tl.float32)
                 du += skip(D, head, p, P, D_WIDE)[None, :] * wide
-                tl.store(dD + (tile * (heads * PARTS) + part) * PB + tl.arange(0, PB), tl.sum(wide * value, 0))
+                if D_WIDE:
+                    own_dD = dD + (tile * (heads * PARTS) + part) * PB + tl.arange(0, PB)
+                    tl.store(own_dD, tl.sum(wide * value.to(tl.float32), 0))
             put(at(dx + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, du,
                 Q, PB)  # fmt: skip
         where = pairs + (tile * (groups * SHARES) + rest) * (Q * Q) + s[:, None] * Q + s[None, :]
@@ -90,7 +98,7 @@ def inputs(
 @triton.jit(do_not_specialize=("t", "each"))
 def projections(
     dy, x, B, Cs, clock, table, tiles, before, after, pairs, dB, dC, pieces, crossing, t, each, size_of_share,
-    dy_b, dy_t, dy_h, x_b, x_t, x_h, B_b, B_t, B_g, Cs_b, Cs_t, Cs_g,
+    dy_b, dy_t, dy_h, x_b, x_t, x_h, w_b, w_t, w_g,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr,
     HALF: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, TAKEN: tl.constexpr, Q: tl.constexpr,
     PB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
@@ -104,7 +112,7 @@ def projections(
     if exists:
         tile = number.to(tl.int64)
         n, s = tl.arange(0, NB), tl.arange(0, Q)
-        c_at = at(Cs + group * Cs_g, row, Cs_b, Cs_t, origin, first, Q, REVERSE)
+        c_at = at(Cs + group * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
         c = operand(rows(c_at, n, N, first, length, Q, NB), HALF)
         db, dc = tl.zeros((Q, NB), tl.float32), tl.zeros((Q, NB), tl.float32)
         diagonal = tl.arange(0, PB)[:, None] == tl.arange(0, PB)[None, :]
@@ -130,7 +138,7 @@ def projections(
             through = tl.sum(tl.where(diagonal, through, 0.0)) * whole
             tl.store(crossing + (tile * 2 + 1) * (heads * PARTS) + part, through)
         half = tl.load(pairs + (tile * (groups * SHARES) + rest) * (Q * Q) + s[:, None] * Q + s[None, :])
-        b_at = at(B + group * B_g, row, B_b, B_t, origin, first, Q, REVERSE)
+        b_at = at(B + group * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
         b = operand(rows(b_at, n, N, first, length, Q, NB), HALF)
         dc = tl.dot(half, b, dc, input_precision=PRECISION)
         db = tl.dot(tl.trans(half), c, db, input_precision=PRECISION)

@@ -53,7 +53,11 @@ def put(where, c, width: tl.constexpr, s0, length, value, Q: tl.constexpr, C: tl
 def sheet(p0, P: tl.constexpr, N: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr):
     """Offsets of a head's state from row p0 as (NB, PB), and which exist."""
     p, n = p0 + tl.arange(0, PB), tl.arange(0, NB)
-    return n[:, None] + p[None, :] * N, (n < N)[:, None] & (p < P)[None, :]
+    if P % PB == 0 and N == NB:  # known before the kernel runs
+        exist = tl.full((NB, PB), True, tl.int1)
+    else:
+        exist = (n < N)[:, None] & (p < P)[None, :]
+    return n[:, None] + p[None, :] * N, exist
 
 
 @triton.jit
@@ -244,8 +248,8 @@ def combine(
 
 @triton.jit(do_not_specialize=("t", "runs", "each"))
 def outputs(
-    x, z, B, Cs, D, dy, clock, table, tiles, firsts, starts, y, dz, t, runs, each, x_b, x_t, x_h, z_b, z_t, z_h, B_b,
-    B_t, B_g, Cs_b, Cs_t, Cs_g, dy_b, dy_t, dy_h,
+    x, z, B, Cs, D, dy, clock, table, tiles, firsts, starts, y, dz, t, runs, each, x_b, x_t, x_h, z_b, z_t, z_h, w_b,
+    w_t, w_g, dy_b, dy_t, dy_h,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, D_WIDE: tl.constexpr,
     REVERSE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, RUN: tl.constexpr,
     PB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
@@ -265,14 +269,14 @@ def outputs(
         count = (tl.minimum(length - first, RUN) + Q - 1) // Q
         group = group_of(head, heads, groups)
         x += head * x_h
-        B += group * B_g
-        Cs += group * Cs_g
+        B += group * w_g
+        Cs += group * w_g
         y += head * P
         for k in tl.range(0, count, num_stages=STAGES):
             s0 = first + k * Q
             given = rows(at(x, row, x_b, x_t, origin, s0, Q, REVERSE), p, P, s0, length, Q, PB)
-            b = operand(rows(at(B, row, B_b, B_t, origin, s0, Q, REVERSE), n, N, s0, length, Q, NB), HALF)
-            c = operand(rows(at(Cs, row, Cs_b, Cs_t, origin, s0, Q, REVERSE), n, N, s0, length, Q, NB), HALF)
+            b = operand(rows(at(B, row, w_b, w_t, origin, s0, Q, REVERSE), n, N, s0, length, Q, NB), HALF)
+            c = operand(rows(at(Cs, row, w_b, w_t, origin, s0, Q, REVERSE), n, N, s0, length, Q, NB), HALF)
             size, enter, leave, exponent, rest, whole = clock_of(clock, first_tile + k, head, heads, Q, HALF)
             matrix = tl.dot(c, tl.trans(b), input_precision=PRECISION) * decays(exponent, rest, Q, HALF) * size[None, :]
             out = tl.dot(c, operand(S, HALF), input_precision=PRECISION) * enter[:, None]
