@@ -189,12 +189,10 @@ class _Call:
         constants = (self.h, size, adjoint, self.plan.tile, self.plan.run, block)
         _combine((self.sequences * self.h * max(1, cuda.ceil_div(size, block)), 1, 1), arguments, constants, 4)
 
-    def states(self, clock: Tensor, state: Tensor | None, decay: Tensor | None) -> Tensor:
-        """The state before each run, (runs, h, p, n); the last one and the total decay into what is given."""
-        ends = self.empty(self.runs.count, self.h, self.p, self.n)
-        self.sweep(clock, ends)
-        self.combine(clock, ends, self.initial, state, decay)
-        return ends
+    def states(self, clock: Tensor, starts: Tensor, state: Tensor | None, decay: Tensor | None) -> None:
+        """The state before each run, (runs, h, p, n), the last one and the total decay into what is given."""
+        self.sweep(clock, starts)
+        self.combine(clock, starts, self.initial, state, decay)
 
     def outputs(
         self, clock: Tensor, starts: Tensor, y: Tensor, dy: Tensor | None = None, dz: Tensor | None = None
@@ -218,16 +216,35 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x, z (b, t, h, p); dt (b, t, h); A (h); B, C (b, t, g, n) -> y (b, t, h, p), state (n_seq, h, p, n), decay."""
+    inputs = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_low, dt_high, initial_state, segments, reverse)
+    return forward_kept(*inputs)[:3]
+
+
+def forward_kept(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, dt_low: float, dt_high: float, initial_state: Tensor | None, segments: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `forward`, and last what spares `backward` a sweep: the state before each run, h·p·n·4 bytes each."""
     options = (dt_softplus, dt_low, dt_high)
     call = _Call(x, dt, A, B, C, D, z, dt_bias, options, initial_state, segments, reverse)
     y = cuda.tokens(call.x, segments)
     state = call.empty(call.sequences, call.h, call.p, call.n)
-    decay = call.empty(call.sequences, call.h)
+    decay, starts = call.empty(call.sequences, call.h), call.empty(*kept_shape(x, B, C, segments))
     if call.works():
         clock = call.clock()
-        starts = call.states(clock, state, decay)
+        call.states(clock, starts, state, decay)
         call.outputs(clock, starts, y)
-    return y, state, decay
+    return y, state, decay, starts
+
+
+def kept_shape(x: Tensor, B: Tensor, C: Tensor, segments: Tensor | None) -> tuple[int, ...]:
+    """Shape of what `forward_kept` keeps for `backward`, float32."""
+    (b, t, h, p), n = x.shape, B.shape[3]
+    half = x.dtype == B.dtype == C.dtype == torch.bfloat16
+    run = plan(t, h, p, n, half, _memory(x.get_device())).run
+    sequences = b if segments is None else segments.shape[0]
+    return cuda.run_count(b, t, run, None if segments is None else sequences), h, p, n
 
 
 def _kind(half: bool) -> torch.dtype:
@@ -254,18 +271,22 @@ class _Gradient:
         self.dD = None if call.D is None else torch.zeros_like(call.D)
         self.dbias = torch.zeros_like(call.A)
 
-    def run(self) -> None:
+    def run(self, starts: Tensor | None) -> None:
+        """starts: what `forward_kept` kept, or None."""
         call = self.call
         clock, decay = call.clock(), call.empty(call.sequences, call.h)
-        starts = call.states(clock, None, decay)
+        ends = call.empty(call.runs.count, call.h, call.p, call.n)
+        if starts is None:
+            starts = call.empty(*ends.shape)
+            call.states(clock, starts, None, None)
         if call.z is not None:
             gated = cuda.empty(self.dy.shape, torch.float32, self.dy)
             call.outputs(clock, starts, gated, self.dy, self.dz)
             self.dy = gated
         before = call.sweep(clock, starts, mark=True)
-        call.sweep(clock, starts, self.dy)
-        call.combine(clock, starts, self.dstate, self.dinitial, None, adjoint=True)
-        after = call.sweep(clock, starts, self.dy, mark=True)
+        call.sweep(clock, ends, self.dy)
+        call.combine(clock, ends, self.dstate, self.dinitial, decay, adjoint=True)
+        after = call.sweep(clock, ends, self.dy, mark=True)
         pieces, crossing = self.tiles(clock, before, after)
         self.steps(clock, pieces, crossing, decay)
 
@@ -316,14 +337,17 @@ class _Gradient:
 def backward(
     dy: Tensor, dstate: Tensor, ddecay: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, dt_low: float, dt_high: float,
-    initial_state: Tensor | None, segments: Tensor | None, reverse: bool,
+    initial_state: Tensor | None, segments: Tensor | None, reverse: bool, kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; None where the input was None."""
+    """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; None where the input was None.
+
+    kept: the last result of `forward_kept` for the same inputs; without it a sweep makes it again.
+    """
     options = (dt_softplus, dt_low, dt_high)
     call = _Call(x, dt, A, B, C, D, z, dt_bias, options, initial_state, segments, reverse)
     grad = _Gradient(call, dy, dstate, ddecay)
     if call.works():
-        grad.run()
+        grad.run(kept)
     dbias = None if dt_bias is None else grad.dbias
     return grad.dx, grad.ddt, grad.dA, grad.dB, grad.dC, grad.dD, grad.dz, dbias, grad.dinitial
 
