@@ -213,7 +213,7 @@ def test_cuda_tensors_take_these_kernels_by_themselves() -> None:
     x = inputs(torch.bfloat16)
     system = [x[k] for k in ("x", "dt", "A", "B", "C")]
     assert str(backends.explain(ops.ssd, *system)) == "gpu (matrix products of bfloat16, summed in float32)"
-    assert "tf32" in str(backends.explain(ops.ssd, *(v.float() for v in system)))
+    assert "float32, each number as three" in str(backends.explain(ops.ssd, *(v.float() for v in system)))
     assert backends.explain(ops.ssd, *(v.double() for v in system)).name == "chunked"
     wide = [*system[:3], *(torch.randn(2, 12, 1, 300, device=DEVICE) for _ in "BC")]
     assert "up to 256 states, not 300" in backends.explain(ops.ssd, *wide).rejected["gpu"]

@@ -32,6 +32,8 @@ _inputs, _projections, _finish, _add = map(
     (backward_kernels.inputs, backward_kernels.projections, backward_kernels.finish, backward_kernels.add),
 )
 _reduce = cuda.Kernel(shared.reduce)
+#: How float32 enters matrix products: three numbers of bfloat16 each, of which the six larger products are summed.
+PRECISION = "bf16x6"
 #: Heads of a program of `prepare` and `finish`.
 HEADS = 32
 
@@ -83,7 +85,7 @@ def detail(*args: Any) -> str:
     data = [x.dtype for x in (args[0], args[3], args[4])]
     if data == [torch.bfloat16] * 3:
         return "matrix products of bfloat16, summed in float32"
-    return "matrix products of float32 in three terms of tf32"
+    return "matrix products of float32, each number as three of bfloat16"
 
 
 @functools.cache
@@ -125,8 +127,7 @@ class _Call:
         self.runs = cuda.runs(segments, self.b, self.t, self.plan.run)
         self.sequences = self.b if segments is None else segments.shape[0]
         self.parts = self.h * cuda.ceil_div(self.p, self.plan.channels)
-        #: The least that these products may be: bfloat16 data is exact in them, float16 nearly.
-        self.precision = "tf32x3"
+        self.precision = PRECISION
         self.like = self.A
 
     def works(self) -> bool:
@@ -298,7 +299,7 @@ class _Gradient:
         pieces, crossing = call.empty(count, 3, call.parts, plan.tile), call.empty(count, 2, call.parts)
         width = call.parts * (plan.channels if _wide(call.D) else 1)
         dD = None if call.D is None else call.sums(width)
-        pairs = call.empty(count, call.g, shares, plan.tile, plan.tile, dtype=_kind(call.half))
+        pairs = call.empty(count, call.g, shares, plan.tile, plan.tile)
         dB, dC = (call.empty(shares, *self.dB.shape) for _ in "BC")
         if call.segments is not None:
             dB.zero_(), dC.zero_()

@@ -92,7 +92,7 @@ def inputs(
             put(at(dx + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, du,
                 Q, PB)  # fmt: skip
         where = pairs + (tile * (groups * SHARES) + rest) * (Q * Q) + s[:, None] * Q + s[None, :]
-        tl.store(where, dproduct.to(pairs.dtype.element_ty))
+        tl.store(where, dproduct)
 
 
 @triton.jit(do_not_specialize=("t", "each"))
@@ -137,11 +137,16 @@ def projections(
             through = tl.dot(tl.trans(S), G, input_precision=PRECISION)  # what both hold lies on its diagonal
             through = tl.sum(tl.where(diagonal, through, 0.0)) * whole
             tl.store(crossing + (tile * 2 + 1) * (heads * PARTS) + part, through)
-        half = tl.load(pairs + (tile * (groups * SHARES) + rest) * (Q * Q) + s[:, None] * Q + s[None, :])
+        product = tl.load(pairs + (tile * (groups * SHARES) + rest) * (Q * Q) + s[:, None] * Q + s[None, :])
         b_at = at(B + group * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
         b = operand(rows(b_at, n, N, first, length, Q, NB), HALF)
-        dc = tl.dot(half, b, dc, input_precision=PRECISION)
-        db = tl.dot(tl.trans(half), c, db, input_precision=PRECISION)
+        most = operand(product, HALF)
+        dc = tl.dot(most, b, dc, input_precision=PRECISION)
+        db = tl.dot(tl.trans(most), c, db, input_precision=PRECISION)
+        if HALF:  # what the first numbers leave out, since a sum over heads is rounded here
+            most = operand(product - most.to(tl.float32), HALF)
+            dc = tl.dot(most, b, dc, input_precision=PRECISION)
+            db = tl.dot(tl.trans(most), c, db, input_precision=PRECISION)
         offset = rest % SHARES * size_of_share + group * N
         width = groups * N
         put(at(dC + offset, row * t, width, width, origin, first, Q, REVERSE), n, N, first, length, dc, Q, NB)

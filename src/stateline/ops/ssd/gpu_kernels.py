@@ -35,7 +35,7 @@ def at(base, row, stride_b, stride_t, origin, s0, Q: tl.constexpr, REVERSE: tl.c
 def rows(where, c, width: tl.constexpr, s0, length, Q: tl.constexpr, C: tl.constexpr):
     """Channels c of Q steps: 0 beyond the sequence or the width."""
     live = (s0 + tl.arange(0, Q) < length)[:, None]
-    if width % C != 0:
+    if width % C != 0 or width == 0:
         live = live & (c < width)[None, :]
     return tl.load(where + c[None, :], mask=live, other=0.0)
 
@@ -44,7 +44,7 @@ def rows(where, c, width: tl.constexpr, s0, length, Q: tl.constexpr, C: tl.const
 def put(where, c, width: tl.constexpr, s0, length, value, Q: tl.constexpr, C: tl.constexpr):
     """Store what `rows` loads."""
     live = (s0 + tl.arange(0, Q) < length)[:, None]
-    if width % C != 0:
+    if width % C != 0 or width == 0:
         live = live & (c < width)[None, :]
     tl.store(where + c[None, :], value.to(where.dtype.element_ty), mask=live)
 
