@@ -19,7 +19,7 @@ from where import DEVICE, INTERPRETED
 
 from stateline import backends, ops
 from stateline.ops.gated_rms_norm import reference as norm
-from stateline.ops.ssd import gpu
+from stateline.ops.ssd import gpu, reference
 
 # Triton's interpreter cuts bfloat16 off instead of rounding, which is beyond the bound.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
@@ -51,6 +51,15 @@ def inputs(dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Tens
     return {k: v.to(DEVICE) for k, v in ssd_case(PLAIN | {"dtype": dtype} | options).leaves.items()}
 
 
+NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+
+
+def exact(x: dict[str, Tensor], limit: tuple[float, float] = (-torch.inf, torch.inf)) -> list[Any]:
+    """What the reference's functions take, in float64 on the CPU, with softplus; it may not be asked for by name here."""
+    wide = {k: v.cpu().double() for k, v in x.items()}
+    return [*(wide.get(k) for k in NAMES), True, *limit, wide.get("initial_state")]
+
+
 def results(x: dict[str, Tensor], weights: list[Tensor] | None = None, **how: Any) -> list[Tensor]:
     """y, state, total decay and all gradients of their sum, weighted."""
     leaves = {k: v.clone().requires_grad_() for k, v in x.items()}
@@ -68,8 +77,9 @@ def test_a_layers_shape(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("place", ["whole", "packed"])
 def test_a_row_does_not_depend_on_its_batch_and_bits_repeat(place: str) -> None:
-    t = 21 if INTERPRETED else 700
-    x = inputs(torch.float16 if INTERPRETED else torch.bfloat16, t=t, h=3, p=20, n=16, g=1)
+    t = 10 if INTERPRETED else 700
+    dtype, h, p, n = (torch.float16, 1, 3, 16) if INTERPRETED else (torch.bfloat16, 3, 64, 64)
+    x = inputs(dtype, t=t, h=h, p=p, n=n, g=1)
     rows = [slice(0, 1), slice(1, 2)]
     if place == "packed":
         cu = torch.tensor([0, t - 5, 2 * t - 5], device=DEVICE)
@@ -130,21 +140,22 @@ def test_step(dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> None:
         x = ssd_case(PLAIN | {"t": 1, "h": h, "p": p, "n": n, "g": g, "dtype": dtype} | options).leaves
         token = cut(x, 0)
         state = token.pop("initial_state")
-        wide, mine = {k: v.double() for k, v in token.items()}, state.clone().to(DEVICE)
-        exact, how = state.double(), {"dt_softplus": True, "dt_limit": (None, 0.7)}
-        want = ops.ssd_step_(exact, **wide, backend="reference", **how)
-        y = ops.ssd_step_(mine, **{k: v.to(DEVICE) for k, v in token.items()}, backend="gpu", **how)
+        right, mine = state.double(), state.clone().to(DEVICE)
+        want = reference.step(right, *exact(token, (-torch.inf, 0.7))[:-1], None)
+        given = {k: v.to(DEVICE) for k, v in token.items()}
+        y = ops.ssd_step_(mine, **given, dt_softplus=True, dt_limit=(None, 0.7), backend="gpu")
         close("y", y.cpu(), want, dtype)
-        close("state", mine.cpu(), exact, torch.float32)
+        close("state", mine.cpu(), right, torch.float32)
 
 
 @pytest.mark.parametrize("absent", ["D", "z", "dt_bias", "initial_state"])
 def test_each_option_absent(absent: str) -> None:
     x = {k: v for k, v in inputs(t=5, p=3, n=2).items() if k != absent}
-    exact = {k: v.cpu().double().requires_grad_() for k, v in x.items()}
-    out = ops.ssd(**exact, dt_softplus=True, return_decay=True, backend="reference")
-    wanted = [*out, *torch.autograd.grad(sum(v.sum() for v in out), list(exact.values()))]
-    for name, a, b in zip(("y", "state", "decay", *x), results(x), wanted, strict=True):
+    out = reference.forward(*exact(x), None, False)
+    grads = reference.backward(*map(torch.ones_like, out), *exact(x), None, False)
+    wanted = dict(zip((*NAMES, "initial_state"), grads, strict=True))
+    for name, a, b in zip(("y", "state", "decay", *x), results(x), [*out, *map(wanted.get, x)], strict=True):
+        assert b is not None
         close(name, a.cpu(), b, torch.float32)
 
 
@@ -163,9 +174,9 @@ def test_large_steps_and_small_ones() -> None:
     x = inputs(t=66, z=False, dt_bias=False)
     x["dt"] = torch.linspace(-40, 90, 66)[None, :, None].expand(2, 66, 4).contiguous().to(DEVICE)
     y, state = ops.ssd(**x, dt_softplus=True, backend="gpu")
-    exact = ops.ssd(**{k: v.cpu().double() for k, v in x.items()}, dt_softplus=True, backend="reference")
-    close("y", y.cpu(), exact[0], torch.float32)
-    close("state", state.cpu(), exact[1], torch.float32)
+    want = reference.forward(*exact(x), None, False)
+    close("y", y.cpu(), want[0], torch.float32)
+    close("state", state.cpu(), want[1], torch.float32)
 
 
 @pytest.mark.parametrize("which", ["x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"])
@@ -210,15 +221,17 @@ needs_cuda = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no devi
 
 @needs_cuda
 def test_cuda_tensors_take_these_kernels_by_themselves() -> None:
-    x = inputs(torch.bfloat16)
+    x = inputs(torch.bfloat16, p=64, n=128)
     system = [x[k] for k in ("x", "dt", "A", "B", "C")]
     assert str(backends.explain(ops.ssd, *system)) == "gpu (matrix products of bfloat16, summed in float32)"
+    small = inputs(torch.bfloat16)
+    assert "float32, each" in str(backends.explain(ops.ssd, *(small[k] for k in ("x", "dt", "A", "B", "C"))))
     assert "float32, each number as three" in str(backends.explain(ops.ssd, *(v.float() for v in system)))
     assert backends.explain(ops.ssd, *(v.double() for v in system)).name == "chunked"
     wide = [*system[:3], *(torch.randn(2, 12, 1, 300, device=DEVICE) for _ in "BC")]
     assert "up to 256 states, not 300" in backends.explain(ops.ssd, *wide).rejected["gpu"]
     assert torch.equal(ops.ssd(**x)[0], ops.ssd(**x, backend="gpu")[0])
-    assert ops.ssd(*wide)[0].shape == (2, 12, 4, 6)
+    assert ops.ssd(*wide)[0].shape == (2, 12, 4, 64)
 
 
 @needs_cuda

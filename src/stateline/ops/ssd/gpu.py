@@ -8,7 +8,7 @@ Suffixes: b batch, t time step, h head, p head width, n state, g group.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,13 +60,20 @@ def plan(t: int, h: int, p: int, n: int, half: bool, memory: int) -> Plan:
     """From sizes of a sequence, the operands' dtype and a block's shared memory, so that a sequence has the same bits
     in every batch (timings: benchmarks/NOTES.md)."""
     states = max(16, cuda.power_of_2(n))
-    small = not half or states > 128 or memory < 160 * 1024
-    tile = 32 if small else 64
+    large = half and memory >= 200 * 1024
     channels = max(16, min(32 if states > 128 else 64, cuda.power_of_2(p)))
     programs = h * cuda.ceil_div(p, channels)
     run = next((r for r in (1024, 512) if t * programs >= 128 * r), 256)
-    stages = (3, 2, 3, 3) if half and not small else (1, 1, 1, 1)
-    return Plan(tile, run, channels, states, 16, (4, 4, 4, 8), stages)
+    stages = (3, 2, 3, 3) if large else (1, 1, 1, 1)
+    return Plan(64 if large else 32, run, channels, states, 16, (4, 4, 4, 8), stages)
+
+
+def halves(x: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether matrix products take bfloat16: where the data is that, at the sizes of published models.
+
+    Heads of a multiple of 64 channels, 64 or 128 states. Others are rare, and padded tiles would gain little.
+    """
+    return x.dtype == B.dtype == C.dtype == torch.bfloat16 and x.shape[-1] % 64 == 0 and B.shape[-1] in (64, 128)
 
 
 def problem(*args: Any) -> str | None:
@@ -82,8 +89,7 @@ def detail(*args: Any) -> str:
     """Which operands the matrix products of (x, dt, A, B, C, …) get."""
     if len(args) < 5:
         return ""
-    data = [x.dtype for x in (args[0], args[3], args[4])]
-    if data == [torch.bfloat16] * 3:
+    if halves(args[0], args[3], args[4]):
         return "matrix products of bfloat16, summed in float32"
     return "matrix products of float32, each number as three of bfloat16"
 
@@ -105,6 +111,13 @@ def _heads(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
     return x, (x.stride(0), x.stride(1), x.stride(2))
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """`x` with every row (b, t, h) at a multiple of 16 bytes, which is what is copied at once; nearly always itself."""
+    steps = [step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    fine = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps[:-1])
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
+
+
 class _Call:
     """The inputs that every kernel of this op reads, where sequences are cut, and each launch."""
 
@@ -114,8 +127,10 @@ class _Call:
         segments: Tensor | None, reverse: bool,
     ) -> None:  # fmt: skip
         (self.b, self.t, self.h, self.p), (self.g, self.n) = x.shape, B.shape[2:]
-        self.half = x.dtype == B.dtype == C.dtype == torch.bfloat16
+        self.half = halves(x, B, C)
         self.plan = plan(self.t, self.h, self.p, self.n, self.half, _memory(x.get_device()))
+        if self.half:
+            x, B, C = map(_aligned, (x, B, C))
         (self.x, self.x_at), (self.z, self.z_at), (self.B, self.w_at), (self.C, C_at) = map(_heads, (x, z, B, C))
         if self.w_at != C_at:  # kernels step through both at once
             self.B, self.C = self.B.contiguous(), self.C.contiguous()
@@ -183,12 +198,13 @@ class _Call:
     ) -> None:  # fmt: skip
         """Turn what runs add into the states before them (`adjoint`: the gradients of those after them)."""
         size, block = self.p * self.n, 1024
+        blocks = max(1, cuda.ceil_div(size, block))
         arguments = (
             ends, clock, self.runs.table, self.runs.firsts, self.tiles.firsts, edge, result, decay, self.t,
             self.runs.each, self.tiles.each,
         )  # fmt: skip
-        constants = (self.h, size, adjoint, self.plan.tile, self.plan.run, block)
-        _combine((self.sequences * self.h * max(1, cuda.ceil_div(size, block)), 1, 1), arguments, constants, 4)
+        constants = (self.h, size, adjoint, self.plan.tile, self.plan.run, blocks, block)
+        _combine((self.sequences * self.h * blocks, 1, 1), arguments, constants, 4)
 
     def states(self, clock: Tensor, starts: Tensor, state: Tensor | None, decay: Tensor | None) -> None:
         """The state before each run, (runs, h, p, n), the last one and the total decay into what is given."""
@@ -242,8 +258,7 @@ def forward_kept(
 def kept_shape(x: Tensor, B: Tensor, C: Tensor, segments: Tensor | None) -> tuple[int, ...]:
     """Shape of what `forward_kept` keeps for `backward`, float32."""
     (b, t, h, p), n = x.shape, B.shape[3]
-    half = x.dtype == B.dtype == C.dtype == torch.bfloat16
-    run = plan(t, h, p, n, half, _memory(x.get_device())).run
+    run = plan(t, h, p, n, halves(x, B, C), _memory(x.get_device())).run
     sequences = b if segments is None else segments.shape[0]
     return cuda.run_count(b, t, run, None if segments is None else sequences), h, p, n
 
@@ -261,7 +276,7 @@ class _Gradient:
     """What the gradient's kernels write, and their launches."""
 
     def __init__(self, call: _Call, dy: Tensor, dstate: Tensor, ddecay: Tensor) -> None:
-        self.call, self.dy = call, cuda.data(dy)
+        self.call, self.dy = call, _aligned(dy) if call.half else cuda.data(dy)
         self.dstate, self.ddecay = dstate.contiguous(), ddecay.contiguous()
         segments = call.segments
         self.dx, self.ddt = cuda.tokens(call.x, segments), cuda.tokens(call.dt, segments)

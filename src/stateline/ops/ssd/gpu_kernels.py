@@ -198,13 +198,12 @@ def sweep(
 def combine(
     ends, clock, table, run_firsts, firsts, edge, result, decay, t, runs, each,
     heads: tl.constexpr, SIZE: tl.constexpr, ADJOINT: tl.constexpr, Q: tl.constexpr, RUN: tl.constexpr,
-    C: tl.constexpr,
+    BLOCKS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Replace what each run adds to a state by the state before it, and find the last one and the total decay.
 
-    ADJOINT: from the last run to the first. SIZE: numbers of a head's state; a program takes C of them.
+    ADJOINT: from the last run to the first. SIZE: numbers of a head's state; BLOCKS programs take C of them each.
     """
-    BLOCKS: tl.constexpr = (SIZE + C - 1) // C
     program = tl.program_id(0)
     sequence, rest = (program // (heads * BLOCKS)).to(tl.int64), program % (heads * BLOCKS)
     head = rest // BLOCKS
