@@ -55,7 +55,7 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
 
 def exact(x: dict[str, Tensor], limit: tuple[float, float] = (-torch.inf, torch.inf)) -> list[Any]:
-    """What the reference's functions take, in float64 on the CPU, with softplus; it may not be asked for by name here."""
+    """What the reference's functions take, in float64 on the CPU, with softplus; by name it may not be asked for."""
     wide = {k: v.cpu().double() for k, v in x.items()}
     return [*(wide.get(k) for k in NAMES), True, *limit, wide.get("initial_state")]
 

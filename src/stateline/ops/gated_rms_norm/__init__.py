@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -41,6 +40,7 @@ def gated_rms_norm(
 
     Source: Dao & Gu 2024, "Transformers are SSMs", section 7.
 
+    >>> import torch
     >>> gated_rms_norm(torch.ones(1, 4), torch.zeros(1, 4), torch.ones(4)).tolist()
     [[0.0, 0.0, 0.0, 0.0]]
     """

@@ -1,4 +1,4 @@
-"""gated_rms_norm on a GPU: the same functions as reference.py, over the kernels of gpu_kernels.py. Suffixes: d channel."""
+"""gated_rms_norm on a GPU: the functions of reference.py, over the kernels of gpu_kernels.py. Suffixes: d channel."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@
     out = norm(y · silu(z)) · weight          or, norm_before_gate,          out = norm(y) · weight · silu(z)
 
 Gate, sum, mean and products in float32 (float64 where the data is), one rounding at the end. Suffixes: d channel.
-Source: Dao & Gu 2024, "Transformers are SSMs", section 7, where a layer's output is gated and normalised before its last
-projection.
+Source: Dao & Gu 2024, "Transformers are SSMs", section 7: a layer's output is gated and normalised before its last projection.
 """
 
 from __future__ import annotations

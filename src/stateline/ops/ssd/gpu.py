@@ -8,7 +8,7 @@ Suffixes: b batch, t time step, h head, p head width, n state, g group.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,12 +103,18 @@ def _memory(device: int) -> int:
     return int(of.shared_memory_per_block_optin)
 
 
-def _heads(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
+Steps = tuple[int, int, int]
+
+
+def _heads(x: Tensor) -> tuple[Tensor, Steps]:
     """A (b, t, h, p) tensor as kernels read it, and its strides of b, t and h."""
-    if x is None:
-        return None, (0, 0, 0)
     x = cuda.data(x)
     return x, (x.stride(0), x.stride(1), x.stride(2))
+
+
+def _gate(x: Tensor | None) -> tuple[Tensor | None, Steps]:
+    """As `_heads`, of what there may be."""
+    return (None, (0, 0, 0)) if x is None else _heads(x)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -131,11 +137,13 @@ class _Call:
         self.plan = plan(self.t, self.h, self.p, self.n, self.half, _memory(x.get_device()))
         if self.half:
             x, B, C = map(_aligned, (x, B, C))
-        (self.x, self.x_at), (self.z, self.z_at), (self.B, self.w_at), (self.C, C_at) = map(_heads, (x, z, B, C))
+        (self.x, self.x_at), (self.B, self.w_at), (self.C, C_at) = map(_heads, (x, B, C))
+        self.z, self.z_at = _gate(z)
         if self.w_at != C_at:  # kernels step through both at once
             self.B, self.C = self.B.contiguous(), self.C.contiguous()
             self.w_at = _heads(self.B)[1]
-        self.dt, self.A, self.D, self.bias = cuda.data(dt), cuda.plain(A), cuda.plain(D), cuda.plain(dt_bias)
+        self.dt, self.A = cuda.data(dt), (A.resolve_neg() if A.is_neg() else A).contiguous()
+        self.D, self.bias = cuda.plain(D), cuda.plain(dt_bias)
         self.softplus, self.low, self.high = options
         self.initial, self.segments, self.reverse = cuda.plain(initial_state), segments, reverse
         self.tiles = cuda.runs(segments, self.b, self.t, self.plan.tile)
@@ -175,14 +183,15 @@ class _Call:
         With dy, gradients of states, from the end of time; those after tiles.
         """
         adjoint = dy is not None
-        u, u_at = _heads(dy) if adjoint else (self.x, self.x_at)
+        u, u_at = (self.x, self.x_at) if dy is None else _heads(dy)
         made = None
         if mark:
             made = self.empty(self.tiles.count, self.h, self.p, self.n, dtype=_kind(self.half))
         plan = self.plan
         terms = 2 if self.half and not adjoint and not mark else 1
+        w = self.C if adjoint else self.B
         arguments = (
-            u, self.C if adjoint else self.B, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t, self.runs.each,
+            u, w, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t, self.runs.each,
             self.tiles.each, *u_at, *self.w_at,
         )  # fmt: skip
         constants = (
@@ -215,7 +224,7 @@ class _Call:
         self, clock: Tensor, starts: Tensor, y: Tensor, dy: Tensor | None = None, dz: Tensor | None = None
     ) -> None:
         """y from the states before runs; with dy, dz and, in y's place, the gradient before the gate."""
-        plan, (grad, dy_at) = self.plan, _heads(dy)
+        plan, (grad, dy_at) = self.plan, _gate(dy)
         arguments = (
             self.x, self.z, self.B, self.C, self.D, grad, clock, self.runs.table, self.runs.tiles, self.tiles.firsts,
             starts, y, dz, self.t, self.runs.each, self.tiles.each, *self.x_at, *self.z_at, *self.w_at, *dy_at,
@@ -325,8 +334,8 @@ class _Gradient:
         grid = (count * call.g * shares, 1, 1)
         arguments = (*data, call.D, *where, after, self.dx, pairs, pieces, crossing, dD, call.t, call.tiles.each)
         _inputs(grid, (*arguments, *strides), (*sizes, _wide(call.D), *how, plan.stages[2]), plan.warps[2])
-        arguments = (*data, *where, before, after, pairs, dB, dC, pieces, crossing, call.t, call.tiles.each, size)
-        _projections(grid, (*arguments, *strides), (*sizes, *how, plan.stages[3]), plan.warps[3])
+        inputs = (*data, *where, before, after, pairs, dB, dC, pieces, crossing, call.t, call.tiles.each, size)
+        _projections(grid, (*inputs, *strides), (*sizes, *how, plan.stages[3]), plan.warps[3])
         if size:
             _add((cuda.ceil_div(size, 1024), 1, 1), (dB, dC, self.dB, self.dC, size), (shares, 1024), 4)
         if dD is not None and self.dD is not None:

@@ -32,7 +32,7 @@ def inputs(
 ):  # fmt: skip
     """dx of a tile, and what inputs give to the sums for dt, dB, dC and dD. SHARES programs share a group.
 
-    pairs: (tile, group, SHARES, Q, Q) the gradient of C·B of two steps.   dD: (tile, part) or, D_WIDE, (tile, part, PB).
+    pairs: (tile, group, SHARES, Q, Q) the gradient of C·B of two steps.   dD: (tile, part[, PB]), the latter if D_WIDE.
     pieces: (tile, 3, part, Q) what goes to the decays of a step and all before it, twice, and to its size.
     crossing: (tile, 2, part) what all decays of a tile get.
     """
@@ -40,7 +40,7 @@ def inputs(
     program = tl.program_id(0)
     number, rest = program // (SHARES * groups), program % (SHARES * groups)
     group = rest // SHARES
-    sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
+    _, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
     if exists:
         tile = number.to(tl.int64)
         n, s = tl.arange(0, NB), tl.arange(0, Q)
@@ -64,6 +64,9 @@ def inputs(
             size, _, leave, exponent, left_out, _ = clock_of(clock, tile, head, heads, Q, HALF)
             grad = operand(slope, HALF)
             both = tl.dot(grad, tl.trans(operand(value, HALF)), input_precision=PRECISION)
+            if HALF and dy.dtype.element_ty == tl.float32:  # through a gate: what bfloat16 leaves out of it
+                left_over = operand(slope - grad.to(tl.float32), HALF)
+                both = tl.dot(left_over, tl.trans(operand(value, HALF)), both, input_precision=PRECISION)
             if D is not None:
                 if not D_WIDE:  # one for all channels of a head: what both hold lies on the diagonal
                     tl.store(dD + tile * (heads * PARTS) + part, tl.sum(tl.where(diagonal, both, 0.0)))
@@ -108,7 +111,7 @@ def projections(
     program = tl.program_id(0)
     number, rest = program // (SHARES * groups), program % (SHARES * groups)
     group = rest // SHARES
-    sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
+    _, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
     if exists:
         tile = number.to(tl.int64)
         n, s = tl.arange(0, NB), tl.arange(0, Q)

@@ -125,7 +125,7 @@ def prepare(
     heads: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """The clock of a tile, of H heads."""
-    sequence, row, first, length, origin, exists = place(table, tiles, tl.program_id(0), t, each, Q, REVERSE)
+    _, row, first, length, origin, exists = place(table, tiles, tl.program_id(0), t, each, Q, REVERSE)
     if exists:
         tile = tl.program_id(0).to(tl.int64)
         h = tl.program_id(1) * H + tl.arange(0, H)
