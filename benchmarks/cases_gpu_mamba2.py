@@ -18,7 +18,7 @@ from torch import Tensor
 from stateline import ops
 from stateline.nn import Mamba2
 
-ALL = ("causal_conv1d", "ssd", "rms_norm", "gated_rms_norm")
+ALL = ("causal_conv1d", "ssd", "rms_norm")
 
 
 def cases() -> Iterator[Case]:
@@ -100,7 +100,7 @@ def norm(rows: int, d: int) -> Iterator[Case]:
     def both() -> dict[str, Work]:
         return {OURS: gradients(ours, made()), "torch": gradients(theirs, made())}
 
-    shape, needs = f"rows{rows} d{d}", ("gated_rms_norm",)
+    shape, needs = f"rows{rows} d{d}", ("rms_norm",)
     yield Case("gated_rms_norm fwd", shape, forward, needs, 6 * rows * d)
     yield Case("gated_rms_norm fwd+bwd", shape, both, needs, 16 * rows * d)
 

@@ -27,10 +27,7 @@ from stateline.checks import fail
 #: Fastest first. A name stays a string until an op needs it, so an absent back end costs nothing.
 BACKENDS = ("gpu", "cpu", "chunked", "reference")
 #: Operations that have back ends: the folders of `ops`.
-OPS = (
-    "causal_conv1d", "cross_entropy", "decode_token", "gated_rms_norm", "packed_linear", "rms_norm", "selective_scan",
-    "ssd",
-)  # fmt: skip
+OPS = ("causal_conv1d", "cross_entropy", "decode_token", "packed_linear", "rms_norm", "selective_scan", "ssd")
 #: Operations with a second form in PyTorch, faster than the definition.
 CHUNKED = ("ssd",)
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.

@@ -18,7 +18,7 @@ from torch import Tensor
 from where import DEVICE, INTERPRETED
 
 from stateline import backends, ops
-from stateline.ops.gated_rms_norm import reference as norm
+from stateline.ops.rms_norm import reference as norm
 from stateline.ops.ssd import gpu, reference
 
 # Triton's interpreter cuts bfloat16 off instead of rounding, which is beyond the bound.
@@ -288,8 +288,8 @@ def test_gated_norm(s: dict[str, Any]) -> None:
     out = ops.gated_rms_norm(*placed, eps=how[0], groups=how[1], norm_before_gate=how[2], backend="gpu")
     assert out.dtype == s["dtype"]
     exact = [v.double() for v in (y, z, weight)]
-    close("out", out.cpu(), norm.forward(*exact, *how), s["dtype"])
+    close("out", out.cpu(), norm.gated_forward(*exact, *how), s["dtype"])
     dout = torch.randn(shape).to(s["dtype"])
     got = torch.autograd.grad(out, given, dout.to(DEVICE))
-    for name, a, b in zip(("y", "z", "weight"), got, norm.backward(dout.double(), *exact, *how), strict=True):
+    for name, a, b in zip(("y", "z", "weight"), got, norm.gated_backward(dout.double(), *exact, *how), strict=True):
         close(f"d{name}", a.cpu(), b, s["dtype"])

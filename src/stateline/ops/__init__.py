@@ -2,9 +2,8 @@
 
 from stateline.ops.causal_conv1d import causal_conv1d, causal_conv1d_step_
 from stateline.ops.cross_entropy import cross_entropy
-from stateline.ops.gated_rms_norm import gated_rms_norm
 from stateline.ops.packed_linear import packed_linear
-from stateline.ops.rms_norm import rms_norm
+from stateline.ops.rms_norm import gated_rms_norm, rms_norm
 from stateline.ops.selective_scan import selective_scan, selective_scan_step_
 from stateline.ops.ssd import ssd, ssd_step_
 

@@ -323,7 +323,7 @@ class _Gradient:
         pieces, crossing = call.empty(count, 3, call.parts, plan.tile), call.empty(count, 2, call.parts)
         width = call.parts * (plan.channels if _wide(call.D) else 1)
         dD = None if call.D is None else call.sums(width)
-        pairs = call.empty(count, call.g, shares, plan.tile, plan.tile)
+        pairs = call.empty(count, call.g, shares, 2, plan.tile, plan.tile, dtype=_kind(call.half))
         dB, dC = (call.empty(shares, *self.dB.shape) for _ in "BC")
         if call.segments is not None:
             dB.zero_(), dC.zero_()

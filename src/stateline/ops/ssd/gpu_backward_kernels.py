@@ -32,7 +32,8 @@ def inputs(
 ):  # fmt: skip
     """dx of a tile, and what inputs give to the sums for dt, dB, dC and dD. SHARES programs share a group.
 
-    pairs: (tile, group, SHARES, Q, Q) the gradient of C·B of two steps.   dD: (tile, part[, PB]), the latter if D_WIDE.
+    pairs: (tile, group, SHARES, 2, Q, Q) the gradient of C·B of two steps, and what HALF leaves out.
+    dD: (tile, part) or, D_WIDE, (tile, part, PB).
     pieces: (tile, 3, part, Q) what goes to the decays of a step and all before it, twice, and to its size.
     crossing: (tile, 2, part) what all decays of a tile get.
     """
@@ -40,7 +41,7 @@ def inputs(
     program = tl.program_id(0)
     number, rest = program // (SHARES * groups), program % (SHARES * groups)
     group = rest // SHARES
-    _, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
+    _sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
     if exists:
         tile = number.to(tl.int64)
         n, s = tl.arange(0, NB), tl.arange(0, Q)
@@ -94,8 +95,11 @@ def inputs(
                     tl.store(own_dD, tl.sum(wide * value.to(tl.float32), 0))
             put(at(dx + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, du,
                 Q, PB)  # fmt: skip
-        where = pairs + (tile * (groups * SHARES) + rest) * (Q * Q) + s[:, None] * Q + s[None, :]
-        tl.store(where, dproduct)
+        where = pairs + (tile * (groups * SHARES) + rest) * (2 * Q * Q) + s[:, None] * Q + s[None, :]
+        most = operand(dproduct, HALF)
+        tl.store(where, most)
+        if HALF:
+            tl.store(where + Q * Q, operand(dproduct - most.to(tl.float32), HALF))
 
 
 @triton.jit(do_not_specialize=("t", "each"))
@@ -111,7 +115,7 @@ def projections(
     program = tl.program_id(0)
     number, rest = program // (SHARES * groups), program % (SHARES * groups)
     group = rest // SHARES
-    _, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
+    _sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
     if exists:
         tile = number.to(tl.int64)
         n, s = tl.arange(0, NB), tl.arange(0, Q)
@@ -140,16 +144,13 @@ def projections(
             through = tl.dot(tl.trans(S), G, input_precision=PRECISION)  # what both hold lies on its diagonal
             through = tl.sum(tl.where(diagonal, through, 0.0)) * whole
             tl.store(crossing + (tile * 2 + 1) * (heads * PARTS) + part, through)
-        product = tl.load(pairs + (tile * (groups * SHARES) + rest) * (Q * Q) + s[:, None] * Q + s[None, :])
+        where = pairs + (tile * (groups * SHARES) + rest) * (2 * Q * Q) + s[:, None] * Q + s[None, :]
         b_at = at(B + group * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
         b = operand(rows(b_at, n, N, first, length, Q, NB), HALF)
-        most = operand(product, HALF)
-        dc = tl.dot(most, b, dc, input_precision=PRECISION)
-        db = tl.dot(tl.trans(most), c, db, input_precision=PRECISION)
-        if HALF:  # what the first numbers leave out, since a sum over heads is rounded here
-            most = operand(product - most.to(tl.float32), HALF)
-            dc = tl.dot(most, b, dc, input_precision=PRECISION)
-            db = tl.dot(tl.trans(most), c, db, input_precision=PRECISION)
+        for i in tl.static_range(2 if HALF else 1):
+            product = tl.load(where + i * Q * Q)
+            dc = tl.dot(product, b, dc, input_precision=PRECISION)
+            db = tl.dot(tl.trans(product), c, db, input_precision=PRECISION)
         offset = rest % SHARES * size_of_share + group * N
         width = groups * N
         put(at(dC + offset, row * t, width, width, origin, first, Q, REVERSE), n, N, first, length, dc, Q, NB)

@@ -62,6 +62,7 @@ def sheet(p0, P: tl.constexpr, N: tl.constexpr, PB: tl.constexpr, NB: tl.constex
 
 @triton.jit
 def group_of(head, heads: tl.constexpr, groups: tl.constexpr):
+    """The group whose B and C a head reads."""
     return head * groups // heads
 
 
@@ -125,7 +126,7 @@ def prepare(
     heads: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """The clock of a tile, of H heads."""
-    _, row, first, length, origin, exists = place(table, tiles, tl.program_id(0), t, each, Q, REVERSE)
+    _sequence, row, first, length, origin, exists = place(table, tiles, tl.program_id(0), t, each, Q, REVERSE)
     if exists:
         tile = tl.program_id(0).to(tl.int64)
         h = tl.program_id(1) * H + tl.arange(0, H)
