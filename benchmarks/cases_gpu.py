@@ -300,16 +300,16 @@ def block(b: int, t: int, d: int, bars: tuple[float, float]) -> Iterator[Case]:
     yield Case("Mamba block fwd+bwd", shape, lambda: make(True), needs, tokens=b * t, bar=bars[1])
 
 
-def language_model(d: int, layers: int) -> LanguageModel:
+def language_model(d: int, layers: int, mixer: str = "Mamba1") -> LanguageModel:
     """Random weights in bfloat16, GPT-NeoX's vocabulary."""
     torch.manual_seed(0)
-    config = ModelConfig(d_model=d, n_layer=layers, vocab_size=50280)
+    config = ModelConfig(d_model=d, n_layer=layers, vocab_size=50280, ssm_cfg={"layer": mixer})
     return LanguageModel(config).to(device=DEVICE, dtype=BF16)
 
 
-def training_step(d: int, layers: int, b: int, t: int, how: str) -> Work:
+def training_step(d: int, layers: int, b: int, t: int, how: str, mixer: str = "Mamba1") -> Work:
     """One step of AdamW on random tokens: "eager", "recorded" as a CUDA graph, or "compiled" by torch."""
-    model = language_model(d, layers)
+    model = language_model(d, layers, mixer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids, targets = torch.randint(0, 50280, (2, b, t), device=DEVICE).unbind()
     loss = torch.compile(model.loss) if how == "compiled" else model.loss

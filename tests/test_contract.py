@@ -58,6 +58,25 @@ def test_gradcheck_of_halves(backend: str, where: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("first", [False, True])
+def test_gated_norm(backend: str, first: bool) -> None:
+    """Against torch's own norm, and its gradient against differences."""
+    y, z, w = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 6), (2, 3, 6), (6,)))
+    v, gate = y.unflatten(-1, (2, 3)), torch.nn.functional.silu(z).unflatten(-1, (2, 3))
+    normed = torch.nn.functional.rms_norm(v if first else v * gate, (3,), None, 1e-5)
+    wanted = (normed * gate if first else normed).flatten(-2) * w
+
+    def run(*given: Tensor) -> Tensor:
+        return ops.gated_rms_norm(*given, groups=2, norm_before_gate=first, backend=backend)
+
+    torch.testing.assert_close(run(y, z, w), wanted)
+    assert torch.autograd.gradcheck(run, (y, z, w))
+    half = run(*(v.detach().bfloat16() for v in (y, z, w)))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), wanted, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck_of_rms_norm(backend: str) -> None:
     leaves = [leaf(shape, torch.float64).requires_grad_() for shape in ((2, 3, 5), (5,), (2, 3, 5))]
     assert torch.autograd.gradcheck(lambda x, w, r: ops.rms_norm(x, w, residual=r, backend=backend), leaves)
@@ -121,6 +140,8 @@ def test_opcheck_of_raw_ops() -> None:
     torch.library.opcheck(OPS.rms_norm.default, (v, b, v, 1e-5, torch.float64, None))
     torch.library.opcheck(OPS.rms_norm_backward.default, (y, h, h, b, 1e-5, torch.float32, None, None))
     logits, targets = leaf((3, 8), torch.float32), torch.tensor([0, -1, 6])
+    torch.library.opcheck(OPS.gated_rms_norm.default, (v, y, b, 1e-5, 1, False, None))
+    torch.library.opcheck(OPS.gated_rms_norm_backward.default, (y, v, y, b, 1e-5, 1, True, None))
     loss, total = OPS.cross_entropy(logits, targets, 7, -1, None)
     torch.library.opcheck(OPS.cross_entropy.default, (logits, targets, 7, -1, None))
     torch.library.opcheck(OPS.cross_entropy_backward.default, (loss, logits, total, targets, 7, -1, None))
@@ -276,6 +297,8 @@ BAD_CALLS: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]]
     (ops.rms_norm, {"x": V["x"], "weight": torch.ones(4), "eps": float("nan")}, ValueError, "eps is nan"),
     (ops.rms_norm, {"x": V["x"], "weight": torch.ones(4), "residual": torch.ones(4)}, ValueError, "residual has"),
     (ops.rms_norm, {"x": torch.tensor(1.0), "weight": torch.ones(4)}, TypeError, "expected a tensor"),
+    (ops.gated_rms_norm, {"y": V["x"], "z": V["x"][:1], "weight": torch.ones(4)}, ValueError, "one gates the other"),
+    (ops.gated_rms_norm, {"y": V["x"], "z": V["x"], "weight": torch.ones(4), "groups": 3}, ValueError, "3 groups do"),
 ]
 
 

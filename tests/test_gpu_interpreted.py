@@ -16,6 +16,7 @@ QUICK = (
     "test_lengths or test_states and (True-3 or False-16 or -0) or test_segments and True-True-packed"
     " or test_step and float32"
 )
+SSD = "test_step or test_sizes or test_each or gated or (test_grid and packed) or (layers and float32)"
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0"
 )
@@ -28,9 +29,11 @@ needs_triton = pytest.mark.skipif(
         ("test_gpu_ops.py", ""),
         ("test_sampling_gpu.py", ""),
         ("test_scan_triton.py", QUICK),
+        ("test_ssd_gpu.py", SSD),
         pytest.param("test_scan_triton.py", "", marks=pytest.mark.full),
+        pytest.param("test_ssd_gpu.py", "", marks=pytest.mark.full),
     ],
-    ids=["ops", "sampling", "scan", "all of the scan"],
+    ids=["ops", "sampling", "scan", "ssd", "all of the scan", "all of ssd"],
 )
 def test_kernels_compute_the_same_under_the_interpreter(file: str, chosen: str) -> None:
     """In a process of its own: Triton reads the switch when it is imported."""

@@ -126,7 +126,8 @@ def test_opcheck_of_raw_ops() -> None:
     where = (x["initial_state"], torch.tensor([[0, 0, 7], [1, 2, 12]]), False, None)
     y, state, decay = OPS.ssd(*head, *where)
     torch.library.opcheck(OPS.ssd.default, (*head, *where))
-    torch.library.opcheck(OPS.ssd_backward.default, (y, state, decay, *head, *where))
+    torch.library.opcheck(OPS.ssd_kept.default, (*head, *where))
+    torch.library.opcheck(OPS.ssd_backward.default, (y, state, decay, *head, *where, None))
     token = (*(cut(x, 0)[k] for k in ("x", "dt", "A", "B", "C")), None, None, None, False, 0.0, 3.0)
     torch.library.opcheck(OPS.ssd_step_.default, (state, *token, torch.tensor([1, -1]), None))
 
@@ -247,10 +248,7 @@ def test_bad_input_gets_one_clear_error(change: dict[str, Any], error: type[Exce
         ops.ssd(**(X | change))
 
 
-def test_explain_says_that_a_gpu_gets_matrix_products() -> None:
-    cuda = backends.choose("ssd", "cuda", dtype=torch.float32)
-    assert cuda.name == "chunked"
-    assert cuda.rejected["gpu"] == "GPU kernels of ssd are not part of this release."
+def test_explain_says_which_form_runs() -> None:
     assert backends.explain(ops.ssd, X["x"]).name == ("cpu" if "cpu" in BACKENDS else "chunked")
     with pytest.raises(ValueError, match="backend is 'chunked', expected one of 'gpu', 'cpu', 'reference'"):
         backends.choose("selective_scan", "cpu", "chunked")

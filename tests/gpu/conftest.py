@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def _patch_helpers_once() -> None:
     from triton.runtime import interpreter
 
     interpreter._patch_lang(tl.zeros.fn)
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        """numpy no longer takes an array of one number for an index, as Triton's does."""
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = with_index
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **options: self.rewrite()(*args, **options)
 
 
@@ -49,6 +58,13 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         from stateline.ops.selective_scan import gpu_triton as scan
 
         monkeypatch.setattr(scan, "plan", lambda *_: scan.Plan(4, 2, 32, 2))
+        from stateline.ops.ssd import gpu as ssd
+
+        def small(t: int, h: int, p: int, n: int, *_: object) -> ssd.Plan:
+            return ssd.Plan(4, 8, 16, max(16, cuda.power_of_2(n)), 2, (1,) * 4, (1,) * 4)
+
+        monkeypatch.setattr(ssd, "plan", small)
+        monkeypatch.setattr(ssd, "PRECISION", "ieee")  # the interpreter knows no products in parts
 
 
 @pytest.fixture(autouse=True)

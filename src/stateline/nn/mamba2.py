@@ -217,17 +217,18 @@ class Mamba2(Mixer):
         D = self.D.to(full)
         options: dict[str, Any] = {"D": D.view(self.nheads, self.headdim) if self.D_has_hdim else D}
         options |= {"dt_bias": self.dt_bias.to(full), "dt_softplus": True, "dt_limit": self.dt_limit}
-        # The norm gates by itself only where it comes before the gate.
-        return options | {"z": None if self._gates() else z.unflatten(-1, (self.nheads, self.headdim))}
+        return options | {"z": None if self._gates(z) else z.unflatten(-1, (self.nheads, self.headdim))}
 
-    def _gates(self) -> bool:
-        return self.norm is not None and self.norm.norm_before_gate
+    def _gates(self, z: Tensor) -> bool:
+        """Whether the norm gates by itself: where it comes before the gate, and on a GPU, whose scan would have to find
+        its output again for the gate's gradient."""
+        return self.norm is not None and (self.norm.norm_before_gate or z.is_cuda)
 
     def _finish(self, y: Tensor, z: Tensor, beside: Tensor | None) -> Tensor:
         """y (…, h, p), z (…, h·p) -> (…, d_model)."""
         y = y.flatten(-2)
         if self.norm is not None:
-            y = self.norm(y, z if self._gates() else None)
+            y = self.norm(y, z if self._gates(z) else None)
         return self.out_proj(y if beside is None else torch.cat([beside, y], -1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mamba2:

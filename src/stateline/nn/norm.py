@@ -72,13 +72,11 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
         """y, z (…, d_model) -> (…, d_model) in y's dtype; z None: y was gated already."""
-        real = torch.float64 if y.dtype == torch.float64 else torch.float32
         if z is None:
             return self._norm(y)
-        gate = F.silu(z.to(real))
-        if self.norm_before_gate:
-            return (self._norm(y.to(real)) * gate).to(y.dtype)
-        return self._norm(y.to(real) * gate).to(y.dtype)
+        return ops.gated_rms_norm(
+            y, z, self.weight, eps=self.eps, groups=self.groups, norm_before_gate=self.norm_before_gate
+        )
 
     def _norm(self, y: Tensor) -> Tensor:
         if self.groups == 1:

@@ -198,15 +198,20 @@ class Runs:
     firsts: Tensor | None = None
 
 
+def run_count(b: int, t: int, steps: int, sequences: int | None) -> int:
+    """Of how many programs there have to be for `runs`; sequences: rows of its table, None without one."""
+    return b * max(1, ceil_div(t, steps)) if sequences is None else (b * (t // steps) + sequences if sequences else 0)
+
+
 def runs(segments: Tensor | None, b: int, t: int, steps: int) -> Runs:
     """Runs of `steps` of (b, t); an empty sequence has one too, since it passes its state on."""
     each = max(1, ceil_div(t, steps))
     if segments is None:
-        return Runs(b * each, each)
+        return Runs(run_count(b, t, steps, None), each)
     segments = segments.contiguous()
     needed = ((segments[:, 2] - segments[:, 1] + (steps - 1)) // steps).clamp(min=1)
     ends = needed.cumsum(0)
-    count = b * (t // steps) + segments.shape[0]
+    count = run_count(b, t, steps, segments.shape[0])
     program = torch.arange(count, device=segments.device)
     sequence = torch.searchsorted(ends, program, right=True)
     if not segments.shape[0]:

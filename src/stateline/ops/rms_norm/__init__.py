@@ -13,6 +13,7 @@ from stateline.checks import Sizes
 from stateline.ops.library import call, define, first_only_of, or_empty
 
 OP = "rms_norm"
+GATED = "gated_rms_norm"
 
 
 def rms_norm(
@@ -61,6 +62,54 @@ def rms_norm(
     checks.choice(OP, "residual_dtype", residual_dtype, (None, *checks.REAL_DTYPES))
     checks.same_device(OP, {"x": x, "weight": weight, "residual": residual})
     return call(_RMSNorm, x, weight, residual, float(eps), residual_dtype or x.dtype, backend)
+
+
+def gated_rms_norm(
+    y: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    groups: int = 1,
+    norm_before_gate: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalise `y · silu(z)` by its root mean square or, `norm_before_gate`, y alone, times silu(z) after that.
+
+    Args:
+        y, z: (…, d).   weight: (d).
+        eps: added to the mean square, > 0.
+        groups: of d / groups neighbouring channels, each normalised by itself.
+        backend: "gpu", "cpu" or "reference" forces one, None chooses.
+
+    Returns:
+        (…, d) in y's dtype, rounded once. Differentiable in every tensor; first derivatives only.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Source: Dao & Gu 2024, "Transformers are SSMs", section 7.
+
+    >>> import torch
+    >>> gated_rms_norm(torch.ones(1, 4), torch.zeros(1, 4), torch.ones(4)).tolist()
+    [[0.0, 0.0, 0.0, 0.0]]
+    """
+    if not isinstance(y, Tensor) or y.dim() < 1:
+        raise checks.fail(GATED, f"y is {y!r}, expected a tensor (…, d).", error=TypeError)
+    for name, x in (("y", y), ("z", z), ("weight", weight)):
+        checks.dtype(GATED, name, x, checks.REAL_DTYPES)
+    if z.shape != y.shape:
+        raise checks.fail(GATED, f"z has shape {tuple(z.shape)}, y has {tuple(y.shape)}; one gates the other.")
+    sizes = Sizes(GATED)
+    sizes.bind("d", y.shape[-1], "y")
+    sizes.match("weight", weight, "d")
+    checks.number(GATED, "eps", eps, low=0.0, open_low=True)
+    checks.number(GATED, "groups", groups, low=1, integer=True)
+    if y.shape[-1] % groups:
+        raise checks.fail(GATED, f"y has {y.shape[-1]} channels, which {groups} groups do not divide.")
+    checks.same_device(GATED, {"y": y, "z": z, "weight": weight})
+    out: Tensor = call(_GatedRMSNorm, y, z, weight, float(eps), groups, bool(norm_before_gate), backend)
+    return out
 
 
 # ---- raw ops ---------------------------------------------------------------------------------------------------------
@@ -128,3 +177,54 @@ class _RMSNorm(Function):
         grads = _backward(dy, dh, h, weight, eps, x_dtype, residual_dtype, backend)
         given = (h, weight, None if residual_dtype is None else h)
         return (*first_only_of(OP, given, grads, dy, dh), None, None, None)
+
+
+def _run_gated(y: Tensor, *args: Any) -> Tensor:
+    *rest, backend = args
+    out: Tensor = backends.kernel(OP, y.device.type, backend, y.dtype).gated_forward(y, *rest)
+    return out
+
+
+def _run_gated_backward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *rest, backend = args
+    grads: tuple[Tensor, ...] = backends.kernel(OP, dout.device.type, backend, rest[0].dtype).gated_backward(
+        dout, *rest
+    )
+    return grads
+
+
+def _fake_gated(y: Tensor, *args: Any) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+def _fake_gated_backward(dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return y.new_empty(y.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
+
+
+_GATED = "Tensor y, Tensor z, Tensor weight, float eps, int groups, bool norm_before_gate, str? backend"
+_gated = define(f"{GATED}({_GATED}) -> Tensor", _run_gated, _fake_gated)
+_gated_backward = define(
+    f"{GATED}_backward(Tensor dout, {_GATED}) -> (Tensor, Tensor, Tensor)", _run_gated_backward, _fake_gated_backward
+)
+
+
+class _GatedRMSNorm(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # setup_context form; spelled out, since compile does not take *args here
+        y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int, norm_before_gate: bool, backend: str | None
+    ) -> Tensor:
+        out: Tensor = _gated(y, z, weight, eps, groups, norm_before_gate, backend)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.options = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        given = ctx.saved_tensors
+        grads = _gated_backward(dout, *given, *ctx.options)
+        return (*first_only_of(GATED, given, grads, dout), *[None] * 4)

@@ -11,6 +11,7 @@ from stateline.ops.rms_norm import gpu_kernels as kernels
 
 DTYPES = cuda.DTYPES
 _forward, _backward, _reduce = map(cuda.Kernel, (kernels.forward, kernels.backward, shared.reduce))
+_gated_forward, _gated_backward = map(cuda.Kernel, (kernels.gated_forward, kernels.gated_backward))
 #: Rows of a program of the gradient, which divide the number of partial sums.
 GRADIENT_ROWS = 16
 
@@ -64,3 +65,37 @@ def backward(
     if d:
         _reduce((cuda.ceil_div(d, 32), 1, 1), (partial, dweight, None, programs, d), (1, 1, 32, 32), 4)
     return dx, dweight, dresidual
+
+
+def gated_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int, norm_before_gate: bool) -> Tensor:
+    """y, z (…, d), weight (d) -> (…, d) in y's dtype."""
+    out = cuda.empty(y.shape, y.dtype, y)
+    if y.numel():
+        y_in, z_in = _rows(y), _rows(z)
+        (rows, d), each = y_in.shape, y.shape[-1] // groups
+        arguments = (y_in, z_in, cuda.plain(weight), out, d, eps, y_in.stride(0), z_in.stride(0))
+        width = cuda.power_of_2(each)
+        _gated_forward((rows, groups, 1), arguments, (each, norm_before_gate, width), _warps(width))
+    return out
+
+
+def gated_backward(
+    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int, norm_before_gate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, z and weight."""
+    grads, y_in, z_in = map(_rows, (dout, y, z))
+    rows, d = y_in.shape
+    dy, dz = cuda.empty(y.shape, y.dtype, y), cuda.empty(z.shape, z.dtype, y)
+    dweight = cuda.empty((d,), weight.dtype, y)
+    programs = cuda.ceil_div(rows, GRADIENT_ROWS)
+    partial = cuda.empty((programs, d), torch.float32, y)
+    if y.numel():
+        each = d // groups
+        width = cuda.power_of_2(each)
+        arguments = (grads, y_in, z_in, cuda.plain(weight), dy, dz, partial, rows, d, eps)
+        strides = (grads.stride(0), y_in.stride(0), z_in.stride(0))
+        constants = (each, norm_before_gate, GRADIENT_ROWS, width)
+        _gated_backward((programs, groups, 1), (*arguments, *strides), constants, _warps(width))
+    if d:
+        _reduce((cuda.ceil_div(d, 32), 1, 1), (partial, dweight, None, programs, d), (1, 1, 32, 32), 4)
+    return dy, dz, dweight

@@ -86,8 +86,9 @@ def ssd(
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
     checks.same_device(OP, dict(zip(names, inputs, strict=True)))
-    options = (segments.table, bool(dt_softplus), low, high, bool(reverse), backend)
-    y, state, decay = call(_SSD, *inputs, *options)
+    keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+    options = (segments.table, bool(dt_softplus), low, high, bool(reverse), keep, backend)
+    y, state, decay, _ = call(_SSD, *inputs, *options)
     return (y, state, decay) if return_decay else (y, state)
 
 
@@ -183,23 +184,34 @@ def _projection(op: str, sizes: Sizes, name: str, v: Tensor, lead: str) -> Tenso
 # ---- raw ops ---------------------------------------------------------------------------------------------------------
 
 
-def _kernel(tensor: Tensor, backend: str | None, A: Tensor) -> ModuleType:
-    return backends.kernel(OP, tensor.device.type, backend, A.dtype)
+def _kernel(device: str, backend: str | None, system: Sequence[Tensor]) -> ModuleType:
+    """The module that computes it; `system` is x, dt, A, B, C."""
+    return backends.kernel(OP, device, backend, system[2].dtype, system)
 
 
 def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, backend = args
-    return _kernel(x, backend, rest[1]).forward(x, *rest)
+    return _kernel(x.device.type, backend, (x, *rest[:4])).forward(x, *rest)
+
+
+def _run_kept(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *rest, backend = args
+    module = _kernel(x.device.type, backend, (x, *rest[:4]))
+    if hasattr(module, "forward_kept"):
+        return module.forward_kept(x, *rest)
+    return (*module.forward(x, *rest), x.new_empty(0))
 
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *rest, backend = args
-    return tuple(or_empty(g, dy) for g in _kernel(dy, backend, rest[4]).backward(dy, *rest))
+    *rest, backend, kept = args
+    more = (kept,) if kept is not None and kept.numel() else ()
+    grads = _kernel(dy.device.type, backend, rest[2:7]).backward(dy, *rest, *more)
+    return tuple(or_empty(g, dy) for g in grads)
 
 
 def _run_step(state: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
-    return _kernel(state, backend, rest[2]).step(state, *rest)
+    return _kernel(state.device.type, backend, rest[:5]).step(state, *rest)
 
 
 def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,6 +219,13 @@ def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any) -> tuple[Tens
     rows = x.shape[0] if segments is None else segments.shape[0]
     state = A.new_empty((rows, *x.shape[2:], B.shape[3]))
     return x.new_empty(x.shape), state, A.new_empty((rows, A.shape[0]))
+
+
+def _fake_kept(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    segments, _, backend = args[-3:]
+    shape = getattr(_kernel(x.device.type, backend, (x, dt, A, B, C)), "kept_shape", None)
+    kept = x.new_empty(0) if shape is None else x.new_empty(shape(x, B, C, segments), dtype=torch.float32)
+    return (*_fake(x, dt, A, B, C, *args), kept)
 
 
 def _fake_backward(dy: Tensor, dstate: Tensor, ddecay: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -224,8 +243,11 @@ _ARGS = (
 )
 _WHERE = "Tensor? initial_state, Tensor? segments, bool reverse, str? backend"
 _forward = define(f"{OP}({_ARGS}, {_WHERE}) -> (Tensor, Tensor, Tensor)", _run, _fake)
+# The last result spares the gradient work; its shape is the back end's own, and it is empty if there is none.
+_forward_kept = define(f"{OP}_kept({_ARGS}, {_WHERE}) -> (Tensor, Tensor, Tensor, Tensor)", _run_kept, _fake_kept)
 _backward = define(
-    f"{OP}_backward(Tensor dy, Tensor dstate, Tensor ddecay, {_ARGS}, {_WHERE}) -> ({', '.join(['Tensor'] * 9)})",
+    f"{OP}_backward(Tensor dy, Tensor dstate, Tensor ddecay, {_ARGS}, {_WHERE}, Tensor? kept) -> "
+    f"({', '.join(['Tensor'] * 9)})",
     _run_backward,
     _fake_backward,
 )
@@ -239,21 +261,31 @@ class _SSD(Function):
     def forward(  # setup_context form; spelled out, since compile does not take *args here
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, initial_state: Tensor | None, table: Tensor | None, dt_softplus: bool, low: float,
-        high: float, reverse: bool, backend: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        inputs = (x, dt, A, B, C, D, z, dt_bias)
-        return _forward(*inputs, dt_softplus, low, high, initial_state, table, reverse, backend)
+        high: float, reverse: bool, keep: bool, backend: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        args = (x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, initial_state, table, reverse, backend)
+        return _forward_kept(*args) if keep else (*_forward(*args), None)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:10])
-        ctx.options = inputs[10:]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+        if output[3] is not None:
+            ctx.mark_non_differentiable(output[3])
+        ctx.set_materialize_grads(False)  # no zeros for what is kept
+        ctx.save_for_backward(*inputs[:10], output[3])
+        ctx.options = inputs[10:14] + inputs[15:]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dstate: Tensor, ddecay: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, initial_state, table = ctx.saved_tensors
+    def backward(
+        ctx: Any, dy: Tensor | None, dstate: Tensor | None, ddecay: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        *inputs, initial_state, table, kept = ctx.saved_tensors
         dt_softplus, low, high, reverse, backend = ctx.options
-        where = (dt_softplus, low, high, initial_state, table, reverse, backend)
+        (b, _t, h, p), A, n = inputs[0].shape, inputs[2], inputs[3].shape[3]
+        sequences = b if table is None else table.shape[0]
+        dy = inputs[0].new_zeros(inputs[0].shape) if dy is None else dy
+        dstate = A.new_zeros((sequences, h, p, n)) if dstate is None else dstate
+        ddecay = A.new_zeros((sequences, h)) if ddecay is None else ddecay
+        where = (dt_softplus, low, high, initial_state, table, reverse, backend, kept)
         grads = _backward(dy, dstate, ddecay, *inputs, *where)
         given = (*inputs, initial_state)
-        return (*first_only_of(OP, given, grads, dy, dstate, ddecay), *[None] * 6)
+        return (*first_only_of(OP, given, grads, dy, dstate, ddecay), *[None] * 7)
