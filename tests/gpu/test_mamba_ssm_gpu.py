@@ -43,8 +43,12 @@ LAYERS = {
     "Mamba2, two groups": {"ngroups": 2},
     "Mamba2, part through a gated unit": {"d_ssm": 128},
     "Mamba2, limited steps": {"dt_limit": (0.01, 0.05)},
+    "Mamba3": {"headdim": 64},
+    "Mamba3, a norm": {"headdim": 64, "is_outproj_norm": True},
+    "Mamba3, two groups, all states turn": {"headdim": 64, "ngroups": 2, "rope_fraction": 1.0},
 }
-TOKENS = [name for name, options in LAYERS.items() if not {"D_has_hdim", "dt_limit"} & {*options}]
+#: Of Mamba3, their tokens need a CUDA library of their own.
+TOKENS = [name for name in LAYERS if name.startswith("Mamba2") and not {"D_has_hdim", "dt_limit"} & {*LAYERS[name]}]
 
 
 def pair(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
