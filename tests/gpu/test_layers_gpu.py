@@ -44,7 +44,7 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
     found = []
     for layer, kind in ((copy.deepcopy(given).cuda(), dtype), (copy.deepcopy(given).double(), torch.float64)):
         device = next(layer.parameters()).device
-        u = x.to(device, kind).requires_grad_()
+        u = x.to(device, kind, copy=True).requires_grad_()
         y = layer(u, lengths=lengths.to(device))
         y.backward(dy.to(device, kind))
         found.append({"y": y.detach(), "input": u.grad} | {k: p.grad for k, p in layer.named_parameters()})
