@@ -12,7 +12,7 @@ from torch import Tensor
 from where import DEVICE, INTERPRETED
 
 from stateline import ops
-from stateline.nn import Mamba
+from stateline.nn import Mamba, Mamba2, Mixer
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no device")
 
@@ -34,7 +34,20 @@ def calls(device: str) -> dict[str, tuple[Op, dict[str, Tensor]]]:
     """Each operation with inputs that want gradients, by name; both kinds of kernels of the scan."""
     x, taps = torch.randn(2, 70, 40, device=device), torch.randn(40, 4, device=device)
     scan = functools.partial(ops.selective_scan, dt_softplus=True)
+    h, p, n = 3, 64, 64
+    heads = {name: torch.randn(2, 70, h, p, device=device) for name in ("x", "z")}
+    heads |= {name: torch.randn(2, 70, n, device=device) for name in "BC"}
+    heads |= {"dt": torch.randn(2, 70, h, device=device), "A": -torch.rand(h, device=device)}
     made = {
+        "ssd": (functools.partial(ops.ssd, dt_softplus=True), heads),
+        "ssd, bfloat16": (
+            functools.partial(ops.ssd, dt_softplus=True),
+            {k: v if k == "A" else v.bfloat16() for k, v in heads.items()},
+        ),
+        "gated_rms_norm": (
+            lambda **x: (ops.gated_rms_norm(**x),),
+            {"y": x, "z": x.flip(0), "weight": taps[:, 0].contiguous()},
+        ),
         "causal_conv1d": (functools.partial(ops.causal_conv1d, activation="silu"), {"x": x, "weight": taps}),
         "rms_norm": (ops.rms_norm, {"x": x, "weight": taps[:, 0].contiguous(), "residual": torch.randn_like(x)}),
         "selective_scan": (scan, scan_inputs(device)),
@@ -43,13 +56,15 @@ def calls(device: str) -> dict[str, tuple[Op, dict[str, Tensor]]]:
     return {name: (op, {k: v.requires_grad_() for k, v in given.items()}) for name, (op, given) in made.items()}
 
 
-OPS = ("causal_conv1d", "rms_norm", "selective_scan", "selective_scan, complex")
+OPS = (
+    "causal_conv1d", "rms_norm", "gated_rms_norm", "selective_scan", "selective_scan, complex", "ssd", "ssd, bfloat16",
+)  # fmt: skip
 
 
 def results(op: Op, given: dict[str, Tensor]) -> list[Tensor]:
     """Outputs and all gradients of their sum of squares."""
     out = op(**given)
-    loss = sum((torch.view_as_real(y) if y.is_complex() else y).square().sum() for y in out)
+    loss = sum((torch.view_as_real(y) if y.is_complex() else y).float().square().sum() for y in out)
     return [*out, *torch.autograd.grad(loss, list(given.values()))]
 
 
@@ -97,9 +112,10 @@ def test_compiled_whole_it_is_eagers(name: str, monkeypatch: pytest.MonkeyPatch)
     same(results(compiled, given), results(op, given), 1e-6)
 
 
-def test_a_compiled_mamba_block_is_eagers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [Mamba, Mamba2])
+def test_a_compiled_mamba_block_is_eagers(kind: type[Mixer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    layer, x = Mamba(64, device=DEVICE), torch.randn(2, 50, 64, device=DEVICE, requires_grad=True)
+    layer, x = kind(64, device=DEVICE), torch.randn(2, 50, 64, device=DEVICE, requires_grad=True)
     leaves = [x, *layer.parameters()]
 
     def both(run: Op) -> list[Tensor]:

@@ -21,8 +21,8 @@ from stateline.ops.ssd import gpu_kernels as kernels
 
 #: Precision of A that the kernels compute in.
 DTYPES = frozenset({torch.float32})
-#: States that a tile's registers hold.
-MOST_STATES = 256
+#: States that a tile's registers hold, and those of a step.
+MOST_STATES, MOST_STATES_OF_STEP = 128, 4096
 
 _prepare, _sweep, _combine, _outputs, _step = map(
     cuda.Kernel, (kernels.prepare, kernels.sweep, kernels.combine, kernels.outputs, kernels.step)
@@ -55,17 +55,17 @@ class Plan:
     stages: tuple[int, int, int, int]
 
 
-@functools.cache
 def plan(t: int, h: int, p: int, n: int, half: bool, memory: int) -> Plan:
     """From sizes of a sequence, the operands' dtype and a block's shared memory, so that a sequence has the same bits
     in every batch (timings: benchmarks/NOTES.md)."""
     states = max(16, cuda.power_of_2(n))
-    large = half and memory >= 200 * 1024
-    channels = max(16, min(32 if states > 128 else 64, cuda.power_of_2(p)))
+    most = 64 if half else 16 if states > 64 else 32
+    channels = max(16, min(most, cuda.power_of_2(p)))
     programs = h * cuda.ceil_div(p, channels)
     run = next((r for r in (1024, 512) if t * programs >= 128 * r), 256)
-    stages = (3, 2, 3, 3) if large else (1, 1, 1, 1)
-    return Plan(64 if large else 32, run, channels, states, 16, (4, 4, 4, 8), stages)
+    if half and memory >= 200 * 1024:
+        return Plan(64, run, channels, states, 16, (4, 4, 4, 8), (3, 2, 3, 3))
+    return Plan(32, run, channels, states, 16, (4, 4, 4, 8) if half else (2, 2, 4, 4), (1, 1, 1, 1))
 
 
 def halves(x: Tensor, B: Tensor, C: Tensor) -> bool:
@@ -78,11 +78,12 @@ def halves(x: Tensor, B: Tensor, C: Tensor) -> bool:
 
 def problem(*args: Any) -> str | None:
     """Why the kernels do not cover (x, dt, A, B, …), or None if they do."""
-    if len(args) > 3 and args[3].shape[-1] > MOST_STATES:
-        return f"its GPU kernels hold up to {MOST_STATES} states, not {args[3].shape[-1]}."
-    if len(args) > 3 and 0 in args[0].shape[-2:]:
-        return "its GPU kernels need heads and channels."
-    return None
+    if len(args) < 4:
+        return None
+    n, most = args[3].shape[-1], MOST_STATES if args[0].dim() == 4 else MOST_STATES_OF_STEP
+    if n > most:
+        return f"its GPU kernels hold up to {most} states, not {n}."
+    return "its GPU kernels need heads and channels." if 0 in args[0].shape[-2:] else None
 
 
 def detail(*args: Any) -> str:
