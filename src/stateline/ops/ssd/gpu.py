@@ -247,6 +247,7 @@ def forward(
     return forward_kept(*inputs)[:3]
 
 
+@cuda.side_by_side
 def forward_kept(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     dt_softplus: bool, dt_low: float, dt_high: float, initial_state: Tensor | None, segments: Tensor | None,
@@ -360,6 +361,7 @@ class _Gradient:
         _reduce(grid, (sums, self.dA, self.dbias, count, call.h), (1, 2, 32, 32), 4)
 
 
+@cuda.side_by_side
 def backward(
     dy: Tensor, dstate: Tensor, ddecay: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, dt_low: float, dt_high: float,
