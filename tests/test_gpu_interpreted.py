@@ -16,7 +16,7 @@ QUICK = (
     "test_lengths or test_states and (True-3 or False-16 or -0) or test_segments and True-True-packed"
     " or test_step and float32"
 )
-SSD = "test_step or test_sizes or test_each or gated or (test_grid and packed) or (layers and float32)"
+SSD = "test_step or test_sizes or test_each or gated or (test_grid and packed)"
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0"
 )

@@ -86,7 +86,8 @@ def ssd(
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
     checks.same_device(OP, dict(zip(names, inputs, strict=True)))
-    keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+    wanted = torch.is_grad_enabled() and not torch.compiler.is_exporting()  # an exported graph calls the raw op alone
+    keep = wanted and any(v is not None and v.requires_grad for v in inputs)
     options = (segments.table, bool(dt_softplus), low, high, bool(reverse), keep, backend)
     y, state, decay, _ = call(_SSD, *inputs, *options)
     return (y, state, decay) if return_decay else (y, state)

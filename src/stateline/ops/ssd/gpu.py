@@ -108,8 +108,8 @@ Steps = tuple[int, int, int]
 
 
 def _heads(x: Tensor) -> tuple[Tensor, Steps]:
-    """A (b, t, h, p) tensor as kernels read it, and its strides of b, t and h."""
-    x = cuda.data(x)
+    """A (b, t, h, p) tensor as kernels read it, and its strides of b, t and h; a tile's steps are 32-bit offsets."""
+    x = cuda.data(x) if x.stride(1) < 2**24 else x.contiguous()
     return x, (x.stride(0), x.stride(1), x.stride(2))
 
 

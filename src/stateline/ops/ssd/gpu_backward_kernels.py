@@ -45,8 +45,8 @@ def inputs(
     if exists:
         tile = number.to(tl.int64)
         n, s = tl.arange(0, NB), tl.arange(0, Q)
-        b_at = at(B + group * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
-        c_at = at(Cs + group * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
+        b_at = at(B + group.to(tl.int64) * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
+        c_at = at(Cs + group.to(tl.int64) * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
         b = operand(rows(b_at, n, N, first, length, Q, NB), HALF)
         c = operand(rows(c_at, n, N, first, length, Q, NB), HALF)
         product = tl.dot(c, tl.trans(b), input_precision=PRECISION)
@@ -54,7 +54,7 @@ def inputs(
         diagonal = s[:, None] == s[None, :]
         begin, end = parts_of(group, rest % SHARES, heads, groups, PARTS, TAKEN)
         for part in tl.range(begin, end, num_stages=STAGES):
-            head, p0 = part // PARTS, part % PARTS * PB
+            head, p0 = part // PARTS + 0 * tile, part % PARTS * PB  # 64 bits, like the tile
             p = p0 + tl.arange(0, PB)
             own, exist = sheet(p0, P, N, PB, NB)
             x_at = at(x + head * x_h, row, x_b, x_t, origin, first, Q, REVERSE)
@@ -119,13 +119,13 @@ def projections(
     if exists:
         tile = number.to(tl.int64)
         n, s = tl.arange(0, NB), tl.arange(0, Q)
-        c_at = at(Cs + group * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
+        c_at = at(Cs + group.to(tl.int64) * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
         c = operand(rows(c_at, n, N, first, length, Q, NB), HALF)
         db, dc = tl.zeros((Q, NB), tl.float32), tl.zeros((Q, NB), tl.float32)
         diagonal = tl.arange(0, PB)[:, None] == tl.arange(0, PB)[None, :]
         begin, end = parts_of(group, rest % SHARES, heads, groups, PARTS, TAKEN)
         for part in tl.range(begin, end, num_stages=STAGES):
-            head, p0 = part // PARTS, part % PARTS * PB
+            head, p0 = part // PARTS + 0 * tile, part % PARTS * PB  # 64 bits, like the tile
             p = p0 + tl.arange(0, PB)
             own, exist = sheet(p0, P, N, PB, NB)
             own += (tile * heads + head) * (P * N)
@@ -145,7 +145,7 @@ def projections(
             through = tl.sum(tl.where(diagonal, through, 0.0)) * whole
             tl.store(crossing + (tile * 2 + 1) * (heads * PARTS) + part, through)
         where = pairs + (tile * (groups * SHARES) + rest) * (2 * Q * Q) + s[:, None] * Q + s[None, :]
-        b_at = at(B + group * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
+        b_at = at(B + group.to(tl.int64) * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
         b = operand(rows(b_at, n, N, first, length, Q, NB), HALF)
         for i in tl.static_range(2 if HALF else 1):
             product = tl.load(where + i * Q * Q)

@@ -165,7 +165,7 @@ def sweep(
     sequence, row, first, length, origin, exists = place(table, tiles, run, t, runs, RUN, REVERSE)
     if exists:
         wide = run.to(tl.int64)
-        head, p0 = part // PARTS, part % PARTS * PB
+        head, p0 = (part // PARTS).to(tl.int64), part % PARTS * PB
         p, n = p0 + tl.arange(0, PB), tl.arange(0, NB)
         own, exist = sheet(p0, P, N, PB, NB)
         ends += (wide * heads + head) * (P * N)
@@ -261,7 +261,7 @@ def outputs(
     sequence, row, first, length, origin, exists = place(table, tiles, run, t, runs, RUN, REVERSE)
     if exists:
         wide = run.to(tl.int64)
-        head, p0 = part // PARTS, part % PARTS * PB
+        head, p0 = (part // PARTS).to(tl.int64), part % PARTS * PB
         p, n = p0 + tl.arange(0, PB), tl.arange(0, NB)
         own, exist = sheet(p0, P, N, PB, NB)
         S = tl.load(starts + (wide * heads + head) * (P * N) + own, mask=exist, other=0.0)
@@ -313,7 +313,7 @@ def step(
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
     row, part = (program // (heads * PARTS)).to(tl.int64), program % (heads * PARTS)
-    head, p0 = part // PARTS, part % PARTS * PB
+    head, p0 = (part // PARTS).to(tl.int64), part % PARTS * PB
     p, n = p0 + tl.arange(0, PB), tl.arange(0, NB)
     own, exist = p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
     slot = row

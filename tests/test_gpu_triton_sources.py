@@ -1,0 +1,64 @@
+"""ssd's Triton kernels without a device: each compiles for every architecture, and its tiles fit into shared memory."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from stateline.ops import cuda
+
+# Bytes of shared memory that a block may have: A100, RTX 3090, RTX 4090, H100, RTX 5090.
+DEVICES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
+KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+
+
+def compiled(arch: int, function: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> int:
+    """Shared memory that a kernel takes, compiled as a launch of these (meta) tensors would be."""
+    from triton import compile as build
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kinds: dict[str, str] = {}
+    fixed: dict[str, Any] = {}
+    aligned = {}
+    for i, (name, x) in enumerate(zip(function.arg_names, (*arguments, *constants), strict=True)):
+        if i >= len(arguments) or x is None:
+            kinds[name], fixed[name] = "constexpr", x
+            continue
+        kinds[name] = "*" + KINDS[x.dtype] if isinstance(x, torch.Tensor) else "fp32" if isinstance(x, float) else "i32"
+        free = function.params[i].do_not_specialize
+        if isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0 and not free):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, kinds, fixed, aligned)
+    built = build(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    return int(built.metadata.shared)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", DEVICES)
+def test_ssd_compiles_and_fits(arch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stateline.ops.ssd import gpu
+
+    taken: dict[str, int] = {}
+
+    def launch(self: Any, grid: Any, arguments: Any, constants: Any, warps: int) -> None:
+        name = self._function.__name__
+        taken[name] = max(taken.get(name, 0), compiled(arch, self._function, arguments, constants, warps))
+
+    monkeypatch.setattr(cuda.Kernel, "__call__", launch)
+    monkeypatch.setattr(gpu, "_memory", lambda _: DEVICES[arch])
+    b, t, h, p, n = 2, 256, 4, 64, 128
+    with torch.device("meta"):
+        x, B = torch.empty(b, t, h, p, dtype=dtype), torch.empty(b, t, 1, n, dtype=dtype)
+        dt, A, state = torch.empty(b, t, h, dtype=dtype), torch.empty(h), torch.empty(b, h, p, n)
+        inputs = (x, dt, A, B, B, A, x, A, True, 0.0, 1.0, state, None, False)
+        gpu.forward(*inputs)
+        gpu.backward(x, state, torch.empty(b, h), *inputs)
+        gpu.step(state, *(v[:, 0] for v in (x, dt)), A, B[:, 0], B[:, 0], A, None, A, True, 0.0, 1.0, None)
+    assert set(taken) >= {"prepare", "sweep", "combine", "outputs", "inputs", "projections", "finish", "add", "step"}
+    assert max(taken.values()) <= DEVICES[arch], taken
