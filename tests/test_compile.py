@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -76,6 +77,15 @@ def test_training_is_eagers_and_no_length_compiles_again() -> None:
 
 
 @torch.no_grad()
+def test_compiling_warns_of_nothing_in_our_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of Python's, for one, which torch looks through."""
+    monkeypatch.setattr(torch._dynamo.utils, "warn_once_cache", set())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        compiled(small().loss)[0](ids(2, 9), ids(2, 9))
+    assert not [str(w.message) for w in said if "stateline" in str(w.message)]
+
+
 def test_inference_is_eagers_and_no_length_compiles_again() -> None:
     model = small(n_layer=1)
     forward, first = compiled(model)

@@ -6,9 +6,8 @@ tracing, so that nothing synchronises a device or breaks a graph).
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ class Sizes:
         """
         if not isinstance(tensor, Tensor):
             raise fail(self.op, f"{name} is a {type(tensor).__name__}, expected a tensor ({spec})", error=TypeError)
-        letters = _letters(spec)
+        letters = spec.split()  # as fast as a cache, which torch.compile would warn of
         shape = tensor.shape
         if len(shape) != len(letters):
             raise fail(self.op, f"{name} has shape {tuple(shape)}, expected {_tuple(letters)}.", remedy)
@@ -56,12 +55,7 @@ class Sizes:
                 raise fail(self.op, f"{name} has shape {tuple(shape)}, expected {wanted}.", remedy)
 
 
-@functools.cache
-def _letters(spec: str) -> tuple[str, ...]:
-    return tuple(spec.split())
-
-
-def _tuple(letters: tuple[str, ...]) -> str:
+def _tuple(letters: Sequence[str]) -> str:
     return "(" + ", ".join(letters) + ("," if len(letters) == 1 else "") + ")"
 
 
