@@ -321,6 +321,8 @@ def test_explain_names_the_back_end_and_the_reason() -> None:
     assert meta == backends.Choice("reference", wrong)
     with pytest.raises(ValueError, match="'nonsense' is no operation, expected one of causal_conv1d"):
         backends.explain("nonsense")
+    for name in ops.__all__:
+        assert backends.explain(getattr(ops, name)) == backends.explain(name)
     for backend in ("cpu", "gpu"):
         with pytest.raises(backends.BackendError, match=f"backend='{backend}' cannot run here: needs C"):
             backends.explain("selective_scan", torch.zeros(1, device="meta"), backend=backend)

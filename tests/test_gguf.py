@@ -165,6 +165,34 @@ def test_what_cannot_be_read_says_so(tmp_path: Path) -> None:
         stateline.load(path)
 
 
+def test_a_file_without_a_vocabulary_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.gguf"
+    stateline.save(model_of(), path, format="gguf", tokenizer="none")
+    assert main(["generate", "the", "--model", str(path)]) == 2
+    assert f"{path} holds no tokenizer, and its model has 61 ids." in capsys.readouterr().err
+    for to in ("vllm", "gguf"):
+        assert main(["convert", str(path), str(tmp_path / to), "--to", to]) == 2
+        error = capsys.readouterr().err
+        assert f"{path} holds no tokenizer, and its model has 61 ids. --no-tokenizer leaves it out of {to}" in error
+        assert main(["convert", str(path), str(tmp_path / to), "--to", to, "--no-tokenizer"]) == 0
+    assert main(["convert", str(path), str(tmp_path / "ours")]) == 0
+
+
+def test_a_vocabulary_that_points_nowhere_is_damage(tmp_path: Path) -> None:
+    folder, path = bpe(tmp_path), tmp_path / "m.gguf"
+    size = stateline.generation.tokenizer.read_tokenizer(folder / "tokenizer.json").vocab_size
+    stateline.save(model_of(vocab_size=size), path, format="gguf", tokenizer=folder)
+    whole, damaged = path.read_bytes(), r"m\.gguf is damaged: its vocabulary lacks .*Copy or download it again"
+    end = gguf.GGUFReader(path, "r+").fields["tokenizer.ggml.eos_token_id"]
+    end.parts[end.data[0]][0] = 5000
+    end.parts[end.data[0]].flush()
+    with pytest.raises(CheckpointError, match=damaged):
+        write_tokenizer(path, tmp_path)
+    path.write_bytes(whole.replace(b"ggml.token_type", b"ggml.token_kind"))
+    with pytest.raises(CheckpointError, match=damaged):
+        write_tokenizer(path, tmp_path)
+
+
 def test_sizes_and_no_vocabulary(tmp_path: Path) -> None:
     stateline.save(model_of(norm_eps=3e-5), tmp_path / "m.gguf", format="gguf", tokenizer="none")
     wanted = {

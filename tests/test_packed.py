@@ -251,6 +251,15 @@ def test_a_token_in_one_call_is_the_reference_the_layers_and_extend(name: str, w
 
 
 @needs_native
+def test_ids_that_moved_to_another_device_are_refused() -> None:
+    packed = prepare_for_decode(model_of("odd"))
+    state, ids = packed.init_state(3), torch.zeros(3, dtype=torch.int64)
+    packed.step_(ids, state)  # from here on the state's tensors are known
+    with pytest.raises(ValueError, match=r"^decode_token: layer 0's conv state is .* on cpu, expected .* on meta\."):
+        packed.step_(ids.to("meta"), state)
+
+
+@needs_native
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("name", ["odd", "heads, odd", "heads, beside"])
 def test_a_sequence_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(name: str, weights: str) -> None:

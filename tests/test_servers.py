@@ -172,6 +172,18 @@ def test_what_they_cannot_run_is_refused(tmp_path: Path, options: dict[str, Any]
     assert not (tmp_path / "m").exists()
 
 
+def test_another_format_is_named_only_if_it_takes_the_model(tmp_path: Path) -> None:
+    def words(**options: Any) -> str:
+        with pytest.raises(ValueError, match=r"^save: vLLM and SGLang cannot run this model: ") as error:
+            stateline.save(small(**options), tmp_path / "m", "vllm", tokenizer="none")
+        return str(error.value).partition("model: ")[2]
+
+    mamba3 = {"layer": "Mamba3", "d_state": 8, "headdim": 8, "is_mimo": True, "mimo_rank": 2}
+    assert words(ssm_cfg=mamba3) == 'the mixer is Mamba3 (neither has it). Use format="stateline".'
+    assert words(ssm_cfg={"d_conv": 5}).endswith('Use format="huggingface".')
+    assert words(ssm_cfg={"d_conv": 5}, d_intermediate=8).endswith('Use format="stateline".')
+
+
 def test_a_mixer_of_the_users_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MIXERS, "Own", sl.Mamba)
     for format in ("vllm", "huggingface"):

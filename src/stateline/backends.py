@@ -31,8 +31,8 @@ OPS = (
     "causal_conv1d", "cross_entropy", "decode_token", "packed_linear", "rms_norm", "selective_scan", "ssd",
     "trapezoid_ssd",
 )  # fmt: skip
-#: Operations in another's folder, whose back ends serve them too.
-WITHIN = {"gated_rms_norm": "rms_norm"}
+#: Operations that live in another's folder, and have its back ends.
+BESIDE = {"gated_rms_norm": "rms_norm"}
 #: Operations with a second form in PyTorch, faster than the definition.
 CHUNKED = ("ssd", "trapezoid_ssd")
 #: Operations whose GPU kernels are too new to be chosen by themselves.
@@ -78,7 +78,7 @@ def explain(op: str | Callable[..., object], *args: object, backend: str | None 
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
     if name.endswith("_step_"):  # the state comes first, then what the whole operation takes
         name, args = name.removesuffix("_step_"), args[1:]
-    name = WITHIN.get(name, name)
+    name = BESIDE.get(name, name)
     tensor = next((a for a in args if isinstance(a, Tensor)), None)
     if tensor is None:
         return choose(name, "cpu", backend)
@@ -98,8 +98,7 @@ def choose(
     `dtype`: what the op computes in, as `explain` finds it; None asks about the device alone. `args`: its tensors, for
     back ends whose `problem(*args)` says why they do not cover some of them.
     """
-    name = op.removesuffix("_step_")
-    name = WITHIN.get(name, name)
+    name = BESIDE.get(op, op.removesuffix("_step_"))
     if name not in OPS:
         raise fail("explain", f"{op!r} is no operation, expected one of {', '.join(OPS)}.")
     rejected: dict[str, str] = {}

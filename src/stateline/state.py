@@ -28,6 +28,12 @@ S = TypeVar("S")
 #: Values of each parameter that enter a model's fingerprint: enough to tell checkpoints apart, cheap at any size.
 SAMPLED = 64
 FORMAT = "stateline-state"
+#: What may differ between states of one model.
+SAME = "What attention keeps must be as it was: set the model's max_tokens (--room) and cache_dtype (--cache-dtype) so."
+
+
+class StateMisfitError(ValueError):
+    """A whole state of the model, of other shapes or dtypes than those it makes now; the message says which."""
 
 
 def clone(state: S) -> S:
@@ -160,7 +166,8 @@ def assemble(
         own = expected[name]
         if x.dtype != own.dtype or x.dim() != own.dim() or x.shape[1:] != own.shape[1:]:
             got, wanted = (f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape[1:])}" for y in (x, own))
-            raise fail(op, f"{path} has {name} of {got} a sequence, the model's state is {wanted}.")
+            problem = f"{path} has {name} of {got} a sequence, the model's state is {wanted}."
+            raise fail(op, problem, SAME, error=StateMisfitError)
     if len({len(x) for x in values.values()}) > 1:
         raise fail(op, f"{path} is damaged: its parts have different numbers of rows.", "Save it again.")
     home = device or next(model.parameters()).device

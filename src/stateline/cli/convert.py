@@ -9,7 +9,16 @@ import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from stateline.cli.parser import DTYPES, NAMED, Parser, UsageError, directory_of, new_parser, source_of
+from stateline.cli.parser import (
+    DTYPES,
+    NAMED,
+    Parser,
+    UsageError,
+    directory_of,
+    new_parser,
+    source_of,
+    unpack_tokenizer,
+)
 
 FORMATS = ("stateline", "mamba_ssm", "huggingface")
 PROGRAMS = ("export", "onnx")  # one file each, which runs and is not read back
@@ -102,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}.") as temporary:
         made = Path(temporary) / "new"
-        here = _home_of_tokenizer(options, Path(temporary))
+        here = _home_of_tokenizer(options, Path(temporary), model.config.vocab_size)
         tokenizer = None if options.to != VLLM else "none" if options.no_tokenizer else here
         stateline.save(model, made, format=options.to, dtype=dtype, tokenizer=tokenizer)
         if options.to != VLLM and not options.no_tokenizer:  # vllm has it, described as servers want it
@@ -142,20 +151,26 @@ def _write_gguf(options: argparse.Namespace, target: Path) -> int:
     model = stateline.load(source_of(options.source))
     dtype = getattr(torch, options.dtype) if options.dtype in DTYPES else options.dtype
     with tempfile.TemporaryDirectory() as aside:
-        tokenizer = "none" if options.no_tokenizer else _home_of_tokenizer(options, Path(aside))
+        here = _home_of_tokenizer(options, Path(aside), model.config.vocab_size)
+        tokenizer = "none" if options.no_tokenizer else here
         stateline.save(model, target, format=GGUF, dtype=dtype, tokenizer=tokenizer)
     print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {target.stat().st_size / 1e6:,.2f} MB")
     return 0
 
 
-def _home_of_tokenizer(options: argparse.Namespace, aside: Path) -> Path:
+def _home_of_tokenizer(options: argparse.Namespace, aside: Path, vocab_size: int) -> Path:
     """Where IN's tokenizer lies: beside its weights, or in `aside`, taken out of a GGUF file if it is wanted."""
     home = directory_of(options.source)
     if home.suffix != f".{GGUF}" or options.no_tokenizer:
         return home
     taken = aside / "tokenizer"
     taken.mkdir()
-    _copy_tokenizer(home, taken)
+    if options.to in (GGUF, VLLM):
+        unpack_tokenizer(home, taken, vocab_size, f"--no-tokenizer leaves it out of {options.to} too.")
+    else:
+        from stateline.interop.gguf_read import write_tokenizer
+
+        write_tokenizer(home, taken)
     return taken
 
 
@@ -184,11 +199,7 @@ def _swap(made: Path, target: Path, old: Path) -> None:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Put the tokenizer that lies in a directory, or in a GGUF file, into a directory."""
-    if source.suffix == f".{GGUF}" and source.is_file():
-        from stateline.interop.gguf_read import write_tokenizer
-
-        write_tokenizer(source, target)
+    """Put the tokenizer that lies in one directory into another."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

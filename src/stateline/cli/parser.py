@@ -128,14 +128,25 @@ def directory_of(model: str) -> Path:
 def tokenizer_of(model: str, vocab_size: int) -> Tokenizer:
     """The tokenizer that lies beside a model's weights, or in its GGUF file."""
     from stateline.generation import load_tokenizer
-    from stateline.interop.gguf_read import write_tokenizer
 
     home = directory_of(model)
     if home.suffix != ".gguf" or not home.is_file():
         return load_tokenizer(home, vocab_size)
     with tempfile.TemporaryDirectory() as aside:
-        write_tokenizer(home, Path(aside))
+        unpack_tokenizer(home, Path(aside), vocab_size, "Texts need one: take a file with its vocabulary in it.")
         return load_tokenizer(aside, vocab_size)
+
+
+def unpack_tokenizer(file: Path, directory: Path, vocab_size: int, remedy: str) -> None:
+    """Put a GGUF file's tokenizer into a directory. Raises CheckpointError with `remedy` if a model needs it, and there
+    is none."""
+    from stateline.generation.tokenizer import BYTES
+    from stateline.interop import CheckpointError
+    from stateline.interop.gguf_read import write_tokenizer
+
+    write_tokenizer(file, directory)
+    if vocab_size != BYTES and not (directory / "tokenizer.json").is_file():
+        raise CheckpointError(f"{file} holds no tokenizer, and its model has {vocab_size} ids. {remedy}")
 
 
 def positive(text: str) -> int:

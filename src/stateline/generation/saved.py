@@ -84,8 +84,11 @@ def read(path: str | Path, model: LanguageModel, tokenizer: Tokenizer | None) ->
         raise fail(op, f"{path} was made by another model or other weights.", "Load the model that made it.")
     if metadata.get("tokenizer") != fingerprint(tokenizer):
         raise fail(op, f"{path} was made with another tokenizer.", "Pass the one that it was made with.")
+    model.init_state(1)  # one that needs to be told how long says so itself
     try:
         return _checked(path, model, tensors, metadata)
+    except state.StateMisfitError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else str(error).removeprefix(f"{OP}: ").rstrip(".")
         raise fail(op, f"{path} holds what no stream holds: {what}.", "Take an earlier copy.") from error

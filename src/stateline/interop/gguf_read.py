@@ -48,7 +48,9 @@ def write_tokenizer(path: Path, directory: Path) -> None:
     known, _ = _open(path, vocabulary=True)
     try:
         files = gguf_vocabulary.files(known)
-    except (ValueError, KeyError) as error:
+    except (LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: its vocabulary lacks {error}. {AGAIN}") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error} `stateline convert --no-tokenizer` leaves it out.") from error
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -53,11 +53,10 @@ def save(
 
     Raises ValueError, before any file is touched, for what the servers would leave out or cannot run.
     """
-    problems = _problems(model) + huggingface.problems(model)
-    if problems:
-        raise checks.fail(
-            OP, f"vLLM and SGLang cannot run this model: {'; '.join(problems)}.", 'Use format="huggingface" or ours.'
-        )
+    unsaid = [] if _is_mamba3(model) else huggingface.problems(model)  # of Mamba-3 those are another library's
+    if problems := _problems(model) + unsaid:
+        remedy = 'Use format="stateline".' if unsaid or _is_mamba3(model) else 'Use format="huggingface".'
+        raise checks.fail(OP, f"vLLM and SGLang cannot run this model: {'; '.join(problems)}.", remedy)
     values, tensors = huggingface.contents(model, dtype)
     values.pop("time_step_limit", None)  # none, which strict JSON has no word for
     if values["model_type"] == "mamba2":
@@ -68,11 +67,15 @@ def save(
     huggingface.write(values, tensors, Path(directory), files)
 
 
+def _is_mamba3(model: LanguageModel) -> bool:
+    return model.config.ssm_cfg.get("layer") == "Mamba3"
+
+
 def _problems(model: LanguageModel) -> list[str]:
     """What both servers would compute otherwise than we do, or not at all."""
     mixer: Any = model.config.make_mixer(device="meta")
     problems = []
-    if model.config.ssm_cfg.get("layer") == "Mamba3":
+    if _is_mamba3(model):
         problems.append("the mixer is Mamba3 (neither has it)")
     low, high = check_limit(OP, getattr(mixer, "dt_limit", None))
     if low > 0 or high < math.inf:

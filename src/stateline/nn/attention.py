@@ -369,7 +369,7 @@ class Attention(Mixer):
             raise checks.fail(
                 OP,
                 f"a sequence becomes {longest} tokens long, its state has room for {room}.",
-                "Make the state with a larger max_tokens, or choose a window.",
+                "Make the state with a larger max_tokens (--room), or choose a window.",
             )
 
     def _poison(self, y: Tensor, places: Tensor, room: int) -> Tensor:

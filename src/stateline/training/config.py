@@ -102,9 +102,7 @@ class ShapeConfig:
     )
     d_model: int | None = setting(None, "width (default: that of --size)", low=1)
     n_layer: int | None = setting(None, "number of blocks (default: that of --size)", low=1)
-    mixer: str = setting(
-        "Mamba1", "what mixes along time in a block (default: Mamba1)", choices=("Mamba1", "Mamba2", "Mamba3")
-    )
+    mixer: str = setting("Mamba1", "what mixes along time in a block", choices=("Mamba1", "Mamba2", "Mamba3"))
     d_state: int = setting(16, "states per channel; for Mamba2 and Mamba3, 64 to 128 are usual", low=1)
     d_conv: int = setting(4, "taps of the convolution; Mamba3 has none", low=1)
     mimo_rank: int = setting(1, "inputs and outputs that share each state of Mamba3; 1 means none", low=1)

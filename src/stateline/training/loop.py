@@ -390,14 +390,15 @@ class _Run:
 
     def _announce(self, start: Start | None) -> None:
         data, steps, seconds = self.config.data, self.schedule.steps, self.schedule.seconds
-        size = f"{self.model.config.d_model} × {self.model.config.n_layer}"
+        mixer = self.model.config.ssm_cfg.get("layer", "Mamba1")
+        size = f"{mixer} {self.model.config.d_model} × {self.model.config.n_layer}"
         per_step = data.batch_size * data.accumulate * data.context
         say = self.reporter.say
         parameters = f"{quantity(self.model.num_parameters())} parameters"
         if self.config.adapters.lora:
             learnt = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             parameters += f" ({quantity(learnt)} of them adapters, which alone are trained)"
-        say(f"Mamba {size}, {parameters}, {self.config.dtype} on {self.device}, writing to {self.root}")
+        say(f"{size}, {parameters}, {self.config.dtype} on {self.device}, writing to {self.root}")
         if self.config.save.init_from and not start:
             say(f"From {self.config.save.init_from}, at a peak learning rate of {self.schedule.peak:g}")
         text, vocabulary = self.data.train, self.data.vocabulary

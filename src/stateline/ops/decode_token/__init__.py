@@ -161,7 +161,7 @@ def decode_token_(states: Sequence[Tensor], ids: Tensor, network: Network, *, ba
     if ids.dim() != 1:
         raise checks.fail(OP, f"ids has shape {tuple(ids.shape)}, expected (b,).")
     known = len(states) == len(network.seen) and all(x is seen() for x, seen in zip(states, network.seen, strict=True))
-    if not known or len(states[0]) != len(ids):
+    if not known or len(states[0]) != len(ids) or states[0].device != ids.device:
         _check_states(states, len(ids), ids.device, network)
         network.seen[:] = map(ref, states)
     if checks.can_read(ids) and ids.numel():
