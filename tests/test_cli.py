@@ -55,7 +55,7 @@ def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 FLAGS = {
     "bench": ["--debug", "--help", "--json", "--model", "--quick", "--room", "--threads", "-h"],
-    "convert": ["--debug", "--dtype", "--force", "--help", "--no-tokenizer", "--to", "-h"],
+    "convert": ["--debug", "--dtype", "--force", "--help", "--no-tokenizer", "--room", "--to", "-h"],
     "eval": [
         "--cache-dtype", "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json",
         "--limit", "--lines", "--mode", "--room", "--stride", "--threads", "--weights", "-h",

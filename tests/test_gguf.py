@@ -18,6 +18,7 @@ import stateline
 from stateline.cli import main
 from stateline.interop import CheckpointError
 from stateline.interop import gguf as ours
+from stateline.interop.gguf_layers import Weight
 from stateline.interop.gguf_read import write_tokenizer
 
 if os.environ.get("CI") or importlib.util.find_spec("gguf"):
@@ -176,6 +177,16 @@ def test_a_file_without_a_vocabulary_is_named(tmp_path: Path, capsys: pytest.Cap
         assert f"{path} holds no tokenizer, and its model has 61 ids. --no-tokenizer leaves it out of {to}" in error
         assert main(["convert", str(path), str(tmp_path / to), "--to", to, "--no-tokenizer"]) == 0
     assert main(["convert", str(path), str(tmp_path / "ours")]) == 0
+
+
+def test_a_weight_that_lies_the_other_way_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Weight.there
+    monkeypatch.setattr(
+        Weight, "there", lambda own, mixer: there(own, mixer).T if own.ours == "A_log" else there(own, mixer)
+    )
+    stateline.save(model_of(), tmp_path / "m.gguf", format="gguf", tokenizer="none")
+    with pytest.raises(CheckpointError, match=r"m\.gguf: blk\.0\.ssm_a has shape \(16, 128\), expected \(128, 16\)"):
+        stateline.load(tmp_path / "m.gguf")
 
 
 def test_a_vocabulary_that_points_nowhere_is_damage(tmp_path: Path) -> None:

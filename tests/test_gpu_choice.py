@@ -126,5 +126,8 @@ def test_kernels_on_trial_are_taken_when_asked_for(monkeypatch: pytest.MonkeyPat
     assert choice.rejected["gpu"].startswith("its kernels are on trial; backend='gpu', or STATELINE_TRIAL=ssd")
     assert backends.choose("ssd", "cuda", "gpu").name == "gpu"
     assert backends.choose("selective_scan", "cuda").name == "gpu"
-    monkeypatch.setenv("STATELINE_TRIAL", "other,ssd")
+    monkeypatch.setenv("STATELINE_TRIAL", " ssd,")
     assert backends.choose("ssd", "cuda").name == "gpu"
+    monkeypatch.setenv("STATELINE_TRIAL", "sdd")
+    with pytest.raises(backends.BackendError, match="STATELINE_TRIAL names sdd; on trial: ssd"):
+        backends.choose("ssd", "cuda")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from stateline.ops import cuda
+from stateline.ops.decode_token import gpu
 
 GRID = (1, 1, 1)
 
@@ -117,3 +121,31 @@ def test_runs_cover_every_sequence_once(table: list[list[int]], steps: int) -> N
 def test_whole_rows_need_no_table() -> None:
     assert cuda.runs(None, 3, 17, 8) == cuda.Runs(9, 3)
     assert cuda.runs(None, 2, 0, 8) == cuda.Runs(2, 1)
+
+
+class Slow:
+    """Stands for a launch that is ready: it tells whose it was, and lets other threads in."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.told, self.fields = told, [0] * 20
+
+    def __call__(self) -> None:
+        self.told.append(threading.current_thread().name)
+        time.sleep(0.002)
+
+
+def test_a_tokens_launches_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads on one stream share scratch memory: another token's kernel between two of one would overwrite it."""
+    stream = type("Stream", (), {"cuda_stream": 7})()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    told: list[str] = []
+    known, states = gpu._Known(None, (), [], ()), torch.zeros(3, 4)  # type: ignore[arg-type]  # nothing is prepared
+    for row in states:
+        known.tokens[1, 7, row.data_ptr()] = [Slow(told) for _ in range(5)]  # type: ignore[misc]
+    ids, logits = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 4)
+    threads = [threading.Thread(target=known.launch, args=([row], ids, logits)) for row in states]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(list(own)) for _, own in itertools.groupby(told)] == [5, 5, 5]

@@ -172,6 +172,16 @@ def test_the_bound_is_the_models_to_set(tmp_path: Path) -> None:
     assert model.init_state(1, max_tokens=5).layers[0].keys.shape[1] == 5
 
 
+def test_convert_takes_the_bound_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stateline.save(small(vocab_size=256, attn_layer_idx=[0], attn_cfg=HEADS), tmp_path / "m")
+    command = ["convert", str(tmp_path / "m"), str(tmp_path / "m.pt2"), "--to", "export"]
+    assert main(command) == 2
+    assert "--room" in capsys.readouterr().err
+    assert main([*command, "--room", "5"]) == 0
+    assert main(["convert", str(tmp_path / "m"), str(tmp_path / "n"), "--room", "5"]) == 2
+    assert "--room is for --to export and onnx" in capsys.readouterr().err
+
+
 def test_states_of_different_room_are_not_stacked() -> None:
     model = hybrid()
     with pytest.raises(ValueError, match=r"^state\.stack: .*\(5, 2, 5\) and \(7, 2, 5\).*the same max_tokens"):

@@ -412,8 +412,11 @@ def test_paths_are_not_looked_for_elsewhere(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(CheckpointError, match=r"m/model is no directory\.$"):
         stateline.load("m/model")  # reads as a name too, but the folder is here
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"empty/config.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"empty holds no model: there is no config\.json"):
         stateline.load("empty")
+    for wrong in (3, None):
+        with pytest.raises(TypeError, match=f"^load: {wrong} is no path and no name"):
+            stateline.load(wrong)  # type: ignore[arg-type]
 
 
 def test_a_model_of_another_format_is_not_overwritten(tmp_path: Path) -> None:

@@ -132,7 +132,12 @@ def _unavailable(name: str, op: str, device: str, dtype: torch.dtype | None, arg
 
 
 def _on_trial(op: str) -> str | None:
-    if op not in TRIAL or op in os.environ.get("STATELINE_TRIAL", "").split(","):
+    if op not in TRIAL:
+        return None
+    wanted = {name.strip() for name in os.environ.get("STATELINE_TRIAL", "").split(",")} - {""}
+    if strange := wanted - {*TRIAL}:
+        raise BackendError(f"STATELINE_TRIAL names {', '.join(sorted(strange))}; on trial: {', '.join(TRIAL)}.")
+    if op in wanted:
         return None
     return f"its kernels are on trial; backend='gpu', or STATELINE_TRIAL={op} in the environment, takes them."
 

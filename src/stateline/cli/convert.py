@@ -16,6 +16,7 @@ from stateline.cli.parser import (
     UsageError,
     directory_of,
     new_parser,
+    positive,
     source_of,
     unpack_tokenizer,
 )
@@ -57,6 +58,7 @@ examples:
   stateline convert my-mamba smaller --dtype int8      matrices in eight bits, a scale a row; this project's own alone
   stateline convert runs/book served --to vllm --dtype bfloat16     then: vllm serve served
   stateline convert bundled model.onnx --to onnx
+  stateline convert hybrid hybrid.onnx --to onnx --room 4096        one whose attention keeps every token
   stateline convert bundled model.gguf --to gguf
   stateline convert mamba-130m mamba.gguf --to gguf --dtype Q8_0
   stateline convert mamba2-130m.Q4_K_M.gguf my-mamba2
@@ -70,12 +72,14 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("source", metavar="IN", help=NAMED)
     parser.add_argument("target", metavar="OUT", help="a directory to make, or a file for gguf and programs")
     parser.add_argument(
-        "--to", choices=(*FORMATS, VLLM, GGUF, *PROGRAMS), default="stateline", help="(default: stateline)"
+        "--to", choices=(*FORMATS, VLLM, GGUF, *PROGRAMS), default="stateline", help="see below (default: stateline)"
     )
     kinds = (*DTYPES, INT8, *QUANTISED)
     parser.add_argument("--dtype", choices=kinds, help="of the weights (default: as loaded; onnx: float32)")
     none = "leave the tokenizer out of gguf and vllm, whose programs then read ids alone, or in an IN that is gguf"
     parser.add_argument("--no-tokenizer", action="store_true", help=none)
+    room = "tokens that a program's states have room for, if the model's attention keeps all"
+    parser.add_argument("--room", type=positive, metavar="N", help=room)
     replaced = "replace OUT if it holds a checkpoint and nothing else, or if it is a file and a file is made"
     parser.add_argument("--force", action="store_true", help=replaced)
 
@@ -91,6 +95,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--dtype {options.dtype} is for --to {GGUF}")
     if options.no_tokenizer and options.to not in (GGUF, VLLM) and not options.source.endswith(f".{GGUF}"):
         raise UsageError(f"--no-tokenizer is for --to {GGUF} and {VLLM}, or for an IN that is a {GGUF} file")
+    if options.room is not None and options.to not in PROGRAMS:
+        raise UsageError(f"--room is for --to {' and '.join(PROGRAMS)}; a checkpoint holds no states")
     if options.to == GGUF:
         return _write_gguf(options, target)
     if options.to in PROGRAMS:
@@ -133,6 +139,7 @@ def _write_program(options: argparse.Namespace, target: Path) -> int:
 
     name = options.dtype or ("float32" if options.to == "onnx" else None)
     model = stateline.load(source_of(options.source), dtype=None if name is None else getattr(torch, name))
+    model.max_tokens = options.room
     print("tracing the model; this takes a little while", file=sys.stderr)
     export_model(model, target, to=options.to)
     print(f"{target}: {options.to}, {model.num_parameters():,} parameters, {target.stat().st_size / 1e6:,.2f} MB")

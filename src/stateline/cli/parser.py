@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stateline.models import LanguageModel
 
 #: What a model may be called, for help texts.
-NAMED = f"a directory, a .gguf file, {BUNDLED_NAMES}"
+NAMED = f"a directory, a .gguf file, a name on the Hugging Face Hub, {BUNDLED_NAMES}"
 Later = Callable[[argparse.ArgumentParser], None]
 
 WEIGHTS = ("bf16", "int8", "int4")

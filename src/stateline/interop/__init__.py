@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def load(
 
     Raises CheckpointError naming the file that is missing, damaged, foreign or misfitting, and what to do.
     """
+    if not isinstance(path_or_name, str | os.PathLike):
+        raise checks.fail("load", f"{path_or_name!r} is no path and no name.", error=TypeError)
     if (ours := bundled(path_or_name)) is not None:
         if not ours.is_dir():
             raise CheckpointError(
@@ -125,6 +128,10 @@ def detect(path: str | Path) -> str:
         raise CheckpointError(f"{path} is no {kind}.{ships}")
     if not (path / checkpoint.CONFIG).exists() and checkpoint.is_complete(path / checkpoint.WEIGHTS):
         return "stateline"  # a kill came between the renames of a first save
+    if not (path / checkpoint.CONFIG).exists():
+        raise CheckpointError(
+            f"{path} holds no model: there is no {checkpoint.CONFIG}. Give a model's directory, or a run's."
+        )
     config = checkpoint.read_json(path / checkpoint.CONFIG)
     if config.get("format") == checkpoint.FORMAT:
         return "stateline"

@@ -43,10 +43,12 @@ class Weight:
         values = -torch.exp(values.detach()) if self.rate else values
         return values if self.shape is None else values.reshape(self.shape(mixer))
 
-    def here(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """What `there` gave, as a mixer holds it. Raises ValueError for values that no mixer has."""
-        if values.numel() != shape.numel():
-            raise ValueError(f"has {values.numel()} numbers, expected {shape.numel()}")
+    def here(self, values: Tensor, mixer: Any) -> Tensor:
+        """What `there` gave, as a mixer holds it. Raises ValueError for values that this mixer cannot have."""
+        shape = mixer.get_parameter(self.ours).shape
+        wanted = shape if self.shape is None else self.shape(mixer)
+        if [n for n in values.shape if n > 1] != [n for n in wanted if n > 1]:  # ones come and go in GGUF files
+            raise ValueError(f"has shape {tuple(values.shape)}, expected {tuple(wanted)}")
         if self.rate:
             if not (values < 0).all():
                 raise ValueError("has decay rates that are not below 0")

@@ -103,7 +103,7 @@ def _config(layer: Layer, fields: Fields, found: dict[str, Any], path: Path) -> 
 
 def _tensors(layer: Layer, config: ModelConfig, found: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """A file's tensors by our names; those that have none keep theirs, for `assemble` to name."""
-    blank = dict(config.make_mixer(device="meta").named_parameters())
+    blank = config.make_mixer(device="meta")
     weights = {weight.theirs: weight for weight in layer.weights}
     tensors: dict[str, Tensor] = {}
     for name, stored in found.items():
@@ -118,7 +118,7 @@ def _tensors(layer: Layer, config: ModelConfig, found: dict[str, Any], path: Pat
                 tensors[f"backbone.layers.{block}.norm.weight"] = values
             elif inner in weights:
                 weight = weights[inner]
-                tensors[f"backbone.layers.{block}.mixer.{weight.ours}"] = weight.here(values, blank[weight.ours].shape)
+                tensors[f"backbone.layers.{block}.mixer.{weight.ours}"] = weight.here(values, blank)
             else:
                 tensors[name] = values
         except ValueError as error:

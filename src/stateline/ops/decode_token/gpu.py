@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -127,6 +128,8 @@ class _Known:
     norms: tuple[int, ...]  # the first layer's, …, the final one
     scratch: dict[tuple[int, int], tuple[Tensor, list[int]]] = field(default_factory=dict)
     tokens: dict[tuple[int, ...], list[nvrtc.Launch]] = field(default_factory=dict)
+    #: Threads on one stream share its scratch memory: all launches of a token come before any of another's.
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def of(cls, network: Network) -> _Known:
@@ -139,15 +142,16 @@ class _Known:
         """A token of at most 64 sequences, on the current stream."""
         addresses = [x.data_ptr() for x in states]
         key = (len(ids), torch.cuda.current_stream(ids.device).cuda_stream, *addresses)
-        if key not in self.tokens:
-            while len(self.tokens) >= KEPT:
-                self.tokens.pop(next(iter(self.tokens)))
-            self.tokens[key] = self._prepared(len(ids), addresses, ids.device)
-        launches = self.tokens[key]
-        launches[0].fields[IDS] = ids.data_ptr()
-        launches[-1].fields[LOGITS] = logits.data_ptr()
-        for run in launches:
-            run()
+        with self.lock:
+            if key not in self.tokens:
+                while len(self.tokens) >= KEPT:
+                    self.tokens.pop(next(iter(self.tokens)))
+                self.tokens[key] = self._prepared(len(ids), addresses, ids.device)
+            launches = self.tokens[key]
+            launches[0].fields[IDS] = ids.data_ptr()
+            launches[-1].fields[LOGITS] = logits.data_ptr()
+            for run in launches:
+                run()
 
     def _prepared(self, b: int, states: list[int], device: torch.device) -> list[nvrtc.Launch]:
         sizes, eights = self.network, next(n for n in (1, 2, 4, 8) if 8 * n >= b)
