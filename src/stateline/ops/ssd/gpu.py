@@ -71,7 +71,8 @@ def plan(t: int, h: int, p: int, n: int, half: bool, memory: int) -> Plan:
 def halves(x: Tensor, B: Tensor, C: Tensor) -> bool:
     """Whether matrix products take bfloat16: where the data is that, at the sizes of published models.
 
-    Heads of a multiple of 64 channels, 64 or 128 states. Others are rare, and padded tiles would gain little.
+    Heads of a multiple of 64 channels, 64 or 128 states. Others are rare, padded tiles would gain little, and of those
+    of 16 channels ptxas 12.8 makes wrong code (benchmarks/NOTES.md, ssd).
     """
     return x.dtype == B.dtype == C.dtype == torch.bfloat16 and x.shape[-1] % 64 == 0 and B.shape[-1] in (64, 128)
 
@@ -287,7 +288,7 @@ class _Gradient:
     """What the gradient's kernels write, and their launches."""
 
     def __init__(self, call: _Call, dy: Tensor, dstate: Tensor, ddecay: Tensor) -> None:
-        self.call, self.dy = call, _aligned(dy) if call.half else cuda.data(dy)
+        self.call, self.dy = call, _heads(_aligned(dy) if call.half else dy)[0]
         self.dstate, self.ddecay = dstate.contiguous(), ddecay.contiguous()
         segments = call.segments
         self.dx, self.ddt = cuda.tokens(call.x, segments), cuda.tokens(call.dt, segments)
@@ -329,7 +330,7 @@ class _Gradient:
         dB, dC = (call.empty(shares, *self.dB.shape) for _ in "BC")
         if call.segments is not None:
             dB.zero_(), dC.zero_()
-        where, strides = (clock, call.tiles.table, call.tiles.tiles), (*_heads(self.dy)[1], *call.x_at, *call.w_at)
+        where, strides = (clock, call.tiles.table, call.tiles.tiles), (*self.dy.stride()[:3], *call.x_at, *call.w_at)
         data = (self.dy, call.x, call.B, call.C)
         sizes = (call.h, call.g, call.p, call.n)
         how = (call.reverse, call.half, call.precision, shares, plan.share, plan.tile, plan.channels, plan.states)
@@ -355,7 +356,7 @@ class _Gradient:
             call.dt, call.A, call.bias, clock, call.tiles.table, call.tiles.tiles, pieces, crossing, self.ddecay, decay,
             self.ddt, sums, call.t, call.tiles.each, call.low, call.high, *call.dt.stride()[:2],
         )  # fmt: skip
-        constants = (call.h, call.parts // call.h, call.softplus, call.reverse, call.plan.tile, HEADS)
+        constants = (call.h, call.parts // call.h, call.softplus, call.reverse, call.half, call.plan.tile, HEADS)
         _finish((count, cuda.ceil_div(call.h, HEADS), 1), arguments, constants, 4)
         grid = (cuda.ceil_div(call.h, 32), 2, 1)
         _reduce(grid, (sums, self.dA, self.dbias, count, call.h), (1, 2, 32, 32), 4)

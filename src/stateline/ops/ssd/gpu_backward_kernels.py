@@ -1,9 +1,10 @@
 """ssd's gradients in Triton. A program takes a tile and some parts of one group, whose dB and dC it sums.
 
 `inputs` reads the gradient that reaches the state after the tile, `projections` that and the state before it. What a
-step's decay gets back is the sum over all pairs of an earlier input and an output at or after it: sums over rows and
-columns of one matrix, so that they cancel to the last bit of float32. `finish` sums them over time; nothing here is
-added by atomics.
+step's decay gets back is the sum over all pairs of an earlier input and an output at or after it. HALF takes it from
+what all outputs from the step on read, less what all inputs from it on give, which `finish` sums over time: that costs
+nothing, but in float32 the difference would lose what its bound asks for, so that otherwise the pairs themselves are
+summed. Nothing here is added by atomics.
 
 Names as in gpu_kernels.py.
 """
@@ -34,8 +35,9 @@ def inputs(
 
     pairs: (tile, group, SHARES, 2, Q, Q) the gradient of C·B of two steps, and what HALF leaves out.
     dD: (tile, part) or, D_WIDE, (tile, part, PB).
-    pieces: (tile, 3, part, Q) what goes to the decays of a step and all before it, twice, and to its size.
-    crossing: (tile, 2, part) what all decays of a tile get.
+    pieces: (tile, 3, part, Q) what goes to the decays of a step and all before it, twice, and to its size; unless HALF
+        the first is what goes to a step's decay alone, from the pairs that it lies between.
+    crossing: (tile, 2, part) what all decays of a tile get; the first if HALF.
     """
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
@@ -51,7 +53,7 @@ def inputs(
         c = operand(rows(c_at, n, N, first, length, Q, NB), HALF)
         product = tl.dot(c, tl.trans(b), input_precision=PRECISION)
         dproduct = tl.zeros((Q, Q), tl.float32)
-        diagonal = s[:, None] == s[None, :]
+        diagonal, earlier = s[:, None] == s[None, :], s[:, None] < s[None, :]
         begin, end = parts_of(group, rest % SHARES, heads, groups, PARTS, TAKEN)
         for part in tl.range(begin, end, num_stages=STAGES):
             head, p0 = part // PARTS + 0 * tile, part % PARTS * PB  # 64 bits, like the tile
@@ -77,15 +79,24 @@ def inputs(
             dproduct += both * size[None, :]
             both *= product
             direct = tl.sum(both, 0)
-            later = tl.sum(both * size[None, :], 1)
+            if HALF:
+                across = tl.sum(both * size[None, :], 1)
+            else:
+                reach = tl.where(diagonal, 0.0, both * size[None, :])
+                reach = tl.dot(reach, tl.where(earlier, 1.0, 0.0), input_precision=PRECISION)
+                across = tl.sum(tl.where(s[:, None] >= s[None, :], reach, 0.0), 0)
             du = tl.dot(b, G, input_precision=PRECISION) * leave[:, None]
             into = tl.sum(value.to(tl.float32) * du, 1)
             du = tl.dot(tl.trans(matrix), grad, du, input_precision=PRECISION)
             out = pieces + (tile * 3 * (heads * PARTS) + part) * Q + s
             direct += into
-            tl.store(out, later - direct * size)
+            if HALF:
+                across -= direct * size
+                tl.store(crossing + tile * 2 * (heads * PARTS) + part, tl.sum(into * size))
+            else:
+                across += tl.sum(tl.where(earlier, (into * size)[:, None], 0.0), 0)
+            tl.store(out, across)
             tl.store(out + 2 * heads * PARTS * Q, direct)
-            tl.store(crossing + tile * 2 * (heads * PARTS) + part, tl.sum(into * size))
             du *= size[:, None]
             if D is not None:
                 wide = slope.to(tl.float32)
@@ -160,8 +171,8 @@ def projections(
 @triton.jit(do_not_specialize=("t", "each"))
 def finish(
     dt, A, bias, clock, table, tiles, pieces, crossing, ddecay, decay, ddt, sums, t, each, low, high, dt_b, dt_t,
-    heads: tl.constexpr, PARTS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr,
-    H: tl.constexpr,
+    heads: tl.constexpr, PARTS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr,
+    Q: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """ddt of a tile and H heads, and its sums for A and dt_bias, (tile, 2, h)."""
     sequence, row, first, length, origin, exists = place(table, tiles, tl.program_id(0), t, each, Q, REVERSE)
@@ -172,17 +183,22 @@ def finish(
         length = length * 0 - 1
     live = known[:, None] & (first + s < length)[None, :]
     there = known & (length >= 0)
-    later, direct = tl.zeros((H, Q), tl.float32), tl.zeros((H, Q), tl.float32)
+    later, direct, across = tl.zeros((H, Q), tl.float32), tl.zeros((H, Q), tl.float32), tl.zeros((H, Q), tl.float32)
     through = tl.load(ddecay + sequence * heads + h, mask=there, other=0.0)
     through *= tl.load(decay + sequence * heads + h, mask=there, other=0.0)
     for i in tl.static_range(PARTS):
         own = pieces + ((tile * 3 * heads + h) * PARTS + i)[:, None] * Q + s[None, :]
-        later += tl.load(own, mask=live, other=0.0)
+        across += tl.load(own, mask=live, other=0.0)
         later += tl.load(own + heads * PARTS * Q, mask=live, other=0.0)
         direct += tl.load(own + 2 * heads * PARTS * Q, mask=live, other=0.0)
         own = crossing + (tile * 2 * heads + h) * PARTS + i
-        through += tl.load(own, mask=there, other=0.0) + tl.load(own + heads * PARTS, mask=there, other=0.0)
-    dexponent = tl.cumsum(later, 1, reverse=True) + through[:, None]
+        if HALF:
+            through += tl.load(own, mask=there, other=0.0)
+        through += tl.load(own + heads * PARTS, mask=there, other=0.0)
+    if HALF:
+        dexponent = tl.cumsum(later + across, 1, reverse=True) + through[:, None]
+    else:
+        dexponent = tl.cumsum(later, 1, reverse=True) + across + through[:, None]
     size = tl.load(clock + (tile * heads + h)[:, None] * (3 * Q) + s[None, :], mask=live, other=0.0)
     rate = tl.load(A + h, mask=known, other=0.0)
     grad = dexponent * rate[:, None] + direct
