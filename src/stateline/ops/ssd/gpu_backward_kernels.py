@@ -23,6 +23,14 @@ def parts_of(group, share, heads: tl.constexpr, groups: tl.constexpr, PARTS: tl.
     return begin, tl.minimum(begin + TAKEN, ((group + 1) * heads + groups - 1) // groups * PARTS)
 
 
+@triton.jit
+def between(pairs, s, PRECISION: tl.constexpr):
+    """What the decay of each step gets from pairs (later, earlier) that it lies between; it may be the later one."""
+    reach = tl.where(s[:, None] == s[None, :], 0.0, pairs)
+    reach = tl.dot(reach, tl.where(s[:, None] < s[None, :], 1.0, 0.0), input_precision=PRECISION)
+    return tl.sum(tl.where(s[:, None] >= s[None, :], reach, 0.0), 0)
+
+
 @triton.jit(do_not_specialize=("t", "each"))
 def inputs(
     dy, x, B, Cs, D, clock, table, tiles, after, dx, pairs, pieces, crossing, dD, t, each,
@@ -40,20 +48,18 @@ def inputs(
     crossing: (tile, 2, part) what all decays of a tile get; the first if HALF.
     """
     PARTS: tl.constexpr = (P + PB - 1) // PB
-    program = tl.program_id(0)
-    number, rest = program // (SHARES * groups), program % (SHARES * groups)
+    number, rest = tl.program_id(0) // (SHARES * groups), tl.program_id(0) % (SHARES * groups)
     group = rest // SHARES
     _sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
     if exists:
-        tile = number.to(tl.int64)
-        n, s = tl.arange(0, NB), tl.arange(0, Q)
+        tile, n, s = number.to(tl.int64), tl.arange(0, NB), tl.arange(0, Q)
         b_at = at(B + group.to(tl.int64) * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
         c_at = at(Cs + group.to(tl.int64) * w_g, row, w_b, w_t, origin, first, Q, REVERSE)
         b = operand(rows(b_at, n, N, first, length, Q, NB), HALF)
         c = operand(rows(c_at, n, N, first, length, Q, NB), HALF)
         product = tl.dot(c, tl.trans(b), input_precision=PRECISION)
         dproduct = tl.zeros((Q, Q), tl.float32)
-        diagonal, earlier = s[:, None] == s[None, :], s[:, None] < s[None, :]
+        diagonal = s[:, None] == s[None, :]
         begin, end = parts_of(group, rest % SHARES, heads, groups, PARTS, TAKEN)
         for part in tl.range(begin, end, num_stages=STAGES):
             head, p0 = part // PARTS + 0 * tile, part % PARTS * PB  # 64 bits, like the tile
@@ -79,12 +85,8 @@ def inputs(
             dproduct += both * size[None, :]
             both *= product
             direct = tl.sum(both, 0)
-            if HALF:
-                across = tl.sum(both * size[None, :], 1)
-            else:
-                reach = tl.where(diagonal, 0.0, both * size[None, :])
-                reach = tl.dot(reach, tl.where(earlier, 1.0, 0.0), input_precision=PRECISION)
-                across = tl.sum(tl.where(s[:, None] >= s[None, :], reach, 0.0), 0)
+            weighed = both * size[None, :]
+            across = tl.sum(weighed, 1) if HALF else between(weighed, s, PRECISION)
             du = tl.dot(b, G, input_precision=PRECISION) * leave[:, None]
             into = tl.sum(value.to(tl.float32) * du, 1)
             du = tl.dot(tl.trans(matrix), grad, du, input_precision=PRECISION)
@@ -94,7 +96,7 @@ def inputs(
                 across -= direct * size
                 tl.store(crossing + tile * 2 * (heads * PARTS) + part, tl.sum(into * size))
             else:
-                across += tl.sum(tl.where(earlier, (into * size)[:, None], 0.0), 0)
+                across += tl.sum(tl.where(s[:, None] < s[None, :], (into * size)[:, None], 0.0), 0)
             tl.store(out, across)
             tl.store(out + 2 * heads * PARTS * Q, direct)
             du *= size[:, None]
@@ -102,8 +104,7 @@ def inputs(
                 wide = slope.to(tl.float32)
                 du += skip(D, head, p, P, D_WIDE)[None, :] * wide
                 if D_WIDE:
-                    own_dD = dD + (tile * (heads * PARTS) + part) * PB + tl.arange(0, PB)
-                    tl.store(own_dD, tl.sum(wide * value.to(tl.float32), 0))
+                    tl.store(dD + (tile * (heads * PARTS) + part) * PB + p - p0, tl.sum(wide * value.to(tl.float32), 0))
             put(at(dx + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, du,
                 Q, PB)  # fmt: skip
         where = pairs + (tile * (groups * SHARES) + rest) * (2 * Q * Q) + s[:, None] * Q + s[None, :]
