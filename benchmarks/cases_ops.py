@@ -5,7 +5,9 @@ b batch, t time step, d channel, n state, k taps, h head, p head width, r rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +40,26 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _scan_inputs(b: int, t: int, d: int, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _passes(
+    run: Callable[..., tuple[Tensor, Any]], inputs: dict[str, Any]
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Of an operation: itself alone, and with the gradients of all its inputs, tensors each."""
+
+    def forward() -> object:
+        with torch.no_grad():
+            return run(**inputs)
+
+    leaves = {name: v.clone().requires_grad_() for name, v in inputs.items()}
+    dy = torch.randn_like(run(**inputs)[0])
+
+    def both() -> object:
+        y, _ = run(**leaves)
+        return torch.autograd.grad(y, list(leaves.values()), dy)
+
+    return forward, both
+
+
+def _scan_inputs(b: int, t: int, d: int, n: int, dtype: torch.dtype) -> dict[str, Any]:
     """Inputs as a trained model has them: dt around 0.01, A from -1 to -n."""
     torch.manual_seed(0)
     u, z = (torch.randn(b, t, d).to(dtype) for _ in range(2))
@@ -51,24 +72,13 @@ def _scan_inputs(b: int, t: int, d: int, n: int, dtype: torch.dtype) -> dict[str
 
 def _scan(b: int, t: int, d: int, n: int, dtype: torch.dtype) -> Iterator[Case]:
     shape = f"b{b} d{d} t{t} n{n} {_name(dtype)}"
-    inputs = _scan_inputs(b, t, d, n, dtype)
-
-    def forward() -> object:
-        with torch.no_grad():
-            return ops.selective_scan(**inputs, dt_softplus=True)  # type: ignore[arg-type]
-
-    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    dy = torch.randn(b, t, d).to(dtype)
-
-    def both() -> object:
-        y, _ = ops.selective_scan(**leaves, dt_softplus=True)  # type: ignore[arg-type]
-        return torch.autograd.grad(y, list(leaves.values()), dy)
-
+    run = functools.partial(ops.selective_scan, dt_softplus=True)
+    forward, both = _passes(run, _scan_inputs(b, t, d, n, dtype))
     yield "selective_scan fwd", shape, forward
     yield "selective_scan fwd+bwd", shape, both
 
 
-def _ssd_inputs(b: int, t: int, h: int, p: int, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _ssd_inputs(b: int, t: int, h: int, p: int, n: int, dtype: torch.dtype) -> dict[str, Any]:
     """Inputs as a Mamba-2 layer at its initial values has them, one group of B and C."""
     torch.manual_seed(0)
     x, z = (torch.randn(b, t, h, p).to(dtype) for _ in range(2))
@@ -82,18 +92,8 @@ def _ssd_inputs(b: int, t: int, h: int, p: int, n: int, dtype: torch.dtype) -> d
 def _ssd(b: int, t: int, h: int, p: int, n: int, dtype: torch.dtype) -> Iterator[Case]:
     shape = f"b{b} h{h} p{p} t{t} n{n} {_name(dtype)}"
     inputs = _ssd_inputs(b, t, h, p, n, dtype)
-    leaves = {name: v.clone().requires_grad_() for name, v in inputs.items()}
-    dy = torch.randn(b, t, h, p).to(dtype)
     for backend, name in ((None, "ssd"), ("chunked", "ssd, chunked in PyTorch")):
-
-        def forward(backend: str | None = backend) -> object:
-            with torch.no_grad():
-                return ops.ssd(**inputs, dt_softplus=True, backend=backend)  # type: ignore[arg-type]
-
-        def both(backend: str | None = backend) -> object:
-            y, _ = ops.ssd(**leaves, dt_softplus=True, backend=backend)  # type: ignore[arg-type]
-            return torch.autograd.grad(y, list(leaves.values()), dy)
-
+        forward, both = _passes(functools.partial(ops.ssd, dt_softplus=True, backend=backend), inputs)
         yield f"{name} fwd", shape, forward
         yield f"{name} fwd+bwd", shape, both
 
@@ -101,10 +101,10 @@ def _ssd(b: int, t: int, h: int, p: int, n: int, dtype: torch.dtype) -> Iterator
 def _ssd_step(b: int, h: int, p: int, n: int) -> Iterator[Case]:
     token = {k: v if v.dim() == 1 else v[:, 0] for k, v in _ssd_inputs(b, 1, h, p, n, torch.float32).items()}
     state = torch.zeros(b, h, p, n)
-    yield "ssd step", f"b{b} h{h} p{p} n{n} float32", lambda: ops.ssd_step_(state, **token, dt_softplus=True)  # type: ignore[arg-type]
+    yield "ssd step", f"b{b} h{h} p{p} n{n} float32", lambda: ops.ssd_step_(state, **token, dt_softplus=True)
 
 
-def _trapezoid_inputs(b: int, t: int, h: int, p: int, n: int, r: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _trapezoid_inputs(b: int, t: int, h: int, p: int, n: int, r: int, dtype: torch.dtype) -> dict[str, Any]:
     """Inputs as a Mamba-3 layer at its initial values has them, half the states turning, with its gate."""
     torch.manual_seed(0)
     x, z = (torch.randn(b, t, h, p).to(dtype) for _ in range(2))
@@ -119,18 +119,8 @@ def _trapezoid_inputs(b: int, t: int, h: int, p: int, n: int, r: int, dtype: tor
 def _trapezoid(b: int, t: int, h: int, p: int, n: int, r: int, dtype: torch.dtype) -> Iterator[Case]:
     shape = f"b{b} h{h} p{p} t{t} n{n} r{r} {_name(dtype)}"
     inputs = _trapezoid_inputs(b, t, h, p, n, r, dtype)
-    leaves = {name: v.clone().requires_grad_() for name, v in inputs.items()}
-    dy = torch.randn(b, t, h, p).to(dtype)
     for backend, name in ((None, "trapezoid_ssd"), ("chunked", "trapezoid_ssd, chunked in PyTorch")):
-
-        def forward(backend: str | None = backend) -> object:
-            with torch.no_grad():
-                return ops.trapezoid_ssd(**inputs, backend=backend)  # type: ignore[arg-type]
-
-        def both(backend: str | None = backend) -> object:
-            y, _ = ops.trapezoid_ssd(**leaves, backend=backend)  # type: ignore[arg-type]
-            return torch.autograd.grad(y, list(leaves.values()), dy)
-
+        forward, both = _passes(functools.partial(ops.trapezoid_ssd, backend=backend), inputs)
         yield f"{name} fwd", shape, forward
         yield f"{name} fwd+bwd", shape, both
 
@@ -141,7 +131,7 @@ def _trapezoid_step(b: int, h: int, p: int, n: int, r: int) -> Iterator[Case]:
     token = {k: v if k in whole else v[:, 0] for k, v in inputs.items()}
     state = (torch.zeros(b, h, n // 4), torch.zeros(b, h, p, n), torch.zeros(b, h, r, n), torch.zeros(b, h, p))
     shape = f"b{b} h{h} p{p} n{n} r{r} float32"
-    yield "trapezoid_ssd step", shape, lambda: ops.trapezoid_ssd_step_(state, **token)  # type: ignore[arg-type]
+    yield "trapezoid_ssd step", shape, lambda: ops.trapezoid_ssd_step_(state, **token)
 
 
 def _conv(b: int, t: int, d: int, k: int, dtype: torch.dtype) -> Iterator[Case]:
