@@ -324,7 +324,7 @@ def test_what_cannot_be_accelerated_says_so() -> None:
     with pytest.raises(ValueError, match=r"accelerate: Linear has no module.*MambaMixer"):
         ours.accelerate(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="expected a torch"):
-        ours.accelerate("mamba")  # type: ignore[arg-type]
+        ours.accelerate("mamba")  # type: ignore[arg-type]  # no model
     with pytest.raises(ValueError, match=r"activation is 'gelu'"):
         ours.accelerate(make("mamba", hidden_act="gelu"))
     with pytest.raises(ValueError, match=r"activation is 'gelu'"):

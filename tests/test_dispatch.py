@@ -20,7 +20,7 @@ from stateline.ops.causal_conv1d import conv_halves
 W, TAPS3 = torch.rand(8, dtype=torch.float64), torch.rand(8, 3, dtype=torch.float64)
 DIFFERENTIABLE: dict[str, Callable[[Tensor], Tensor]] = {
     "causal_conv1d": lambda x: ops.causal_conv1d(x, TAPS3, activation="silu")[0].sum(),
-    "conv_halves": lambda x: sum(y.sum() for y in conv_halves(x, TAPS3[:4], None)),  # type: ignore[arg-type, return-value]
+    "conv_halves": lambda x: sum(y.sum() for y in conv_halves(x, TAPS3[:4], None)),  # type: ignore[arg-type, return-value]  # a sum
     "selective_scan": lambda x: ops.selective_scan(x, x.abs(), -TAPS3, x[..., :3], x[..., 3:6])[0].sum(),
     "ssd": lambda x: ops.ssd(x[..., None, :2], x[..., :1].abs(), -W[:1], x[..., :3], x[..., 3:6])[0].sum(),
     "rms_norm": lambda x: ops.rms_norm(x, W)[0].sum(),

@@ -141,7 +141,7 @@ def test_a_tokens_launches_stay_together(monkeypatch: pytest.MonkeyPatch) -> Non
     told: list[str] = []
     known, states = gpu._Known(None, (), [], ()), torch.zeros(3, 4)  # type: ignore[arg-type]  # nothing is prepared
     for row in states:
-        known.tokens[1, 7, row.data_ptr()] = [Slow(told) for _ in range(5)]  # type: ignore[misc]
+        known.tokens[1, 7, row.data_ptr()] = [Slow(told) for _ in range(5)]  # type: ignore[misc]  # stand-ins
     ids, logits = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 4)
     threads = [threading.Thread(target=known.launch, args=([row], ids, logits)) for row in states]
     for thread in threads:

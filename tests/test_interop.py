@@ -416,7 +416,7 @@ def test_paths_are_not_looked_for_elsewhere(tmp_path: Path, monkeypatch: pytest.
         stateline.load("empty")
     for wrong in (3, None):
         with pytest.raises(TypeError, match=f"^load: {wrong} is no path and no name"):
-            stateline.load(wrong)  # type: ignore[arg-type]
+            stateline.load(wrong)  # type: ignore[arg-type]  # no path
 
 
 def test_a_model_of_another_format_is_not_overwritten(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_both_directions_are_merged(shared: bool, merge: str) -> None:
         differ(layer.ahead, layer.back)
         back = layer.back
     one, other = layer.ahead(x), backwards(back, x)
-    want = one + other if merge == "sum" else torch.cat([one, other], -1) @ layer.project.weight.T  # type: ignore[union-attr]
+    want = one + other if merge == "sum" else torch.cat([one, other], -1) @ layer.project.weight.T  # type: ignore[union-attr]  # "cat"
     torch.testing.assert_close(layer(x), want)
     alone = sum(p.numel() for p in mamba().parameters())
     added = 2 * D * D if merge == "concat" else 0
@@ -72,7 +72,7 @@ def test_both_directions_are_merged(shared: bool, merge: str) -> None:
 @pytest.mark.parametrize("merge", ["sum", "concat"])
 def test_padded_and_packed_sequences_are_turned_within_themselves(merge: str) -> None:
     layer, x, lengths = sl.Bidirectional(mamba(), merge=merge), signal(4, 7), [4, 0, 7, 1]
-    differ(layer.ahead, layer.back)  # type: ignore[arg-type]
+    differ(layer.ahead, layer.back)  # type: ignore[arg-type]  # modules
     for i, n in enumerate(lengths):
         x[i, n:] = torch.nan
     y = layer(x, lengths=lengths)
@@ -123,7 +123,7 @@ def test_a_map_is_read_in_four_directions(shared: bool, size: tuple[int, int]) -
     layer, x = sl.Scan2d(mamba(), shared=shared), signal(2, *size)
     columns = layer.rows if layer.columns is None else layer.columns
     if not shared:
-        differ(layer.rows.ahead, layer.rows.back, columns.ahead, columns.back)  # type: ignore[arg-type]
+        differ(layer.rows.ahead, layer.rows.back, columns.ahead, columns.back)  # type: ignore[arg-type]  # modules
     height, width = size
     want = torch.zeros_like(x)
     along_rows = [(i, j) for i in range(height) for j in range(width)]

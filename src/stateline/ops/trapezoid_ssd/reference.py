@@ -186,7 +186,7 @@ def run(scan: Scan, call: Inputs) -> tuple[Tensor, State]:
         ends.append(own)
     if len(ends) == 1:
         return y, ends[0]
-    return y, tuple(torch.cat(s) for s in zip(*ends, strict=True)) if ends else begin  # type: ignore[return-value]
+    return y, tuple(torch.cat(s) for s in zip(*ends, strict=True)) if ends else begin  # type: ignore[return-value]  # four
 
 
 def forward_by(scan: Scan, *args: Any) -> tuple[Tensor, ...]:
