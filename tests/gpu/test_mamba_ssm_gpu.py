@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton", reason="mamba_ssm computes through Triton
 
 def one_configuration(configs: list[Any], key: list[str], **_: Any) -> Any:
     """Instead of Triton's tuner, which tries for minutes: the configuration that needs least of a multiprocessor."""
-    least = min(configs, key=lambda c: (c.num_stages, sum(c.kwargs.values()), c.num_warps, c.maxnreg or 0))
+    least = min(configs, key=lambda c: (c.num_stages * sum(c.kwargs.values()), c.num_warps, c.maxnreg or 0))
     return AUTOTUNE([least], key)
 
 
@@ -33,8 +33,10 @@ from mamba_ssm.utils.generation import InferenceParams  # noqa: E402  # known on
 
 pytestmark = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE, D_MODEL = "cuda", 128
-#: Largest difference over largest value. Their products of float32 are taken in TF32, with 10 bits.
-BOUND = {torch.float32: 4e-3, torch.bfloat16: 3e-2}
+#: Largest difference from float64, over the largest value there: of ours, and of theirs, whose products of float32 are
+#: taken in TF32, with 10 bits.
+BOUND = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
+THEIRS = {torch.float32: 2e-2, torch.bfloat16: 6e-2}
 LAYERS = {
     "Mamba2": {},
     "Mamba2, skip a channel": {"D_has_hdim": True},
@@ -51,8 +53,8 @@ LAYERS = {
 TOKENS = [name for name in LAYERS if name.startswith("Mamba2") and not {"D_has_hdim", "dt_limit"} & {*LAYERS[name]}]
 
 
-def pair(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """Our layer and theirs with the same parameters."""
+def layers(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Our layer in float64, ours and theirs in `dtype`, with the same parameters."""
     torch.manual_seed(0)
     kind = name.partition(",")[0]
     options = {"headdim": 32, "d_state": 64, **LAYERS[name]}
@@ -63,9 +65,10 @@ def pair(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     with torch.no_grad():
         for parameter in theirs.parameters():  # nothing stays at zero or one
             parameter.add_(0.1 * torch.randn_like(parameter))
-    layer = getattr(ours, kind)(D_MODEL, device=DEVICE, dtype=dtype, **options)
-    layer.load_state_dict(theirs.state_dict())
-    return layer, theirs
+    mine = [getattr(ours, kind)(D_MODEL, device=DEVICE, dtype=d, **options) for d in (torch.float64, dtype)]
+    for layer in mine:
+        layer.load_state_dict(theirs.state_dict())
+    return mine[0].double(), mine[1], theirs
 
 
 def near(got: Tensor, wanted: Tensor, bound: float, what: str) -> None:
@@ -76,28 +79,31 @@ def near(got: Tensor, wanted: Tensor, bound: float, what: str) -> None:
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_values_and_gradients_are_those_of_mamba_ssm(name: str, dtype: torch.dtype) -> None:
-    layer, theirs = pair(name, dtype)
-    x, dy = torch.randn(2, 2, 333, D_MODEL, device=DEVICE, dtype=dtype).unbind()
+    x, dy = torch.randn(2, 2, 333, D_MODEL, device=DEVICE).to(dtype).unbind()
     found = []
-    for module in (layer, theirs):
-        u = x.clone().requires_grad_()
+    for module in layers(name, dtype):
+        wide = torch.float64 if not found else dtype
+        u = x.to(wide, copy=True).requires_grad_()
         y = module(u)
-        y.backward(dy)
+        y.backward(dy.to(wide))
         found.append({"y": y.detach(), "input": u.grad} | {k: p.grad for k, p in module.named_parameters()})
-    assert found[0].keys() == found[1].keys()
-    for what, value in found[0].items():
-        near(value, found[1][what], BOUND[dtype], f"{name}: {what}")
+    exact, mine, theirs = found
+    assert exact.keys() == mine.keys() == theirs.keys()
+    for what, value in exact.items():
+        near(mine[what], value, BOUND[dtype], f"{name}, ours: {what}")
+        near(theirs[what], value, THEIRS[dtype], f"{name}, theirs: {what}")
 
 
 @pytest.mark.parametrize("name", TOKENS)
 def test_a_prompt_and_tokens_after_it_are_those_of_mamba_ssm(name: str) -> None:
-    layer, theirs = pair(name, torch.float32)
+    _, layer, theirs = layers(name, torch.float32)
     x = torch.randn(2, 40, D_MODEL, device=DEVICE)
     cache = InferenceParams(max_seqlen=40, max_batch_size=2)
+    bound = 4e-3  # of theirs
     with torch.no_grad():
         y, state = layer.extend(x[:, :30], layer.init_state(2))
-        near(y, theirs(x[:, :30], inference_params=cache), BOUND[torch.float32], f"{name}: prompt")
+        near(y, theirs(x[:, :30], inference_params=cache), bound, f"{name}: prompt")
         for i in range(30, 40):
             cache.seqlen_offset = i
             wanted = theirs(x[:, i : i + 1], inference_params=cache)[:, 0]
-            near(layer.step_(x[:, i], state), wanted, BOUND[torch.float32], f"{name}: token {i}")
+            near(layer.step_(x[:, i], state), wanted, bound, f"{name}: token {i}")
