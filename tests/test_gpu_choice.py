@@ -116,18 +116,3 @@ def test_standing_in_for_good_is_said_once(monkeypatch: pytest.MonkeyPatch) -> N
         assert [gpu._instead(*system()[2:]) is None for _ in range(3)] == [False] * 3
     assert len(said) == 1
     backends.say_once.cache_clear()
-
-
-def test_kernels_on_trial_are_taken_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_unavailable", lambda name, *_: None if name in ("gpu", "chunked") else "other")
-    monkeypatch.delenv("STATELINE_TRIAL", raising=False)
-    choice = backends.choose("ssd", "cuda")
-    assert choice.name == "chunked"
-    assert choice.rejected["gpu"].startswith("its kernels are on trial; backend='gpu', or STATELINE_TRIAL=ssd")
-    assert backends.choose("ssd", "cuda", "gpu").name == "gpu"
-    assert backends.choose("selective_scan", "cuda").name == "gpu"
-    monkeypatch.setenv("STATELINE_TRIAL", " ssd,")
-    assert backends.choose("ssd", "cuda").name == "gpu"
-    monkeypatch.setenv("STATELINE_TRIAL", "sdd")
-    with pytest.raises(backends.BackendError, match="STATELINE_TRIAL names sdd; on trial: ssd"):
-        backends.choose("ssd", "cuda")

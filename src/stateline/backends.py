@@ -35,8 +35,6 @@ OPS = (
 BESIDE = {"gated_rms_norm": "rms_norm"}
 #: Operations with a second form in PyTorch, faster than the definition.
 CHUNKED = ("ssd", "trapezoid_ssd")
-#: Operations whose GPU kernels are too new to be chosen by themselves.
-TRIAL = ("ssd",)
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
 DECIDES = {"selective_scan": 2, "ssd": 2, "trapezoid_ssd": 2}
 #: What `sl_layout` of a fitting library says.
@@ -107,8 +105,6 @@ def choose(
         if backend is not None and backend != candidate:
             continue
         reason = _unavailable(candidate, name, device, dtype, args)
-        if reason is None and backend is None and candidate == "gpu":
-            reason = _on_trial(name)
         if reason is None:
             return Choice(candidate, rejected)
         if backend is not None:
@@ -129,17 +125,6 @@ def _unavailable(name: str, op: str, device: str, dtype: torch.dtype | None, arg
     if name == "cpu":
         return native_problem() if device == "cpu" else f"needs CPU tensors, these are on {device}"
     return None
-
-
-def _on_trial(op: str) -> str | None:
-    if op not in TRIAL:
-        return None
-    wanted = {name.strip() for name in os.environ.get("STATELINE_TRIAL", "").split(",")} - {""}
-    if strange := wanted - {*TRIAL}:
-        raise BackendError(f"STATELINE_TRIAL names {', '.join(sorted(strange))}; on trial: {', '.join(TRIAL)}.")
-    if op in wanted:
-        return None
-    return f"its kernels are on trial; backend='gpu', or STATELINE_TRIAL={op} in the environment, takes them."
 
 
 @functools.cache

@@ -46,12 +46,6 @@ def _patch_helpers_once() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers run on kernels that are on trial, too."""
-    monkeypatch.setenv("STATELINE_TRIAL", ",".join(backends.TRIAL))
-
-
-@pytest.fixture(autouse=True)
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter the GPU back end takes CPU tensors, and cuts time finely: little work, many cuts."""
     if INTERPRETED:
