@@ -225,6 +225,10 @@ def test_a_tokenizer_must_be_named_where_ids_are_no_bytes(tmp_path: Path) -> Non
         stateline.save(small(), tmp_path / "m", "vllm")
     with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
         stateline.save(small(), tmp_path / "m", "vllm", tokenizer=tmp_path)
+    bytes_model = small(vocab_size=256)
+    stateline.save(bytes_model, tmp_path / "bytes", "vllm")
+    with pytest.raises(ValueError, match=r'tokenizer is "none" and .*bytes holds tokenizer\.json'):
+        stateline.save(bytes_model, tmp_path / "bytes", "vllm", tokenizer="none")
     stateline.save(small(), tmp_path / "m")
     with pytest.raises(ValueError, match="holds a stateline model"):
         stateline.save(small(), tmp_path / "m", "vllm", tokenizer="none")

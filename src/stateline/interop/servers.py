@@ -57,6 +57,7 @@ def save(
     if problems := _problems(model) + unsaid:
         remedy = 'Use format="stateline".' if unsaid or _is_mamba3(model) else 'Use format="huggingface".'
         raise checks.fail(OP, f"vLLM and SGLang cannot run this model: {'; '.join(problems)}.", remedy)
+    _refuse_stale_tokenizer(tokenizer, Path(directory))
     values, tensors = huggingface.contents(model, dtype)
     values.pop("time_step_limit", None)  # none, which strict JSON has no word for
     if values["model_type"] == "mamba2":
@@ -111,6 +112,14 @@ def _tokenizer_files(tokenizer: str | Path | None, vocab_size: int) -> tuple[Fil
     described = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     files |= {TOKENIZER_CONFIG: _json(_described(described))}
     return files, {"bos_token_id": known.start, "eos_token_id": known.end}
+
+
+def _refuse_stale_tokenizer(tokenizer: str | Path | None, directory: Path) -> None:
+    """Raise if ids alone are asked for where a server would find a tokenizer of something written earlier."""
+    left = [name for name in (TOKENIZER, TOKENIZER_CONFIG) if (directory / name).is_file()]
+    if str(tokenizer) == NONE and left:
+        problem = f'tokenizer is "none" and {directory} holds {left[0]}, which a server would take.'
+        raise checks.fail(OP, problem, "Remove it first.")
 
 
 def bytes_tokenizer() -> dict[str, Any]:
