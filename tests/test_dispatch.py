@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stateline import ops
+from stateline import backends, ops
 from stateline.nn import Mamba
 from stateline.ops.causal_conv1d import conv_halves
 
@@ -114,3 +115,13 @@ def test_a_trace_holds_the_op_and_not_its_result(grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(run, (x["u"],), check_trace=False)
         torch.testing.assert_close(traced(3 * x["u"]), run(3 * x["u"]))
+
+
+def test_a_gated_norm_has_no_kernel_on_a_cpu_and_says_so() -> None:
+    x = torch.ones(2, 4)
+    assert backends.explain(ops.gated_rms_norm, x, x, x[0]).name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing faster is missing
+        ops.gated_rms_norm(x, x, x[0])
+    with pytest.raises(ValueError, match="backend is 'cpu', expected one of 'gpu', 'reference' or None"):
+        ops.gated_rms_norm(x, x, x[0], backend="cpu")

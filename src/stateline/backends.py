@@ -31,8 +31,8 @@ OPS = (
     "causal_conv1d", "cross_entropy", "decode_token", "packed_linear", "rms_norm", "selective_scan", "ssd",
     "trapezoid_ssd",
 )  # fmt: skip
-#: Operations that live in another's folder, and have its back ends.
-BESIDE = {"gated_rms_norm": "rms_norm"}
+#: Operations that live in another's folder, and those of its back ends that they have.
+BESIDE = {"gated_rms_norm": ("rms_norm", ("gpu", "reference"))}
 #: Operations with a second form in PyTorch, faster than the definition.
 CHUNKED = ("ssd", "trapezoid_ssd")
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
@@ -76,14 +76,13 @@ def explain(op: str | Callable[..., object], *args: object, backend: str | None 
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
     if name.endswith("_step_"):  # the state comes first, then what the whole operation takes
         name, args = name.removesuffix("_step_"), args[1:]
-    name = BESIDE.get(name, name)
     tensor = next((a for a in args if isinstance(a, Tensor)), None)
     if tensor is None:
         return choose(name, "cpu", backend)
     decisive = args[DECIDES[name]] if len(args) > DECIDES.get(name, len(args)) else tensor
     dtype = decisive.dtype if isinstance(decisive, Tensor) else tensor.dtype
     choice = choose(name, tensor.device.type, backend, dtype, args)
-    if choice.name == "gpu" and hasattr(module := _module(name, "gpu"), "detail"):
+    if choice.name == "gpu" and hasattr(module := _module(_folder(name), "gpu"), "detail"):
         return replace(choice, detail=module.detail(*args))
     return choice
 
@@ -96,11 +95,13 @@ def choose(
     `dtype`: what the op computes in, as `explain` finds it; None asks about the device alone. `args`: its tensors, for
     back ends whose `problem(*args)` says why they do not cover some of them.
     """
-    name = BESIDE.get(op, op.removesuffix("_step_"))
+    name = _folder(op.removesuffix("_step_"))
     if name not in OPS:
-        raise fail("explain", f"{op!r} is no operation, expected one of {', '.join(OPS)}.")
+        raise fail("explain", f"{op!r} is no operation, expected one of {', '.join((*OPS, *BESIDE))}.")
     rejected: dict[str, str] = {}
     offered = [b for b in BACKENDS if b != "chunked" or name in CHUNKED]
+    if op in BESIDE:
+        offered = list(BESIDE[op][1])
     for candidate in offered:
         if backend is not None and backend != candidate:
             continue
@@ -160,9 +161,13 @@ def kernel(
     choice = choose(op, device, backend, dtype, args)
     if backend is None and choice.name == "reference":
         faster = {"cpu": "cpu", "cuda": "gpu"}.get(device)
-        if faster is not None:
+        if faster in choice.rejected:
             _say_slow_once(choice.rejected[faster])
-    return _module(op, choice.name)
+    return _module(_folder(op), choice.name)
+
+
+def _folder(op: str) -> str:
+    return BESIDE[op][0] if op in BESIDE else op
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def gated_rms_norm(
         y, z: (…, d).   weight: (d).
         eps: added to the mean square, > 0.
         groups: of d / groups neighbouring channels, each normalised by itself.
-        backend: "gpu", "cpu" or "reference" forces one, None chooses.
+        backend: "gpu" or "reference", PyTorch's operations, forces one; None chooses. (On CPUs layers gate in `ssd`.)
 
     Returns:
         (…, d) in y's dtype, rounded once. Differentiable in every tensor; first derivatives only.
@@ -181,15 +181,14 @@ class _RMSNorm(Function):
 
 def _run_gated(y: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
-    out: Tensor = backends.kernel(OP, y.device.type, backend, y.dtype).gated_forward(y, *rest)
+    out: Tensor = backends.kernel(GATED, y.device.type, backend, y.dtype).gated_forward(y, *rest)
     return out
 
 
 def _run_gated_backward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rest, backend = args
-    grads: tuple[Tensor, ...] = backends.kernel(OP, dout.device.type, backend, rest[0].dtype).gated_backward(
-        dout, *rest
-    )
+    kernel = backends.kernel(GATED, dout.device.type, backend, rest[0].dtype)
+    grads: tuple[Tensor, ...] = kernel.gated_backward(dout, *rest)
     return grads
 
 

@@ -6,10 +6,6 @@ import torch
 from torch import Tensor
 
 from stateline.ops import native
-from stateline.ops.rms_norm.reference import gated_backward, gated_forward
-
-# Gated, PyTorch's own operations serve the CPU, where layers gate inside `ssd` instead.
-__all__ = ["backward", "forward", "gated_backward", "gated_forward"]
 
 
 def _plain(x: Tensor) -> Tensor:
