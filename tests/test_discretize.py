@@ -295,6 +295,16 @@ def test_gradient_at_zero_is_that_of_the_limit() -> None:
         close(torch.autograd.grad(function(z).sum(), z)[0], [slope] * 3)
 
 
+def test_rules_compile_in_one_graph() -> None:
+    """Layers call them in forward."""
+    A, B = hippo.diagonal("lin", 8), torch.ones(4)
+    w, P, gain, _ = dplr.nplr("legt", 8)
+    step = torch.compile(lambda dt: d.zoh(A, B, dt), backend="eager", fullgraph=True)
+    close(step(torch.tensor(0.1))[1], d.zoh(A, B, torch.tensor(0.1))[1])
+    low = torch.compile(lambda dt: d.bilinear(dplr.DPLR(w, P), gain, dt)[1], backend="eager", fullgraph=True)
+    close(low(torch.tensor(0.1)), d.bilinear(dplr.DPLR(w, P), gain, torch.tensor(0.1))[1])
+
+
 def test_rows_are_validated() -> None:
     with pytest.raises(ValueError, match=r"discretize.mine: taps add up to 1.5 at dt·A = 0, expected 1"):
         d.Exponential("mine", 1, (1, 0, 0, 1))

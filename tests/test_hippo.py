@@ -236,6 +236,19 @@ def test_gradients_reach_the_signal() -> None:
         )
 
 
+@pytest.mark.parametrize("name", [name for name in ORTHONORMAL if "fourier" not in name])
+def test_few_states(name: str) -> None:
+    """Sizes that a recurrence of three terms could trip over, each the beginning of the larger one."""
+    ages = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    A, B = hippo.transition(ORTHONORMAL[name], 5)
+    p = hippo.basis(ORTHONORMAL[name], 5, ages)
+    for n in (1, 2, 3):
+        small_A, small_B = hippo.transition(ORTHONORMAL[name], n)
+        close(small_A, A[:n, :n])
+        close(small_B, B[:n])
+        close(hippo.basis(ORTHONORMAL[name], n, ages), p[:, :n])
+
+
 def test_span() -> None:
     signal = torch.zeros(30)
     assert hippo.project(signal, "legs").span == 30
@@ -252,7 +265,9 @@ def test_systems_without_a_basis_say_so(measure: str) -> None:
         lambda: hippo.weight(measure, torch.zeros(1)),
         lambda: hippo.reconstruct(memory, torch.zeros(1)),
     ):
-        with pytest.raises(ValueError, match=rf"hippo\.\w+: measure '{measure}' has no orthonormal basis: .* Take"):
+        with pytest.raises(
+            ValueError, match=rf"hippo\.\w+: measure '{measure}' has no weight and orthonormal basis: .* Take"
+        ):
             call()
 
 
@@ -290,6 +305,8 @@ x = torch.zeros(4)
         ),
         (lambda: hippo.reconstruct(hippo.project(x), torch.tensor([math.nan])), r"ages run from nan to nan"),
         (lambda: hippo.reconstruct(hippo.project(x[:0]), torch.zeros(1)), r"hippo.reconstruct: the memory is empty"),
+        (lambda: hippo.transition("fourier", 5), r"hippo: n is 5, expected an even number for the Fourier family"),
+        (lambda: hippo.basis("fourier2", 3, x), r"hippo: n is 3, expected an even number for the Fourier family"),
         (lambda: hippo.tilted_laguerre(0.0), r"hippo.tilted_laguerre: beta is 0.0, expected a number above 0"),
         (lambda: hippo.generalized_laguerre(1.0), "alpha is 1, expected a number above -1 and below 1"),
         (lambda: hippo.generalized_laguerre(-1.0), r"alpha is -1.0, expected a number above -1"),

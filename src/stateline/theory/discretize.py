@@ -25,6 +25,7 @@ A, B and dt of every rule:
                low-rank change have no low rank: they give dense matrices (…, n, n) and B̄ (…, n) on [h, conj h].
     dt         > 0: a number, or a tensor of the shape in front of a system, with which it broadcasts: A (d, n) takes dt
                (d) or (t, d) or (t, 1); one system A (n) or A (n, n) takes (t), one step each: irregular sampling.
+               A dt for each state is n systems of one: A[:, None], B[:, None], dt (n).
 
 float64 and complex128, or float32 and complex64. Everything has gradients. Sources: "Generalized bilinear" and zoh:
 "HiPPO" (Gu et al. 2020), appendix B.3; "Mamba" (Gu & Dao 2023), §2; "Mamba-3" (Lahoti et al. 2026), §3.

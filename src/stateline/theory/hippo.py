@@ -11,6 +11,7 @@ Suffixes: n state, t sample, k age.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,41 +80,24 @@ def basis(measure: str | Measure, n: int, ages: Tensor) -> Tensor:
 def _orthonormal(op: str, measure: str | Measure) -> Measure:
     row = named(op, measure)
     if row.weight is None or row.basis is None:
-        problem = f"measure {row.name!r} has no orthonormal basis: its state is no projection."
-        raise checks.fail(op, problem, f"Take {'legs' if row.name == 'legsd' else 'fourier'}, which it comes from.")
+        problem = f"measure {row.name!r} has no weight and orthonormal basis: its state is no projection."
+        origin = {"legsd": "legs", "foud": "fourier2"}.get(row.name)
+        raise checks.fail(op, problem, f"Take {origin}, which it comes from." if origin else "Give its row both.")
     return row
 
 
 # --- diagonal systems ------------------------------------------------------------------------------------------------
 
 
-def _inverse(n: int, stride: int) -> Tensor:
-    k = torch.arange(n // 2, dtype=torch.float64)
-    return n / math.pi * (n / (stride * k + 1) - 1)
-
-
-def _spectrum(init: str, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """(−Re A, −Im A) of a diagonal initialiser."""
-    k = torch.arange(n // 2, dtype=torch.float64)
-    half = torch.full_like(k, 0.5)
-    if init == "legs":
-        w = nplr("legs", n)[0]
-        return -w.real, -w.imag
-    if init == "real":
-        return k + 1, torch.zeros_like(k)
-    if init == "rand":
-        return half, torch.exp(torch.randn(n // 2, dtype=torch.float64, generator=generator))
-    rows = {
-        "lin": lambda: math.pi * k,
-        "inv": lambda: _inverse(n, 2),
-        "inv2": lambda: _inverse(n, 1),
-        "quad": lambda: (2 * k + 1) ** 2 / math.pi,
-    }
-    return half, rows[init]()
-
-
+#: −Im A of state k where Re A is −½, from k (n/2) and n.
+FREQUENCIES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "lin": lambda k, n: math.pi * k,
+    "inv": lambda k, n: n / math.pi * (n / (2 * k + 1) - 1),
+    "inv2": lambda k, n: n / math.pi * (n / (k + 1) - 1),
+    "quad": lambda k, n: (2 * k + 1) ** 2 / math.pi,
+}
 #: What `diagonal` knows.
-INITS = ("lin", "inv", "inv2", "quad", "legs", "real", "rand")
+INITS = (*FREQUENCIES, "legs", "real", "rand")
 
 
 def diagonal(init: str, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -138,8 +122,16 @@ def diagonal(init: str, n: int, *, generator: torch.Generator | None = None) -> 
     checks.number(op, "n", n, low=2, integer=True)
     if n % 2:
         raise checks.fail(op, f"n is {n}, expected an even number.", "States come in conjugate pairs.")
-    real, imag = _spectrum(init, n, generator)
-    return torch.complex(-real, -imag)
+    k = torch.arange(n // 2, dtype=torch.float64)
+    if init == "legs":
+        return nplr("legs", n)[0]
+    if init == "real":
+        return torch.complex(-k - 1, torch.zeros_like(k))
+    if init == "rand":
+        frequency = torch.exp(torch.randn(n // 2, dtype=torch.float64, generator=generator))
+    else:
+        frequency = FREQUENCIES[init](k, n)
+    return torch.complex(torch.full_like(k, -0.5), -frequency)
 
 
 # --- projecting a signal ---------------------------------------------------------------------------------------------

@@ -84,10 +84,14 @@ def laguerre(n: int, x: Tensor, alpha: float = 0.0, damping: float = 0.0) -> Ten
 
 
 def waves(n: int, x: Tensor) -> Tensor:
-    """1, 0, √2 cos x, √2 sin x, √2 cos 2x, … at x (…) -> (…, n): entry 1, the sine of nothing, is dead."""
-    angle = x[..., None] * torch.arange((n + 1) // 2, dtype=x.dtype, device=x.device)
-    pairs = math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], -1)
-    pairs = pairs.flatten(-2)[..., :n]
+    """1, 0, √2 cos x, √2 sin x, √2 cos 2x, … at x (…) -> (…, n): entry 1, the sine of nothing, is dead.
+
+    Raises ValueError for an odd n.
+    """
+    if n % 2:
+        raise checks.fail("hippo", f"n is {n}, expected an even number for the Fourier family.", "Waves come in pairs.")
+    angle = x[..., None] * torch.arange(n // 2, dtype=x.dtype, device=x.device)
+    pairs = math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], -1).flatten(-2)
     return torch.cat([pairs[..., :1] / math.sqrt(2), pairs[..., 1:]], -1)
 
 
@@ -197,7 +201,7 @@ def _fourier(n: int, speed: float, decay: float, damping: float = 0.0) -> tuple[
     b = waves(n, torch.zeros((), dtype=torch.float64))
     angle = math.pi * torch.arange(n // 2, dtype=torch.float64)
     S = torch.zeros(n, n, dtype=torch.float64)
-    even = torch.arange(0, n - 1, 2)
+    even = torch.arange(0, n, 2)
     S[even + 1, even], S[even, even + 1] = angle, -angle
     return speed * S - decay * b[:, None] * b - damping * torch.eye(n, dtype=torch.float64), b
 
