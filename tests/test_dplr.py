@@ -96,7 +96,7 @@ def test_clip_bounds_what_it_changes() -> None:
 def test_a_matrix_of_ones_own() -> None:
     """A row is validated: rows that do not make A normal are refused."""
     matrices = hippo.MEASURES["legs"].matrices
-    with pytest.raises(ValueError, match="hippo: measure mine: A \\+ PᵀP is not normal"):
+    with pytest.raises(ValueError, match="hippo: measure mine: A \\+ PᵀP is not c·1 plus a skew"):
         hippo.Measure("mine", matrices, lambda n: torch.ones(1, n, dtype=torch.float64))
 
 

@@ -1,7 +1,7 @@
 """HiPPO systems as a diagonal and a few rows: what S4 computes with.
 
-A HiPPO matrix is normal but for a low-rank part, A + PᵀP = V diag(w) V*, and a real A has its eigenvalues in conjugate
-pairs. So n/2 complex numbers and r rows say everything:
+A HiPPO matrix is normal but for a low-rank part, A + PᵀP = V diag(w) V* with one real part for all of w, and a real
+matrix has its eigenvalues in conjugate pairs. So n/2 complex numbers and r rows say everything:
 
     NPLR   A = 2 Re(V diag(w) V*) − PᵀP               in the coordinates of the basis functions, real
     DPLR   z' = (diag(w) − P P*) z + B u,  y = 2 Re C z    in those of the eigenvectors, half of them: z = V* x, C → C V

@@ -36,12 +36,12 @@ def _ones(n: int) -> Tensor:
 class Measure:
     """One family: its matrices, the rows that make A normal, and what its state means.
 
-    Raises ValueError where A + Σ_r P_r P_rᵀ does not commute with its transpose.
+    Raises ValueError where A + PᵀP is not normal with one real part for all its eigenvalues: c·1 plus a skew matrix.
     """
 
     name: str
     matrices: Matrices
-    #: P (r, n), real, with A + PᵀP normal; None: no small P does it.
+    #: P (r, n), real, with A + PᵀP = c·1 + a skew matrix; None: no small P does it.
     rows: Callable[[int], Tensor] | None = None
     #: How far back the measure reaches.
     window: float = math.inf
@@ -53,9 +53,9 @@ class Measure:
     def __post_init__(self) -> None:
         if self.rows is not None:
             (A, _), P = self.matrices(6), self.rows(6)
-            N = A + P.T @ P
-            if not torch.allclose(N @ N.T, N.T @ N):
-                raise checks.fail("hippo", f"measure {self.name}: A + PᵀP is not normal.")
+            symmetric = A + A.T + 2 * P.T @ P
+            if not torch.allclose(symmetric, symmetric[0, 0] * torch.eye(6, dtype=torch.float64)):
+                raise checks.fail("hippo", f"measure {self.name}: A + PᵀP is not c·1 plus a skew matrix.")
 
 
 # --- polynomials -----------------------------------------------------------------------------------------------------
