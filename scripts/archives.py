@@ -10,12 +10,17 @@ import hashlib
 import io
 import shutil
 import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+#: The wheel of one platform, whatever runs this: only what lies in it is read.
+PLATFORM = ("--python-version", "3.11", "--implementation", "cp", "--platform", "manylinux_2_17_x86_64")
+PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", *PLATFORM)
 
 
 class DataError(Exception):
@@ -26,7 +31,8 @@ class DataError(Exception):
 class Archive:
     """A file that never changes.
 
-    manager: "npm", or "apt" for a package of Debian (bookworm).   file: how the manager names what it saves.
+    manager: "npm", "apt" for a package of Debian (bookworm), or "pip" for a wheel.
+    file: how the manager names what it saves.
     """
 
     manager: str
@@ -38,7 +44,8 @@ class Archive:
     @property
     def source(self) -> str:
         """Where it comes from, in words."""
-        return f"{'npm' if self.manager == 'npm' else 'Debian'} {self.package} {self.version}"
+        place = {"npm": "npm", "apt": "Debian", "pip": "PyPI"}[self.manager]
+        return f"{place} {self.package} {self.version}"
 
     def fetch(self, folder: Path | None, scratch: Path) -> bytes:
         """The archive's bytes: from `folder` if it lies there, else through its manager by way of `scratch`."""
@@ -62,6 +69,7 @@ class Archive:
         command = {
             "npm": ["npm", "pack", f"{self.package}@{self.version}", "--silent"],
             "apt": ["apt-get", "download", f"{self.package}={self.version}"],
+            "pip": [*PIP, f"{self.package}=={self.version}"],
         }[self.manager]
         if shutil.which(command[0]) is None:
             raise DataError(
