@@ -14,12 +14,12 @@ constexpr int TILE = COLS * PAD + 16;  // floats of a tile's sums
 
 // Filled by gpu.py in this order; every field has eight bytes.
 struct Args {
-    i64 b, d, e, n, r;
-    double eps;
+    i64 b, d, e, n, r, before, channels, rest;
+    double eps, low, high, gate_eps;
     Matrix embedding, head;
     const i64* ids;
     float* logits;
-    float *h, *u, *z, *bc, *squares;
+    float *h, *u, *z, *bc, *squares, *y, *parts;
     u16 *hf, *uf, *yf, *rf;
     Layer l;
     const float* next;  // the norm behind the layer
@@ -233,7 +233,7 @@ __device__ void product(
         meet_cluster();
     }
     if (warp < WARPS) {
-                const int all = T * b * 4, step = S * 256;
+        const int all = T * b * 4, step = S * 256;
 #pragma unroll 1
         for (int from = part.rank * 256 + threadIdx.x; from < all; from += step * TOGETHER) {
             decltype(load(0, 0)) held[TOGETHER];
