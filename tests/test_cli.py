@@ -58,7 +58,7 @@ FLAGS = {
     "convert": ["--debug", "--dtype", "--force", "--help", "--no-tokenizer", "--room", "--to", "-h"],
     "eval": [
         "--cache-dtype", "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json",
-        "--limit", "--lines", "--mode", "--room", "--stride", "--threads", "--weights", "-h",
+        "--limit", "--lines", "--mode", "--room", "--state-dtype", "--stride", "--threads", "--weights", "-h",
     ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "generate": [
@@ -66,7 +66,7 @@ FLAGS = {
         "--help",
         "--load-stream", "--max-tokens", "--min-p", "--model", "--prompt-file", "--repetition-penalty",
         "--repetition-window", "--room", "--save-every", "--save-stream", "--seed", "--stats",
-        "--stop", "--temperature", "--threads", "--top-k", "--top-p", "--weights", "-h",
+        "--state-dtype", "--stop", "--temperature", "--threads", "--top-k", "--top-p", "--weights", "-h",
     ],
     "info": ["--debug", "--help", "--json", "-h"],
     "tokenize": [

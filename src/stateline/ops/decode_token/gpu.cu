@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) in_proj(const __grid_consta
     __shared__ float norms[COLS];
     const Matrix& m = a.l.in;
     const int before = (int)a.before, channels = (int)a.channels, rows = (int)m.rows;
-    product<IN, T_IN, S_IN, W_IN>(
+    product<IN, T_IN, S_IN, M_IN, W_IN>(
         a, m, a.hf,
         [&](int first, int apart, int count, int rank) {  // what the convolution will read, each block of a cluster its share
             const int each = (TAPS - 1) * (int)a.b + TAPS + 2;
@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) out_proj(const __grid_const
 #endif
     const Matrix& m = a.l.out;
     const int d = (int)a.d;
-    product<OUT, T_OUT, S_OUT, W_OUT>(
+    product<OUT, T_OUT, S_OUT, M_OUT, W_OUT>(
         a, m, a.yf,
         [&](int first, int apart, int count, int rank) {  // the stream and the norm
             for (int i = rank * 256 + threadIdx.x; i < count * ((int)a.b + 2); i += 256 * S_OUT) {
@@ -188,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) head(const __grid_constant_
     __shared__ float norms[COLS];
     const Matrix& m = a.head;
     const int rows = (int)m.rows;
-    product<HEAD, T_HEAD, S_HEAD, W_HEAD>(
+    product<HEAD, T_HEAD, S_HEAD, M_HEAD, W_HEAD>(
         a, m, a.hf, [](int, int, int, int) {}, [&](int warp, int lane) { find_norms(norms, a.squares, across(a) / 4, (float)a.d, a.eps, warp, lane); },
         [](int, int) { return Nothing(); },
         [&](int row, int c, float4 sum, Nothing) {

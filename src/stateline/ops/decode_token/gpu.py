@@ -66,6 +66,8 @@ def _problem_of_layers(network: Network) -> str | None:
         if n > MOST_STATES or first.heads.beside % 2:
             numbers = f"these are {n} and {first.heads.beside}"
             return f"it knows up to {MOST_STATES} states of Mamba-2, and an even width beside its heads; {numbers}."
+        if first.heads.narrow and n % 8:
+            return f"it knows multiples of 8 states where they are bfloat16; these are {n}."
     elif first.dt_proj.format != "bf16":
         return "it reads dt_proj in bfloat16."
     return None
@@ -108,6 +110,7 @@ class Cut(NamedTuple):
 
     tiles: int
     slices: int
+    mates: int = 1
 
 
 def cut(m: Matrix, processors: int) -> Cut:
@@ -127,12 +130,13 @@ def cut(m: Matrix, processors: int) -> Cut:
 def spread(m: Matrix, by: Cut, processors: int) -> int:
     """Blocks of a product: as many as run at once, where fewer would do; some then have a tile less."""
     groups, at_once = -(-m.rows // (16 * by.tiles)), 2 * processors // by.slices
-    return by.slices * (groups if groups >= at_once else min(at_once, -(-m.rows // 16)))
+    groups = groups if groups >= at_once else min(at_once, -(-m.rows // 16))
+    return by.slices * -(-groups // by.mates) * by.mates
 
 
 def head_blocks(heads: Heads, h: int) -> int:
     """Blocks of a sequence of Mamba-2's recurrence."""
-    vectors = heads.n // 4  # of 16 bytes, of which a lane takes 8 at once
+    vectors = heads.n // (8 if heads.narrow else 4)  # of 16 bytes, of which a lane takes 8 at once
     lanes = min(32, cuda.power_of_2(vectors))
     steps = min(lanes, max(1, 8 // cuda.power_of_2(-(-vectors // 32))))
     return -(-h * -(-heads.p // (steps * 32 // lanes)) // CREW)
@@ -190,7 +194,7 @@ class _Known:
 
         def product(name: str, record: list[int]) -> nvrtc.Launch:
             m, by = sizes.matrices[name], cuts[name]
-            return library.prepare(name, (spread(m, by, processors), 1), THREADS, ROOM, record, by.slices)
+            return library.prepare(name, (spread(m, by, processors), 1), THREADS, ROOM, record, by.slices * by.mates)
 
         first = [*fixed, *nothing, self.norms[0], 0, 0, 0]
         launches = [library.prepare("embed", (-(-(-(-d // 16) * b) // 16), 1), 256, 0, first, 0)]
@@ -336,7 +340,7 @@ _LETTERS = {"in_proj": "IN", "x_proj": "X", "out_proj": "OUT", "head": "HEAD"}
 def _options(sizes: _Sizes, eights: int, cuts: dict[str, Cut]) -> tuple[str, ...]:
     options = {"NB": eights, "TAPS": sizes.taps, "STATES": sizes.n, "HEADS": sizes.h, "BESIDE": 0}
     if x := sizes.heads:
-        options |= {"WIDTH": x.p, "NGROUPS": x.g, "BESIDE": x.beside, "BLOCKS": sizes.blocks, "WIDE": 1}
+        options |= {"WIDTH": x.p, "NGROUPS": x.g, "BESIDE": x.beside, "BLOCKS": sizes.blocks, "WIDE": int(not x.narrow)}
         options |= {"NORMALISE": int(x.normalise), "GATE_LAST": int(x.gate_last)}
     for name, m in sizes.matrices.items():
         letters = _LETTERS[name]
@@ -345,7 +349,7 @@ def _options(sizes: _Sizes, eights: int, cuts: dict[str, Cut]) -> tuple[str, ...
             f"T_{letters}": cuts[name].tiles,
             f"S_{letters}": cuts[name].slices,
         }
-        options[f"W_{letters}"] = int(m.columns % 32 == 0)
+        options |= {f"W_{letters}": int(m.columns % 32 == 0), f"M_{letters}": cuts[name].mates}
     return tuple(f"-D{name}={value}" for name, value in options.items())
 
 

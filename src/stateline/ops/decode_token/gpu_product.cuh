@@ -35,13 +35,18 @@ __device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
 }
 __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
     u32 done;
-    do asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+    do asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
     while (!done);
 }
 __device__ __forceinline__ void bulk(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+}
+// The same for the blocks of the cluster in `mask`, each of which has as much room at the same place.
+__device__ __forceinline__ void bulk_to(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy, u16 mask) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1], %2, [%3], %4, %5;"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"(mask), "l"(policy) : "memory");
 }
 __device__ __forceinline__ u64 once() {
     u64 policy;
@@ -56,8 +61,12 @@ __device__ __forceinline__ u64 often() {
 __device__ __forceinline__ void init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
 }
-__device__ __forceinline__ void meet_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+__device__ __forceinline__ void come_to_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void meet_cluster() { come_to_cluster(), wait_for_cluster(); }
+__device__ __forceinline__ void arrive_at(u32 barrier, int rank) {  // the same barrier of a block of the cluster
+    asm volatile("{.reg .u32 q; mapa.shared::cluster.u32 q, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [q];}"
+                 ::"r"(barrier), "r"(rank) : "memory");
 }
 __device__ __forceinline__ float4 of_block(const float4* p, int rank) {  // the same place in a block of the cluster
     float4 v;
@@ -82,20 +91,20 @@ __device__ __forceinline__ void put(u16* vectors, int k, int c, float4 v) {
     }
 }
 
-// A block's part of a product.
-template <int FORMAT, int T, int S>
+// A block's part of a product. S blocks of a cluster share columns, M have different tiles and the same vectors.
+template <int FORMAT, int T, int S, int M>
 struct Share {
     static constexpr int L = LINES<FORMAT>, TILE_PIECE = L * 64, SCALES = FORMAT == INT4 ? 32 : 0;
     static constexpr int VECTORS = STEP * T * (TILE_PIECE + SCALES), BYTES = STEP * PIECE + VECTORS, STAGES = ROOM / BYTES;
     static_assert(STAGES >= 2 && GROUPS * T * TILE * 4 <= ROOM, "");
 
     const Matrix& m;
-    int rank, first, apart, count, all, begin, end, steps;
+    int rank, mate, first, apart, count, all, begin, end, steps;
 
     __device__ Share(const Matrix& m) : m(m) {
         all = lanes_of<FORMAT>(m);
-        rank = blockIdx.x % S;
-        first = blockIdx.x / S, apart = gridDim.x / S;  // tiles lie apart, for rows of a matrix may differ in what follows
+        rank = blockIdx.x % S, mate = blockIdx.x / S % M;
+        first = blockIdx.x / (S * M) * M + mate, apart = gridDim.x / S;  // tiles lie apart, for rows of a matrix may differ in what follows
         count = (tiles_of(m) - first + apart - 1) / apart;
         const int pieces = (all + L - 1) / L, each = (pieces + S - 1) / S;
         begin = min(pieces, rank * each), end = min(pieces, begin + each), steps = (end - begin + STEP - 1) / STEP;
@@ -104,9 +113,12 @@ struct Share {
     __device__ int lines(int step) const { return all - (begin + step * STEP) * L; }
 
     // By one thread: everything of the matrix that there is room for, then, when they are ready, vectors, and so on.
+    __device__ void fetch_first(u32 stages, u32 full) const {
+        const u64 policy = once();
+        for (int i = 0; i < min(STAGES, steps); i++) matrix(i, stages + i * BYTES, full + 8 * i, policy);
+    }
     __device__ void fetch(u32 stages, u32 full, u32 empty, const u16* vectors) const {
         const u64 policy = once(), keep = often();
-        for (int i = 0; i < min(STAGES, steps); i++) matrix(i, stages + i * BYTES, full + 8 * i, policy);
         wait_for_last();
         for (int i = 0; i < min(STAGES, steps); i++) vector(i, stages + i * BYTES, full + 8 * i, vectors, keep);
         int slot = 0;
@@ -128,15 +140,18 @@ struct Share {
         }
     }
     __device__ void vector(int i, u32 to, u32 barrier, const u16* vectors, u64 policy) const {
-        bulk(to + VECTORS, vectors + (i64)(begin + i * STEP) * COLS * 32, pieces(i) * PIECE, barrier, policy);
+        const u16* from = vectors + (i64)(begin + i * STEP) * COLS * 32;
+        const u32 bytes = pieces(i) * PIECE / M, at = mate * bytes;
+        if (M == 1) bulk(to + VECTORS, from, bytes, barrier, policy);
+        else bulk_to(to + VECTORS + at, (const char*)from + at, bytes, barrier, policy, (u16)(1 << rank | 1 << (S + rank)));
     }
 };
 
 // c += piece q of all tiles of a stage times the sequences from `at` on. Tiles that the block does not have add what nobody reads.
-template <int FORMAT, int T, int S, bool WHOLE>
+template <int FORMAT, int T, int S, int M, bool WHOLE>
 __device__ __forceinline__ void add_piece(
     float (&c)[(T + SHARES - 1) / SHARES][EACH][4], const char* lines, const char* stage, int q, int at, int left, int share, int lane) {
-    using Part = Share<FORMAT, T, S>;
+    using Part = Share<FORMAT, T, S, M>;
     u32 x[EACH][4];
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
@@ -160,26 +175,31 @@ __device__ __forceinline__ void add_piece(
 
 // finish(row, sequence, sum, load(row, sequence)) for the elements of m · vectors, 16 rows of a sequence by neighbouring threads.
 // `early` runs while the kernel in front ends, `before` when the vectors are ready.
-template <int FORMAT, int T, int S, bool WHOLE, class Early, class Before, class Load, class Finish>
+template <int FORMAT, int T, int S, int M, bool WHOLE, class Early, class Before, class Load, class Finish>
 __device__ void product(
     const Args& a, const Matrix& m, const u16* vectors, Early early, Before before, Load load, Finish finish) {
     extern __shared__ __align__(128) char shared[];
-    using Part = Share<FORMAT, T, S>;
+    using Part = Share<FORMAT, T, S, M>;
     __shared__ u64 barriers[2 * Part::STAGES];
     const u32 full = at(barriers), empty = full + 8 * Part::STAGES;
     const Part part(m);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, b = (int)a.b;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Part::STAGES; i++) init(full + 8 * i, 1), init(empty + 8 * i, WARPS);
+        for (int i = 0; i < Part::STAGES; i++) init(full + 8 * i, 1), init(empty + 8 * i, WARPS * M);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
+    if (M > 1) come_to_cluster();
     if (EARLY) let_next_start();
     if (warp == WARPS) {
+        if (lane == 0) part.fetch_first(at(shared), full);
+        __syncwarp();
+        if (M > 1) wait_for_cluster();  // its barriers are there
         if (lane == 0) part.fetch(at(shared), full, empty, vectors);
         __syncwarp();
     } else {
         early(part.first, part.apart, part.count, part.rank);
+        if (M > 1) wait_for_cluster();
         wait_for_last();
         before(warp, lane);
         constexpr int OWN = (T + SHARES - 1) / SHARES;
@@ -202,10 +222,11 @@ __device__ void product(
             for (int q = group; q < STEP; q += GROUPS) {
                 if (q >= pieces) break;
                 const char* from = stage + q * Part::TILE_PIECE;
-                add_piece<FORMAT, T, S, WHOLE>(c, from, stage, q, at, lines - q * Part::L, share, lane);
+                add_piece<FORMAT, T, S, M, WHOLE>(c, from, stage, q, at, lines - q * Part::L, share, lane);
             }
             __syncwarp();
-            if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * slot) : "memory");
+            if (M > 1 && lane < M) arrive_at(empty + 8 * slot, lane * S + part.rank);
+            if (M == 1 && lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * slot) : "memory");
             if (++slot == Part::STAGES) slot = 0, turn ^= 1;
         }
         if (!EARLY) let_next_start();
@@ -251,7 +272,7 @@ __device__ void product(
                 float4 sum = make_float4(0, 0, 0, 0);
                 if (S > 1) {
 #pragma unroll
-                    for (int k = 0; k < S; k++) sum = plus(sum, of_block(place, k));
+                    for (int k = 0; k < S; k++) sum = plus(sum, of_block(place, part.mate * S + k));
                 } else {
 #pragma unroll
                     for (int k = 0; k < GROUPS; k++) sum = plus(sum, place[k * T * TILE / 4]);
@@ -261,5 +282,5 @@ __device__ void product(
             }
         }
     }
-    if (S > 1) meet_cluster();  // nobody leaves while others read its sums
+    if (S * M > 1) meet_cluster();  // nobody leaves while others read its sums
 }
