@@ -99,6 +99,27 @@ def test_a_token_is_the_reference(name: str, weights: str, b: int) -> None:
             assert distance(a, expected) < 1e-2
 
 
+@pytest.mark.parametrize("b", [1, 20])
+@pytest.mark.parametrize("d_state", [8, 24, 128, 264])
+def test_states_of_mamba_2_in_bfloat16(d_state: int, b: int) -> None:
+    config = ModelConfig(
+        vocab_size=VOCABULARY, d_model=64, n_layer=2, ssm_cfg={"layer": "Mamba2", "d_state": d_state, "headdim": 32}
+    )
+    plain = LanguageModel(config).eval().cuda()
+    plain.state_dtype = torch.bfloat16
+    model = prepare_for_decode(plain, "bf16")
+    assert explain(model) is None
+    network, state = network_of(model), random_state(model, b)
+    assert state.layers[0].ssm.dtype == torch.bfloat16
+    other = [x.clone() for x in tensors(state)]
+    for _ in range(3):
+        ids = torch.randint(VOCABULARY, (b,), device="cuda")
+        y = model.step_(ids, state)
+        assert distance(y, decode_token_(other, ids, network, backend="reference")[:, :VOCABULARY]) < 1e-2
+    for a, expected in zip(tensors(state), other, strict=True):
+        assert distance(a, expected) < 1e-2
+
+
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("name", ["odd", "heads", "heads, odd"])
 def test_a_sequence_has_the_same_bits_in_any_batch(name: str, weights: str) -> None:

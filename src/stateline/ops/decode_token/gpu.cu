@@ -115,6 +115,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) in_proj(const __grid_consta
             }
         },
         [&](int warp, int lane) { find_norms(norms, a.squares, across(a) / 4, (float)a.d, a.eps, warp, lane); },
+        [&] { bring(a.ssm, a.ahead_states), bring(a.l.out.data, a.ahead_out); },
         [&](int row, int c) {
             Held held;
             const int channel = row - before;
@@ -159,6 +160,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) out_proj(const __grid_const
             find_norms(norms, a.parts, PARTS_ACROSS / 4, (float)a.e, a.gate_eps, warp, lane);
 #endif
         },
+        [&] { bring(a.behind, a.ahead_next); },
         [&](int row, int c) {
             Stream s;
             if (row < d) s.h = __ldcg((const float4*)(a.h + (i64)c * d + row)), s.norm = four(a.next + row);
@@ -189,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) head(const __grid_constant_
     const Matrix& m = a.head;
     const int rows = (int)m.rows;
     product<HEAD, T_HEAD, S_HEAD, M_HEAD, W_HEAD>(
-        a, m, a.hf, [](int, int, int, int) {}, [&](int warp, int lane) { find_norms(norms, a.squares, across(a) / 4, (float)a.d, a.eps, warp, lane); },
+        a, m, a.hf, [](int, int, int, int) {}, [&](int warp, int lane) { find_norms(norms, a.squares, across(a) / 4, (float)a.d, a.eps, warp, lane); }, [] {},
         [](int, int) { return Nothing(); },
         [&](int row, int c, float4 sum, Nothing) {
             sum = times(sum, norms[c]);

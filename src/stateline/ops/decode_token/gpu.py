@@ -127,11 +127,9 @@ def cut(m: Matrix, processors: int) -> Cut:
     return Cut(min(MOST_TILES, -(-tiles // most)), 1)
 
 
-def spread(m: Matrix, by: Cut, processors: int) -> int:
-    """Blocks of a product: as many as run at once, where fewer would do; some then have a tile less."""
-    groups, at_once = -(-m.rows // (16 * by.tiles)), 2 * processors // by.slices
-    groups = groups if groups >= at_once else min(at_once, -(-m.rows // 16))
-    return by.slices * -(-groups // by.mates) * by.mates
+def ahead(sizes: _Sizes, b: int, last: bool) -> tuple[int, int, int]:
+    """Bytes to bring into the cache: states and out_proj's matrix by in_proj, what is behind the layer by out_proj."""
+    return 0, 0, 0
 
 
 def head_blocks(heads: Heads, h: int) -> int:
@@ -194,17 +192,21 @@ class _Known:
 
         def product(name: str, record: list[int]) -> nvrtc.Launch:
             m, by = sizes.matrices[name], cuts[name]
-            return library.prepare(name, (spread(m, by, processors), 1), THREADS, ROOM, record, by.slices * by.mates)
+            blocks = -(-m.rows // (16 * by.tiles * by.mates)) * by.mates * by.slices
+            return library.prepare(name, (blocks, 1), THREADS, ROOM, record, by.slices * by.mates)
 
-        first = [*fixed, *nothing, self.norms[0], 0, 0, 0]
+        first = [*fixed, *nothing, self.norms[0], 0, *[0] * 6]
         launches = [library.prepare("embed", (-(-(-(-d // 16) * b) // 16), 1), 256, 0, first, 0)]
         for i, layer in enumerate(self.layers):
-            record = [*fixed, *layer, self.norms[i + 1], int(i + 1 == last), *states[2 * i : 2 * i + 2]]
+            final = i + 1 == last
+            behind = self.begins[HEAD] if final else self.layers[i + 1][1]
+            record = [*fixed, *layer, self.norms[i + 1], int(final), *states[2 * i : 2 * i + 2]]
+            record += [*ahead(sizes, b, final), behind]
             between = [library.prepare(*of, record, 1) for of in sizes.between(b)]
             if "x_proj" in cuts:
                 between.insert(0, product("x_proj", record))
             launches += [product("in_proj", record), *between, product("out_proj", record)]
-        return [*launches, product("head", [*fixed, *nothing, 0, 1, 0, 0])]
+        return [*launches, product("head", [*fixed, *nothing, 0, 1, *[0] * 6])]
 
     def _scratch(self, eights: int, device: torch.device) -> list[int]:
         """Where vectors between kernels lie, whatever was there; each stream has its own, as launches may overlap."""
@@ -219,6 +221,8 @@ class _Known:
         return [memory.data_ptr() + place for place in places]
 
 
+#: Where the head's matrix is among `begins`.
+HEAD = 10
 #: Fields of the kernels' record that change with every token.
 IDS, LOGITS = 24, 25
 

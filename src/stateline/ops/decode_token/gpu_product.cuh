@@ -7,6 +7,9 @@ constexpr int SHARES = WARPS / (GROUPS * PARTS);         // of the tiles, where 
 constexpr int STEP = GROUPS;                             // pieces of a stage
 // Whether a kernel lets the next one start at once, or when it has multiplied (timings: benchmarks/NOTES.md).
 constexpr bool EARLY = NB < 4;
+#ifndef AHEAD
+#define AHEAD (NB < 4 ? 0 : 8)  // steps of a matrix that are brought into the cache in front of those that there is room for
+#endif
 constexpr int ROOM = 112640;  // bytes of stages: two blocks fit on a multiprocessor
 constexpr int PIECE = COLS * 64;  // bytes
 constexpr int TOGETHER = NB < 4 ? 2 : 3;  // elements of a result, four rows each, that a thread finishes at once
@@ -25,6 +28,9 @@ struct Args {
     const float* next;  // the norm behind the layer
     i64 last;
     float *conv, *ssm;
+    // Bytes to bring into the cache by a kernel that has asked for all it reads: states, out_proj's matrix, what is behind the layer.
+    i64 ahead_states, ahead_out, ahead_next;
+    const char* behind;
 };
 
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -35,7 +41,7 @@ __device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
 }
 __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
     u32 done;
-    do asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+    do asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
     while (!done);
 }
@@ -58,14 +64,23 @@ __device__ __forceinline__ u64 often() {
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
+// A block's share of so many bytes, whole pieces of 4 KB, into the cache.
+__device__ __forceinline__ void bring(const void* from, i64 bytes) {
+    const i64 pieces = bytes >> 12;
+    for (i64 i = blockIdx.x; i < pieces; i += gridDim.x)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"((const char*)from + (i << 12)), "r"(4096) : "memory");
+}
 __device__ __forceinline__ void init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
 }
 __device__ __forceinline__ void come_to_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void meet_cluster() { come_to_cluster(), wait_for_cluster(); }
+__device__ __forceinline__ void leave_cluster() {  // what was read was used: nothing is to be ordered
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void arrive_at(u32 barrier, int rank) {  // the same barrier of a block of the cluster
-    asm volatile("{.reg .u32 q; mapa.shared::cluster.u32 q, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [q];}"
+    asm volatile("{.reg .u32 q; mapa.shared::cluster.u32 q, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [q];}"
                  ::"r"(barrier), "r"(rank) : "memory");
 }
 __device__ __forceinline__ float4 of_block(const float4* p, int rank) {  // the same place in a block of the cluster
@@ -116,6 +131,7 @@ struct Share {
     __device__ void fetch_first(u32 stages, u32 full) const {
         const u64 policy = once();
         for (int i = 0; i < min(STAGES, steps); i++) matrix(i, stages + i * BYTES, full + 8 * i, policy);
+        for (int i = STAGES; i < STAGES + AHEAD; i++) bring(i);
     }
     __device__ void fetch(u32 stages, u32 full, u32 empty, const u16* vectors) const {
         const u64 policy = once(), keep = often();
@@ -126,6 +142,7 @@ struct Share {
         for (int i = STAGES; i < steps; i++) {
             wait(empty + 8 * slot, turn);
             matrix(i, stages + slot * BYTES, full + 8 * slot, policy);
+            bring(i + AHEAD);
             vector(i, stages + slot * BYTES, full + 8 * slot, vectors, keep);
             if (++slot == STAGES) slot = 0, turn ^= 1;
         }
@@ -138,6 +155,14 @@ struct Share {
             if (FORMAT == INT4)
                 bulk(to + STEP * (T * TILE_PIECE + t * 32), m.scales + ((i64)(first + t * apart) * (all / 4) + from) * 32, n * 32, barrier, policy);
         }
+    }
+    // A step of the matrix into the cache.
+    __device__ void bring(int i) const {
+        if (!AHEAD || i >= steps) return;
+        const int from = begin + i * STEP, bytes = 64 * min(pieces(i) * L, lines(i));
+        for (int t = 0; t < count; t++)
+            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+                         ::"l"(m.data + ((i64)(first + t * apart) * all + from * L) * 64), "r"(bytes) : "memory");
     }
     __device__ void vector(int i, u32 to, u32 barrier, const u16* vectors, u64 policy) const {
         const u16* from = vectors + (i64)(begin + i * STEP) * COLS * 32;
@@ -173,11 +198,12 @@ __device__ __forceinline__ void add_piece(
     }
 }
 
+// `bring_more`: by one thread when the block has asked for all it multiplies.
 // finish(row, sequence, sum, load(row, sequence)) for the elements of m · vectors, 16 rows of a sequence by neighbouring threads.
 // `early` runs while the kernel in front ends, `before` when the vectors are ready.
-template <int FORMAT, int T, int S, int M, bool WHOLE, class Early, class Before, class Load, class Finish>
+template <int FORMAT, int T, int S, int M, bool WHOLE, class Early, class Before, class More, class Load, class Finish>
 __device__ void product(
-    const Args& a, const Matrix& m, const u16* vectors, Early early, Before before, Load load, Finish finish) {
+    const Args& a, const Matrix& m, const u16* vectors, Early early, Before before, More bring_more, Load load, Finish finish) {
     extern __shared__ __align__(128) char shared[];
     using Part = Share<FORMAT, T, S, M>;
     __shared__ u64 barriers[2 * Part::STAGES];
@@ -189,13 +215,16 @@ __device__ void product(
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
-    if (M > 1) come_to_cluster();
+    if (M > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     if (EARLY) let_next_start();
     if (warp == WARPS) {
         if (lane == 0) part.fetch_first(at(shared), full);
         __syncwarp();
         if (M > 1) wait_for_cluster();  // its barriers are there
-        if (lane == 0) part.fetch(at(shared), full, empty, vectors);
+        if (lane == 0) {
+            part.fetch(at(shared), full, empty, vectors);
+            bring_more();
+        }
         __syncwarp();
     } else {
         early(part.first, part.apart, part.count, part.rank);
@@ -243,6 +272,7 @@ __device__ void product(
         }
     }
     __syncthreads();
+    if (M > 1 && S == 1) come_to_cluster();
     if (S > 1) {  // the groups' sums first, for what comes from other blocks takes longer
         float4* sums = (float4*)shared;
         for (int q = threadIdx.x; q < T * TILE / 4; q += 288)
@@ -282,5 +312,6 @@ __device__ void product(
             }
         }
     }
-    if (S * M > 1) meet_cluster();  // nobody leaves while others read its sums
+    if (S > 1) leave_cluster();  // nobody does while others read its sums, or tell it what they have read
+    else if (M > 1) wait_for_cluster();
 }
