@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) in_proj(const __grid_consta
     __shared__ float norms[COLS];
     const Matrix& m = a.l.in;
     const int before = (int)a.before, channels = (int)a.channels, rows = (int)m.rows;
-    product<IN, T_IN, S_IN, M_IN, W_IN>(
+    product<IN, T_IN, S_IN, W_IN>(
         a, m, a.hf,
         [&](int first, int apart, int count, int rank) {  // what the convolution will read, each block of a cluster its share
             const int each = (TAPS - 1) * (int)a.b + TAPS + 2;
@@ -115,7 +115,6 @@ extern "C" __global__ void __launch_bounds__(288, 2) in_proj(const __grid_consta
             }
         },
         [&](int warp, int lane) { find_norms(norms, a.squares, across(a) / 4, (float)a.d, a.eps, warp, lane); },
-        [&] { bring(a.ssm, a.ahead_states), bring(a.l.out.data, a.ahead_out); },
         [&](int row, int c) {
             Held held;
             const int channel = row - before;
@@ -144,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) out_proj(const __grid_const
 #endif
     const Matrix& m = a.l.out;
     const int d = (int)a.d;
-    product<OUT, T_OUT, S_OUT, M_OUT, W_OUT>(
+    product<OUT, T_OUT, S_OUT, W_OUT>(
         a, m, a.yf,
         [&](int first, int apart, int count, int rank) {  // the stream and the norm
             for (int i = rank * 256 + threadIdx.x; i < count * ((int)a.b + 2); i += 256 * S_OUT) {
@@ -160,7 +159,6 @@ extern "C" __global__ void __launch_bounds__(288, 2) out_proj(const __grid_const
             find_norms(norms, a.parts, PARTS_ACROSS / 4, (float)a.e, a.gate_eps, warp, lane);
 #endif
         },
-        [&] { bring(a.behind, a.ahead_next); },
         [&](int row, int c) {
             Stream s;
             if (row < d) s.h = __ldcg((const float4*)(a.h + (i64)c * d + row)), s.norm = four(a.next + row);
@@ -190,8 +188,8 @@ extern "C" __global__ void __launch_bounds__(288, 2) head(const __grid_constant_
     __shared__ float norms[COLS];
     const Matrix& m = a.head;
     const int rows = (int)m.rows;
-    product<HEAD, T_HEAD, S_HEAD, M_HEAD, W_HEAD>(
-        a, m, a.hf, [](int, int, int, int) {}, [&](int warp, int lane) { find_norms(norms, a.squares, across(a) / 4, (float)a.d, a.eps, warp, lane); }, [] {},
+    product<HEAD, T_HEAD, S_HEAD, W_HEAD>(
+        a, m, a.hf, [](int, int, int, int) {}, [&](int warp, int lane) { find_norms(norms, a.squares, across(a) / 4, (float)a.d, a.eps, warp, lane); },
         [](int, int) { return Nothing(); },
         [&](int row, int c, float4 sum, Nothing) {
             sum = times(sum, norms[c]);

@@ -110,7 +110,6 @@ class Cut(NamedTuple):
 
     tiles: int
     slices: int
-    mates: int = 1
 
 
 def cut(m: Matrix, processors: int) -> Cut:
@@ -123,13 +122,9 @@ def cut(m: Matrix, processors: int) -> Cut:
     if tiles < processors // 4:
         return Cut(-(-8 * tiles // most), 8)
     if m.columns >= LONG and 4 * -(-tiles // MOST_TILES) <= most:
-        return Cut(-(-4 * tiles // most), 4)
+        slices = 2 if 2 * tiles >= processors else 4
+        return Cut(-(-slices * tiles // most), slices)
     return Cut(min(MOST_TILES, -(-tiles // most)), 1)
-
-
-def ahead(sizes: _Sizes, b: int, last: bool) -> tuple[int, int, int]:
-    """Bytes to bring into the cache: states and out_proj's matrix by in_proj, what is behind the layer by out_proj."""
-    return 0, 0, 0
 
 
 def head_blocks(heads: Heads, h: int) -> int:
@@ -192,21 +187,18 @@ class _Known:
 
         def product(name: str, record: list[int]) -> nvrtc.Launch:
             m, by = sizes.matrices[name], cuts[name]
-            blocks = -(-m.rows // (16 * by.tiles * by.mates)) * by.mates * by.slices
-            return library.prepare(name, (blocks, 1), THREADS, ROOM, record, by.slices * by.mates)
+            blocks = -(-m.rows // (16 * by.tiles)) * by.slices
+            return library.prepare(name, (blocks, 1), THREADS, ROOM, record, by.slices)
 
-        first = [*fixed, *nothing, self.norms[0], 0, *[0] * 6]
+        first = [*fixed, *nothing, self.norms[0], 0, 0, 0]
         launches = [library.prepare("embed", (-(-(-(-d // 16) * b) // 16), 1), 256, 0, first, 0)]
         for i, layer in enumerate(self.layers):
-            final = i + 1 == last
-            behind = self.begins[HEAD] if final else self.layers[i + 1][1]
-            record = [*fixed, *layer, self.norms[i + 1], int(final), *states[2 * i : 2 * i + 2]]
-            record += [*ahead(sizes, b, final), behind]
+            record = [*fixed, *layer, self.norms[i + 1], int(i + 1 == last), *states[2 * i : 2 * i + 2]]
             between = [library.prepare(*of, record, 1) for of in sizes.between(b)]
             if "x_proj" in cuts:
                 between.insert(0, product("x_proj", record))
             launches += [product("in_proj", record), *between, product("out_proj", record)]
-        return [*launches, product("head", [*fixed, *nothing, 0, 1, *[0] * 6])]
+        return [*launches, product("head", [*fixed, *nothing, 0, 1, 0, 0])]
 
     def _scratch(self, eights: int, device: torch.device) -> list[int]:
         """Where vectors between kernels lie, whatever was there; each stream has its own, as launches may overlap."""
@@ -221,8 +213,6 @@ class _Known:
         return [memory.data_ptr() + place for place in places]
 
 
-#: Where the head's matrix is among `begins`.
-HEAD = 10
 #: Fields of the kernels' record that change with every token.
 IDS, LOGITS = 24, 25
 
@@ -353,7 +343,7 @@ def _options(sizes: _Sizes, eights: int, cuts: dict[str, Cut]) -> tuple[str, ...
             f"T_{letters}": cuts[name].tiles,
             f"S_{letters}": cuts[name].slices,
         }
-        options |= {f"W_{letters}": int(m.columns % 32 == 0), f"M_{letters}": cuts[name].mates}
+        options[f"W_{letters}"] = int(m.columns % 32 == 0)
     return tuple(f"-D{name}={value}" for name, value in options.items())
 
 

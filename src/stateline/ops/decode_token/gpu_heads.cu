@@ -6,14 +6,11 @@
 // Compiled for HEADS of WIDTH channels, NGROUPS, BLOCKS of a sequence, DIRECT (no `gates`), GATE_LAST, NORMALISE, BESIDE channels of
 // the unit, and WIDE or not: whether states are float32 or bfloat16.
 
-#ifndef DEPTH
-#define DEPTH 8
-#endif
 constexpr int VECTOR = WIDE ? 4 : 8;                            // states of a load, 16 bytes
 constexpr int VECTORS = STATES / VECTOR;                        // of a channel
 constexpr int LANES = VECTORS > 16 ? 32 : VECTORS > 8 ? 16 : VECTORS > 4 ? 8 : VECTORS > 2 ? 4 : VECTORS;  // that share a channel
 constexpr int DEEP = (VECTORS + 31) / 32;                       // loads of a channel by a lane
-constexpr int AT_ONCE = DEEP > 4 ? 1 : DEEP > 2 ? 2 : DEEP > 1 ? 4 : DEPTH;
+constexpr int AT_ONCE = DEEP > 4 ? 1 : DEEP > 2 ? 2 : DEEP > 1 ? 4 : 8;
 constexpr int STEPS = AT_ONCE < LANES ? AT_ONCE : LANES;    // channels of a lane, one after another
 constexpr int ABREAST = 32 / LANES;                             // channels side by side
 constexpr int ROWS = STEPS * ABREAST;                           // channels of a warp, all of one head

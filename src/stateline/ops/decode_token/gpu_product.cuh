@@ -7,9 +7,6 @@ constexpr int SHARES = WARPS / (GROUPS * PARTS);         // of the tiles, where 
 constexpr int STEP = GROUPS;                             // pieces of a stage
 // Whether a kernel lets the next one start at once, or when it has multiplied (timings: benchmarks/NOTES.md).
 constexpr bool EARLY = NB < 4;
-#ifndef AHEAD
-#define AHEAD (NB < 4 ? 0 : 8)  // steps of a matrix that are brought into the cache in front of those that there is room for
-#endif
 constexpr int ROOM = 112640;  // bytes of stages: two blocks fit on a multiprocessor
 constexpr int PIECE = COLS * 64;  // bytes
 constexpr int TOGETHER = NB < 4 ? 2 : 3;  // elements of a result, four rows each, that a thread finishes at once
@@ -28,9 +25,6 @@ struct Args {
     const float* next;  // the norm behind the layer
     i64 last;
     float *conv, *ssm;
-    // Bytes to bring into the cache by a kernel that has asked for all it reads: states, out_proj's matrix, what is behind the layer.
-    i64 ahead_states, ahead_out, ahead_next;
-    const char* behind;
 };
 
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -49,11 +43,6 @@ __device__ __forceinline__ void bulk(u32 to, const void* from, u32 bytes, u32 ba
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
-// The same for the blocks of the cluster in `mask`, each of which has as much room at the same place.
-__device__ __forceinline__ void bulk_to(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy, u16 mask) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1], %2, [%3], %4, %5;"
-                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"(mask), "l"(policy) : "memory");
-}
 __device__ __forceinline__ u64 once() {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -64,24 +53,14 @@ __device__ __forceinline__ u64 often() {
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-// A block's share of so many bytes, whole pieces of 4 KB, into the cache.
-__device__ __forceinline__ void bring(const void* from, i64 bytes) {
-    const i64 pieces = bytes >> 12;
-    for (i64 i = blockIdx.x; i < pieces; i += gridDim.x)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"((const char*)from + (i << 12)), "r"(4096) : "memory");
-}
 __device__ __forceinline__ void init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
 }
-__device__ __forceinline__ void come_to_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ void meet_cluster() { come_to_cluster(), wait_for_cluster(); }
-__device__ __forceinline__ void leave_cluster() {  // what was read was used: nothing is to be ordered
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void arrive_at(u32 barrier, int rank) {  // the same barrier of a block of the cluster
-    asm volatile("{.reg .u32 q; mapa.shared::cluster.u32 q, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [q];}"
-                 ::"r"(barrier), "r"(rank) : "memory");
+__device__ __forceinline__ void leave_cluster() {  // what was read was used: nothing written need be seen by others
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ float4 of_block(const float4* p, int rank) {  // the same place in a block of the cluster
     float4 v;
@@ -106,20 +85,20 @@ __device__ __forceinline__ void put(u16* vectors, int k, int c, float4 v) {
     }
 }
 
-// A block's part of a product. S blocks of a cluster share columns, M have different tiles and the same vectors.
-template <int FORMAT, int T, int S, int M>
+// A block's part of a product.
+template <int FORMAT, int T, int S>
 struct Share {
     static constexpr int L = LINES<FORMAT>, TILE_PIECE = L * 64, SCALES = FORMAT == INT4 ? 32 : 0;
     static constexpr int VECTORS = STEP * T * (TILE_PIECE + SCALES), BYTES = STEP * PIECE + VECTORS, STAGES = ROOM / BYTES;
     static_assert(STAGES >= 2 && GROUPS * T * TILE * 4 <= ROOM, "");
 
     const Matrix& m;
-    int rank, mate, first, apart, count, all, begin, end, steps;
+    int rank, first, apart, count, all, begin, end, steps;
 
     __device__ Share(const Matrix& m) : m(m) {
         all = lanes_of<FORMAT>(m);
-        rank = blockIdx.x % S, mate = blockIdx.x / S % M;
-        first = blockIdx.x / (S * M) * M + mate, apart = gridDim.x / S;  // tiles lie apart, for rows of a matrix may differ in what follows
+        rank = blockIdx.x % S;
+        first = blockIdx.x / S, apart = gridDim.x / S;  // tiles lie apart, for rows of a matrix may differ in what follows
         count = (tiles_of(m) - first + apart - 1) / apart;
         const int pieces = (all + L - 1) / L, each = (pieces + S - 1) / S;
         begin = min(pieces, rank * each), end = min(pieces, begin + each), steps = (end - begin + STEP - 1) / STEP;
@@ -128,13 +107,9 @@ struct Share {
     __device__ int lines(int step) const { return all - (begin + step * STEP) * L; }
 
     // By one thread: everything of the matrix that there is room for, then, when they are ready, vectors, and so on.
-    __device__ void fetch_first(u32 stages, u32 full) const {
-        const u64 policy = once();
-        for (int i = 0; i < min(STAGES, steps); i++) matrix(i, stages + i * BYTES, full + 8 * i, policy);
-        for (int i = STAGES; i < STAGES + AHEAD; i++) bring(i);
-    }
     __device__ void fetch(u32 stages, u32 full, u32 empty, const u16* vectors) const {
         const u64 policy = once(), keep = often();
+        for (int i = 0; i < min(STAGES, steps); i++) matrix(i, stages + i * BYTES, full + 8 * i, policy);
         wait_for_last();
         for (int i = 0; i < min(STAGES, steps); i++) vector(i, stages + i * BYTES, full + 8 * i, vectors, keep);
         int slot = 0;
@@ -142,7 +117,6 @@ struct Share {
         for (int i = STAGES; i < steps; i++) {
             wait(empty + 8 * slot, turn);
             matrix(i, stages + slot * BYTES, full + 8 * slot, policy);
-            bring(i + AHEAD);
             vector(i, stages + slot * BYTES, full + 8 * slot, vectors, keep);
             if (++slot == STAGES) slot = 0, turn ^= 1;
         }
@@ -156,27 +130,16 @@ struct Share {
                 bulk(to + STEP * (T * TILE_PIECE + t * 32), m.scales + ((i64)(first + t * apart) * (all / 4) + from) * 32, n * 32, barrier, policy);
         }
     }
-    // A step of the matrix into the cache.
-    __device__ void bring(int i) const {
-        if (!AHEAD || i >= steps) return;
-        const int from = begin + i * STEP, bytes = 64 * min(pieces(i) * L, lines(i));
-        for (int t = 0; t < count; t++)
-            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                         ::"l"(m.data + ((i64)(first + t * apart) * all + from * L) * 64), "r"(bytes) : "memory");
-    }
     __device__ void vector(int i, u32 to, u32 barrier, const u16* vectors, u64 policy) const {
-        const u16* from = vectors + (i64)(begin + i * STEP) * COLS * 32;
-        const u32 bytes = pieces(i) * PIECE / M, at = mate * bytes;
-        if (M == 1) bulk(to + VECTORS, from, bytes, barrier, policy);
-        else bulk_to(to + VECTORS + at, (const char*)from + at, bytes, barrier, policy, (u16)(1 << rank | 1 << (S + rank)));
+        bulk(to + VECTORS, vectors + (i64)(begin + i * STEP) * COLS * 32, pieces(i) * PIECE, barrier, policy);
     }
 };
 
 // c += piece q of all tiles of a stage times the sequences from `at` on. Tiles that the block does not have add what nobody reads.
-template <int FORMAT, int T, int S, int M, bool WHOLE>
+template <int FORMAT, int T, int S, bool WHOLE>
 __device__ __forceinline__ void add_piece(
     float (&c)[(T + SHARES - 1) / SHARES][EACH][4], const char* lines, const char* stage, int q, int at, int left, int share, int lane) {
-    using Part = Share<FORMAT, T, S, M>;
+    using Part = Share<FORMAT, T, S>;
     u32 x[EACH][4];
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
@@ -198,37 +161,28 @@ __device__ __forceinline__ void add_piece(
     }
 }
 
-// `bring_more`: by one thread when the block has asked for all it multiplies.
 // finish(row, sequence, sum, load(row, sequence)) for the elements of m · vectors, 16 rows of a sequence by neighbouring threads.
 // `early` runs while the kernel in front ends, `before` when the vectors are ready.
-template <int FORMAT, int T, int S, int M, bool WHOLE, class Early, class Before, class More, class Load, class Finish>
+template <int FORMAT, int T, int S, bool WHOLE, class Early, class Before, class Load, class Finish>
 __device__ void product(
-    const Args& a, const Matrix& m, const u16* vectors, Early early, Before before, More bring_more, Load load, Finish finish) {
+    const Args& a, const Matrix& m, const u16* vectors, Early early, Before before, Load load, Finish finish) {
     extern __shared__ __align__(128) char shared[];
-    using Part = Share<FORMAT, T, S, M>;
+    using Part = Share<FORMAT, T, S>;
     __shared__ u64 barriers[2 * Part::STAGES];
     const u32 full = at(barriers), empty = full + 8 * Part::STAGES;
     const Part part(m);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, b = (int)a.b;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Part::STAGES; i++) init(full + 8 * i, 1), init(empty + 8 * i, WARPS * M);
+        for (int i = 0; i < Part::STAGES; i++) init(full + 8 * i, 1), init(empty + 8 * i, WARPS);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
-    if (M > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     if (EARLY) let_next_start();
     if (warp == WARPS) {
-        if (lane == 0) part.fetch_first(at(shared), full);
-        __syncwarp();
-        if (M > 1) wait_for_cluster();  // its barriers are there
-        if (lane == 0) {
-            part.fetch(at(shared), full, empty, vectors);
-            bring_more();
-        }
+        if (lane == 0) part.fetch(at(shared), full, empty, vectors);
         __syncwarp();
     } else {
         early(part.first, part.apart, part.count, part.rank);
-        if (M > 1) wait_for_cluster();
         wait_for_last();
         before(warp, lane);
         constexpr int OWN = (T + SHARES - 1) / SHARES;
@@ -251,11 +205,10 @@ __device__ void product(
             for (int q = group; q < STEP; q += GROUPS) {
                 if (q >= pieces) break;
                 const char* from = stage + q * Part::TILE_PIECE;
-                add_piece<FORMAT, T, S, M, WHOLE>(c, from, stage, q, at, lines - q * Part::L, share, lane);
+                add_piece<FORMAT, T, S, WHOLE>(c, from, stage, q, at, lines - q * Part::L, share, lane);
             }
             __syncwarp();
-            if (M > 1 && lane < M) arrive_at(empty + 8 * slot, lane * S + part.rank);
-            if (M == 1 && lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * slot) : "memory");
+            if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * slot) : "memory");
             if (++slot == Part::STAGES) slot = 0, turn ^= 1;
         }
         if (!EARLY) let_next_start();
@@ -272,7 +225,6 @@ __device__ void product(
         }
     }
     __syncthreads();
-    if (M > 1 && S == 1) come_to_cluster();
     if (S > 1) {  // the groups' sums first, for what comes from other blocks takes longer
         float4* sums = (float4*)shared;
         for (int q = threadIdx.x; q < T * TILE / 4; q += 288)
@@ -302,7 +254,7 @@ __device__ void product(
                 float4 sum = make_float4(0, 0, 0, 0);
                 if (S > 1) {
 #pragma unroll
-                    for (int k = 0; k < S; k++) sum = plus(sum, of_block(place, part.mate * S + k));
+                    for (int k = 0; k < S; k++) sum = plus(sum, of_block(place, k));
                 } else {
 #pragma unroll
                     for (int k = 0; k < GROUPS; k++) sum = plus(sum, place[k * T * TILE / 4]);
@@ -312,6 +264,5 @@ __device__ void product(
             }
         }
     }
-    if (S > 1) leave_cluster();  // nobody does while others read its sums, or tell it what they have read
-    else if (M > 1) wait_for_cluster();
+    if (S > 1) leave_cluster();  // nobody does while others read its sums
 }

@@ -2,8 +2,8 @@
 
 extern "C" __global__ void __launch_bounds__(288, 2) x_proj(const __grid_constant__ Args a) {
     const int r = (int)a.r, n = (int)a.n;
-    product<X, T_X, S_X, M_X, W_X>(
-        a, a.l.x, a.uf, [](int, int, int, int) {}, [](int, int) {}, [] {}, [](int, int) { return Nothing(); },
+    product<X, T_X, S_X, W_X>(
+        a, a.l.x, a.uf, [](int, int, int, int) {}, [](int, int) {}, [](int, int) { return Nothing(); },
         [&](int first, int c, float4 sums, Nothing) {
             const float sum[4] = {sums.x, sums.y, sums.z, sums.w};
 #pragma unroll
