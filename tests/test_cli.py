@@ -65,8 +65,8 @@ FLAGS = {
         "--batch", "--batch-size", "--cache-dtype", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy",
         "--help",
         "--load-stream", "--max-tokens", "--min-p", "--model", "--prompt-file", "--repetition-penalty",
-        "--repetition-window", "--room", "--save-every", "--save-stream", "--seed", "--stats",
-        "--state-dtype", "--stop", "--temperature", "--threads", "--top-k", "--top-p", "--weights", "-h",
+        "--repetition-window", "--room", "--save-every", "--save-stream", "--seed", "--state-dtype", "--stats",
+        "--stop", "--temperature", "--threads", "--top-k", "--top-p", "--weights", "-h",
     ],
     "info": ["--debug", "--help", "--json", "-h"],
     "tokenize": [

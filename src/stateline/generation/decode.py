@@ -40,9 +40,8 @@ def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageM
 
     `extend`, `step_`, `generate`, streams and states are used as before; a state of one form goes on in another of the
     same model within the form's precision. Training, saving and casting need the model itself. For stacks of Mamba or
-    of Mamba2 blocks `step_` is one call on the CPU, with the C++ library; for Mamba also on CUDA devices of compute
-    capability 9.0 or later, where it pays for up to 64 sequences; elsewhere it goes layer by layer, and `explain` says
-    why.
+    of Mamba2 blocks `step_` is one call on the CPU, with the C++ library, and on CUDA devices of compute capability 9.0
+    or later, where it pays for up to 64 sequences; elsewhere it goes layer by layer, and `explain` says why.
 
     Raises ValueError for another name of weights, TypeError for what is no LanguageModel or is packed already.
     """
