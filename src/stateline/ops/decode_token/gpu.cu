@@ -1,6 +1,7 @@
-// One token through a whole Mamba-1 model, as four launches a layer that overlap at their ends:
-//   embed   then for each layer   in_proj and the convolution   x_proj   dt_proj, the scan and the gate   out_proj, the residual sum
+// One token through a whole model, as launches that overlap at their ends, four a layer of Mamba-1 and three of Mamba-2:
+//   embed   then for each layer   in_proj and the convolution   what lies between   out_proj, the residual sum
 //   and the head at last
+// Between lie x_proj, then dt_proj, the scan and the gate (gpu_scan.cu); or the heads and their gate (gpu_heads.cu).
 // A kernel is started while the one in front of it ends (programmatic dependent launch), and asks for matrices and states, which no
 // other kernel of the token writes, before it waits for its vectors.
 //
@@ -11,8 +12,8 @@
 // RMSNorm is applied behind the matrix that reads it: rows of it are multiplied by the norm's weight before, by the norm after.
 // Integers multiply bfloat16 exactly; their scales are applied to sums, of a row (int8) or of 32 columns of a row (int4).
 //
-// Compiled for NB, TAPS, STATES and for each matrix (IN, X, OUT, HEAD) its format, T_… tiles of a block, S_… blocks that share columns,
-// W_… whether the columns are whole pieces. Code that runs once comes from far away: little of it is unrolled.
+// Compiled for NB, TAPS, STATES, HEADS (0: Mamba-1) and for each matrix (IN, X, OUT, HEAD) its format, T_… tiles of a block,
+// S_… blocks that share columns, W_… whether the columns are whole pieces. Code that runs once comes from far away: little of it is unrolled.
 //
 // Letters: b sequences, d width, e inner channels, n state, r rank of the step size.
 // Vectors between kernels lie as the mma wants them: for 32 columns of the matrix and a sequence 32 numbers, in the order that `place`
@@ -189,7 +190,8 @@ extern "C" __global__ void __launch_bounds__(288, 2) head(const __grid_constant_
     const Matrix& m = a.head;
     const int rows = (int)m.rows;
     product<HEAD, T_HEAD, S_HEAD, W_HEAD>(
-        a, m, a.hf, [](int, int, int, int) {}, [&](int warp, int lane) { find_norms(norms, a.squares, across(a) / 4, (float)a.d, a.eps, warp, lane); },
+        a, m, a.hf, [](int, int, int, int) {},
+        [&](int warp, int lane) { find_norms(norms, a.squares, across(a) / 4, (float)a.d, a.eps, warp, lane); },
         [](int, int) { return Nothing(); },
         [&](int row, int c, float4 sum, Nothing) {
             sum = times(sum, norms[c]);
