@@ -304,7 +304,7 @@ def language_model(d: int, layers: int, mixer: str = "Mamba1") -> LanguageModel:
     """Random weights in bfloat16, GPT-NeoX's vocabulary."""
     torch.manual_seed(0)
     config = ModelConfig(d_model=d, n_layer=layers, vocab_size=50280, ssm_cfg={"layer": mixer})
-    return LanguageModel(config).to(device=DEVICE, dtype=BF16)
+    return LanguageModel(config, device=DEVICE, dtype=BF16)  # on the device: billions of numbers take a CPU minutes
 
 
 def training_step(d: int, layers: int, b: int, t: int, how: str, mixer: str = "Mamba1") -> Work:

@@ -15,7 +15,7 @@ from benchmarks.cases_gpu import BF16, DEVICE, Case, captured, gradients, langua
 from benchmarks.measure import Work
 from torch import Tensor
 
-from stateline import ops
+from stateline import ops, prepare_for_decode
 from stateline.nn import Mamba2
 
 ALL = ("causal_conv1d", "ssd", "rms_norm")
@@ -35,8 +35,8 @@ def cases() -> Iterator[Case]:
             "Mamba-2 training step", f"d768 layers24 b8 t2048 {how}", make, (*ALL, "cross_entropy"), tokens=8 * 2048,
             bar=1e3 * 8 * 2048 / 270_000, many=True,
         )  # fmt: skip
-    for b, bar in ((1, 2.6), (64, 10.5)):
-        yield decoding(2560, 64, b, bar)
+    for b, bar, states in ((1, 2.6, None), (64, 10.5, None), (64, 7.0, BF16)):
+        yield decoding(2560, 64, b, bar, states)
 
 
 def leaves(b: int, t: int, h: int, p: int, n: int) -> dict[str, Tensor]:
@@ -121,13 +121,17 @@ def block(b: int, t: int, d: int, bars: tuple[float, float]) -> Iterator[Case]:
     yield Case("Mamba-2 block fwd+bwd", shape, lambda: make(True), ALL, tokens=b * t, bar=bars[1])
 
 
-def decoding(d: int, layers: int, b: int, bar: float) -> Case:
-    """One token of every stream, layer by layer, by a captured graph; states are float32."""
+def decoding(d: int, layers: int, b: int, bar: float, states: torch.dtype | None) -> Case:
+    """One token of every stream by a captured graph: packed, in one call, and as loaded, layer by layer."""
 
     def make() -> dict[str, Work]:
-        return {OURS: captured(language_model(d, layers, "Mamba2").eval(), b)}
+        plain = language_model(d, layers, "Mamba2").eval()
+        plain.state_dtype = states
+        models = {f"{OURS}, {form} packed": prepare_for_decode(plain, form) for form in ("bf16", "int8", "int4")}
+        return {name: captured(model, b) for name, model in (models | {f"{OURS}, layer by layer": plain}).items()}
 
     inner, n = 2 * d, 128
     weights = 2 * (50280 * d + layers * d * (3 * inner + 2 * n + inner // 64))
-    states = b * layers * (inner * n + 3 * (inner + 2 * n)) * 4 * 2
-    return Case("Mamba-2 decoding step", f"d{d} layers{layers} b{b}", make, ALL, weights + states, tokens=b, bar=bar)
+    kept = b * layers * (inner * n * (4 if states is None else 2) + 3 * (inner + 2 * n) * 4) * 2
+    shape = f"d{d} layers{layers} b{b}" + ("" if states is None else " bfloat16 states")
+    return Case("Mamba-2 decoding step", shape, make, ALL, weights + kept, tokens=b, bar=bar)

@@ -58,14 +58,14 @@ FLAGS = {
     "convert": ["--debug", "--dtype", "--force", "--help", "--no-tokenizer", "--room", "--to", "-h"],
     "eval": [
         "--cache-dtype", "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json",
-        "--limit", "--lines", "--mode", "--room", "--stride", "--threads", "--weights", "-h",
+        "--limit", "--lines", "--mode", "--room", "--state-dtype", "--stride", "--threads", "--weights", "-h",
     ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "generate": [
         "--batch", "--batch-size", "--cache-dtype", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy",
         "--help",
         "--load-stream", "--max-tokens", "--min-p", "--model", "--prompt-file", "--repetition-penalty",
-        "--repetition-window", "--room", "--save-every", "--save-stream", "--seed", "--stats",
+        "--repetition-window", "--room", "--save-every", "--save-stream", "--seed", "--state-dtype", "--stats",
         "--stop", "--temperature", "--threads", "--top-k", "--top-p", "--weights", "-h",
     ],
     "info": ["--debug", "--help", "--json", "-h"],

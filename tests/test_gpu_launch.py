@@ -127,7 +127,7 @@ class Slow:
     """Stands for a launch that is ready: it tells whose it was, and lets other threads in."""
 
     def __init__(self, told: list[str]) -> None:
-        self.told, self.fields = told, [0] * 20
+        self.told, self.fields = told, [0] * 40
 
     def __call__(self) -> None:
         self.told.append(threading.current_thread().name)

@@ -6,13 +6,16 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from stateline import LanguageModel, ModelConfig
 from stateline.backends import BackendError
+from stateline.generation.decode import network_of, prepare_for_decode
 from stateline.ops import nvrtc
-from stateline.ops.decode_token import Matrix
+from stateline.ops.decode_token import Heads, Matrix
 from stateline.ops.decode_token import gpu as token
 from stateline.ops.selective_scan import gpu, gpu_plan
 
@@ -58,23 +61,60 @@ def test_chunks_depend_on_one_sequence_alone() -> None:
     assert gpu.chunk_length(8192, 5120, 132, 4) < 8192
 
 
-def token_options(eights: int, formats: tuple[str, str, str, str]) -> tuple[str, ...]:
-    """Of a model of 130 million parameters; tiles of every number are among them."""
-    sizes = ((3072, 768), (80, 1536), (768, 1536), (50280, 768))
-    nothing = torch.empty(0)
-    matrices = tuple(Matrix(nothing, nothing, None, f, *size) for f, size in zip(formats, sizes, strict=True))
-    return token._options(token._Sizes((768, 1536, 16, 48), 4, matrices), eights, [token.cut(m, 132) for m in matrices])
+#: Of a model of 130 million parameters with Mamba-1, whose tiles have every number, and of odd ones with Mamba-2.
+TOKENS = {
+    "mamba": token._Sizes(768, 1536, 16, 48, 4, {}),
+    "heads": token._Sizes(768, 1536, 128, 0, 4, {}, 24, Heads(64, 128, 1, 0.0, 1.0, 0, True, False, 1e-5)),
+    "gates": token._Sizes(280, 700, 20, 0, 2, {}, 35, Heads(20, 20, 5, 0.0, 1.0, 6, True, True, 1e-5)),
+    "narrow": token._Sizes(64, 96, 264, 0, 1, {}, 4, Heads(24, 264, 2, 0.0, 1.0, 0, False, False, 0.0, narrow=True)),
+}
+
+
+def token_sizes(kind: str, formats: tuple[str, str, str, str]) -> token._Sizes:
+    """With the matrices of in_proj, x_proj, out_proj and the head."""
+    of, nothing = TOKENS[kind], torch.empty(0)
+    inner = 2 * of.e
+    if of.heads is not None:
+        inner = of.rows[0] + of.rows[1] + of.h
+    beside = 0 if of.heads is None else of.heads.beside
+    sizes = {"in_proj": (inner, of.d), "x_proj": (80, of.e), "out_proj": (of.d, beside + of.e), "head": (50280, of.d)}
+    matrices = {
+        name: Matrix(nothing, nothing, None, format, *size)
+        for (name, size), format in zip(sizes.items(), formats, strict=True)
+        if of.heads is None or name != "x_proj"
+    }
+    return of._replace(matrices=matrices)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("formats", [("bf16",) * 4, ("int8",) * 4, ("int4", "int8", "int4", "int8")])
 @pytest.mark.parametrize("eights", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", TOKENS)
 def test_the_token_kernels_compile(
-    eights: int, formats: tuple[str, str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, eights: int, formats: tuple[str, str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STATELINE_CACHE", str(tmp_path))
-    said = compiled(token.source(), token_options(eights, formats), "sm_90", tmp_path)
+    sizes = token_sizes(kind, formats)
+    cuts = {name: token.cut(m, 132) for name, m in sizes.matrices.items()}
+    said = compiled(token.source(sizes.kind), token._options(sizes, eights, cuts), "sm_90", tmp_path)
     assert not any(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)), said
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_launches_of_a_token_cover_every_channel(kind: str) -> None:
+    sizes = token_sizes(kind, ("bf16",) * 4)
+    between = {name: blocks for name, blocks, *_ in sizes.between(9)}
+    if sizes.heads is None:
+        assert between == {"scan": (96, 1)}
+        return
+    of = sizes.heads
+    lanes = {20: 8, 128: 32, 264: 64}[
+        of.n
+    ]  # loads of 16 bytes of a channel, rounded up: what a warp takes has 8 each lane
+    rows = max(1, 32 * min(8, lanes) // lanes) if lanes <= 32 else 4
+    assert between["heads"] == (-(-sizes.h * -(-of.p // rows) // token.CREW), 9)
+    assert between.get("gates") == ((of.g + 1, 9) if kind == "gates" else None)
+    assert sizes.rows[0] + sizes.rows[1] + sizes.h == sizes.matrices["in_proj"].rows
 
 
 @pytest.mark.parametrize(
@@ -87,6 +127,20 @@ def test_cuts_of_matrices_give_every_tile_to_a_block(rows: int, inner: int) -> N
     assert slices in (1, 2, 4, 8)  # a cluster has eight blocks at most
     blocks = -(-rows // (16 * tiles))
     assert all(len(range(first, -(-rows // 16), blocks)) <= tiles for first in range(blocks))
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    ({"d_state": 516},
+     "it knows up to 512 states of Mamba-2, and an even width beside its heads; these are 516 and 0."),
+    ({"d_ssm": 20, "expand": 1.05, "headdim": 4, "d_state": 8},
+     "it knows up to 512 states of Mamba-2, and an even width beside its heads; these are 8 and 1."),
+    ({"d_state": 12, "narrow": True}, "it knows multiples of 8 states where they are bfloat16; these are 12."),
+])  # fmt: skip
+def test_the_token_kernels_say_which_sizes_of_mamba_2_they_do_not_know(change: dict[str, Any], why: str) -> None:
+    of = {"layer": "Mamba2", "headdim": 20} | {k: v for k, v in change.items() if k != "narrow"}
+    model = LanguageModel(ModelConfig(vocab_size=61, d_model=20, n_layer=1, ssm_cfg=of))
+    model.state_dtype = torch.bfloat16 if "narrow" in change else None
+    assert token.problem(network_of(prepare_for_decode(model))) == why
 
 
 def compiled(source: str, options: tuple[str, ...], arch: str, folder: Path) -> str:

@@ -429,12 +429,18 @@ def test_nan_in_one_sequence_reaches_no_other_and_states_are_kept_finite_where_t
     assert broken.step_(torch.tensor([1]), broken.init_state(1)).isnan().all()
 
 
-def test_the_token_kernel_on_gpus_says_that_it_knows_mamba_1_alone() -> None:
+@pytest.mark.parametrize(("name", "why"), [
+    ("mlp", "gated MLPs are not part of it."),
+    ("layernorm", "LayerNorm is not part of it, only RMSNorm."),
+    ("heads, beside", "gated MLPs are not part of it."),
+    ("heads, bare", "LayerNorm is not part of it, only RMSNorm."),
+    ("odd", "it knows up to 8 taps, and multiples of 4 states, channels and width; these are 3, 5, 111 and 37."),
+    ("heads, odd", "it knows up to 8 taps, and multiples of 4 states, channels and width; these are 3, 5, 111 and 37."),
+])  # fmt: skip
+def test_the_token_kernels_on_gpus_say_what_they_do_not_know(name: str, why: str) -> None:
     from stateline.ops.decode_token import gpu
 
-    assert gpu.problem(network_of(prepare_for_decode(model_of("heads")))) == (
-        "it knows Mamba-1 alone, these are layers of Mamba-2."
-    )
+    assert gpu.problem(network_of(prepare_for_decode(model_of(name)))) == why
 
 
 def test_what_cannot_be_prepared_or_saved_is_refused(tmp_path: Path) -> None:

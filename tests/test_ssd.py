@@ -79,9 +79,10 @@ def test_steps_follow_the_scan(backend: str, dtype: torch.dtype, n: int) -> None
     assert not y[0].any()
     assert y[1].any()
     assert torch.equal(slots[:4], before[:4])
-    own = start.clone()
-    y = ops.ssd_step_(own, **cut(x, 0), **how)
-    close("y", y, whole[:, 0].double(), dtype)
+    for log_A in (False, True):
+        own, token = start.clone(), cut(x, 0)
+        y = ops.ssd_step_(own, **token | ({"A": token["A"].neg().log()} if log_A else {}), log_A=log_A, **how)
+        close("y", y, whole[:, 0].double(), dtype)
 
 
 @pytest.mark.parametrize("backend", FORMS)
@@ -129,7 +130,7 @@ def test_opcheck_of_raw_ops() -> None:
     torch.library.opcheck(OPS.ssd_kept.default, (*head, *where))
     torch.library.opcheck(OPS.ssd_backward.default, (y, state, decay, *head, *where, None))
     token = (*(cut(x, 0)[k] for k in ("x", "dt", "A", "B", "C")), None, None, None, False, 0.0, 3.0)
-    torch.library.opcheck(OPS.ssd_step_.default, (state, *token, torch.tensor([1, -1]), None))
+    torch.library.opcheck(OPS.ssd_step_.default, (state, *token, torch.tensor([1, -1]), False, None))
 
 
 def test_compiles_whole_and_exports_with_dynamic_sizes() -> None:

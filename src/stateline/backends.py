@@ -124,7 +124,12 @@ def _unavailable(name: str, op: str, device: str, dtype: torch.dtype | None, arg
             why = module.problem(*args)
         return why
     if name == "cpu":
-        return native_problem() if device == "cpu" else f"needs CPU tensors, these are on {device}"
+        if device != "cpu":
+            return f"needs CPU tensors, these are on {device}"
+        why = native_problem()
+        if why is None and hasattr(module := _module(op, "cpu"), "problem"):
+            why = module.problem(*args)
+        return why
     return None
 
 

@@ -29,7 +29,10 @@ S = TypeVar("S")
 SAMPLED = 64
 FORMAT = "stateline-state"
 #: What may differ between states of one model.
-SAME = "What attention keeps must be as it was: set the model's max_tokens (--room) and cache_dtype (--cache-dtype) so."
+SAME = (
+    "What is kept must be as it was: set the model's max_tokens (--room), cache_dtype (--cache-dtype) and state_dtype "
+    "(--state-dtype) so."
+)
 
 
 class StateMisfitError(ValueError):
@@ -78,7 +81,7 @@ def stack(states: Sequence[S]) -> S:
             raise fail(
                 "state.stack",
                 f"the states keep one thing in different dtypes, {' and '.join(sorted(map(str, dtypes)))}.",
-                "Make them with the same cache_dtype, by one model.",
+                "Make them with the same cache_dtype and state_dtype, by one model.",
             )
     return pytree.tree_unflatten([torch.cat(column) for column in columns], spec)
 

@@ -28,7 +28,31 @@ CONFIGS = {
     },
     "wide": {"d_model": 1040, "n_layer": 1, "ssm_cfg": {"d_state": 64, "dt_rank": 300, "conv_bias": False}},
     "small": {"d_model": 8, "n_layer": 2, "ssm_cfg": {"d_state": 4, "d_conv": 2}},
-}
+    "heads": {"d_model": 256, "n_layer": 2, "ssm_cfg": {"layer": "Mamba2"}},
+    "heads, odd": {
+        "d_model": 280,
+        "n_layer": 3,
+        "tie_embeddings": False,
+        "ssm_cfg": {
+            "layer": "Mamba2", "headdim": 20, "expand": 2.5, "d_state": 20, "d_conv": 2, "bias": True, "ngroups": 5,
+            "dt_limit": (0.01, 0.05), "D_has_hdim": True,
+        },
+    },
+    "heads, beside": {
+        "d_model": 136,
+        "n_layer": 2,
+        "ssm_cfg": {
+            "layer": "Mamba2", "headdim": 24, "d_ssm": 168, "d_state": 12, "norm_before_gate": True, "conv_bias": False,
+            "dt_limit": (None, 0.02),
+        },
+    },
+    "heads, wide": {"d_model": 1040, "n_layer": 1, "ssm_cfg": {"layer": "Mamba2", "headdim": 40, "d_state": 260}},
+    "heads, bare": {
+        "d_model": 8,
+        "n_layer": 2,
+        "ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_state": 4, "d_conv": 1, "rmsnorm": False},
+    },
+}  # fmt: skip
 
 
 def prepared(name: str, weights: str) -> LanguageModel:
@@ -75,9 +99,31 @@ def test_a_token_is_the_reference(name: str, weights: str, b: int) -> None:
             assert distance(a, expected) < 1e-2
 
 
+@pytest.mark.parametrize("b", [1, 20])
+@pytest.mark.parametrize("d_state", [8, 24, 128, 264])
+def test_states_of_mamba_2_in_bfloat16(d_state: int, b: int) -> None:
+    config = ModelConfig(
+        vocab_size=VOCABULARY, d_model=64, n_layer=2, ssm_cfg={"layer": "Mamba2", "d_state": d_state, "headdim": 32}
+    )
+    plain = LanguageModel(config).eval().cuda()
+    plain.state_dtype = torch.bfloat16
+    model = prepare_for_decode(plain, "bf16")
+    assert explain(model) is None
+    network, state = network_of(model), random_state(model, b)
+    assert state.layers[0].ssm.dtype == torch.bfloat16
+    other = [x.clone() for x in tensors(state)]
+    for _ in range(3):
+        ids = torch.randint(VOCABULARY, (b,), device="cuda")
+        y = model.step_(ids, state)
+        assert distance(y, decode_token_(other, ids, network, backend="reference")[:, :VOCABULARY]) < 1e-2
+    for a, expected in zip(tensors(state), other, strict=True):
+        assert distance(a, expected) < 1e-2
+
+
 @pytest.mark.parametrize("weights", FORMATS)
-def test_a_sequence_has_the_same_bits_in_any_batch(weights: str) -> None:
-    model = prepared("odd", weights)
+@pytest.mark.parametrize("name", ["odd", "heads", "heads, odd"])
+def test_a_sequence_has_the_same_bits_in_any_batch(name: str, weights: str) -> None:
+    model = prepared(name, weights)
     ids = torch.randint(VOCABULARY, (70, 4), device="cuda")
     whole = random_state(model, 70)
     for rows in (slice(0, 1), slice(3, 12), slice(20, 50), slice(5, 69)):
@@ -93,8 +139,9 @@ def test_a_sequence_has_the_same_bits_in_any_batch(weights: str) -> None:
         assert len(tensors(alone)) == len(part)
 
 
-def test_a_captured_graph_goes_on_as_calls_do() -> None:
-    model = prepared("plain", "bf16")
+@pytest.mark.parametrize("name", ["plain", "heads", "heads, beside"])
+def test_a_captured_graph_goes_on_as_calls_do(name: str) -> None:
+    model = prepared(name, "bf16")
     ids = torch.randint(VOCABULARY, (3,), device="cuda")
     state = random_state(model, 3)
     model.step_(ids, state)
@@ -118,8 +165,9 @@ def test_an_id_outside_the_vocabulary_is_nan_in_its_row_alone() -> None:
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_a_prompt_goes_on_token_by_token(weights: str) -> None:
-    model = prepared("plain", weights)
+@pytest.mark.parametrize("name", ["plain", "heads"])
+def test_a_prompt_goes_on_token_by_token(name: str, weights: str) -> None:
+    model = prepared(name, weights)
     ids = torch.randint(VOCABULARY, (2, 40), device="cuda")
     whole, (_, state) = model(ids), model.extend(ids[:, :20])
     for t in range(20, 40):

@@ -21,6 +21,7 @@ Later = Callable[[argparse.ArgumentParser], None]
 WEIGHTS = ("bf16", "int8", "int4")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CACHES = ("bfloat16", "float16")
+STATES = ("bfloat16",)
 
 
 class UsageError(ValueError):
@@ -68,7 +69,7 @@ def new_parser(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype, --weights, --threads, --room, --cache-dtype."""
+    """--device, --dtype, --weights, --threads, --room, --cache-dtype, --state-dtype."""
     group = parser.add_argument_group("where it runs")
     group.add_argument("--device", help='e.g. "cpu", "cuda:0" (default: cpu)')
     bits = group.add_mutually_exclusive_group()
@@ -79,6 +80,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--room", type=positive, metavar="N", help="tokens to have room for, if the model's attention keeps all"
     )
     group.add_argument("--cache-dtype", choices=CACHES, help="what attention keeps tokens in (default: float32)")
+    group.add_argument("--state-dtype", choices=STATES, help="what Mamba-2 keeps its state in (default: float32)")
 
 
 def load_model(options: argparse.Namespace) -> LanguageModel:
@@ -96,6 +98,8 @@ def load_model(options: argparse.Namespace) -> LanguageModel:
     model.max_tokens = options.room
     if options.cache_dtype is not None:
         model.cache_dtype = options.cache_dtype
+    if options.state_dtype is not None:
+        model.state_dtype = options.state_dtype
     return model if options.weights is None else stateline.prepare_for_decode(model, options.weights)
 
 

@@ -40,9 +40,8 @@ def prepare_for_decode(model: LanguageModel, weights: str = "bf16") -> LanguageM
 
     `extend`, `step_`, `generate`, streams and states are used as before; a state of one form goes on in another of the
     same model within the form's precision. Training, saving and casting need the model itself. For stacks of Mamba or
-    of Mamba2 blocks `step_` is one call on the CPU, with the C++ library; for Mamba also on CUDA devices of compute
-    capability 9.0 or later, where it pays for up to 64 sequences; elsewhere it goes layer by layer, and `explain` says
-    why.
+    of Mamba2 blocks `step_` is one call on the CPU, with the C++ library, and on CUDA devices of compute capability 9.0
+    or later, where it pays for up to 64 sequences; elsewhere it goes layer by layer, and `explain` says why.
 
     Raises ValueError for another name of weights, TypeError for what is no LanguageModel or is packed already.
     """
@@ -171,7 +170,7 @@ def _layer(block: Any) -> Layer | HeadLayer:
     A = -torch.exp(mixer.A_log.float())
     if isinstance(mixer, Mamba2):
         D = mixer.D if mixer.D_has_hdim else mixer.D.repeat_interleave(mixer.headdim)
-        scale = torch.ones(mixer.d_ssm) if mixer.norm is None else mixer.norm.weight
+        scale = torch.ones(mixer.d_ssm, device=A.device) if mixer.norm is None else mixer.norm.weight
         own: dict[str, Any] = {"A": A, "D": D, "dt_bias": mixer.dt_bias, "scale": scale}
         return HeadLayer(**shared | {name: _own(x) for name, x in own.items()}, heads=_heads(mixer))
     shared |= {"x_proj": _linear(mixer.x_proj), "dt_proj": _linear(mixer.dt_proj)}
@@ -191,6 +190,7 @@ def _heads(mixer: Mamba2) -> Heads:
         normalise=norm is not None,
         gate_last=norm is not None and norm.norm_before_gate,
         eps=0.0 if norm is None else norm.eps,
+        narrow=mixer.state_dtype is not None,
     )
 
 

@@ -138,6 +138,9 @@ def _check_float32(model: LanguageModel) -> None:
     if model.cache_dtype is not None:
         remedy = "Set model.cache_dtype = None."
         raise checks.fail(OP, f"the state's cache_dtype is {model.cache_dtype}, ONNX models are float32.", remedy)
+    if model.state_dtype is not None:
+        remedy = "Set model.state_dtype = None."
+        raise checks.fail(OP, f"the state's state_dtype is {model.state_dtype}, ONNX models are float32.", remedy)
 
 
 def _export_writer(program: ExportedProgram) -> Callable[[Path], None]:

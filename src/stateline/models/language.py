@@ -13,6 +13,7 @@ from stateline import checks
 from stateline.models.backbone import Backbone, ModelConfig, ModelState, check_ids
 from stateline.models.loss import mean_cross_entropy, piece_of
 from stateline.nn.attention import Attention, check_cache_dtype
+from stateline.nn.mamba2 import Mamba2, check_state_dtype
 from stateline.nn.mixer import Lengths, padding
 
 INTEGERS = (torch.int32, torch.int64)
@@ -36,7 +37,8 @@ class LanguageModel(nn.Module):
 
     Names of parameters are mamba_ssm's. `metadata`: a dict that travels with checkpoints (tokenizer, training, card).
     `max_tokens`: how many tokens of a sequence states have room for where attention keeps them all (None: what
-    `attn_cfg` says); set it at will. Other models need no such bound. `cache_dtype`: what attention keeps in them.
+    `attn_cfg` says); set it at will. Other models need no such bound. `cache_dtype`: what attention keeps in them;
+    `state_dtype`: what layers of Mamba-2 do.
 
     >>> model = LanguageModel(ModelConfig(d_model=16, n_layer=2, vocab_size=256))
     >>> ids = torch.randint(256, (1, 8))
@@ -77,6 +79,26 @@ class LanguageModel(nn.Module):
             raise checks.fail("LanguageModel", f"cache_dtype is {chosen}, and the model has no attention to use it.")
         for layer in layers:
             layer.cache_dtype = chosen
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """What states made from now on keep the recurrence of Mamba-2 in: torch.bfloat16, or None for float32."""
+        return next((layer.state_dtype for layer in self._mamba2()), None)
+
+    @state_dtype.setter
+    def state_dtype(self, dtype: torch.dtype | str | None) -> None:
+        """Choose it for all Mamba2 layers; ValueError where there is none, for another dtype, or in a packed model."""
+        chosen, layers = check_state_dtype("LanguageModel", dtype), self._mamba2()
+        if chosen is not None and not layers:
+            raise checks.fail("LanguageModel", f"state_dtype is {chosen}, and the model has no Mamba2 to use it.")
+        if chosen != self.state_dtype and not isinstance(self.backbone.embedding, nn.Embedding):
+            remedy = "Set it on the model that prepare_for_decode is given."
+            raise checks.fail("LanguageModel", "state_dtype is set on a model that is packed for decoding.", remedy)
+        for layer in layers:
+            layer.state_dtype = chosen
+
+    def _mamba2(self) -> list[Mamba2]:
+        return [module for module in self.modules() if isinstance(module, Mamba2)]
 
     def _attention(self) -> list[Attention]:
         return [module for module in self.modules() if isinstance(module, Attention)]

@@ -32,7 +32,7 @@ OP = "Mamba2"
 
 @dataclass
 class Mamba2State:
-    """What a sequence carries from token to token, float32 (float64 in a float64 layer).
+    """What a sequence carries from token to token, float32 (float64 in a float64 layer; ssm in `state_dtype`, if set).
 
     conv: (b, k−1, h·p + 2·g·n) the last inputs of the convolution, oldest first.   ssm: (b, h, p, n) the state.
     """
@@ -63,6 +63,8 @@ class Mamba2(Mixer):
 
     A_log, D and dt_bias stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state.
     Projections are called as modules, so adapters and quantised Linears may replace them.
+    `state_dtype`: set to torch.bfloat16, states made from then on keep ssm in it, in half the memory: computed in
+    float32, rounded as they are stored (docs/numerics.md says what that costs).
 
     >>> layer = Mamba2(16, headdim=8)
     >>> x = torch.randn(2, 10, 16)
@@ -121,6 +123,7 @@ class Mamba2(Mixer):
         self.nheads, self.d_mlp = self.d_ssm // headdim, self.d_inner - self.d_ssm
         check_limit(OP, dt_limit)
         self.dt_limit = None if dt_limit is None else tuple(dt_limit)
+        self._state_dtype: torch.dtype | None = None
 
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv_dim = self.d_ssm + 2 * ngroups * d_state
@@ -157,6 +160,19 @@ class Mamba2(Mixer):
         uniform = torch.rand(self.nheads, dtype=self.A_log.dtype, device="cpu")
         self.A_log.copy_((low + (high - low) * uniform).log())
 
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """What states made from now on keep ssm in: torch.bfloat16, or None for the layer's full precision."""
+        return self._state_dtype
+
+    @state_dtype.setter
+    def state_dtype(self, dtype: torch.dtype | str | None) -> None:
+        """Choose it, or its name; ValueError for another dtype, or in a float64 layer."""
+        chosen = check_state_dtype(OP, dtype)
+        if chosen is not None and self.A_log.dtype == torch.float64:
+            raise checks.fail(OP, f"state_dtype is {chosen} in a float64 layer, whose states are float64.")
+        self._state_dtype = chosen
+
     def init_state(
         self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None
     ) -> Mamba2State:
@@ -164,7 +180,8 @@ class Mamba2(Mixer):
         checks.number(OP, "batch", batch, low=0, integer=True)
         made: dict[str, Any] = {"device": device or self.A_log.device, "dtype": wide(self.A_log.dtype)}
         conv = torch.zeros(batch, self.d_conv - 1, self.conv_dim, **made)
-        return Mamba2State(conv, torch.zeros(batch, self.nheads, self.headdim, self.d_state, **made))
+        kept = made if self.state_dtype is None else made | {"dtype": self.state_dtype}
+        return Mamba2State(conv, torch.zeros(batch, self.nheads, self.headdim, self.d_state, **kept))
 
     def extend(
         self,
@@ -181,8 +198,11 @@ class Mamba2(Mixer):
         u, conv = ops.causal_conv1d(
             u, *self._taps(), activation="silu", initial_state=None if state is None else state.conv, **where
         )
-        options = self._options(u, z) | where | {"initial_state": None if state is None else state.ssm}
-        y, ssm = ops.ssd(*self._system(u, dt), **options)
+        start = None if state is None else state.ssm.to(wide(u.dtype)) if self.state_dtype else state.ssm
+        options = self._options(u, z) | where | {"initial_state": start}
+        x, A, B, C = self._system(u)
+        y, ssm = ops.ssd(x, dt, -torch.exp(A), B, C, **options)
+        ssm = ssm if self.state_dtype is None else ssm.to(self.state_dtype)
         return zero_padding(self._finish(y, z, beside), lengths), Mamba2State(conv, ssm)
 
     @torch.no_grad()
@@ -191,7 +211,8 @@ class Mamba2(Mixer):
         check_input(OP, x, "b d_model", self.d_model, self.conv1d.weight.dtype)
         beside, z, u, dt = self._split(self.in_proj(x))
         u = ops.causal_conv1d_step_(state.conv, u, *self._taps(), activation="silu")
-        y = ops.ssd_step_(state.ssm, *self._system(u, dt), **self._options(u, z))
+        x, A, B, C = self._system(u)
+        y = ops.ssd_step_(state.ssm, x, dt, A, B, C, log_A=True, **self._options(u, z))
         return self._finish(y, z, beside)
 
     def _widths(self) -> list[int]:
@@ -205,12 +226,12 @@ class Mamba2(Mixer):
     def _taps(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
-    def _system(self, u: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """u (…, conv_dim), dt (…, h) -> x (…, h, p), dt, A (h), B, C (…, g, n)."""
+    def _system(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u (…, conv_dim) -> x (…, h, p), log(−A) (h), B, C (…, g, n)."""
         shared = self.ngroups * self.d_state
         x, B, C = u.split([self.d_ssm, shared, shared], dim=-1)
         B, C = (v.unflatten(-1, (self.ngroups, self.d_state)) for v in (B, C))
-        return x.unflatten(-1, (self.nheads, self.headdim)), dt, -torch.exp(self.A_log.to(wide(u.dtype))), B, C
+        return x.unflatten(-1, (self.nheads, self.headdim)), self.A_log.to(wide(u.dtype)), B, C
 
     def _options(self, u: Tensor, z: Tensor) -> dict[str, Any]:
         full = wide(u.dtype)
@@ -241,6 +262,13 @@ class Mamba2(Mixer):
         """Sizes, for print(model)."""
         sizes = f"d_model={self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, d_inner={self.d_inner}"
         return f"{sizes}, headdim={self.headdim}, ngroups={self.ngroups}"
+
+
+def check_state_dtype(op: str, given: torch.dtype | str | None) -> torch.dtype | None:
+    """What `state_dtype` names; ValueError for anything but bfloat16 and None."""
+    if given is not None and given not in (torch.bfloat16, "bfloat16"):
+        raise checks.fail(op, f"state_dtype is {given!r}, expected torch.bfloat16 or None.")
+    return None if given is None else torch.bfloat16
 
 
 def _check_options(sizes: dict[str, int], flags: dict[str, bool]) -> None:

@@ -75,7 +75,7 @@ class Heads:
 
     p, n, g: width of a head, state, groups that share B and C and are normalised together.   low, high: of the step
     size, infinite where there are none.   beside: channels of a gated unit beside the recurrence.   eps: of the norm
-    before out_proj; normalise: there is one; gate_last: it comes before the gate.
+    before out_proj; normalise: there is one; gate_last: it comes before the gate.   narrow: ssm is kept in bfloat16.
     """
 
     p: int
@@ -87,6 +87,7 @@ class Heads:
     normalise: bool
     gate_last: bool
     eps: float
+    narrow: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,8 @@ class Network:
 def decode_token_(states: Sequence[Tensor], ids: Tensor, network: Network, *, backend: str | None = None) -> Tensor:
     """Advance `states` by the tokens ids (b) in place and return logits (b, rows of the head), float32. No gradient.
 
-    states: of each layer in turn the convolution's and the recurrence's, (b, *state_shapes), float32, contiguous.
+    states: of each layer in turn the convolution's and the recurrence's, (b, *state_shapes), float32, contiguous; the
+        recurrence's of `narrow` heads in bfloat16, which a state is rounded to as it is stored.
 
     Residual stream and all that is not packed are float32. A row's bits do not depend on the other rows.
 
@@ -179,7 +181,9 @@ def _check_states(states: Sequence[Tensor], b: int, device: torch.device, networ
     for i, layer in enumerate(network.layers):
         for (name, of_one), x in zip(layer.state_shapes.items(), states[2 * i : 2 * i + 2], strict=True):
             shape = (b, *of_one)
-            if x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous() or x.device != device:
+            narrow = name == "ssm" and isinstance(layer, HeadLayer) and layer.heads.narrow
+            dtype = torch.bfloat16 if narrow else torch.float32
+            if x.shape != shape or x.dtype != dtype or not x.is_contiguous() or x.device != device:
                 got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
-                wanted_here = f"contiguous float32 {shape} on {device}"
+                wanted_here = f"contiguous {str(dtype).removeprefix('torch.')} {shape} on {device}"
                 raise checks.fail(OP, f"layer {i}'s {name} state is {got}, expected {wanted_here}.")

@@ -20,6 +20,14 @@ NO_HEADS = (0,) * 8
 _known: WeakKeyDictionary[Network, tuple[tuple[int, ...], tuple[int, ...], Tensor]] = WeakKeyDictionary()
 
 
+def problem(*args: object) -> str | None:
+    """Why the kernel does not cover the network among the arguments, or None if it does."""
+    network = next((x for x in args if isinstance(x, Network)), None)
+    if network is not None and any(isinstance(layer, HeadLayer) and layer.heads.narrow for layer in network.layers):
+        return "it keeps states in float32, these are bfloat16."
+    return None
+
+
 def step(states: Sequence[Tensor], ids: Tensor, network: Network) -> Tensor:
     """ids (b) -> logits (b, v), writing into states."""
     if network not in _known:

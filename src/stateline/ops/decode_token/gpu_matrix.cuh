@@ -15,10 +15,11 @@ struct Matrix {
     const float* bias;
     i64 format, rows, columns;
 };
+// x, dt: of Mamba-1 alone.   A: A2 of Mamba-1.   scale: of Mamba-2 alone.
 struct Layer {
     const float* norm;
     Matrix in, x, dt, out;
-    const float *taps, *conv_bias, *A2, *D, *dt_bias;
+    const float *taps, *conv_bias, *A, *D, *dt_bias, *scale;
 };
 
 __device__ __forceinline__ u32 at(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -153,24 +154,22 @@ __device__ __forceinline__ void copy_in(float* to, const float* from) {
 template <class Args>
 __device__ __forceinline__ int across(const Args& a) { return (int)((a.d + 15) / 16 + 3) & ~3; }
 
-// 1/rms of the residual stream of every sequence, from sums of squares of 16 channels each, by eight warps.
-template <class Args>
-__device__ void find_norms(const Args& a, float* norms, int warp, int lane) {
-    const int fours = across(a) / 4;
+// 1/rms of `size` numbers of every sequence, from sums of their squares, `fours` times four of them, by eight warps.
+__device__ __forceinline__ void find_norms(float* norms, const float* squares, int fours, float size, double eps, int warp, int lane) {
     float sum[NB];
 #pragma unroll
     for (int j = 0; j < NB; j++) sum[j] = 0;
     for (int i = lane; i < fours; i += 32)
 #pragma unroll
         for (int j = 0; j < NB; j++) {
-            const float4 v = __ldcg((const float4*)a.squares + (j * 8 + warp) * fours + i);
+            const float4 v = __ldcg((const float4*)squares + (j * 8 + warp) * fours + i);
             sum[j] += (v.x + v.y) + (v.z + v.w);
         }
 #pragma unroll
     for (int j = 0; j < NB; j++) {
 #pragma unroll
         for (int w = 16; w; w /= 2) sum[j] += __shfl_xor_sync(~0u, sum[j], w);
-        if (lane == 0) norms[j * 8 + warp] = rsqrtf(sum[j] / (float)a.d + (float)a.eps);
+        if (lane == 0) norms[j * 8 + warp] = rsqrtf(sum[j] / size + (float)eps);
     }
 }
 

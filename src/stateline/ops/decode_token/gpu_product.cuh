@@ -14,12 +14,12 @@ constexpr int TILE = COLS * PAD + 16;  // floats of a tile's sums
 
 // Filled by gpu.py in this order; every field has eight bytes.
 struct Args {
-    i64 b, d, e, n, r;
-    double eps;
+    i64 b, d, e, n, r, before, channels, rest;
+    double eps, low, high, gate_eps;
     Matrix embedding, head;
     const i64* ids;
     float* logits;
-    float *h, *u, *z, *bc, *squares;
+    float *h, *u, *z, *bc, *squares, *y, *parts;
     u16 *hf, *uf, *yf, *rf;
     Layer l;
     const float* next;  // the norm behind the layer
@@ -58,6 +58,9 @@ __device__ __forceinline__ void init(u32 barrier, u32 count) {
 }
 __device__ __forceinline__ void meet_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void leave_cluster() {  // what was read was used: nothing written need be seen by others
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ float4 of_block(const float4* p, int rank) {  // the same place in a block of the cluster
     float4 v;
@@ -233,7 +236,7 @@ __device__ void product(
         meet_cluster();
     }
     if (warp < WARPS) {
-                const int all = T * b * 4, step = S * 256;
+        const int all = T * b * 4, step = S * 256;
 #pragma unroll 1
         for (int from = part.rank * 256 + threadIdx.x; from < all; from += step * TOGETHER) {
             decltype(load(0, 0)) held[TOGETHER];
@@ -261,5 +264,5 @@ __device__ void product(
             }
         }
     }
-    if (S > 1) meet_cluster();  // nobody leaves while others read its sums
+    if (S > 1) leave_cluster();  // nobody does while others read its sums
 }

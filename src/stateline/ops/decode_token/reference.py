@@ -51,8 +51,9 @@ def _mix_heads(layer: HeadLayer, x: Tensor, conv: Tensor, ssm: Tensor) -> Tensor
     dt = F.softplus(dt + layer.dt_bias, threshold=1e9).clamp(s.low, s.high)
     B, C = (v.unflatten(-1, (s.g, n)).repeat_interleave(h // s.g, 1)[:, :, None] for v in (B, C))
     drive = dt[..., None] * u.unflatten(-1, (h, p))
-    ssm.copy_(torch.exp(dt * layer.A)[..., None, None] * ssm + drive[..., None] * B)
-    y = (ssm * C).sum(-1).flatten(-2) + layer.D * u
+    now = torch.exp(dt * layer.A)[..., None, None] * ssm + drive[..., None] * B
+    ssm.copy_(now)
+    y = (now * C).sum(-1).flatten(-2) + layer.D * u
     if not s.gate_last:
         y = y * F.silu(z)
     if s.normalise:

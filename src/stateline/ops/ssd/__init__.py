@@ -106,15 +106,18 @@ def ssd_step_(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: Limit | None = None,
+    log_A: bool = False,
     index: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Advance `state` by one token in place and return y (b, h, p). No gradient: for engines that generate.
 
     Args:
-        state: (slots, h, p, n), contiguous, in A's dtype; written in place.
+        state: (slots, h, p, n), contiguous, in A's dtype; written in place. bfloat16 beside a float32 A is widened to
+            compute and rounded as it is stored: half the memory, and an error that grows as docs/numerics.md tells.
         x, z: (b, h, p).   dt: (b, h).   A: (h).   B, C: (b, g, n) or (b, n).   D: (h) or (h, p).   dt_bias: (h).
         dt_softplus, dt_limit: as in `ssd`.
+        log_A: what is given as A is log(−A), as models keep it: no other kernel need make A for every token.
         index: (b) distinct slots, int32 or int64; a negative one skips its row: y = 0 and no state is touched.
             None: row i uses slot i, and slots = b.
 
@@ -126,12 +129,13 @@ def ssd_step_(
     low, high = _check_system(STEP, sizes, "b", x, dt, A, D, z, dt_bias, dt_limit)
     B, C = (_projection(STEP, sizes, name, v, "b") for name, v in (("B", B), ("C", C)))
     sizes.match("state", state, "slots h p n")
-    _check_state(STEP, "state", state, A)
+    if state.dtype != torch.bfloat16 or A.dtype != torch.float32:
+        _check_state(STEP, "state", state, A)
     check_slots(STEP, sizes, state, index)
     given = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "state": state}
     checks.same_device(STEP, given | {"index": index})
     with torch.no_grad():
-        return _step(state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), low, high, index, backend)
+        return _step(state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), low, high, index, bool(log_A), backend)
 
 
 def _check_system(
@@ -211,8 +215,18 @@ def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _run_step(state: Tensor, *args: Any) -> Tensor:
-    *rest, backend = args
-    return _kernel(state.device.type, backend, rest[:5]).step(state, *rest)
+    *rest, log_A, backend = args
+    module = _kernel(state.device.type, backend, rest[:5])
+    if log_A and not hasattr(module, "step_log_A"):
+        rest[2] = -torch.exp(rest[2])
+        log_A = False
+    step = module.step_log_A if log_A else module.step
+    if state.dtype == rest[2].dtype or hasattr(module, "NARROW"):
+        return step(state, *rest)
+    wide = state.to(rest[2].dtype)
+    y = step(wide, *rest)
+    state.copy_(wide)
+    return y
 
 
 def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,7 +266,9 @@ _backward = define(
     _run_backward,
     _fake_backward,
 )
-_step = define(f"{STEP}(Tensor(a!) state, {_ARGS}, Tensor? index, str? backend) -> Tensor", _run_step, _fake_step)
+_step = define(
+    f"{STEP}(Tensor(a!) state, {_ARGS}, Tensor? index, bool log_A, str? backend) -> Tensor", _run_step, _fake_step
+)
 
 
 class _SSD(Function):

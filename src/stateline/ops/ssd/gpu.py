@@ -21,6 +21,8 @@ from stateline.ops.ssd import gpu_kernels as kernels
 
 #: Precision of A that the kernels compute in.
 DTYPES = frozenset({torch.float32})
+#: Its step reads and writes states of bfloat16 as they are.
+NARROW = True
 #: States that a tile's registers hold, and those of a step.
 MOST_STATES, MOST_STATES_OF_STEP = 128, 4096
 
@@ -381,11 +383,20 @@ def backward(
     return grad.dx, grad.ddt, grad.dA, grad.dB, grad.dC, grad.dD, grad.dz, dbias, grad.dinitial
 
 
-def step(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, dt_softplus: bool, dt_low: float, dt_high: float, index: Tensor | None,
-) -> Tensor:  # fmt: skip
+def step(state: Tensor, *given: Any) -> Tensor:
     """One token, in place. x, z (b, h, p); dt (b, h); B, C (b, g, n); index (b): state rows, negative: skip."""
+    return _advance(state, *given, log_A=False)
+
+
+def step_log_A(state: Tensor, *given: Any) -> Tensor:
+    """As `step`, for log(−A) in A's place."""
+    return _advance(state, *given, log_A=True)
+
+
+def _advance(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool, dt_low: float, dt_high: float, index: Tensor | None, *, log_A: bool,
+) -> Tensor:  # fmt: skip
     (b, h, p), (g, n) = x.shape, B.shape[1:]
     x, dt, B, C, z = cuda.data(x), cuda.data(dt), cuda.data(B), cuda.data(C), None if z is None else cuda.data(z)
     y = cuda.empty(x.shape, x.dtype, x)
@@ -397,6 +408,6 @@ def step(
             state, x, dt, z, cuda.plain(A), B, C, cuda.plain(D), cuda.plain(dt_bias), cuda.plain(index), y,
             state.shape[0], dt_low, dt_high, *x.stride()[:2], dt.stride(0), *z_at, *B.stride()[:2], *C.stride()[:2],
         )  # fmt: skip
-        constants = (h, g, p, n, _wide(D), dt_softplus, channels, states)
+        constants = (h, g, p, n, _wide(D), dt_softplus, log_A, channels, states)
         _step((b * h * cuda.ceil_div(p, channels), 1, 1), arguments, constants, 4)
     return y

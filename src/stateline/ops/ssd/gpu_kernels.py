@@ -307,9 +307,9 @@ def outputs(
 def step(
     state, x, dt, z, A, B, Cs, D, bias, index, y, slots, low, high, x_b, x_h, dt_b, z_b, z_h, B_b, B_g, Cs_b, Cs_g,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, D_WIDE: tl.constexpr,
-    SOFTPLUS: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """One token, in place: a program takes PB channels of a head of a row."""
+    """One token, in place: a program takes PB channels of a head of a row. LOG_A: A holds log(−A)."""
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
     row, part = (program // (heads * PARTS)).to(tl.int64), program % (heads * PARTS)
@@ -321,7 +321,7 @@ def step(
         slot = tl.load(index + row).to(tl.int64)
     taken = (slot >= 0) & (slot < slots)
     state += (slot * heads + head) * (P * N)
-    S = tl.load(state + own, mask=exist & taken, other=0.0)
+    S = tl.load(state + own, mask=exist & taken, other=0.0).to(tl.float32)
     group = group_of(head, heads, groups)
     value = tl.load(x + row * x_b + head * x_h + p, mask=p < P, other=0.0).to(tl.float32)
     b = tl.load(B + row * B_b + group * B_g + n, mask=n < N, other=0.0).to(tl.float32)
@@ -330,8 +330,11 @@ def step(
     if bias is not None:
         raw += tl.load(bias + head)
     size = sized(raw, low, high, SOFTPLUS)
-    S = S * tl.exp(size * tl.load(A + head)) + (size * value)[:, None] * b[None, :]
-    tl.store(state + own, S, mask=exist & taken)
+    rate = tl.load(A + head)
+    if LOG_A:
+        rate = -tl.exp(rate)
+    S = S * tl.exp(size * rate) + (size * value)[:, None] * b[None, :]
+    tl.store(state + own, S.to(state.dtype.element_ty), mask=exist & taken)
     out = tl.sum(S * c[None, :], 1)
     if D is not None:
         out += skip(D, head, p, P, D_WIDE) * value
