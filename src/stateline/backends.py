@@ -36,7 +36,7 @@ BESIDE = {"gated_rms_norm": "rms_norm"}
 #: Operations with a second form in PyTorch, faster than the definition.
 CHUNKED = ("ssd", "trapezoid_ssd")
 #: Operations whose GPU kernels are too new to be chosen by themselves.
-TRIAL = ("ssd",)
+TRIAL = ("ssd", "trapezoid_ssd")
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
 DECIDES = {"selective_scan": 2, "ssd": 2, "trapezoid_ssd": 2}
 #: What `sl_layout` of a fitting library says.

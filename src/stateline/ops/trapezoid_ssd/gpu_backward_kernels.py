@@ -1,0 +1,276 @@
+"""trapezoid_ssd's gradients in Triton. A program of `tile` takes a head of a tile, whose k and q are its own.
+
+It reads the state before the tile and the gradient that reaches the one after it, and finds all that ssd's `inputs`
+and `projections` find, the gate's gradient too. What turns at a step and all after it gets the sum of what each of
+these gives; of pairs that both lie after the step it gets nothing, so that sums end at the tile: what later tiles give
+is what the state between has turned, which it and its gradient tell.
+`unturn` brings gradients of k and q back to B and C and sums them over heads, `finish` those of steps and angles over
+time. Nothing is added by atomics.
+
+Names as in gpu_kernels.py.
+"""
+
+import triton
+import triton.language as tl
+
+from stateline.ops.gpu_kernels import place
+from stateline.ops.ssd.gpu_backward_kernels import between
+from stateline.ops.ssd.gpu_kernels import at, clock_of, decays, on_diagonal, operand, put, rows
+from stateline.ops.trapezoid_ssd.gpu_kernels import circle, halves_of, pair_of
+
+TURN = tl.constexpr(6.283185307179586)
+
+
+@triton.jit(do_not_specialize=("t", "each"))
+def tile(
+    dy, x, z, k, q, D, clock, own, table, tiles, before, after, last_dk, last_dx, dx, dz, dk, dq, turns, carries,
+    slopes, dD, t, each, dy_b, dy_t, dy_h, x_b, x_t, x_h, z_b, z_t, z_h,
+    heads: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr,
+    PRECISION: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """dx, dz; dk, dq of what is turned; and for `finish`: turns (tile, h, Q, S), what steps turn; carries (tile, h, S),
+    what those after the tile have turned; slopes (tile, h, 3, Q), gradients of exponents, sizes and own weights.
+
+    last_dk, last_dx: gradients of the last token's k and x that a state gets.   dD: (tile, h).
+    """
+    number, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
+    sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
+    if exists:
+        mine = number.to(tl.int64) * heads + head
+        n, s = tl.arange(0, NB), tl.arange(0, Q)
+        last = (first + s + 1 == length)[:, None]
+        k_at = at(k + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
+        q_at = at(q + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
+        b, c = rows(k_at, n, N, first, length, Q, NB), rows(q_at, n, N, first, length, Q, NB)
+        size, enter, leave, exponent, rest, whole = clock_of(clock, number.to(tl.int64), head, heads, Q, HALF)
+        apart = on_diagonal(decays(exponent, rest, Q, HALF), s * 0.0, Q)
+        weight = on_diagonal(apart * size[None, :], tl.load(own + mine * Q + s), Q)
+        product = tl.dot(c, tl.trans(b), input_precision=PRECISION)
+        matrix = operand(product * weight, HALF)
+        both, through = tl.zeros((Q, Q), tl.float32), 0.0
+        into, later = tl.zeros((Q,), tl.float32), tl.zeros((Q,), tl.float32)
+        inner, outer = tl.zeros((Q, NB), tl.float32), tl.zeros((Q, NB), tl.float32)  # gradients of k and q
+        carry = tl.zeros((NB // 2,), tl.float32)
+        for part in tl.range(0, (P + PB - 1) // PB, num_stages=1):
+            p = part * PB + tl.arange(0, PB)
+            sheet = mine * (P * N) + p[:, None] * N + n[None, :]
+            exist = (p < P)[:, None] & (n < N)[None, :]
+            state = tl.load(before + sheet, mask=exist, other=0.0)
+            reach = tl.load(after + sheet, mask=exist, other=0.0)
+            given = rows(at(x + head * x_h, row, x_b, x_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
+            raw = rows(at(dy + head * dy_h, row, dy_b, dy_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
+            value, slope = given.to(tl.float32), raw.to(tl.float32)
+            given = operand(given, HALF)
+            out = tl.dot(c, tl.trans(state), input_precision=PRECISION) * enter[:, None]
+            if z is not None:
+                z_at = at(z + head * z_h, row, z_b, z_t, origin, first, Q, REVERSE)
+                gate = rows(z_at, p, P, first, length, Q, PB).to(tl.float32)
+                sigmoid = tl.sigmoid(gate)
+                y = tl.dot(matrix, given, out, input_precision=PRECISION)
+                if D is not None:
+                    y += tl.load(D + head) * value
+                y *= slope * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                put(at(dz + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, y,
+                    Q, PB)  # fmt: skip
+                slope *= gate * sigmoid
+            grad = operand(slope, HALF)
+            both = tl.dot(grad, tl.trans(given), both, input_precision=PRECISION)
+            if HALF and z is not None:  # what bfloat16 leaves out of what went through a gate
+                both = tl.dot(operand(slope - grad.to(tl.float32), HALF), tl.trans(given), both)
+            later += tl.sum(slope * out, 1)
+            outer = tl.dot(operand(slope * enter[:, None], HALF), state, outer, input_precision=PRECISION)
+            du = tl.dot(b, tl.trans(reach), input_precision=PRECISION) * leave[:, None]
+            into += tl.sum(value * du, 1)
+            inner = tl.dot(operand(value * (leave * size)[:, None], HALF), reach, inner, input_precision=PRECISION)
+            du = tl.dot(tl.trans(matrix), grad, du * size[:, None], input_precision=PRECISION)
+            if D is not None:
+                du += tl.load(D + head) * slope
+            if last_dx is not None:
+                more = tl.load(last_dx + (sequence * heads + head) * P + p, mask=p < P, other=0.0)
+                du += tl.where(last, more[None, :], 0.0)
+            put(at(dx + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, du,
+                Q, PB)  # fmt: skip
+            state, reach = state.to(tl.float32), reach.to(tl.float32)
+            through += tl.sum(tl.sum(state * reach, 1), 0)
+            if S > 0:
+                state_a, state_b = halves_of(state, PB, NB)
+                reach_a, reach_b = halves_of(reach, PB, NB)
+                carry += tl.sum(reach_a * state_b - reach_b * state_a, 0)
+        if S > 0:
+            key_a, key_b = halves_of(b.to(tl.float32), Q, NB)
+            grad_a, grad_b = halves_of(inner, Q, NB)
+            i = tl.arange(0, NB // 2)
+            carry = carry * whole - tl.sum(key_a * grad_b - key_b * grad_a, 0)
+            tl.store(carries + mine * S + i, TURN * carry, mask=i < S)
+        if D is not None:
+            tl.store(dD + mine, tl.sum(tl.sum(on_diagonal(tl.zeros((Q, Q), tl.float32), s * 0.0 + 1.0, Q) * both, 1), 0))
+        pieces(both, product, apart, size, into, later, through * whole, slopes + mine * (3 * Q), HALF, PRECISION, Q)
+        dproduct = operand(both * weight, HALF)
+        outer = tl.dot(dproduct, b, outer, input_precision=PRECISION)
+        inner = tl.dot(tl.trans(dproduct), c, inner, input_precision=PRECISION)
+        if S > 0:
+            grad_a, grad_b = halves_of(inner, Q, NB)
+            angle = key_a * grad_b - key_b * grad_a
+            query_a, query_b = halves_of(c.to(tl.float32), Q, NB)
+            grad_a, grad_b = halves_of(outer, Q, NB)
+            angle += query_a * grad_b - query_b * grad_a
+            tl.store(turns + (mine * Q + s)[:, None] * S + i[None, :], TURN * angle, mask=(s >= 0)[:, None] & (i < S)[None, :])
+
+        if last_dk is not None:
+            more = tl.load(last_dk + (sequence * heads + head) * N + n, mask=n < N, other=0.0)
+            inner += tl.where(last, more[None, :], 0.0)
+        put(at(dk + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE), n, N, first, length, inner, Q,
+            NB)  # fmt: skip
+        put(at(dq + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE), n, N, first, length, outer, Q,
+            NB)  # fmt: skip
+
+@triton.jit
+def unmoved(
+    state, dstate, last_k, last_dk, dangle, out,
+    P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """What turns all steps of a sequence and head gets: dangle and what turns its last k, less what turning the last
+    state would give."""
+    mine = tl.program_id(0).to(tl.int64)
+    n, i = tl.arange(0, NB), tl.arange(0, NB // 2)
+    total = tl.zeros((NB // 2,), tl.float32)
+    for part in tl.range(0, (P + PB - 1) // PB):
+        p = part * PB + tl.arange(0, PB)
+        where, exist = mine * (P * N) + p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
+        a, b = halves_of(tl.load(state + where, mask=exist, other=0.0), PB, NB)
+        grad_a, grad_b = halves_of(tl.load(dstate + where, mask=exist, other=0.0), PB, NB)
+        total += tl.sum(grad_a * b - grad_b * a, 0)
+    a, b = tl.load(last_k + mine * N + 2 * i, mask=i < S, other=0.0), tl.load(last_k + mine * N + 2 * i + 1, mask=i < S)
+    grad_a = tl.load(last_dk + mine * N + 2 * i, mask=i < S, other=0.0)
+    grad_b = tl.load(last_dk + mine * N + 2 * i + 1, mask=i < S, other=0.0)
+    given = tl.load(dangle + mine * S + i, mask=i < S, other=0.0)
+    tl.store(out + mine * S + i, given + TURN * (a * grad_b - b * grad_a - total), mask=i < S)
+
+
+@triton.jit
+def pieces(
+    both, product, apart, size, into, later, through, out, HALF: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr
+):
+    """Store the gradients of each step's exponent, size and own weight, (3, Q).
+
+    A step's exponent gets the sum over pairs of an earlier input and an output at or after it: as ssd's gradient.
+    """
+    s = tl.arange(0, Q)
+    both *= product
+    tl.store(out + 2 * Q + s, tl.sum(on_diagonal(tl.zeros((Q, Q), tl.float32), s * 0.0 + 1.0, Q) * both, 0))
+    both *= apart
+    direct = tl.sum(both, 0) + into
+    both *= size[None, :]
+    tl.store(out + Q + s, direct)
+    if HALF:
+        across = tl.sum(both, 1) - direct * size
+        exponent = tl.cumsum(later + across, 0, reverse=True) + (through + tl.sum(into * size, 0))
+    else:
+        earlier = tl.sum(tl.where(s[:, None] < s[None, :], (into * size)[:, None], 0.0), 0)
+        exponent = tl.cumsum(later, 0, reverse=True) + between(both, s, PRECISION) + earlier + through
+    tl.store(out + s, exponent)
+
+
+@triton.jit(do_not_specialize=("t", "each"))
+def unturn(
+    dk, dq, angles, table, tiles, dB, dC, partial, t, each,
+    heads: tl.constexpr, groups: tl.constexpr, N: tl.constexpr, S: tl.constexpr, INTERLEAVED: tl.constexpr,
+    REVERSE: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """dB and dC of R steps of a tile and a group; partial (Q / R of each tile, 2, h·N): sums for their biases."""
+    number, rest = tl.program_id(0) // (Q // R * groups), tl.program_id(0) % (Q // R * groups)
+    cut, group = rest // groups, rest % groups
+    _sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
+    if exists:
+        s, n, i = tl.arange(0, R), tl.arange(0, NB), tl.arange(0, NB // 2)
+        first += cut * R
+        live = first + s < length
+        one, two = pair_of(N, NB, INTERLEAVED)
+        tile = number.to(tl.int64)
+        a, b = tl.zeros((R, NB // 2), tl.float32), tl.zeros((R, NB // 2), tl.float32)
+        c, d = tl.zeros((R, NB // 2), tl.float32), tl.zeros((R, NB // 2), tl.float32)
+        for head in tl.range((group * heads + groups - 1) // groups, ((group + 1) * heads + groups - 1) // groups):
+            k_at = at(dk + head * N, row * t, heads * N, heads * N, origin, first, R, REVERSE)
+            q_at = at(dq + head * N, row * t, heads * N, heads * N, origin, first, R, REVERSE)
+            key_a, key_b = halves_of(rows(k_at, n, N, first, length, R, NB).to(tl.float32), R, NB)
+            query_a, query_b = halves_of(rows(q_at, n, N, first, length, R, NB).to(tl.float32), R, NB)
+            if S > 0:
+                where = ((tile * heads + head) * Q + cut * R + s)[:, None] * S + i[None, :]
+                cosine, sine = circle(tl.load(angles + where, mask=live[:, None] & (i < S)[None, :], other=0.0))
+                key_a, key_b = key_a * cosine + key_b * sine, key_b * cosine - key_a * sine
+                query_a, query_b = query_a * cosine + query_b * sine, query_b * cosine - query_a * sine
+            a, b, c, d = a + key_a, b + key_b, c + query_a, d + query_b
+            if partial is not None:
+                out = partial + ((tile * (Q // R) + cut) * (2 * heads) + head) * N
+                tl.store(out + one, tl.sum(key_a, 0), mask=one < N)
+                tl.store(out + two, tl.sum(key_b, 0), mask=two < N)
+                tl.store(out + heads * N + one, tl.sum(query_a, 0), mask=one < N)
+                tl.store(out + heads * N + two, tl.sum(query_b, 0), mask=two < N)
+        b_at = at(dB + group * N, row * t, groups * N, groups * N, origin, first, R, REVERSE)
+        c_at = at(dC + group * N, row * t, groups * N, groups * N, origin, first, R, REVERSE)
+        if INTERLEAVED:
+            put(b_at, n, N, first, length, tl.reshape(tl.join(a, b), (R, NB)), R, NB)
+            put(c_at, n, N, first, length, tl.reshape(tl.join(c, d), (R, NB)), R, NB)
+        else:
+            kind = dB.dtype.element_ty
+            tl.store(b_at + one[None, :], a.to(kind), mask=live[:, None] & (one < N)[None, :])
+            tl.store(b_at + two[None, :], b.to(kind), mask=live[:, None] & (two < N)[None, :])
+            kind = dC.dtype.element_ty
+            tl.store(c_at + one[None, :], c.to(kind), mask=live[:, None] & (one < N)[None, :])
+            tl.store(c_at + two[None, :], d.to(kind), mask=live[:, None] & (two < N)[None, :])
+
+
+@triton.jit(do_not_specialize=("t", "each", "size_of_share"))
+def finish(
+    dt, A, blend, rates, slopes, turns, carries, dangle, edge, table, tiles, ddt, dA, dblend, drates, start, t, each,
+    size_of_share,
+    heads: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr, SHARES: tl.constexpr, TAKEN: tl.constexpr,
+    Q: tl.constexpr, SB: tl.constexpr,
+):  # fmt: skip
+    """Gradients of dt, A and blend of a tile and TAKEN heads, and a share of those of rates, (SHARES, b, t, S).
+
+    dangle: what turns all steps gets.   start: what the first one gets.   edge: (n_seq, h) what the weight of the token
+    before the first gets.
+    """
+    number, share = tl.program_id(0) // SHARES, tl.program_id(0) % SHARES
+    sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
+    if exists:
+        s, i = tl.arange(0, Q), tl.arange(0, SB)
+        live, tile = first + s < length, number.to(tl.int64)
+        drate = tl.zeros((Q, SB), tl.float32)
+        if S > 0:
+            rate = rows(at(rates, row * t, S, S, origin, first, Q, REVERSE), i, S, first, length, Q, SB)
+        for head in tl.range(share * TAKEN, tl.minimum((share + 1) * TAKEN, heads)):
+            mine = tile * heads + head
+            step_at = at(dt + head, row * t, heads, heads, origin, first, Q, REVERSE)
+            blend_at = at(blend + head, row * t, heads, heads, origin, first, Q, REVERSE)
+            step, newer = tl.load(step_at, mask=live[:, None], other=0.0), tl.load(blend_at, mask=live[:, None], other=0.0)
+            decay = tl.load(at(A + head, row * t, heads, heads, origin, first, Q, REVERSE), mask=live[:, None], other=0.0)
+            at_step = slopes + mine * (3 * Q) + s[:, None]
+            exponent = tl.load(at_step, mask=live[:, None], other=0.0)
+            size = tl.load(at_step + Q, mask=live[:, None], other=0.0)
+            both = size + tl.load(at_step + 2 * Q, mask=live[:, None], other=0.0)
+            earlier = tl.where(s == 0, mine - heads, mine) * (3 * Q) + Q + tl.where(s == 0, Q - 1, s - 1)
+            earlier = tl.load(slopes + earlier[:, None], mask=(live & (first + s > 0))[:, None], other=0.0)
+            if edge is not None:
+                before = tl.load(edge + sequence * heads + head)
+                earlier += tl.where(first + s == 0, before, 0.0)[:, None]
+            grad = exponent * decay + both * newer + earlier * (1.0 - newer)
+            if S > 0:
+                turned = tl.load(turns + (mine * Q + s)[:, None] * S + i[None, :], mask=live[:, None] & (i < S)[None, :],
+                                 other=0.0)  # fmt: skip
+                reach = tl.load(carries + mine * S + i, mask=i < S, other=0.0)
+                reach += tl.load(dangle + (sequence * heads + head) * S + i, mask=i < S, other=0.0)
+                turned = tl.cumsum(turned, 0, reverse=True) + reach[None, :]
+                drate += step * turned
+                grad += tl.sum(rate * turned, 1)[:, None]
+                if start is not None:
+                    into = start + (sequence * heads + head) * S + i[None, :] + s[:, None] * 0
+                    tl.store(into, turned, mask=(live & (first + s == 0))[:, None] & (i < S)[None, :])
+            tl.store(at(ddt + head, row * t, heads, heads, origin, first, Q, REVERSE), grad, mask=live[:, None])
+            tl.store(at(dA + head, row * t, heads, heads, origin, first, Q, REVERSE), exponent * step, mask=live[:, None])
+            tl.store(at(dblend + head, row * t, heads, heads, origin, first, Q, REVERSE), step * (both - earlier),
+                     mask=live[:, None])  # fmt: skip
+        if S > 0:
+            drates += share * size_of_share.to(tl.int64)
+            put(at(drates, row * t, S, S, origin, first, Q, REVERSE), i, S, first, length, drate, Q, SB)
