@@ -27,13 +27,15 @@ DTYPES = frozenset({torch.float32})
 _prepare, _spans, _wind, _turn, _step = map(
     cuda.Kernel, (kernels.prepare, kernels.spans, kernels.wind, kernels.turn, kernels.step)
 )
-_tile, _unmoved, _unturn, _finish = map(
-    cuda.Kernel,
-    (backward_kernels.tile, backward_kernels.unmoved, backward_kernels.unturn, backward_kernels.finish),
+_inputs, _projections = map(cuda.Kernel, (backward_kernels.inputs, backward_kernels.projections))
+_unmoved, _unturn, _finish = map(
+    cuda.Kernel, (backward_kernels.unmoved, backward_kernels.unturn, backward_kernels.finish)
 )
 _reduce = cuda.Kernel(shared.reduce)
 #: Heads of a program of `finish`, and steps of one of `unturn`.
 SHARE, ROWS = 8, 32
+#: Warps of `inputs` and `projections`.
+WARPS = (4, 4)
 
 
 def problem(*args: Any) -> str | None:
@@ -222,9 +224,9 @@ class _Gradient:
         edge = None
         if self.dinitial is not None:
             edge = self._through_edge()
-        turns, carries, slopes, dk, dq = self._tiles(clock, own, before, after)
+        pieces, dk, dq = self._tiles(clock, own, before, after)
         self._unturn(angles, dk, dq)
-        self._finish(slopes, turns, carries, edge)
+        self._finish(pieces, edge)
 
     def _unmoved(self, last: Tensor, k: Tensor) -> None:
         """Take off what the last state would give to turns, which it takes no part in."""
@@ -246,28 +248,27 @@ class _Gradient:
         self.dlast_k = call.older[..., None, None] * (given.v[..., None, :] @ self.dinitial)
         return (read * given.v).sum(-1).contiguous()
 
-    def _tiles(self, clock: Tensor, own: Tensor, before: Tensor | None, after: Tensor | None) -> tuple[Tensor, ...]:
+    def _tiles(self, clock: Tensor, own: Tensor, before: Tensor | None, after: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """dx, dz and dD; what dt, A, blend and rates are found from, and the gradients of k and q."""
         call, plan, count = self.call, self.call.plan, self.call.tiles.count
         dk, dq = (call.empty(*call.B.shape, dtype=call.B.dtype) for _ in "kq")
         turns, carries = call.empty(count, call.h, plan.tile, call.pairs), call.empty(count, call.h, call.pairs)
-        slopes = call.empty(count, call.h, 3, plan.tile)
+        slopes, crossing = call.empty(count, call.h, 3, plan.tile), call.empty(count, call.h)
         dD = None if call.D is None else call.sums(call.h)
-        arguments = (
-            self.dy, call.x, call.z, call.B, call.C, call.D, clock, own, *call.where, before, after, self.dk, self.dv,
-            self.dx, self.dz, dk, dq, turns, carries, slopes, dD, call.t, call.tiles.each, *self.dy.stride()[:3],
-            *call.x_at, *call.z_at,
-        )  # fmt: skip
-        constants = (
-            call.h, call.p, call.n, call.pairs, call.reverse, call.half, call.precision, plan.tile, plan.channels,
-            plan.states,
-        )  # fmt: skip
-        _tile((count * call.h, 1, 1), arguments, constants, 8 if call.half else 4)
+        products = call.empty(count, call.h, plan.tile, plan.tile, dtype=call.B.dtype)
+        data, where = (self.dy, call.x, call.z, call.B, call.C), (*call.where, before, after)
+        strides = (*self.dy.stride()[:3], *call.x_at, *call.z_at)
+        how = (call.reverse, call.half, call.precision, plan.tile, plan.channels, plan.states)
+        grid, sizes = (count * call.h, 1, 1), (call.h, call.p, call.n)
+        arguments = (*data, call.D, clock, own, *where, self.dv, self.dx, self.dz, products, slopes, dD, call.t)
+        _inputs(grid, (*arguments, call.tiles.each, *strides), (*sizes, *how), WARPS[0])
+        arguments = (*data, clock, *where, self.dk, products, dk, dq, turns, carries, crossing, call.t)
+        _projections(grid, (*arguments, call.tiles.each, *strides), (*sizes, call.pairs, *how), WARPS[1])
         if dD is not None:
             total = call.empty(call.h, 1)
             _reduce((cuda.ceil_div(call.h, 32), 1, 1), (dD, total, None, count, call.h), (1, 1, 32, 32), 4)
             self.dD = total.view(call.h)
-        return turns, carries, slopes, dk, dq
+        return (slopes, crossing, turns, carries), dk, dq
 
     def _unturn(self, angles: Tensor | None, dk: Tensor, dq: Tensor) -> None:
         """dB, dC and the gradients of their biases."""
@@ -289,7 +290,7 @@ class _Gradient:
                 None if v is None else d.view(v.shape) for v, d in zip(call.biases, (dB, dC), strict=True)
             )
 
-    def _finish(self, slopes: Tensor, turns: Tensor, carries: Tensor, edge: Tensor | None) -> None:
+    def _finish(self, pieces: tuple[Tensor, ...], edge: Tensor | None) -> None:
         """Gradients of dt, A, blend, rates and the first angle."""
         call, count = self.call, self.call.tiles.count
         shares, wide = cuda.ceil_div(call.h, SHARE), max(1, cuda.power_of_2(call.pairs))
@@ -298,7 +299,7 @@ class _Gradient:
             drates, size = call.empty(shares, *self.drates.shape), self.drates.numel()
             drates = drates if call.segments is None else drates.zero_()
         arguments = (
-            call.dt_full, call.A_full, call.blend, call.rates, slopes, turns, carries, self.dangle, edge, *call.where,
+            call.dt_full, call.A_full, call.blend, call.rates, *pieces, self.dangle, edge, *call.where,
             self.ddt, self.dA, self.dblend, drates, self.start, call.t, call.tiles.each, size,
         )  # fmt: skip
         constants = (call.h, call.pairs, call.reverse, shares, SHARE, call.plan.tile, wide)

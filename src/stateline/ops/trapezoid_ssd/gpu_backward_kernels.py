@@ -1,7 +1,7 @@
-"""trapezoid_ssd's gradients in Triton. A program of `tile` takes a head of a tile, whose k and q are its own.
+"""trapezoid_ssd's gradients in Triton. A program of `inputs` and `projections` takes a head of a tile.
 
-It reads the state before the tile and the gradient that reaches the one after it, and finds all that ssd's `inputs`
-and `projections` find, the gate's gradient too. What turns at a step and all after it gets the sum of what each of
+They read the state before the tile and the gradient that reaches the one after it, as ssd's do; k and q are the head's
+own, so that nothing is summed over heads here, and the gate's gradient is found on the way. What turns at a step and all after it gets the sum of what each of
 these gives; of pairs that both lie after the step it gets nothing, so that sums end at the tile: what later tiles give
 is what the state between has turned, which it and its gradient tell.
 `unturn` brings gradients of k and q back to B and C and sums them over heads, `finish` those of steps and angles over
@@ -15,57 +15,101 @@ import triton.language as tl
 
 from stateline.ops.gpu_kernels import place
 from stateline.ops.ssd.gpu_backward_kernels import between
-from stateline.ops.ssd.gpu_kernels import at, clock_of, decays, on_diagonal, operand, put, rows
+from stateline.ops.ssd.gpu_kernels import at, clock_of, decays, on_diagonal, operand, put, rows, silu
 from stateline.ops.trapezoid_ssd.gpu_kernels import circle, halves_of, pair_of
 
 TURN = tl.constexpr(6.283185307179586)
 
 
+@triton.jit
+def facing(before, after, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr):
+    """Of a head's state and its gradient, what scaling it and what turning its pairs gives, (NB / 2)."""
+    n = tl.arange(0, NB)
+    scaled, turned = 0.0, tl.zeros((NB // 2,), tl.float32)
+    for part in tl.range(0, (P + PB - 1) // PB, num_stages=1):
+        p = part * PB + tl.arange(0, PB)
+        where, exist = p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
+        a, b = halves_of(tl.load(before + where, mask=exist, other=0.0).to(tl.float32), PB, NB)
+        grad_a, grad_b = halves_of(tl.load(after + where, mask=exist, other=0.0).to(tl.float32), PB, NB)
+        scaled += tl.sum(tl.sum(a * grad_a + b * grad_b, 1), 0)
+        if S > 0:
+            turned += tl.sum(grad_a * b - grad_b * a, 0)
+    return scaled, turned
+
+
+@triton.jit
+def crossed(x, grad, R: tl.constexpr, NB: tl.constexpr):
+    """What turning the pairs of x (R, NB) gives, (R, NB / 2), in radians."""
+    a, b = halves_of(x.to(tl.float32), R, NB)
+    grad_a, grad_b = halves_of(grad, R, NB)
+    return a * grad_b - b * grad_a
+
+
 @triton.jit(do_not_specialize=("t", "each"))
-def tile(
-    dy, x, z, k, q, D, clock, own, table, tiles, before, after, last_dk, last_dx, dx, dz, dk, dq, turns, carries,
-    slopes, dD, t, each, dy_b, dy_t, dy_h, x_b, x_t, x_h, z_b, z_t, z_h,
-    heads: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr,
+def inputs(
+    dy, x, z, k, q, D, clock, own, table, tiles, before, after, last_dx, dx, dz, products, slopes, dD, t, each,
+    dy_b, dy_t, dy_h, x_b, x_t, x_h, z_b, z_t, z_h,
+    heads: tl.constexpr, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """dx, dz; dk, dq of what is turned; and for `finish`: turns (tile, h, Q, S), what steps turn; carries (tile, h, S),
-    what those after the tile have turned; slopes (tile, h, 3, Q), gradients of exponents, sizes and own weights.
+    """dx and dz; products (tile, h, Q, Q), the gradient of q·k of two steps; dD (tile, h);
+    slopes (tile, h, 3, Q), gradients of exponents, sizes and own weights.
 
-    last_dk, last_dx: gradients of the last token's k and x that a state gets.   dD: (tile, h).
+    last_dx: gradient of the last token's x that a state gets.
     """
     number, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
     if exists:
         mine = number.to(tl.int64) * heads + head
         n, s = tl.arange(0, NB), tl.arange(0, Q)
-        last = (first + s + 1 == length)[:, None]
         k_at = at(k + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
         q_at = at(q + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
         b, c = rows(k_at, n, N, first, length, Q, NB), rows(q_at, n, N, first, length, Q, NB)
-        size, enter, leave, exponent, rest, whole = clock_of(clock, number.to(tl.int64), head, heads, Q, HALF)
+        both = tl.zeros((Q, Q), tl.float32)
+        for part in tl.range(0, (P + PB - 1) // PB, num_stages=1):
+            p = part * PB + tl.arange(0, PB)
+            given = rows(at(x + head * x_h, row, x_b, x_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
+            slope = rows(at(dy + head * dy_h, row, dy_b, dy_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
+            slope, given = slope.to(tl.float32), operand(given, HALF)
+            if z is not None:
+                z_at = at(z + head * z_h, row, z_b, z_t, origin, first, Q, REVERSE)
+                slope *= silu(rows(z_at, p, P, first, length, Q, PB).to(tl.float32))
+            grad = operand(slope, HALF)
+            both = tl.dot(grad, tl.trans(given), both, input_precision=PRECISION)
+            if HALF and z is not None:  # what bfloat16 leaves out of what went through a gate
+                both = tl.dot(operand(slope - grad.to(tl.float32), HALF), tl.trans(given), both)
+        if D is not None:
+            tl.store(dD + mine, tl.sum(tl.sum(tl.where(s[:, None] == s[None, :], both, 0.0), 1), 0))
+        size, enter, leave, exponent, rest, _whole = clock_of(clock, number.to(tl.int64), head, heads, Q, HALF)
         apart = on_diagonal(decays(exponent, rest, Q, HALF), s * 0.0, Q)
         weight = on_diagonal(apart * size[None, :], tl.load(own + mine * Q + s), Q)
         product = tl.dot(c, tl.trans(b), input_precision=PRECISION)
         matrix = operand(product * weight, HALF)
-        both, through = tl.zeros((Q, Q), tl.float32), 0.0
+        tl.store(products + (mine * Q + s)[:, None] * Q + s[None, :], operand(both * weight, HALF))
+        both *= product
+        slopes += mine * (3 * Q)
+        tl.store(slopes + 2 * Q + s, tl.sum(tl.where(s[:, None] == s[None, :], both, 0.0), 0))
+        both *= apart
+        direct = tl.sum(both, 0)
+        both *= size[None, :]
+        across = tl.sum(both, 1) if HALF else between(both, s, PRECISION)
         into, later = tl.zeros((Q,), tl.float32), tl.zeros((Q,), tl.float32)
-        inner, outer = tl.zeros((Q, NB), tl.float32), tl.zeros((Q, NB), tl.float32)  # gradients of k and q
-        carry = tl.zeros((NB // 2,), tl.float32)
         for part in tl.range(0, (P + PB - 1) // PB, num_stages=1):
             p = part * PB + tl.arange(0, PB)
             sheet = mine * (P * N) + p[:, None] * N + n[None, :]
             exist = (p < P)[:, None] & (n < N)[None, :]
-            state = tl.load(before + sheet, mask=exist, other=0.0)
-            reach = tl.load(after + sheet, mask=exist, other=0.0)
+            slope = rows(at(dy + head * dy_h, row, dy_b, dy_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
             given = rows(at(x + head * x_h, row, x_b, x_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
-            raw = rows(at(dy + head * dy_h, row, dy_b, dy_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
-            value, slope = given.to(tl.float32), raw.to(tl.float32)
-            given = operand(given, HALF)
+            slope, value, given = slope.to(tl.float32), given.to(tl.float32), operand(given, HALF)
+            state = tl.load(before + sheet, mask=exist, other=0.0)
             out = tl.dot(c, tl.trans(state), input_precision=PRECISION) * enter[:, None]
-            if z is not None:
+            if z is None:
+                later += tl.sum(slope * out, 1)
+            else:
                 z_at = at(z + head * z_h, row, z_b, z_t, origin, first, Q, REVERSE)
                 gate = rows(z_at, p, P, first, length, Q, PB).to(tl.float32)
                 sigmoid = tl.sigmoid(gate)
+                later += tl.sum(slope * gate * sigmoid * out, 1)
                 y = tl.dot(matrix, given, out, input_precision=PRECISION)
                 if D is not None:
                     y += tl.load(D + head) * value
@@ -73,56 +117,101 @@ def tile(
                 put(at(dz + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, y,
                     Q, PB)  # fmt: skip
                 slope *= gate * sigmoid
-            grad = operand(slope, HALF)
-            both = tl.dot(grad, tl.trans(given), both, input_precision=PRECISION)
-            if HALF and z is not None:  # what bfloat16 leaves out of what went through a gate
-                both = tl.dot(operand(slope - grad.to(tl.float32), HALF), tl.trans(given), both)
-            later += tl.sum(slope * out, 1)
-            outer = tl.dot(operand(slope * enter[:, None], HALF), state, outer, input_precision=PRECISION)
+            reach = tl.load(after + sheet, mask=exist, other=0.0)
             du = tl.dot(b, tl.trans(reach), input_precision=PRECISION) * leave[:, None]
             into += tl.sum(value * du, 1)
-            inner = tl.dot(operand(value * (leave * size)[:, None], HALF), reach, inner, input_precision=PRECISION)
-            du = tl.dot(tl.trans(matrix), grad, du * size[:, None], input_precision=PRECISION)
+            du = tl.dot(tl.trans(matrix), operand(slope, HALF), du * size[:, None], input_precision=PRECISION)
             if D is not None:
                 du += tl.load(D + head) * slope
             if last_dx is not None:
                 more = tl.load(last_dx + (sequence * heads + head) * P + p, mask=p < P, other=0.0)
-                du += tl.where(last, more[None, :], 0.0)
+                du += tl.where((first + s + 1 == length)[:, None], more[None, :], 0.0)
             put(at(dx + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, du,
                 Q, PB)  # fmt: skip
-            state, reach = state.to(tl.float32), reach.to(tl.float32)
-            through += tl.sum(tl.sum(state * reach, 1), 0)
-            if S > 0:
-                state_a, state_b = halves_of(state, PB, NB)
-                reach_a, reach_b = halves_of(reach, PB, NB)
-                carry += tl.sum(reach_a * state_b - reach_b * state_a, 0)
-        if S > 0:
-            key_a, key_b = halves_of(b.to(tl.float32), Q, NB)
-            grad_a, grad_b = halves_of(inner, Q, NB)
-            i = tl.arange(0, NB // 2)
-            carry = carry * whole - tl.sum(key_a * grad_b - key_b * grad_a, 0)
-            tl.store(carries + mine * S + i, TURN * carry, mask=i < S)
-        if D is not None:
-            tl.store(dD + mine, tl.sum(tl.sum(on_diagonal(tl.zeros((Q, Q), tl.float32), s * 0.0 + 1.0, Q) * both, 1), 0))
-        pieces(both, product, apart, size, into, later, through * whole, slopes + mine * (3 * Q), HALF, PRECISION, Q)
-        dproduct = operand(both * weight, HALF)
-        outer = tl.dot(dproduct, b, outer, input_precision=PRECISION)
-        inner = tl.dot(tl.trans(dproduct), c, inner, input_precision=PRECISION)
-        if S > 0:
-            grad_a, grad_b = halves_of(inner, Q, NB)
-            angle = key_a * grad_b - key_b * grad_a
-            query_a, query_b = halves_of(c.to(tl.float32), Q, NB)
-            grad_a, grad_b = halves_of(outer, Q, NB)
-            angle += query_a * grad_b - query_b * grad_a
-            tl.store(turns + (mine * Q + s)[:, None] * S + i[None, :], TURN * angle, mask=(s >= 0)[:, None] & (i < S)[None, :])
+        timed(direct + into, across, into * size, size, later, slopes, HALF, Q)
 
+
+@triton.jit
+def timed(direct, across, into, size, later, out, HALF: tl.constexpr, Q: tl.constexpr):
+    """Store gradients of each step's exponent and size, (2, Q).
+
+    A step's exponent gets the sum over pairs of an earlier input and an output at or after it, as in ssd's gradient,
+    here but for what scaling the state before gives. across: pairs of the tile, summed for each output or, unless HALF,
+    around each step; into: what inputs add to the state after it.
+    """
+    s = tl.arange(0, Q)
+    if HALF:
+        exponent = tl.cumsum(later + across - direct * size, 0, reverse=True) + tl.sum(into, 0)
+    else:
+        exponent = tl.cumsum(later, 0, reverse=True) + across
+        exponent += tl.sum(tl.where(s[:, None] < s[None, :], into[:, None], 0.0), 0)
+    tl.store(out + s, exponent)
+    tl.store(out + Q + s, direct)
+
+
+@triton.jit(do_not_specialize=("t", "each"))
+def projections(
+    dy, x, z, k, q, clock, table, tiles, before, after, last_dk, products, dk, dq, turns, carries, crossing, t, each,
+    dy_b, dy_t, dy_h, x_b, x_t, x_h, z_b, z_t, z_h,
+    heads: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr,
+    PRECISION: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """dk and dq of what is turned, and for `finish`: turns (tile, h, Q, S), what steps turn; carries (tile, h, S),
+    what those after the tile have turned; crossing (tile, h), what scaling the state gives.
+
+    last_dk: gradient of the last token's k that a state gets.
+    """
+    number, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
+    sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
+    if exists:
+        mine = number.to(tl.int64) * heads + head
+        n, s, i = tl.arange(0, NB), tl.arange(0, Q), tl.arange(0, NB // 2)
+        where, used = (mine * Q + s)[:, None] * S + i[None, :], (s >= 0)[:, None] & (i < S)[None, :]
+        size, enter, leave, _exponent, _rest, whole = clock_of(clock, number.to(tl.int64), head, heads, Q, HALF)
+        scaled, carry = facing(before + mine * (P * N), after + mine * (P * N), P, N, S, PB, NB)
+        tl.store(crossing + mine, scaled * whole)
+        dproduct = tl.load(products + (mine * Q + s)[:, None] * Q + s[None, :])
+        k_at = at(k + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
+        b = rows(k_at, n, N, first, length, Q, NB)
+        grads = tl.zeros((Q, NB), tl.float32)  # of k, then of q
+        for part in tl.range(0, (P + PB - 1) // PB, num_stages=1):
+            p = part * PB + tl.arange(0, PB)
+            value = rows(at(x + head * x_h, row, x_b, x_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
+            value = value.to(tl.float32) * (leave * size)[:, None]
+            sheet = mine * (P * N) + p[:, None] * N + n[None, :]
+            reach = tl.load(after + sheet, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
+            grads = tl.dot(operand(value, HALF), reach, grads, input_precision=PRECISION)
+        if S > 0:
+            carry = carry * whole - tl.sum(crossed(b, grads, Q, NB), 0)
+            tl.store(carries + mine * S + i, TURN * carry, mask=i < S)
+        q_at = at(q + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
+        c = rows(q_at, n, N, first, length, Q, NB)
+        grads = tl.dot(tl.trans(dproduct), c, grads, input_precision=PRECISION)
+        angle = tl.zeros((Q, NB // 2), tl.float32)
+        if S > 0:
+            angle = crossed(b, grads, Q, NB)
         if last_dk is not None:
             more = tl.load(last_dk + (sequence * heads + head) * N + n, mask=n < N, other=0.0)
-            inner += tl.where(last, more[None, :], 0.0)
-        put(at(dk + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE), n, N, first, length, inner, Q,
+            grads += tl.where((first + s + 1 == length)[:, None], more[None, :], 0.0)
+        put(at(dk + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE), n, N, first, length, grads, Q,
             NB)  # fmt: skip
-        put(at(dq + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE), n, N, first, length, outer, Q,
+        grads = tl.zeros((Q, NB), tl.float32)
+        for part in tl.range(0, (P + PB - 1) // PB, num_stages=1):
+            p = part * PB + tl.arange(0, PB)
+            slope = rows(at(dy + head * dy_h, row, dy_b, dy_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
+            slope = slope.to(tl.float32) * enter[:, None]
+            if z is not None:
+                z_at = at(z + head * z_h, row, z_b, z_t, origin, first, Q, REVERSE)
+                slope *= silu(rows(z_at, p, P, first, length, Q, PB).to(tl.float32))
+            sheet = mine * (P * N) + p[:, None] * N + n[None, :]
+            state = tl.load(before + sheet, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
+            grads = tl.dot(operand(slope, HALF), state, grads, input_precision=PRECISION)
+        grads = tl.dot(dproduct, b, grads, input_precision=PRECISION)
+        if S > 0:
+            tl.store(turns + where, TURN * (angle + crossed(c, grads, Q, NB)), mask=used)
+        put(at(dq + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE), n, N, first, length, grads, Q,
             NB)  # fmt: skip
+
 
 @triton.jit
 def unmoved(
@@ -132,43 +221,13 @@ def unmoved(
     """What turns all steps of a sequence and head gets: dangle and what turns its last k, less what turning the last
     state would give."""
     mine = tl.program_id(0).to(tl.int64)
-    n, i = tl.arange(0, NB), tl.arange(0, NB // 2)
-    total = tl.zeros((NB // 2,), tl.float32)
-    for part in tl.range(0, (P + PB - 1) // PB):
-        p = part * PB + tl.arange(0, PB)
-        where, exist = mine * (P * N) + p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
-        a, b = halves_of(tl.load(state + where, mask=exist, other=0.0), PB, NB)
-        grad_a, grad_b = halves_of(tl.load(dstate + where, mask=exist, other=0.0), PB, NB)
-        total += tl.sum(grad_a * b - grad_b * a, 0)
+    i = tl.arange(0, NB // 2)
+    _scaled, total = facing(state + mine * (P * N), dstate + mine * (P * N), P, N, S, PB, NB)
     a, b = tl.load(last_k + mine * N + 2 * i, mask=i < S, other=0.0), tl.load(last_k + mine * N + 2 * i + 1, mask=i < S)
     grad_a = tl.load(last_dk + mine * N + 2 * i, mask=i < S, other=0.0)
     grad_b = tl.load(last_dk + mine * N + 2 * i + 1, mask=i < S, other=0.0)
     given = tl.load(dangle + mine * S + i, mask=i < S, other=0.0)
     tl.store(out + mine * S + i, given + TURN * (a * grad_b - b * grad_a - total), mask=i < S)
-
-
-@triton.jit
-def pieces(
-    both, product, apart, size, into, later, through, out, HALF: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr
-):
-    """Store the gradients of each step's exponent, size and own weight, (3, Q).
-
-    A step's exponent gets the sum over pairs of an earlier input and an output at or after it: as ssd's gradient.
-    """
-    s = tl.arange(0, Q)
-    both *= product
-    tl.store(out + 2 * Q + s, tl.sum(on_diagonal(tl.zeros((Q, Q), tl.float32), s * 0.0 + 1.0, Q) * both, 0))
-    both *= apart
-    direct = tl.sum(both, 0) + into
-    both *= size[None, :]
-    tl.store(out + Q + s, direct)
-    if HALF:
-        across = tl.sum(both, 1) - direct * size
-        exponent = tl.cumsum(later + across, 0, reverse=True) + (through + tl.sum(into * size, 0))
-    else:
-        earlier = tl.sum(tl.where(s[:, None] < s[None, :], (into * size)[:, None], 0.0), 0)
-        exponent = tl.cumsum(later, 0, reverse=True) + between(both, s, PRECISION) + earlier + through
-    tl.store(out + s, exponent)
 
 
 @triton.jit(do_not_specialize=("t", "each"))
@@ -222,7 +281,7 @@ def unturn(
 
 @triton.jit(do_not_specialize=("t", "each", "size_of_share"))
 def finish(
-    dt, A, blend, rates, slopes, turns, carries, dangle, edge, table, tiles, ddt, dA, dblend, drates, start, t, each,
+    dt, A, blend, rates, slopes, crossing, turns, carries, dangle, edge, table, tiles, ddt, dA, dblend, drates, start, t, each,
     size_of_share,
     heads: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr, SHARES: tl.constexpr, TAKEN: tl.constexpr,
     Q: tl.constexpr, SB: tl.constexpr,
@@ -247,7 +306,7 @@ def finish(
             step, newer = tl.load(step_at, mask=live[:, None], other=0.0), tl.load(blend_at, mask=live[:, None], other=0.0)
             decay = tl.load(at(A + head, row * t, heads, heads, origin, first, Q, REVERSE), mask=live[:, None], other=0.0)
             at_step = slopes + mine * (3 * Q) + s[:, None]
-            exponent = tl.load(at_step, mask=live[:, None], other=0.0)
+            exponent = tl.load(at_step, mask=live[:, None], other=0.0) + tl.load(crossing + mine)
             size = tl.load(at_step + Q, mask=live[:, None], other=0.0)
             both = size + tl.load(at_step + 2 * Q, mask=live[:, None], other=0.0)
             earlier = tl.where(s == 0, mine - heads, mine) * (3 * Q) + Q + tl.where(s == 0, Q - 1, s - 1)

@@ -90,12 +90,11 @@ def prepare(
         total = tl.cumsum(step.to(tl.float64) * rate.to(tl.float64) * 1.4426950408889634, 0)
         exponent = total.to(tl.float32)
         out = clock + (tile * heads + h)[None, :] * (3 * Q) + s[:, None]
-        own += (tile * heads + h)[None, :] * Q + s[:, None]
         known = (s >= 0)[:, None] & (h < heads)[None, :]
         tl.store(out, size, mask=known)
         tl.store(out + Q, exponent, mask=known)
         tl.store(out + 2 * Q, (total - exponent.to(tl.float64)).to(tl.float32), mask=known)
-        tl.store(own, newer, mask=known)
+        tl.store(own + (tile * heads + h)[None, :] * Q + s[:, None], newer, mask=known)
 
 
 @triton.jit(do_not_specialize=("t", "each"))
@@ -113,8 +112,8 @@ def spans(
         rate_at = at(rates, row * t, S, S, origin, first, Q, REVERSE) + i[None, :]
         rate = tl.load(rate_at, mask=live & (i < S)[None, :], other=0.0).to(tl.float64)
         total = tl.sum(step[:, :, None] * rate[:, None, :], 0)
-        out += (tl.program_id(0).to(tl.int64) * heads + h)[:, None] * S + i[None, :]
-        tl.store(out, total, mask=(h < heads)[:, None] & (i < S)[None, :])
+        where = (tl.program_id(0).to(tl.int64) * heads + h)[:, None] * S + i[None, :]
+        tl.store(out + where, total, mask=(h < heads)[:, None] & (i < S)[None, :])
 
 
 @triton.jit(do_not_specialize=("t", "each", "size"))
