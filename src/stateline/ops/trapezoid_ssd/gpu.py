@@ -24,18 +24,20 @@ from stateline.ops.trapezoid_ssd.reference import Inputs
 #: Precision of A that the kernels compute in.
 DTYPES = frozenset({torch.float32})
 
-_prepare, _spans, _wind, _turn, _step = map(
-    cuda.Kernel, (kernels.prepare, kernels.spans, kernels.wind, kernels.turn, kernels.step)
+_prepare, _spans, _wind, _follow, _turn, _step = map(
+    cuda.Kernel, (kernels.prepare, kernels.spans, kernels.wind, kernels.follow, kernels.turn, kernels.step)
 )
 _inputs, _projections = map(cuda.Kernel, (backward_kernels.inputs, backward_kernels.projections))
 _unmoved, _unturn, _finish = map(
     cuda.Kernel, (backward_kernels.unmoved, backward_kernels.unturn, backward_kernels.finish)
 )
 _reduce = cuda.Kernel(shared.reduce)
-#: Heads of a program of `finish`, and steps of one of `unturn`.
+#: Heads of a program of `finish`, and steps of one of `turn` and `unturn`.
 SHARE, ROWS = 8, 32
 #: Warps of `inputs` and `projections`.
 WARPS = (4, 4)
+#: Loads of `unturn` on their way.
+STAGES = 3
 
 
 def problem(*args: Any) -> str | None:
@@ -85,8 +87,9 @@ class _Call(ssd.Call):
         self.firsts = self._firsts()
         if given.ssm is not None:  # what the token before adds, when the first one comes
             self.older = self._older()
-            old = self.older[..., None] * cuda.plain(given.v)  # type: ignore[operator]  # all four, or none
-            self.initial = self.paired(given.ssm + old[..., None] * given.k)
+            assert given.k is not None
+            assert given.v is not None  # all four, or none
+            self.initial = self.paired(given.ssm + (self.older[..., None] * given.v)[..., None] * given.k)
 
     def paired(self, v: Tensor, back: bool = False) -> Tensor:
         """v (…, n) with the two states of each pair side by side, contiguous; `back`: from there."""
@@ -126,32 +129,37 @@ class _Call(ssd.Call):
         _prepare((self.tiles.count, cuda.ceil_div(self.h, ssd.HEADS), 1), arguments, constants, 4)
         return clock, own
 
-    def turn(self, state: tuple[Tensor, Tensor, Tensor], keep: bool) -> Tensor | None:
-        """Write k and q, and the last token's angle, k and x into `state`; the angles, (tiles, h, Q, s), if kept."""
-        plan, given, t, each = self.plan, self.given, self.t, self.tiles.each
-        count, states = self.tiles.count, max(16, cuda.power_of_2(self.n))
-        before = angles = None
-        if self.pairs:
-            before = self.empty(count, self.h, self.pairs, dtype=torch.float64)
-            wide = cuda.power_of_2(self.pairs)
-            some = max(1, min(4, 128 // wide))
-            arguments = (self.dt_full, self.rates, *self.where, before, t, each)
-            constants = (self.h, self.pairs, self.reverse, plan.tile, wide, some)
-            _spans((count, cuda.ceil_div(self.h, some), 1), arguments, constants, 4)
-            size = self.h * self.pairs
-            first = (before, cuda.plain(given.angle), state[0], self.tiles.table, self.tiles.firsts, t, each, size)
-            _wind((self.sequences, cuda.ceil_div(size, 32), 1), first, (plan.tile, 32, 32), 4)
-            angles = self.empty(count, self.h, plan.tile, self.pairs) if keep else None
-        B, C = self.raw_B, self.raw_C
+    def turn(self, state: tuple[Tensor, Tensor, Tensor]) -> Tensor | None:
+        """Write k and q, and the last token's angle, k and x into `state`; the angles, (tiles, h, Q, s), if any."""
+        plan, given, count = self.plan, self.given, self.tiles.count
+        angles = self._angles(state[0]) if self.pairs else None
+        B, C, rows = self.raw_B, self.raw_C, min(ROWS, plan.tile)
         arguments = (
-            B, C, *self.biases, self.dt_full, self.rates, self.x, before, *self.where, self.B, self.C, angles, *state[1:],
-            t, each, B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2), *self.x_at,
+            B, C, *self.biases, self.x, angles, *self.where, self.B, self.C, *state[1:], self.t, self.tiles.each,
+            *B.stride()[:3], *C.stride()[:3], *self.x_at,
         )  # fmt: skip
         constants = (
-            self.h, self.raw_g, self.p, self.n, self.pairs, given.interleaved, self.reverse, plan.tile,
-            cuda.power_of_2(self.p), states,
+            self.h, self.raw_g, self.p, self.n, self.pairs, given.interleaved, self.reverse, plan.tile, rows,
+            cuda.power_of_2(self.p), plan.states,
         )  # fmt: skip
-        _turn((count * self.h, 1, 1), arguments, constants, 4)
+        _turn((count * (plan.tile // rows) * self.h, 1, 1), arguments, constants, 4)
+        return angles
+
+    def _angles(self, last: Tensor) -> Tensor:
+        """The angles of all steps, (tiles, h, Q, s); the last one of each sequence into `last`."""
+        tile, count, size = self.plan.tile, self.tiles.count, self.h * self.pairs
+        before = self.empty(count, self.h, self.pairs, dtype=torch.float64)
+        angles = self.empty(count, self.h, tile, self.pairs)
+        wide = cuda.power_of_2(self.pairs)
+        some = max(1, min(4, 128 // wide))
+        steps, about = (self.dt_full, self.rates), (self.t, self.tiles.each)
+        constants = (self.h, self.pairs, self.reverse, tile, wide)
+        grid = (count, cuda.ceil_div(self.h, some), 1)
+        _spans(grid, (*steps, *self.where, before, *about), (*constants, some), 4)
+        first = cuda.plain(self.given.angle)
+        arguments = (before, first, last, self.tiles.table, self.tiles.firsts, *about, size)
+        _wind((self.sequences, cuda.ceil_div(size, 32), 1), arguments, (tile, 32, 32), 4)
+        _follow((count * self.h, 1, 1), (*steps, before, *self.where, angles, *about), constants, 4)
         return angles
 
 
@@ -179,7 +187,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     angle, k, v = _passed_on(given, (given.angle, None if given.k is None else call.paired(given.k), given.v), call)
     state = call.empty(call.sequences, call.h, call.p, call.n)
     if call.works():
-        call.turn((angle, k, v), keep=False)
+        call.turn((angle, k, v))
         clock, own = call.clocks()
         starts = call.empty(call.runs.count, call.h, call.p, call.n)
         call.states(clock, starts, state, None)
@@ -209,7 +217,7 @@ class _Gradient:
     def run(self) -> None:
         call = self.call
         passed = tuple(call.empty(*v.shape) for v in (self.dangle, self.dk, self.dv))
-        angles = call.turn(passed, keep=True)  # type: ignore[arg-type]  # three of them
+        angles = call.turn(passed)  # type: ignore[arg-type]  # three of them
         clock, own = call.clocks()
         starts = call.empty(call.runs.count, call.h, call.p, call.n)
         last = call.empty(*self.dssm.shape)
@@ -242,13 +250,17 @@ class _Gradient:
         """Gradients of the state, and of k, x and the weight of the token before each sequence, (n_seq, h)."""
         call, given = self.call, self.call.given
         assert self.dinitial is not None
+        assert given.k is not None
+        assert given.v is not None
         self.dinitial = call.paired(self.dinitial, back=True)
         read = (self.dinitial @ given.k.mT)[..., 0]  # (n_seq, h, p)
         self.dlast_x = call.older[..., None] * read
         self.dlast_k = call.older[..., None, None] * (given.v[..., None, :] @ self.dinitial)
         return (read * given.v).sum(-1).contiguous()
 
-    def _tiles(self, clock: Tensor, own: Tensor, before: Tensor | None, after: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    def _tiles(
+        self, clock: Tensor, own: Tensor, before: Tensor | None, after: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """dx, dz and dD; what dt, A, blend and rates are found from, and the gradients of k and q."""
         call, plan, count = self.call, self.call.plan, self.call.tiles.count
         dk, dq = (call.empty(*call.B.shape, dtype=call.B.dtype) for _ in "kq")
@@ -262,8 +274,8 @@ class _Gradient:
         grid, sizes = (count * call.h, 1, 1), (call.h, call.p, call.n)
         arguments = (*data, call.D, clock, own, *where, self.dv, self.dx, self.dz, products, slopes, dD, call.t)
         _inputs(grid, (*arguments, call.tiles.each, *strides), (*sizes, *how), WARPS[0])
-        arguments = (*data, clock, *where, self.dk, products, dk, dq, turns, carries, crossing, call.t)
-        _projections(grid, (*arguments, call.tiles.each, *strides), (*sizes, call.pairs, *how), WARPS[1])
+        more = (*data, clock, *where, self.dk, products, dk, dq, turns, carries, crossing, call.t)
+        _projections(grid, (*more, call.tiles.each, *strides), (*sizes, call.pairs, *how), WARPS[1])
         if dD is not None:
             total = call.empty(call.h, 1)
             _reduce((cuda.ceil_div(call.h, 32), 1, 1), (dD, total, None, count, call.h), (1, 1, 32, 32), 4)
@@ -280,6 +292,7 @@ class _Gradient:
         arguments = (dk, dq, angles, *call.where, self.dB, self.dC, partial, call.t, call.tiles.each)
         constants = (
             call.h, call.raw_g, call.n, call.pairs, call.given.interleaved, call.reverse, tile, rows, call.plan.states,
+            STAGES,
         )  # fmt: skip
         _unturn((count * (tile // rows) * call.raw_g, 1, 1), arguments, constants, 4)
         if partial is not None:
@@ -330,7 +343,8 @@ def _of_empty(call: _Call, dk: Tensor, dv: Tensor, grad: _Gradient) -> tuple[Ten
     if call.firsts is None:
         return (grad.dlast_k, grad.dlast_x) if call.t else (dk, dv)
     there = call.firsts[2]
-    return torch.where(there[:, None, None, None], grad.dlast_k, dk), torch.where(there[:, None, None], grad.dlast_x, dv)
+    first_k = torch.where(there[:, None, None, None], grad.dlast_k, dk)
+    return first_k, torch.where(there[:, None, None], grad.dlast_x, dv)
 
 
 def step(angle: Tensor, ssm: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:

@@ -235,6 +235,7 @@ def unturn(
     dk, dq, angles, table, tiles, dB, dC, partial, t, each,
     heads: tl.constexpr, groups: tl.constexpr, N: tl.constexpr, S: tl.constexpr, INTERLEAVED: tl.constexpr,
     REVERSE: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, NB: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dB and dC of R steps of a tile and a group; partial (Q / R of each tile, 2, h·N): sums for their biases."""
     number, rest = tl.program_id(0) // (Q // R * groups), tl.program_id(0) % (Q // R * groups)
@@ -248,7 +249,8 @@ def unturn(
         tile = number.to(tl.int64)
         a, b = tl.zeros((R, NB // 2), tl.float32), tl.zeros((R, NB // 2), tl.float32)
         c, d = tl.zeros((R, NB // 2), tl.float32), tl.zeros((R, NB // 2), tl.float32)
-        for head in tl.range((group * heads + groups - 1) // groups, ((group + 1) * heads + groups - 1) // groups):
+        begin, end = (group * heads + groups - 1) // groups, ((group + 1) * heads + groups - 1) // groups
+        for head in tl.range(begin, end, num_stages=STAGES):
             k_at = at(dk + head * N, row * t, heads * N, heads * N, origin, first, R, REVERSE)
             q_at = at(dq + head * N, row * t, heads * N, heads * N, origin, first, R, REVERSE)
             key_a, key_b = halves_of(rows(k_at, n, N, first, length, R, NB).to(tl.float32), R, NB)

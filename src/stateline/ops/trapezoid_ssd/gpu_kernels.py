@@ -2,7 +2,7 @@
 
 A token's input counts in later outputs with its own end of its trapezoid and the next one's other end, which is what
 ssd calls its size; in its own output with the former alone. `prepare` writes both, so that ssd's `sweep`, `combine` and
-`outputs` run this recurrence. `spans` and `wind` find the angle before each tile, `turn` writes k and q.
+`outputs` run this recurrence. `spans` and `wind` find the angle before each tile, `follow` those in it, `turn` writes k and q.
 
 Suffixes and names: as in ssd's gpu_kernels.py; i pair of states. k and q are (b, t, h, n), *paired*: the two states of
 pair i are neighbours, whichever they are in B and C. Angles are turns, summed in float64.
@@ -145,20 +145,42 @@ def wind(
 
 
 @triton.jit(do_not_specialize=("t", "each"))
+def follow(
+    dt, rates, before, table, tiles, angles, t, each,
+    heads: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr, SB: tl.constexpr,
+):  # fmt: skip
+    """The angles of a tile and head, (tile, h, Q, S), float32."""
+    number, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
+    _sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
+    if exists:
+        mine, s, i = number.to(tl.int64) * heads + head, tl.arange(0, Q), tl.arange(0, SB)
+        live = (first + s < length)[:, None]
+        step = tl.load(at(dt + head, row * t, heads, heads, origin, first, Q, REVERSE), mask=live, other=0.0)
+        rate = rows(at(rates, row * t, S, S, origin, first, Q, REVERSE), i, S, first, length, Q, SB)
+        turned = tl.cumsum(step.to(tl.float64) * rate.to(tl.float64), 0)
+        angle = whole(tl.load(before + mine * S + i, mask=i < S, other=0.0)[None, :] + turned)
+        where = (mine * Q + s)[:, None] * S + i[None, :]
+        tl.store(angles + where, angle.to(tl.float32), mask=live & (i < S)[None, :])
+
+
+@triton.jit(do_not_specialize=("t", "each"))
 def turn(
-    B, Cs, B_bias, C_bias, dt, rates, x, before, table, tiles, k, q, angles, last_k, last_x, t, each,
+    B, Cs, B_bias, C_bias, x, angles, table, tiles, k, q, last_k, last_x, t, each,
     B_b, B_t, B_g, C_b, C_t, C_g, x_b, x_t, x_h,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
-    INTERLEAVED: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+    INTERLEAVED: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, PB: tl.constexpr,
+    NB: tl.constexpr,
 ):  # fmt: skip
-    """k and q of a tile and head, its angles (tile, h, Q, S), and of each sequence's last token k and x, float32."""
-    number, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
+    """k and q of R steps of a tile and a head, and of each sequence's last token k and x, float32."""
+    rest, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
+    number, cut = rest // (Q // R), rest % (Q // R)
     sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
     if exists:
-        s, n, i = tl.arange(0, Q), tl.arange(0, NB), tl.arange(0, NB // 2)
+        first += cut * R
+        s, n, i = tl.arange(0, R), tl.arange(0, NB), tl.arange(0, NB // 2)
         live, group = first + s < length, group_of(head, heads, groups)
-        a, b = pairs(at(B + group * B_g, row, B_b, B_t, origin, first, Q, REVERSE), live, N, Q, NB, INTERLEAVED)
-        c, d = pairs(at(Cs + group * C_g, row, C_b, C_t, origin, first, Q, REVERSE), live, N, Q, NB, INTERLEAVED)
+        a, b = pairs(at(B + group * B_g, row, B_b, B_t, origin, first, R, REVERSE), live, N, R, NB, INTERLEAVED)
+        c, d = pairs(at(Cs + group * C_g, row, C_b, C_t, origin, first, R, REVERSE), live, N, R, NB, INTERLEAVED)
         one, two = pair_of(N, NB, INTERLEAVED)
         if B_bias is not None:
             a += tl.load(B_bias + head * N + one, mask=one < N, other=0.0)[None, :]
@@ -167,24 +189,16 @@ def turn(
             c += tl.load(C_bias + head * N + one, mask=one < N, other=0.0)[None, :]
             d += tl.load(C_bias + head * N + two, mask=two < N, other=0.0)[None, :]
         if S > 0:
-            step_at = at(dt + head, row * t, heads, heads, origin, first, Q, REVERSE)
-            step = tl.load(step_at, mask=live[:, None], other=0.0).to(tl.float64)
-            rate = rows(at(rates, row * t, S, S, origin, first, Q, REVERSE), i, S, first, length, Q, NB // 2)
-            where = (number.to(tl.int64) * heads + head) * S + i
-            angle = tl.load(before + where, mask=i < S, other=0.0)[None, :] + tl.cumsum(step * rate.to(tl.float64), 0)
-            angle = whole(angle).to(tl.float32)
-            if angles is not None:
-                where = ((number.to(tl.int64) * heads + head) * Q + s)[:, None] * S + i[None, :]
-                tl.store(angles + where, angle, mask=live[:, None] & (i < S)[None, :])
-            cosine, sine = circle(angle)
+            where = ((number.to(tl.int64) * heads + head) * Q + cut * R + s)[:, None] * S + i[None, :]
+            cosine, sine = circle(tl.load(angles + where, mask=live[:, None] & (i < S)[None, :], other=0.0))
             a, b = a * cosine - b * sine, a * sine + b * cosine
             c, d = c * cosine - d * sine, c * sine + d * cosine
-        turned_k, turned_q = tl.reshape(tl.join(a, b), (Q, NB)), tl.reshape(tl.join(c, d), (Q, NB))
-        put(at(k + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE), n, N, first, length, turned_k,
-            Q, NB)  # fmt: skip
-        put(at(q + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE), n, N, first, length, turned_q,
-            Q, NB)  # fmt: skip
-        if (first < length) & (first + Q >= length):  # this tile has the last token
+        turned_k, turned_q = tl.reshape(tl.join(a, b), (R, NB)), tl.reshape(tl.join(c, d), (R, NB))
+        put(at(k + head * N, row * t, heads * N, heads * N, origin, first, R, REVERSE), n, N, first, length, turned_k,
+            R, NB)  # fmt: skip
+        put(at(q + head * N, row * t, heads * N, heads * N, origin, first, R, REVERSE), n, N, first, length, turned_q,
+            R, NB)  # fmt: skip
+        if (first < length) & (first + R >= length):  # the last token is one of these
             state = last_k + (sequence * heads + head) * N + n[None, :] + s[:, None] * 0
             tl.store(state, turned_k, mask=(first + s + 1 == length)[:, None] & (n < N)[None, :])
             p = tl.arange(0, PB)
