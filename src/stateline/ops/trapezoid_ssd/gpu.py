@@ -172,6 +172,8 @@ def _contiguous(v: Tensor) -> Tensor:
 def _passed_on(given: Inputs, wanted: tuple[Tensor | None, ...], call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     """Copies of `wanted` (angle, k, x of every sequence), zeros where there is none: what an empty sequence returns."""
     shapes = ((call.h, call.pairs), (call.h, 1, call.n), (call.h, call.p))
+    if call.segments is None and call.t and call.works():  # all of it will be written
+        return tuple(call.empty(call.sequences, *shape) for shape in shapes)  # type: ignore[return-value]
     return tuple(  # type: ignore[return-value]  # three of them
         call.like.new_zeros(call.sequences, *shape) if v is None else v.clone(memory_format=torch.contiguous_format)
         for v, shape in zip(wanted, shapes, strict=True)
@@ -209,9 +211,9 @@ class _Gradient:
         self.ddt, self.dA, self.dblend = (cuda.tokens(call.dt_full, segments) for _ in range(3))
         self.dB, self.dC = (cuda.tokens(v, segments) for v in (call.raw_B, call.raw_C))
         self.drates = None if call.rates is None else cuda.tokens(call.rates, segments)
-        self.dD = None if call.D is None else torch.zeros_like(call.D)
-        self.dbiases = tuple(torch.zeros_like(v) if v is not None else None for v in call.biases)
-        self.start = None if given.angle is None else dangle.clone(memory_format=torch.contiguous_format)
+        self.dD: Tensor | None = None
+        self.dbiases: tuple[Tensor | None, ...] = (None, None)
+        self.start: Tensor | None = None if given.angle is None else dangle.clone(memory_format=torch.contiguous_format)
         self.dinitial = None if call.initial is None else call.empty(*call.initial.shape)
 
     def run(self) -> None:
@@ -332,8 +334,11 @@ def backward(dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *
         grad.run()
         if grad.dinitial is not None:
             first = (grad.start, grad.dinitial, *_of_empty(call, dk, dv, grad))
-    elif given.ssm is not None:
-        first = (dangle, dssm, dk, dv)
+    else:
+        grad.dD = None if call.D is None else torch.zeros_like(call.D)
+        grad.dbiases = tuple(None if v is None else torch.zeros_like(v) for v in call.biases)
+        if given.ssm is not None:
+            first = (dangle, dssm, dk, dv)
     tokens = (grad.dx, grad.ddt, grad.dA, grad.dblend, grad.dB.unsqueeze(2), grad.dC.unsqueeze(2), grad.drates)
     return (*tokens, *grad.dbiases, None, grad.dD, grad.dz, None, None, *first)
 

@@ -22,19 +22,19 @@ TURN = tl.constexpr(6.283185307179586)
 
 
 @triton.jit
-def facing(before, after, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr):
-    """Of a head's state and its gradient, what scaling it and what turning its pairs gives, (NB / 2)."""
-    n = tl.arange(0, NB)
-    scaled, turned = 0.0, tl.zeros((NB // 2,), tl.float32)
-    for part in tl.range(0, (P + PB - 1) // PB, num_stages=1):
-        p = part * PB + tl.arange(0, PB)
-        where, exist = p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
-        a, b = halves_of(tl.load(before + where, mask=exist, other=0.0).to(tl.float32), PB, NB)
-        grad_a, grad_b = halves_of(tl.load(after + where, mask=exist, other=0.0).to(tl.float32), PB, NB)
-        scaled += tl.sum(tl.sum(a * grad_a + b * grad_b, 1), 0)
-        if S > 0:
-            turned += tl.sum(grad_a * b - grad_b * a, 0)
-    return scaled, turned
+def part_of(state, part, P: tl.constexpr, N: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr):
+    """A part of a head's state, (PB, NB); zeros beyond the last."""
+    p, n = part * PB + tl.arange(0, PB), tl.arange(0, NB)
+    exist = (p < P)[:, None] & (n < N)[None, :]
+    return tl.load(state + p[:, None] * N + n[None, :], mask=exist, other=0.0)
+
+
+@triton.jit
+def facing(state, reach, R: tl.constexpr, NB: tl.constexpr):
+    """Of rows of a state and of its gradient, what scaling them and what turning their pairs gives, (NB / 2)."""
+    a, b = halves_of(state.to(tl.float32), R, NB)
+    grad_a, grad_b = halves_of(reach.to(tl.float32), R, NB)
+    return tl.sum(tl.sum(a * grad_a + b * grad_b, 1), 0), tl.sum(grad_a * b - grad_b * a, 0)
 
 
 @triton.jit
@@ -65,6 +65,9 @@ def inputs(
         k_at = at(k + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
         q_at = at(q + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
         b, c = rows(k_at, n, N, first, length, Q, NB), rows(q_at, n, N, first, length, Q, NB)
+        before += mine * (P * N)
+        after += mine * (P * N)
+        state, reach = part_of(before, 0, P, N, PB, NB), part_of(after, 0, P, N, PB, NB)  # early, to be there in time
         both = tl.zeros((Q, Q), tl.float32)
         for part in tl.range(0, (P + PB - 1) // PB, num_stages=1):
             p = part * PB + tl.arange(0, PB)
@@ -96,13 +99,11 @@ def inputs(
         into, later = tl.zeros((Q,), tl.float32), tl.zeros((Q,), tl.float32)
         for part in tl.range(0, (P + PB - 1) // PB, num_stages=1):
             p = part * PB + tl.arange(0, PB)
-            sheet = mine * (P * N) + p[:, None] * N + n[None, :]
-            exist = (p < P)[:, None] & (n < N)[None, :]
             slope = rows(at(dy + head * dy_h, row, dy_b, dy_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
             given = rows(at(x + head * x_h, row, x_b, x_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
             slope, value, given = slope.to(tl.float32), given.to(tl.float32), operand(given, HALF)
-            state = tl.load(before + sheet, mask=exist, other=0.0)
             out = tl.dot(c, tl.trans(state), input_precision=PRECISION) * enter[:, None]
+            state = part_of(before, part + 1, P, N, PB, NB)
             if z is None:
                 later += tl.sum(slope * out, 1)
             else:
@@ -117,8 +118,8 @@ def inputs(
                 put(at(dz + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, y,
                     Q, PB)  # fmt: skip
                 slope *= gate * sigmoid
-            reach = tl.load(after + sheet, mask=exist, other=0.0)
             du = tl.dot(b, tl.trans(reach), input_precision=PRECISION) * leave[:, None]
+            reach = part_of(after, part + 1, P, N, PB, NB)
             into += tl.sum(value * du, 1)
             du = tl.dot(tl.trans(matrix), operand(slope, HALF), du * size[:, None], input_precision=PRECISION)
             if D is not None:
@@ -168,7 +169,14 @@ def projections(
         n, s, i = tl.arange(0, NB), tl.arange(0, Q), tl.arange(0, NB // 2)
         where, used = (mine * Q + s)[:, None] * S + i[None, :], (s >= 0)[:, None] & (i < S)[None, :]
         size, enter, leave, _exponent, _rest, whole = clock_of(clock, number.to(tl.int64), head, heads, Q, HALF)
-        scaled, carry = facing(before + mine * (P * N), after + mine * (P * N), P, N, S, PB, NB)
+        before += mine * (P * N)
+        after += mine * (P * N)
+        state, reach = part_of(before, 0, P, N, PB, NB), part_of(after, 0, P, N, PB, NB)
+        scaled, carry = facing(state, reach, PB, NB)
+        for part in tl.range(1, (P + PB - 1) // PB):
+            more = facing(part_of(before, part, P, N, PB, NB), part_of(after, part, P, N, PB, NB), PB, NB)
+            scaled += more[0]
+            carry += more[1]
         tl.store(crossing + mine, scaled * whole)
         dproduct = tl.load(products + (mine * Q + s)[:, None] * Q + s[None, :])
         k_at = at(k + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
@@ -178,9 +186,8 @@ def projections(
             p = part * PB + tl.arange(0, PB)
             value = rows(at(x + head * x_h, row, x_b, x_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
             value = value.to(tl.float32) * (leave * size)[:, None]
-            sheet = mine * (P * N) + p[:, None] * N + n[None, :]
-            reach = tl.load(after + sheet, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
             grads = tl.dot(operand(value, HALF), reach, grads, input_precision=PRECISION)
+            reach = part_of(after, part + 1, P, N, PB, NB)
         if S > 0:
             carry = carry * whole - tl.sum(crossed(b, grads, Q, NB), 0)
             tl.store(carries + mine * S + i, TURN * carry, mask=i < S)
@@ -203,9 +210,8 @@ def projections(
             if z is not None:
                 z_at = at(z + head * z_h, row, z_b, z_t, origin, first, Q, REVERSE)
                 slope *= silu(rows(z_at, p, P, first, length, Q, PB).to(tl.float32))
-            sheet = mine * (P * N) + p[:, None] * N + n[None, :]
-            state = tl.load(before + sheet, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
             grads = tl.dot(operand(slope, HALF), state, grads, input_precision=PRECISION)
+            state = part_of(before, part + 1, P, N, PB, NB)
         grads = tl.dot(dproduct, b, grads, input_precision=PRECISION)
         if S > 0:
             tl.store(turns + where, TURN * (angle + crossed(c, grads, Q, NB)), mask=used)
@@ -222,7 +228,11 @@ def unmoved(
     state would give."""
     mine = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, NB // 2)
-    _scaled, total = facing(state + mine * (P * N), dstate + mine * (P * N), P, N, S, PB, NB)
+    state += mine * (P * N)
+    dstate += mine * (P * N)
+    total = tl.zeros((NB // 2,), tl.float32)
+    for part in tl.range(0, (P + PB - 1) // PB):
+        total += facing(part_of(state, part, P, N, PB, NB), part_of(dstate, part, P, N, PB, NB), PB, NB)[1]
     a, b = tl.load(last_k + mine * N + 2 * i, mask=i < S, other=0.0), tl.load(last_k + mine * N + 2 * i + 1, mask=i < S)
     grad_a = tl.load(last_dk + mine * N + 2 * i, mask=i < S, other=0.0)
     grad_b = tl.load(last_dk + mine * N + 2 * i + 1, mask=i < S, other=0.0)
