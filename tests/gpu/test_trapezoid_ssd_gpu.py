@@ -47,8 +47,8 @@ def test_grid(s: dict[str, Any]) -> None:
 
 def inputs(**options: Any) -> dict[str, Any]:
     """As a Mamba-3 layer calls it, on the device; the state put together."""
-    x = {k: tuple(s.to(DEVICE) for s in v) if isinstance(v, tuple) else v.to(DEVICE) for k, v in plain(**options).items()}
-    return x
+    given = plain(**options).items()
+    return {k: tuple(s.to(DEVICE) for s in v) if isinstance(v, tuple) else v.to(DEVICE) for k, v in given}
 
 
 def results(x: dict[str, Any], **how: Any) -> dict[str, Tensor]:
@@ -168,8 +168,8 @@ def test_step(dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> None:
 
 @pytest.mark.parametrize("absent", ["rates", "B_bias", "C_bias", "D", "z", "initial_state"])
 def test_each_option_absent(absent: str) -> None:
-    s = PLAIN | {"backend": "gpu", "t": 5, "p": 3, "n": 2}
-    given = case(s | {"initial": absent != "initial_state", "s": 0 if absent == "rates" else "half"} | {k: False for k in ("D", "z") if k == absent})
+    s = PLAIN | {"backend": "gpu", "t": 5, "p": 3, "n": 4, "s": 0 if absent == "rates" else "half"}
+    given = case(s | {"initial": absent != "initial_state", "D": absent != "D", "z": absent != "z"})
     if absent in ("B_bias", "C_bias"):
         del given.leaves[absent]
     check(on_device(given, False), torch.float32, False)

@@ -165,6 +165,7 @@ class Call:
         return bool(self.tiles.count and self.parts)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for numbers of this shape."""
         return cuda.empty(shape, dtype, self.x)
 
     def sums(self, *shape: int) -> Tensor:
@@ -240,7 +241,8 @@ class Call:
         plan, (grad, dy_at) = self.plan, _gate(dy)
         arguments = (
             self.x, self.z, self.B, self.C, self.D, grad, clock, own, self.runs.table, self.runs.tiles,
-            self.tiles.firsts, starts, y, dz, self.t, self.runs.each, self.tiles.each, *self.x_at, *self.z_at, *self.w_at, *dy_at,
+            self.tiles.firsts, starts, y, dz, self.t, self.runs.each, self.tiles.each, *self.x_at, *self.z_at,
+            *self.w_at, *dy_at,
         )  # fmt: skip
         constants = (
             self.h, self.g, self.p, self.n, _wide(self.D), self.reverse, self.half, self.precision, plan.tile, plan.run,

@@ -1,11 +1,11 @@
 """trapezoid_ssd's gradients in Triton. A program of `inputs` and `projections` takes a head of a tile.
 
 They read the state before the tile and the gradient that reaches the one after it, as ssd's do; k and q are the head's
-own, so that nothing is summed over heads here, and the gate's gradient is found on the way. What turns at a step and all after it gets the sum of what each of
-these gives; of pairs that both lie after the step it gets nothing, so that sums end at the tile: what later tiles give
-is what the state between has turned, which it and its gradient tell.
+own, so that nothing is summed over heads here, and the gate's gradient is found on the way. What turns at a step and
+all after it gets the sum of what each of these gives; of pairs that both lie after the step it gets nothing, so that
+sums end at the tile: what later tiles give is what the state between has turned, which it and its gradient tell.
 `unturn` brings gradients of k and q back to B and C and sums them over heads, `finish` those of steps and angles over
-time. Nothing is added by atomics.
+time. A last state is read as it is, not turned, which `unmoved` takes off. Nothing is added by atomics.
 
 Names as in gpu_kernels.py.
 """
@@ -19,6 +19,13 @@ from stateline.ops.ssd.gpu_kernels import at, clock_of, decays, on_diagonal, ope
 from stateline.ops.trapezoid_ssd.gpu_kernels import circle, halves_of, pair_of
 
 TURN = tl.constexpr(6.283185307179586)
+
+
+@triton.jit
+def slope_of_silu(x):
+    """The derivative of x · sigmoid(x)."""
+    sigmoid = tl.sigmoid(x)
+    return sigmoid * (1.0 + x * (1.0 - sigmoid))
 
 
 @triton.jit
@@ -52,11 +59,8 @@ def inputs(
     heads: tl.constexpr, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """dx and dz; products (tile, h, Q, Q), the gradient of q·k of two steps; dD (tile, h);
-    slopes (tile, h, 3, Q), gradients of exponents, sizes and own weights.
-
-    last_dx: gradient of the last token's x that a state gets.
-    """
+    """dx and dz; products (tile, h, Q, Q), the gradient of q·k of two steps; dD (tile, h); slopes (tile, h, 3, Q), those
+    of exponents, sizes and own weights. last_dx: what the last token's x gets from a state."""
     number, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
     if exists:
@@ -90,8 +94,7 @@ def inputs(
         matrix = operand(product * weight, HALF)
         tl.store(products + (mine * Q + s)[:, None] * Q + s[None, :], operand(both * weight, HALF))
         both *= product
-        slopes += mine * (3 * Q)
-        tl.store(slopes + 2 * Q + s, tl.sum(tl.where(s[:, None] == s[None, :], both, 0.0), 0))
+        tl.store(slopes + (mine * 3 + 2) * Q + s, tl.sum(tl.where(s[:, None] == s[None, :], both, 0.0), 0))
         both *= apart
         direct = tl.sum(both, 0)
         both *= size[None, :]
@@ -109,15 +112,14 @@ def inputs(
             else:
                 z_at = at(z + head * z_h, row, z_b, z_t, origin, first, Q, REVERSE)
                 gate = rows(z_at, p, P, first, length, Q, PB).to(tl.float32)
-                sigmoid = tl.sigmoid(gate)
-                later += tl.sum(slope * gate * sigmoid * out, 1)
+                later += tl.sum(slope * silu(gate) * out, 1)
                 y = tl.dot(matrix, given, out, input_precision=PRECISION)
                 if D is not None:
                     y += tl.load(D + head) * value
-                y *= slope * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                y *= slope * slope_of_silu(gate)
                 put(at(dz + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, y,
                     Q, PB)  # fmt: skip
-                slope *= gate * sigmoid
+                slope *= silu(gate)
             du = tl.dot(b, tl.trans(reach), input_precision=PRECISION) * leave[:, None]
             reach = part_of(after, part + 1, P, N, PB, NB)
             into += tl.sum(value * du, 1)
@@ -129,7 +131,7 @@ def inputs(
                 du += tl.where((first + s + 1 == length)[:, None], more[None, :], 0.0)
             put(at(dx + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, du,
                 Q, PB)  # fmt: skip
-        timed(direct + into, across, into * size, size, later, slopes, HALF, Q)
+        timed(direct + into, across, into * size, size, later, slopes + mine * (3 * Q), HALF, Q)
 
 
 @triton.jit
@@ -293,8 +295,8 @@ def unturn(
 
 @triton.jit(do_not_specialize=("t", "each", "size_of_share"))
 def finish(
-    dt, A, blend, rates, slopes, crossing, turns, carries, dangle, edge, table, tiles, ddt, dA, dblend, drates, start, t, each,
-    size_of_share,
+    dt, A, blend, rates, slopes, crossing, turns, carries, dangle, edge, table, tiles, ddt, dA, dblend, drates, start,
+    t, each, size_of_share,
     heads: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr, SHARES: tl.constexpr, TAKEN: tl.constexpr,
     Q: tl.constexpr, SB: tl.constexpr,
 ):  # fmt: skip
@@ -312,15 +314,16 @@ def finish(
         if S > 0:
             rate = rows(at(rates, row * t, S, S, origin, first, Q, REVERSE), i, S, first, length, Q, SB)
         for head in tl.range(share * TAKEN, tl.minimum((share + 1) * TAKEN, heads)):
-            mine = tile * heads + head
+            mine, there = tile * heads + head, live[:, None]
             step_at = at(dt + head, row * t, heads, heads, origin, first, Q, REVERSE)
             blend_at = at(blend + head, row * t, heads, heads, origin, first, Q, REVERSE)
-            step, newer = tl.load(step_at, mask=live[:, None], other=0.0), tl.load(blend_at, mask=live[:, None], other=0.0)
-            decay = tl.load(at(A + head, row * t, heads, heads, origin, first, Q, REVERSE), mask=live[:, None], other=0.0)
+            rate_at = at(A + head, row * t, heads, heads, origin, first, Q, REVERSE)
+            step, newer = tl.load(step_at, mask=there, other=0.0), tl.load(blend_at, mask=there, other=0.0)
+            decay = tl.load(rate_at, mask=there, other=0.0)
             at_step = slopes + mine * (3 * Q) + s[:, None]
-            exponent = tl.load(at_step, mask=live[:, None], other=0.0) + tl.load(crossing + mine)
-            size = tl.load(at_step + Q, mask=live[:, None], other=0.0)
-            both = size + tl.load(at_step + 2 * Q, mask=live[:, None], other=0.0)
+            exponent = tl.load(at_step, mask=there, other=0.0) + tl.load(crossing + mine)
+            size = tl.load(at_step + Q, mask=there, other=0.0)
+            both = size + tl.load(at_step + 2 * Q, mask=there, other=0.0)
             earlier = tl.where(s == 0, mine - heads, mine) * (3 * Q) + Q + tl.where(s == 0, Q - 1, s - 1)
             earlier = tl.load(slopes + earlier[:, None], mask=(live & (first + s > 0))[:, None], other=0.0)
             if edge is not None:
@@ -328,8 +331,8 @@ def finish(
                 earlier += tl.where(first + s == 0, before, 0.0)[:, None]
             grad = exponent * decay + both * newer + earlier * (1.0 - newer)
             if S > 0:
-                turned = tl.load(turns + (mine * Q + s)[:, None] * S + i[None, :], mask=live[:, None] & (i < S)[None, :],
-                                 other=0.0)  # fmt: skip
+                where = (mine * Q + s)[:, None] * S + i[None, :]
+                turned = tl.load(turns + where, mask=there & (i < S)[None, :], other=0.0)
                 reach = tl.load(carries + mine * S + i, mask=i < S, other=0.0)
                 reach += tl.load(dangle + (sequence * heads + head) * S + i, mask=i < S, other=0.0)
                 turned = tl.cumsum(turned, 0, reverse=True) + reach[None, :]
@@ -338,10 +341,11 @@ def finish(
                 if start is not None:
                     into = start + (sequence * heads + head) * S + i[None, :] + s[:, None] * 0
                     tl.store(into, turned, mask=(live & (first + s == 0))[:, None] & (i < S)[None, :])
-            tl.store(at(ddt + head, row * t, heads, heads, origin, first, Q, REVERSE), grad, mask=live[:, None])
-            tl.store(at(dA + head, row * t, heads, heads, origin, first, Q, REVERSE), exponent * step, mask=live[:, None])
-            tl.store(at(dblend + head, row * t, heads, heads, origin, first, Q, REVERSE), step * (both - earlier),
-                     mask=live[:, None])  # fmt: skip
+            tl.store(at(ddt + head, row * t, heads, heads, origin, first, Q, REVERSE), grad, mask=there)
+            grad = exponent * step
+            tl.store(at(dA + head, row * t, heads, heads, origin, first, Q, REVERSE), grad, mask=there)
+            grad = step * (both - earlier)
+            tl.store(at(dblend + head, row * t, heads, heads, origin, first, Q, REVERSE), grad, mask=there)
         if S > 0:
             drates += share * size_of_share.to(tl.int64)
             put(at(drates, row * t, S, S, origin, first, Q, REVERSE), i, S, first, length, drate, Q, SB)

@@ -1,8 +1,9 @@
-"""trapezoid_ssd in Triton, what comes before ssd's kernels: steps as ssd counts them, and B and C turned, a head at a time.
+"""trapezoid_ssd in Triton, what comes before ssd's kernels: steps as ssd counts them, B and C turned, a copy a head.
 
 A token's input counts in later outputs with its own end of its trapezoid and the next one's other end, which is what
-ssd calls its size; in its own output with the former alone. `prepare` writes both, so that ssd's `sweep`, `combine` and
-`outputs` run this recurrence. `spans` and `wind` find the angle before each tile, `follow` those in it, `turn` writes k and q.
+ssd calls its size; in its own output with the former alone. `prepare` writes both, so that ssd's `sweep`, `combine`
+and `outputs` run this recurrence. `spans` and `wind` find the angle before each tile, `follow` those in it, `turn`
+writes k and q.
 
 Suffixes and names: as in ssd's gpu_kernels.py; i pair of states. k and q are (b, t, h, n), *paired*: the two states of
 pair i are neighbours, whichever they are in B and C. Angles are turns, summed in float64.
