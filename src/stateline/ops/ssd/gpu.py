@@ -158,6 +158,7 @@ class Call:
         self.sequences = self.b if segments is None else segments.shape[0]
         self.parts = self.h * cuda.ceil_div(self.p, self.plan.channels)
         self.precision = PRECISION
+        self.B_rest: Tensor | None = None  # what bfloat16 left out of B, as it lies, where B was made here
         self.like = self.A
 
     def works(self) -> bool:
@@ -200,9 +201,10 @@ class Call:
         plan = self.plan
         terms = 2 if self.half and not adjoint and not mark else 1
         w, (z, z_at) = self.C if adjoint else self.B, _gate(self.z if gated else None)
+        rest = None if adjoint or mark else self.B_rest
         arguments = (
-            u, z, w, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t, self.runs.each,
-            self.tiles.each, *u_at, *z_at, *self.w_at,
+            u, z, w, rest, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t,
+            self.runs.each, self.tiles.each, *u_at, *z_at, *self.w_at,
         )  # fmt: skip
         constants = (
             self.h, self.g, self.p, self.n, adjoint, mark, self.reverse, self.half, terms, self.precision, plan.tile,

@@ -135,7 +135,8 @@ class _Call(ssd.Call):
         angles = self._angles(state[0]) if self.pairs else None
         B, C, rows = self.raw_B, self.raw_C, min(ROWS, plan.tile)
         arguments = (
-            B, C, *self.biases, self.x, angles, *self.where, self.B, self.C, *state[1:], self.t, self.tiles.each,
+            B, C, *self.biases, self.x, angles, *self.where, self.B, self.B_rest, self.C, *state[1:], self.t,
+            self.tiles.each,
             *B.stride()[:3], *C.stride()[:3], *self.x_at,
         )  # fmt: skip
         constants = (
@@ -189,6 +190,8 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     angle, k, v = _passed_on(given, (given.angle, None if given.k is None else call.paired(given.k), given.v), call)
     state = call.empty(call.sequences, call.h, call.p, call.n)
     if call.works():
+        if call.half:  # a returned state keeps float32's bound
+            call.B_rest = cuda.empty(call.B.shape, call.B.dtype, call.B)
         call.turn((angle, k, v))
         clock, own = call.clocks()
         starts = call.empty(call.runs.count, call.h, call.p, call.n)

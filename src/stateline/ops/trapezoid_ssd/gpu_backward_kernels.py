@@ -59,8 +59,8 @@ def inputs(
     heads: tl.constexpr, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """dx and dz; products (tile, h, Q, Q), the gradient of q·k of two steps; dD (tile, h); slopes (tile, h, 3, Q), those
-    of exponents, sizes and own weights. last_dx: what the last token's x gets from a state."""
+    """dx and dz; products (tile, h, Q, Q), the gradient of q·k of two steps; dD (tile, h); slopes (tile, h, 3, Q),
+    those of exponents, sizes and own weights. last_dx: what the last token's x gets from a state."""
     number, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
     if exists:

@@ -166,13 +166,16 @@ def follow(
 
 @triton.jit(do_not_specialize=("t", "each"))
 def turn(
-    B, Cs, B_bias, C_bias, x, angles, table, tiles, k, q, last_k, last_x, t, each,
+    B, Cs, B_bias, C_bias, x, angles, table, tiles, k, k_rest, q, last_k, last_x, t, each,
     B_b, B_t, B_g, C_b, C_t, C_g, x_b, x_t, x_h,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
     INTERLEAVED: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, PB: tl.constexpr,
     NB: tl.constexpr,
 ):  # fmt: skip
-    """k and q of R steps of a tile and a head, and of each sequence's last token k and x, float32."""
+    """k and q of R steps of a tile and a head, and of each sequence's last token k and x, float32.
+
+    k_rest: what k's dtype leaves out of k.
+    """
     rest, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     number, cut = rest // (Q // R), rest % (Q // R)
     sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
@@ -199,6 +202,10 @@ def turn(
             R, NB)  # fmt: skip
         put(at(q + head * N, row * t, heads * N, heads * N, origin, first, R, REVERSE), n, N, first, length, turned_q,
             R, NB)  # fmt: skip
+        if k_rest is not None:
+            rest_at = at(k_rest + head * N, row * t, heads * N, heads * N, origin, first, R, REVERSE)
+            left = turned_k - turned_k.to(k.dtype.element_ty).to(tl.float32)
+            put(rest_at, n, N, first, length, left, R, NB)
         if (first < length) & (first + R >= length):  # the last token is one of these
             state = last_k + (sequence * heads + head) * N + n[None, :] + s[:, None] * 0
             tl.store(state, turned_k, mask=(first + s + 1 == length)[:, None] & (n < N)[None, :])
