@@ -6,14 +6,14 @@ As cases_gpu.py, whose words apply. h head, p head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from benchmarks.cases import OURS, without_grad
 from benchmarks.cases_gpu import BF16, DEVICE, Case, captured, gradients, language_model, training_step
 from benchmarks.measure import Work
-from torch import Tensor
+from torch import Tensor, nn
 
 from stateline import ops, prepare_for_decode
 from stateline.nn import Mamba2
@@ -28,7 +28,7 @@ def cases() -> Iterator[Case]:
     for b in (1, 64):
         yield recurrence_step(b, 80, 64, 128)
     yield from norm(16384, 2048)
-    yield from block(8, 2048, 1024, (0.7, 2.8))
+    yield from block("Mamba-2", Mamba2, 8, 2048, 1024, ALL, (0.7, 2.8))
     for how in ("eager", "recorded"):
         make = lambda how=how: {OURS: training_step(768, 24, 8, 2048, how, "Mamba2")}  # noqa: E731
         yield Case(
@@ -105,20 +105,23 @@ def norm(rows: int, d: int) -> Iterator[Case]:
     yield Case("gated_rms_norm fwd+bwd", shape, both, needs, 16 * rows * d)
 
 
-def block(b: int, t: int, d: int, bars: tuple[float, float]) -> Iterator[Case]:
-    """A Mamba-2 block with its projections, weights in bfloat16."""
+def block(
+    name: str, layer_type: Callable[..., nn.Module], b: int, t: int, d: int, needs: tuple[str, ...],
+    bars: tuple[float, float],
+) -> Iterator[Case]:  # fmt: skip
+    """A block with its projections, weights in bfloat16."""
 
     def make(backward: bool) -> dict[str, Work]:
         torch.manual_seed(0)
-        layer, x = Mamba2(d, device=DEVICE, dtype=BF16), torch.randn(b, t, d, device=DEVICE, dtype=BF16)
+        layer, x = layer_type(d, device=DEVICE, dtype=BF16), torch.randn(b, t, d, device=DEVICE, dtype=BF16)
         if not backward:
             return {OURS: without_grad(lambda: layer(x))}
         given, dy = [x.requires_grad_(), *layer.parameters()], torch.randn_like(x)
         return {OURS: lambda: torch.autograd.grad(layer(x), given, dy)}
 
     shape = f"b{b} t{t} d{d}"
-    yield Case("Mamba-2 block fwd", shape, lambda: make(False), ALL, tokens=b * t, bar=bars[0])
-    yield Case("Mamba-2 block fwd+bwd", shape, lambda: make(True), ALL, tokens=b * t, bar=bars[1])
+    yield Case(f"{name} block fwd", shape, lambda: make(False), needs, tokens=b * t, bar=bars[0])
+    yield Case(f"{name} block fwd+bwd", shape, lambda: make(True), needs, tokens=b * t, bar=bars[1])
 
 
 def decoding(d: int, layers: int, b: int, bar: float, states: torch.dtype | None) -> Case:

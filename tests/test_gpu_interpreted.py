@@ -17,6 +17,7 @@ QUICK = (
     " or test_step and float32"
 )
 SSD = "test_step or test_sizes or test_each or gated or (test_grid and packed)"
+TRAPEZOID = "test_step or test_sizes or refused or test_grid and packed and float32"
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0"
 )
@@ -30,10 +31,12 @@ needs_triton = pytest.mark.skipif(
         ("test_sampling_gpu.py", ""),
         ("test_scan_triton.py", QUICK),
         ("test_ssd_gpu.py", SSD),
+        ("test_trapezoid_ssd_gpu.py", TRAPEZOID),
         pytest.param("test_scan_triton.py", "", marks=pytest.mark.full),
         pytest.param("test_ssd_gpu.py", "", marks=pytest.mark.full),
+        pytest.param("test_trapezoid_ssd_gpu.py", "", marks=pytest.mark.full),
     ],
-    ids=["ops", "sampling", "scan", "ssd", "all of the scan", "all of ssd"],
+    ids=["ops", "sampling", "scan", "ssd", "trapezoid", "all of the scan", "all of ssd", "all of trapezoid"],
 )
 def test_kernels_compute_the_same_under_the_interpreter(file: str, chosen: str) -> None:
     """In a process of its own: Triton reads the switch when it is imported."""

@@ -1,4 +1,6 @@
-"""ssd's Triton kernels without a device: each compiles for every architecture, and its tiles fit into shared memory."""
+"""Triton kernels of ssd and trapezoid_ssd without a device: each compiles for every architecture, and its tiles fit
+into shared memory.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from stateline.ops import cuda
 
 # Bytes of shared memory that a block may have: A100, RTX 3090, RTX 4090, H100, RTX 5090.
 DEVICES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
-KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.float64: "fp64"}
 
 
 def compiled(arch: int, function: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> int:
@@ -37,21 +39,32 @@ def compiled(arch: int, function: Any, arguments: tuple[Any, ...], constants: tu
     return int(built.metadata.shared)
 
 
-@pytest.mark.full
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("arch", DEVICES)
-def test_ssd_compiles_and_fits(arch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def taken(arch: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Shared memory of each kernel, which is compiled instead of launched."""
     from stateline.ops.ssd import gpu
 
-    taken: dict[str, int] = {}
+    found: dict[str, int] = {}
 
     def launch(self: Any, grid: Any, arguments: Any, constants: Any, warps: int) -> None:
         name = self._function.__name__
-        taken[name] = max(taken.get(name, 0), compiled(arch, self._function, arguments, constants, warps))
+        found[name] = max(found.get(name, 0), compiled(arch, self._function, arguments, constants, warps))
 
     monkeypatch.setattr(cuda.Kernel, "__call__", launch)
     monkeypatch.setattr(gpu, "_memory", lambda _: DEVICES[arch])
+    return found
+
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.mark.full
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", DEVICES)
+def test_ssd_compiles_and_fits(arch: int, dtype: torch.dtype, taken: dict[str, int]) -> None:
+    from stateline.ops.ssd import gpu
+
     b, t, h, p, n = 2, 256, 4, 64, 128
     with torch.device("meta"):
         x, B = torch.empty(b, t, h, p, dtype=dtype), torch.empty(b, t, 1, n, dtype=dtype)
@@ -61,4 +74,26 @@ def test_ssd_compiles_and_fits(arch: int, dtype: torch.dtype, monkeypatch: pytes
         gpu.backward(x, state, torch.empty(b, h), *inputs)
         gpu.step(state, *(v[:, 0] for v in (x, dt)), A, B[:, 0], B[:, 0], A, None, A, True, 0.0, 1.0, None)
     assert set(taken) >= {"prepare", "sweep", "combine", "outputs", "inputs", "projections", "finish", "add", "step"}
+    assert max(taken.values()) <= DEVICES[arch], taken
+
+
+@pytest.mark.full
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", DEVICES)
+def test_trapezoid_ssd_compiles_and_fits(arch: int, dtype: torch.dtype, taken: dict[str, int]) -> None:
+    from stateline.ops.trapezoid_ssd import gpu
+
+    b, t, h, p, n, s = 2, 256, 4, 64, 128, 32
+    with torch.device("meta"):
+        x, B, bias = torch.empty(b, t, h, p, dtype=dtype), torch.empty(b, t, 1, 1, n, dtype=dtype), torch.empty(h, 1, n)
+        dt, rates, D = torch.empty(b, t, h), torch.empty(b, t, s), torch.empty(h)
+        state = (torch.empty(b, h, s), torch.empty(b, h, p, n), torch.empty(b, h, 1, n), torch.empty(b, h, p))
+        inputs = (x, dt, dt, dt, B, B, rates, bias, bias, None, D, x, None, None, True)
+        y, *_ = gpu.forward(*inputs, *state, None, False)
+        gpu.backward(y, *state, *inputs, *state, None, False)
+        token = [v[:, 0] if v is not None and v.dim() > 2 and v is not bias else v for v in inputs[:14]]
+        gpu.step(*state, *token, True, None)
+    before = {"prepare", "spans", "wind", "follow", "turn", "sweep", "combine", "outputs", "step"}
+    assert set(taken) >= before | {"unmoved", "inputs", "projections", "unturn", "finish"}
     assert max(taken.values()) <= DEVICES[arch], taken

@@ -38,7 +38,7 @@ def heavy_tail(x: Tensor) -> Tensor:
     >>> heavy_tail(torch.tensor([-3.0, 0.0, 3.0])).tolist()
     [0.25, 1.0, 4.0]
     """
-    return torch.where(x < 0, 1 / (1 - x.clamp(max=0)), 1 + x)
+    return F.relu(x) + 1 / (1 - x.clamp(max=0))
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -221,19 +221,20 @@ class Mamba3(Mixer):
 
     def _system(self, projected: Tensor) -> tuple[Tensor, System, dict[str, Any]]:
         """z (…, h, p), the system's tensors, and its other arguments."""
-        z, x, B, C, dt, A, trap, angles = projected.split(self._widths(), dim=-1)
-        full = wide(projected.dtype)
-        dt = softplus(dt.to(full) + self.dt_bias.to(full))
-        A = -A_ACTIVATIONS[self.A_activation](A.to(full)).clamp(min=self.A_floor)
+        full, widths = wide(projected.dtype), self._widths()
+        z, x, B, C, narrow = projected.split([*widths[:4], sum(widths[4:])], dim=-1)
+        dt, A, trap, angles = narrow.to(full).split(widths[4:], dim=-1)
+        dt = softplus(dt + self.dt_bias.to(full))
+        A = -A_ACTIVATIONS[self.A_activation](A).clamp(min=self.A_floor)
         ranks = (self.mimo_rank, self.ngroups, self.d_state)
         B, C = (norm(v.unflatten(-1, ranks))[0] for norm, v in ((self.B_norm, B), (self.C_norm, C)))
         options: dict[str, Any] = {"D": self.D.to(full), "interleaved": self.rope_interleaved}
         options |= {"B_bias": self.B_bias.to(full), "C_bias": self.C_bias.to(full)}
-        options["rates"] = torch.tanh(angles.to(full)) / 2 if self.num_rope_angles else None  # π of 2π
+        options["rates"] = torch.tanh(angles) / 2 if self.num_rope_angles else None  # π of 2π
         x, z = (v.unflatten(-1, (self.nheads, self.headdim)) for v in (x, z))
         mix, z_mix, y_mix = (None if v is None else v.to(full) for v in (self.mimo_x, self.mimo_z, self.mimo_o))
         options |= {"mix": mix} if self.norm is not None else {"mix": mix, "z": z, "z_mix": z_mix, "y_mix": y_mix}
-        return z, (x, dt, A, torch.sigmoid(trap.to(full)), B, C), options
+        return z, (x, dt, A, torch.sigmoid(trap), B, C), options
 
     def _finish(self, y: Tensor, z: Tensor) -> Tensor:
         """y (…, h, p), or (…, h, r, p) before norm and gate, and z (…, h, p) -> (…, d_model)."""

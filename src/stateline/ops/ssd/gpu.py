@@ -128,7 +128,12 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fine else x.clone(memory_format=torch.contiguous_format)
 
 
-class _Call:
+def rows_of(x: Tensor, half: bool) -> Tensor:
+    """A (b, t, h, p) tensor as kernels read it, `half`: copied at once."""
+    return _heads(_aligned(x) if half else x)[0]
+
+
+class Call:
     """The inputs that every kernel of this op reads, where sequences are cut, and each launch."""
 
     def __init__(
@@ -155,6 +160,7 @@ class _Call:
         self.sequences = self.b if segments is None else segments.shape[0]
         self.parts = self.h * cuda.ceil_div(self.p, self.plan.channels)
         self.precision = PRECISION
+        self.B_rest: Tensor | None = None  # what bfloat16 left out of B, as it lies, where B was made here
         self.like = self.A
 
     def works(self) -> bool:
@@ -162,6 +168,7 @@ class _Call:
         return bool(self.tiles.count and self.parts)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for numbers of this shape."""
         return cuda.empty(shape, dtype, self.x)
 
     def sums(self, *shape: int) -> Tensor:
@@ -181,10 +188,12 @@ class _Call:
         _prepare((self.tiles.count, cuda.ceil_div(self.h, HEADS), 1), arguments, constants, 4)
         return clock
 
-    def sweep(self, clock: Tensor, ends: Tensor, dy: Tensor | None = None, mark: bool = False) -> Tensor | None:
+    def sweep(
+        self, clock: Tensor, ends: Tensor, dy: Tensor | None = None, mark: bool = False, gated: bool = False
+    ) -> Tensor | None:
         """Write what each run adds to a state into `ends`; `mark`: states before tiles from those before runs.
 
-        With dy, gradients of states, from the end of time; those after tiles.
+        With dy, gradients of states, from the end of time; those after tiles. gated: dy has not passed the gate.
         """
         adjoint = dy is not None
         u, u_at = (self.x, self.x_at) if dy is None else _heads(dy)
@@ -193,10 +202,11 @@ class _Call:
             made = self.empty(self.tiles.count, self.h, self.p, self.n, dtype=_kind(self.half))
         plan = self.plan
         terms = 2 if self.half and not adjoint and not mark else 1
-        w = self.C if adjoint else self.B
+        w, (z, z_at) = self.C if adjoint else self.B, _gate(self.z if gated else None)
+        rest = None if adjoint or mark else self.B_rest
         arguments = (
-            u, w, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t, self.runs.each,
-            self.tiles.each, *u_at, *self.w_at,
+            u, z, w, rest, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t,
+            self.runs.each, self.tiles.each, *u_at, *z_at, *self.w_at,
         )  # fmt: skip
         constants = (
             self.h, self.g, self.p, self.n, adjoint, mark, self.reverse, self.half, terms, self.precision, plan.tile,
@@ -225,13 +235,18 @@ class _Call:
         self.combine(clock, starts, self.initial, state, decay)
 
     def outputs(
-        self, clock: Tensor, starts: Tensor, y: Tensor, dy: Tensor | None = None, dz: Tensor | None = None
-    ) -> None:
-        """y from the states before runs; with dy, dz and, in y's place, the gradient before the gate."""
+        self, clock: Tensor, starts: Tensor, y: Tensor, dy: Tensor | None = None, dz: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """y from the states before runs; with dy, dz and, in y's place, the gradient before the gate.
+
+        own: what a step's input counts with in its own output, if not with its size, as `clock` a tile and head.
+        """
         plan, (grad, dy_at) = self.plan, _gate(dy)
         arguments = (
-            self.x, self.z, self.B, self.C, self.D, grad, clock, self.runs.table, self.runs.tiles, self.tiles.firsts,
-            starts, y, dz, self.t, self.runs.each, self.tiles.each, *self.x_at, *self.z_at, *self.w_at, *dy_at,
+            self.x, self.z, self.B, self.C, self.D, grad, clock, own, self.runs.table, self.runs.tiles,
+            self.tiles.firsts, starts, y, dz, self.t, self.runs.each, self.tiles.each, *self.x_at, *self.z_at,
+            *self.w_at, *dy_at,
         )  # fmt: skip
         constants = (
             self.h, self.g, self.p, self.n, _wide(self.D), self.reverse, self.half, self.precision, plan.tile, plan.run,
@@ -258,7 +273,7 @@ def forward_kept(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `forward`, and last what spares `backward` a sweep: the state before each run, h·p·n·4 bytes each."""
     options = (dt_softplus, dt_low, dt_high)
-    call = _Call(x, dt, A, B, C, D, z, dt_bias, options, initial_state, segments, reverse)
+    call = Call(x, dt, A, B, C, D, z, dt_bias, options, initial_state, segments, reverse)
     y = cuda.tokens(call.x, segments)
     state = call.empty(call.sequences, call.h, call.p, call.n)
     decay, starts = call.empty(call.sequences, call.h), call.empty(*kept_shape(x, B, C, segments))
@@ -289,8 +304,8 @@ def _wide(D: Tensor | None) -> bool:
 class _Gradient:
     """What the gradient's kernels write, and their launches."""
 
-    def __init__(self, call: _Call, dy: Tensor, dstate: Tensor, ddecay: Tensor) -> None:
-        self.call, self.dy = call, _heads(_aligned(dy) if call.half else dy)[0]
+    def __init__(self, call: Call, dy: Tensor, dstate: Tensor, ddecay: Tensor) -> None:
+        self.call, self.dy = call, rows_of(dy, call.half)
         self.dstate, self.ddecay = dstate.contiguous(), ddecay.contiguous()
         segments = call.segments
         self.dx, self.ddt = cuda.tokens(call.x, segments), cuda.tokens(call.dt, segments)
@@ -375,7 +390,7 @@ def backward(
     kept: the last result of `forward_kept` for the same inputs; without it a sweep makes it again.
     """
     options = (dt_softplus, dt_low, dt_high)
-    call = _Call(x, dt, A, B, C, D, z, dt_bias, options, initial_state, segments, reverse)
+    call = Call(x, dt, A, B, C, D, z, dt_bias, options, initial_state, segments, reverse)
     grad = _Gradient(call, dy, dstate, ddecay)
     if call.works():
         grad.run(kept)

@@ -103,6 +103,13 @@ def decays(exponent, rest, Q: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
+def on_diagonal(matrix, value, Q: tl.constexpr):
+    """The matrix (Q, Q) with `value` on its diagonal."""
+    s = tl.arange(0, Q)
+    return tl.where(s[:, None] == s[None, :], value[None, :], matrix)
+
+
+@triton.jit
 def skip(D, head, p, P: tl.constexpr, D_WIDE: tl.constexpr):
     """The skip weight of a part's channels, (PB) or one."""
     if D_WIDE:
@@ -110,6 +117,12 @@ def skip(D, head, p, P: tl.constexpr, D_WIDE: tl.constexpr):
     else:
         value = tl.load(D + head) + p * 0.0
     return value
+
+
+@triton.jit
+def silu(x):
+    """x · sigmoid(x)."""
+    return x * tl.sigmoid(x)
 
 
 @triton.jit
@@ -149,7 +162,7 @@ def prepare(
 
 @triton.jit(do_not_specialize=("t", "runs", "each"))
 def sweep(
-    u, W, clock, table, tiles, firsts, ends, marks, t, runs, each, u_b, u_t, u_h, w_b, w_t, w_g,
+    u, z, W, V, clock, table, tiles, firsts, ends, marks, t, runs, each, u_b, u_t, u_h, z_b, z_t, z_h, w_b, w_t, w_g,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, ADJOINT: tl.constexpr,
     MARK: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, RUN: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
@@ -157,7 +170,8 @@ def sweep(
     """Sums of decayed u⊗W of a run: the states from x and B or, ADJOINT, their gradients from dy and C, from the end.
 
     MARK: start from `ends` and leave what is before (ADJOINT: after) each tile in `marks`; otherwise start from 0 and
-    leave the sum in `ends`, float32. TERMS: bfloat16 numbers that the scaled u is cut into.
+    leave the sum in `ends`, float32. TERMS: bfloat16 numbers that the scaled u is cut into. z: u counts times silu(z).
+    V: what bfloat16 left out of W, if not nothing.
     """
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
@@ -181,6 +195,9 @@ def sweep(
             s0 = first + k * Q
             tile = first_tile + k
             value = rows(at(u, row, u_b, u_t, origin, s0, Q, REVERSE), p, P, s0, length, Q, PB).to(tl.float32)
+            if z is not None:
+                gate = rows(at(z + head * z_h, row, z_b, z_t, origin, s0, Q, REVERSE), p, P, s0, length, Q, PB)
+                value *= silu(gate.to(tl.float32))
             w = operand(rows(at(W, row, w_b, w_t, origin, s0, Q, REVERSE), n, N, s0, length, Q, NB), HALF)
             size, enter, leave, _, _, whole = clock_of(clock, tile, head, heads, Q, HALF)
             if MARK:
@@ -191,6 +208,10 @@ def sweep(
             S = tl.dot(tl.trans(w), most, S, input_precision=PRECISION)
             if TERMS == 2:
                 S = tl.dot(tl.trans(w), operand(value - most.to(tl.float32), HALF), S, input_precision=PRECISION)
+            if V is not None:
+                v_at = at(V + group_of(head, heads, groups) * w_g, row, w_b, w_t, origin, s0, Q, REVERSE)
+                v = operand(rows(v_at, n, N, s0, length, Q, NB), HALF)
+                S = tl.dot(tl.trans(v), most, S, input_precision=PRECISION)
         if not MARK:
             tl.store(ends + own, S, mask=exist)
 
@@ -248,13 +269,16 @@ def combine(
 
 @triton.jit(do_not_specialize=("t", "runs", "each"))
 def outputs(
-    x, z, B, Cs, D, dy, clock, table, tiles, firsts, starts, y, dz, t, runs, each, x_b, x_t, x_h, z_b, z_t, z_h, w_b,
-    w_t, w_g, dy_b, dy_t, dy_h,
+    x, z, B, Cs, D, dy, clock, own, table, tiles, firsts, starts, y, dz, t, runs, each, x_b, x_t, x_h, z_b, z_t, z_h,
+    w_b, w_t, w_g, dy_b, dy_t, dy_h,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, D_WIDE: tl.constexpr,
     REVERSE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, RUN: tl.constexpr,
     PB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y of a run and a part, from the state before it. With dy, dz and, in y's place, dy through the gate."""
+    """y of a run and a part, from the state before it. With dy, dz and, in y's place, dy through the gate.
+
+    own: (tile, h, Q) what a step's input counts with in its own output, if not with its size.
+    """
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
     run, part = program // (heads * PARTS), program % (heads * PARTS)
@@ -263,8 +287,8 @@ def outputs(
         wide = run.to(tl.int64)
         head, p0 = (part // PARTS).to(tl.int64), part % PARTS * PB
         p, n = p0 + tl.arange(0, PB), tl.arange(0, NB)
-        own, exist = sheet(p0, P, N, PB, NB)
-        S = tl.load(starts + (wide * heads + head) * (P * N) + own, mask=exist, other=0.0)
+        place_in, exist = sheet(p0, P, N, PB, NB)
+        S = tl.load(starts + (wide * heads + head) * (P * N) + place_in, mask=exist, other=0.0)
         first_tile = tile_of(firsts, sequence, first, each, Q)
         count = (tl.minimum(length - first, RUN) + Q - 1) // Q
         group = group_of(head, heads, groups)
@@ -278,7 +302,12 @@ def outputs(
             b = operand(rows(at(B, row, w_b, w_t, origin, s0, Q, REVERSE), n, N, s0, length, Q, NB), HALF)
             c = operand(rows(at(Cs, row, w_b, w_t, origin, s0, Q, REVERSE), n, N, s0, length, Q, NB), HALF)
             size, enter, leave, exponent, rest, whole = clock_of(clock, first_tile + k, head, heads, Q, HALF)
-            matrix = tl.dot(c, tl.trans(b), input_precision=PRECISION) * decays(exponent, rest, Q, HALF) * size[None, :]
+            matrix = tl.dot(c, tl.trans(b), input_precision=PRECISION)
+            weight = decays(exponent, rest, Q, HALF) * size[None, :]
+            if own is not None:
+                mine = tl.load(own + ((first_tile + k) * heads + head) * Q + tl.arange(0, Q))
+                weight = on_diagonal(weight, mine, Q)
+            matrix *= weight
             out = tl.dot(c, operand(S, HALF), input_precision=PRECISION) * enter[:, None]
             out = tl.dot(operand(matrix, HALF), operand(given, HALF), out, input_precision=PRECISION)
             value = given.to(tl.float32)

@@ -65,7 +65,7 @@ def trapezoid_ssd(
         initial_state: angle (n_seq, h, s) in turns, S (n_seq, h, p, n), and of the last token k (n_seq, h, r, n) and x
             (n_seq, h, p); zeros if None. n_seq is b, or the number of packed sequences.
         lengths, padding_side, cu_seqlens, reverse: as in `selective_scan`.
-        backend: "cpu", "chunked" (PyTorch, matrix products) or "reference" forces one, None chooses.
+        backend: "gpu", "cpu", "chunked" (PyTorch, matrix products) or "reference" forces one, None chooses.
 
     Returns:
         y (b, t, h, r, p), or (b, t, h, p) where B has no ranks or z is given, in x's dtype, 0 at padding; and the
@@ -204,23 +204,24 @@ def _check_state(op: str, sizes: Sizes, name: str, rows: str, state: State, A: T
 # ---- raw ops ---------------------------------------------------------------------------------------------------------
 
 
-def _kernel(like: Tensor, backend: str | None, A: Tensor) -> ModuleType:
-    return backends.kernel(OP, like.device.type, backend, A.dtype)
+def _kernel(backend: str | None, system: Sequence[Any]) -> ModuleType:
+    """The module that computes it; `system` is x, dt, A, blend, B, C, rates, B_bias, C_bias, mix."""
+    return backends.kernel(OP, system[0].device.type, backend, system[2].dtype, system)
 
 
 def _run(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rest, backend = args
-    return _kernel(x, backend, rest[1]).forward(x, *rest)
+    return _kernel(backend, (x, *rest[:9])).forward(x, *rest)
 
 
 def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rest, backend = args
-    return tuple(or_empty(g, dy) for g in _kernel(dy, backend, rest[6]).backward(dy, *rest))
+    return tuple(or_empty(g, dy) for g in _kernel(backend, rest[4:14]).backward(dy, *rest))
 
 
 def _run_step(angle: Tensor, *args: Any) -> Tensor:
     *rest, backend = args
-    return _kernel(angle, backend, rest[5]).step(angle, *rest)
+    return _kernel(backend, rest[3:13]).step(angle, *rest)
 
 
 def _fake(x: Tensor, dt: Tensor, A: Tensor, blend: Tensor, B: Tensor, C: Tensor, *args: Any) -> tuple[Tensor, ...]:
