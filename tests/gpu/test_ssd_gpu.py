@@ -161,7 +161,7 @@ def test_step(dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> None:
         wide, narrow = (state.to(DEVICE, torch.bfloat16).to(kept) for kept in (torch.float32, torch.bfloat16))
         y, z = (ops.ssd_step_(s, **given, dt_softplus=True, log_A=True, backend="gpu") for s in (wide, narrow))
         close("y of a narrow state", z.cpu(), y.double().cpu(), dtype)
-        step = 2**-7 if INTERPRETED else 1.1 * 2**-9  # the interpreter cuts off what the device rounds
+        step = 2**-7 if INTERPRETED else 1.01 * 2**-8  # the interpreter cuts off what the device rounds
         assert ((narrow.float() - wide).abs() <= step * wide.abs() + 1e-5).all()
 
 
