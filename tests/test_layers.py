@@ -58,6 +58,12 @@ def model(**options: Any) -> nn.Module:
     return LanguageModel(ModelConfig(d_model=WIDTH, n_layer=2, vocab_size=VOCABULARY, **options))
 
 
+def by_token(net: nn.Module) -> nn.Module:
+    """With a gate for each token, as a statistic of a corpus gives it."""
+    torch.rand(net.backbone.token_gate.shape, out=net.backbone.token_gate)
+    return net
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mamba": lambda: sl.Mamba(WIDTH),
     "mamba, odd sizes": lambda: sl.Mamba(WIDTH, 5, 3, 1.5, 2, bias=True, conv_bias=False),
@@ -77,6 +83,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mamba3, ranks and norm, nothing turns": lambda: sl.Mamba3(
         WIDTH, 3, expand=1, headdim=4, is_mimo=True, mimo_rank=2, is_outproj_norm=True, rope_fraction=0.0
     ),
+    "gated ssm": lambda: sl.GatedSSM(WIDTH),
+    "gated ssm, dense": lambda: sl.GatedSSM(WIDTH, 7, "tanh", "dense"),
+    "gated ssm, relu": lambda: sl.GatedSSM(WIDTH, 5, "relu"),
+    "gated ssm, sigmoid": lambda: sl.GatedSSM(WIDTH, 9, "sigmoid", "dense", memory=(2, 30)),
     "attention": lambda: sl.Attention(WIDTH, 3, rotary_emb_dim=4, max_tokens=32),
     "attention, grouped, window": lambda: sl.Attention(
         WIDTH, 4, 2, 5, rotary_emb_dim=2, rotary_emb_interleaved=True, window=4, qkv_proj_bias=False
@@ -89,6 +99,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "block with mlp": lambda: block(mlp=sl.GatedMLP(WIDTH, 30), norm2=sl.LayerNorm(WIDTH), residual_in_fp32=False),
     "language model": model,
     "mamba2 language model": lambda: model(ssm_cfg={"layer": "Mamba2", "d_state": 8, "headdim": 8}),
+    "gated ssm language model": lambda: model(ssm_cfg={"layer": "GatedSSM", "activation": "tanh"}),
+    "gated ssm language model, gates by token": lambda: by_token(model(ssm_cfg={"layer": "GatedSSM", "gate": "given"})),
     "language model with mlp": lambda: model(d_intermediate=16, rms_norm=False, tie_embeddings=False),
     "hybrid": lambda: model(attn_layer_idx=[1], attn_cfg={**HEADS, "max_tokens": 20}),
     "hybrid with windows and mlp": lambda: model(attn_layer_idx=[0], attn_cfg={**HEADS, "window": 3}, d_intermediate=9),
