@@ -468,10 +468,10 @@ def test_models_of_mamba3_are_trained(tmp_path: Path, ranks: int) -> None:
 
 def test_models_of_gated_ssm_are_trained_and_no_other_format_takes_them(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("The state of the Union is strong. " * 200)
-    shape = {"size": None, "d_model": 20, "n_layer": 1, "mixer": "GatedSSM", "activation": "tanh", "expand": 3}
+    shape = {"size": None, "d_model": 20, "n_layer": 1, "mixer": "GatedSSM", "activation": "tanh", "d_state": 16}
     model = train(tiny(tmp_path / "a.txt", **shape, steps=2, out=str(tmp_path / "run"))).model
     mixer = model.backbone.layers[0].mixer
-    assert (type(mixer).__name__, mixer.d_state, mixer.activation) == ("GatedSSM", 60, "tanh")
+    assert (type(mixer).__name__, mixer.d_state, mixer.activation) == ("GatedSSM", 40, "tanh")
     assert stateline.load(tmp_path / "run").config == model.config
     for format in ("mamba_ssm", "huggingface"):
         with pytest.raises(ValueError, match=r'GatedSSM.*Use format="stateline"'):

@@ -31,7 +31,7 @@ class ModelConfig:
     Args:
         d_model: width of the residual stream.   n_layer: blocks.   vocab_size: token ids are below it.
         d_intermediate: hidden width of a gated MLP in every block, 0 for none.
-        ssm_cfg: {"layer": "Mamba1"}, "Mamba2", "Mamba3" or "GatedSSM", a name of MIXERS, and its arguments, e.g. {"d_state": 32}.
+        ssm_cfg: {"layer": "Mamba1"}, or another name of MIXERS, and its arguments, e.g. {"d_state": 32}.
         attn_layer_idx: numbers of the blocks, from 0, whose mixer is `nn.Attention` instead.
         attn_cfg: arguments of that, e.g. {"num_heads": 8, "rotary_emb_dim": 32, "window": 1024}.
         rms_norm: RMSNorm, else LayerNorm.   norm_eps: of every norm.

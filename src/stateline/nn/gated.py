@@ -174,7 +174,7 @@ class GatedSSM(Mixer):
         x = zero_padding(x, lengths)
         start = None if state is None else state.h
         v, g, A = self._system(x, gate)
-        options = {"activation": self.activation, "initial_state": start, "lengths": lengths}
+        options: dict[str, Any] = {"activation": self.activation, "initial_state": start, "lengths": lengths}
         h, last = ops.gated_scan(v, g, A, **options, **where)
         return zero_padding(self._read(h, x), lengths), GatedSSMState(last)
 
