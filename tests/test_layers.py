@@ -253,7 +253,7 @@ def test_full_precision_survives_every_cast(layer: nn.Module) -> None:
     if any(isinstance(m, sl.Mamba | sl.Mamba2) for m in layer.modules()):
         bias = "dt_bias" if any(isinstance(m, sl.Mamba2) for m in layer.modules()) else "dt_proj.bias"
         assert {name.rpartition("mixer.")[2].removeprefix("block.") for name in exact} >= {"A_log", "D", bias}
-    values = {name: layer.get_parameter(name).detach().clone() for name in exact}
+    values = {name: layer.state_dict()[name].clone() for name in exact}
     x = tokens(layer, 1, 3)
     for cast in (
         lambda m: m.to(torch.bfloat16),
@@ -276,7 +276,7 @@ def test_full_precision_survives_every_cast(layer: nn.Module) -> None:
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
     assert {s.dtype for s in floats(layer.init_state(1))} == {torch.float64}
     layer = layer.bfloat16()
-    assert {layer.get_parameter(name).dtype for name in exact} <= {torch.float32}
+    assert {layer.state_dict()[name].dtype for name in exact} <= {torch.float32}
 
 
 def layer_dtype(layer: nn.Module) -> torch.dtype:
@@ -292,7 +292,7 @@ def test_casts_keep_gradients_and_moves_to_meta(layer: nn.Module) -> None:
         assert parameter.grad.dtype == parameter.dtype, name
     empty = layer.to("meta")
     assert all(p.is_meta for p in empty.parameters())
-    assert {empty.get_parameter(n).dtype for n in full_precision_names(empty)} <= {torch.float32}
+    assert {empty.state_dict()[n].dtype for n in full_precision_names(empty)} <= {torch.float32}
 
 
 def test_autocast_rounds_neither_state_nor_time_constants(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,7 @@ class Backbone(nn.Module):
         training mode, the others growing to make up for it. An attribute too.
     """
 
+    full_precision = ("token_gate",)
     token_gate: Tensor | None
 
     def __init__(

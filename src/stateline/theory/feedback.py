@@ -65,7 +65,7 @@ class Loop:
 
     @property
     def time_constant(self) -> float:
-        """In which time the slowest part of a free state falls to 1/e, in steps or units of time; infinite for never."""
+        """When the slowest part of a free state has fallen to 1/e: in steps, or in time; infinite if it never does."""
         if not self.stable:
             return math.inf
         return 1 / -self.abscissa if self.continuous else (-1 / math.log(self.radius) if self.radius else 0.0)

@@ -113,6 +113,11 @@ class ShapeConfig:
     d_conv: int = setting(4, "taps of the convolution; Mamba3 and GatedSSM have none", low=1)
     mimo_rank: int = setting(1, "inputs and outputs that share each state of Mamba3; 1 means none", low=1)
     expand: int = setting(2, "inner width, for GatedSSM that of its state, as a multiple of d_model", low=1)
+    gate: str | None = setting(
+        None,
+        "what gates GatedSSM's state: learned from the token (the default), or tfidf, how few documents have the token",
+        choices=("learned", "tfidf"),
+    )
     activation: str | None = setting(
         None, "GatedSSM's function of the new state (default: identity, which is a scan)", choices=ACTIVATIONS
     )
@@ -463,8 +468,9 @@ def _check_together(config: TrainConfig) -> None:
     if mixer == "GatedSSM" and config.model.d_state != ShapeConfig.d_state:
         problem = f"train: d_state is {config.model.d_state}, but mixer is 'GatedSSM', whose state has expand · d_model"
         raise ValueError(f"{problem} numbers. Set expand.")
-    if mixer != "GatedSSM" and config.model.activation is not None:
-        raise ValueError(f"train: activation is {config.model.activation!r}, but mixer is {mixer!r}: GatedSSM's.")
+    for name in ("activation", "gate"):
+        if mixer != "GatedSSM" and (value := getattr(config.model, name)) is not None:
+            raise ValueError(f"train: {name} is {value!r}, but mixer is {mixer!r}: GatedSSM's.")
     if config.model.mixer != "Mamba3" and config.model.mimo_rank > 1:
         raise ValueError(
             f"train: mimo_rank is {config.model.mimo_rank}, but mixer is {config.model.mixer!r}: Mamba3's."
