@@ -66,7 +66,7 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(scan, "plan", lambda *_: scan.Plan(4, 2, 32, 2))
         from stateline.ops.gated_scan import gpu as gated
 
-        monkeypatch.setattr(gated, "plan", lambda n, dense: gated.Plan(4, cuda.power_of_2(n) if dense else 16, 1))
+        monkeypatch.setattr(gated, "plan", lambda n, dense, _: gated.Plan(4, cuda.power_of_2(n) if dense else 16, 1))
         from stateline.ops.ssd import gpu as ssd
 
         def small(t: int, h: int, p: int, n: int, *_: object) -> ssd.Plan:

@@ -61,10 +61,18 @@ def test_steps_follow_the_scan_in_slots(dense: bool) -> None:
     assert torch.equal(state[[0, 2, 3]], before[[0, 2, 3]])
 
 
+@pytest.mark.parametrize("reverse", FLAG)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_linear_diagonal_system_is_a_parallel_scan(layout: str, reverse: bool) -> None:
+    s = USUAL | {"backend": "gpu", "layout": layout, "reverse": reverse, "dense": False, "activation": "identity"}
+    for t in (0, 1, 4, 13) if INTERPRETED else (0, 1, 63, 64, 65, 1000):
+        check(on_device(gated_case(s | {"t": t, "n": 17}), False), torch.float32, False)
+
+
 @pytest.mark.parametrize("dense", FLAG)
 def test_a_row_does_not_depend_on_its_batch(dense: bool) -> None:
     x = {name: v.to(DEVICE) for name, v in gated_case(USUAL | {"t": 9, "n": 19, "dense": dense}).leaves.items()}
-    options: dict[str, Any] = {"activation": "sigmoid", "backend": "gpu"}
+    options: dict[str, Any] = {"activation": "sigmoid" if dense else "identity", "backend": "gpu"}
     h, state = ops.gated_scan(**x, **options)
     alone = {name: v if name == "A" else v[1:] for name, v in x.items()}
     h1, state1 = ops.gated_scan(**alone, **options)

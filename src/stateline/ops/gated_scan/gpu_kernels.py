@@ -2,6 +2,8 @@
 
 A dense A stays in registers too: a step is its product with the state, summed over columns, in the gradient also with
 what comes back, summed over rows. Loads of a few steps are under way before the first of them is used.
+A linear diagonal system goes a tile of steps at a time, each by a parallel scan: composing two steps h -> a h + b gives
+another, whichever are composed first.
 
 Suffixes: s step of a sequence, running forwards or backwards through memory; c numbers of the state.
 """
@@ -173,6 +175,93 @@ def backward(
     tl.store(dinitial + sequence * n + c, grad, mask=live)
     if not DENSE:
         tl.store(dA + sequence * n + c, total, mask=live)
+
+
+@triton.jit
+def _compose(a, b, a_next, b_next):
+    """h -> a h + b, then h -> a_next h + b_next."""
+    return a * a_next, a_next * b + b_next
+
+
+@triton.jit(do_not_specialize=("t", "blocks"))
+def linear_forward(
+    v, g, A, initial, table, h, state, t, blocks, v_b, v_t, g_b, g_t, n,
+    REVERSE: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """`forward` of a linear diagonal system."""
+    program = tl.program_id(0)
+    sequence = (program // blocks).to(tl.int64)
+    c = (program % blocks) * C + tl.arange(0, C)
+    live = c < n
+    row, length, origin = _place(table, sequence, t, REVERSE)
+    decay = tl.load(A + c, mask=live, other=0.0)
+    now = tl.zeros((C,), tl.float32)
+    if initial is not None:
+        now = tl.load(initial + sequence * n + c, mask=live, other=0.0)
+    way = -1 if REVERSE else 1
+    tl.store(h + (row * t + origin) * n + c, now, mask=live & (length > 0))
+    s = tl.arange(0, TILE)
+    s0 = 0
+    while s0 < length:
+        steps = s0 + s
+        token = (origin + way * steps + row * 0)[:, None]
+        inside = (steps < length)[:, None] & live[None, :]
+        gate = tl.load(g + row * g_b + token * g_t + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        into = tl.load(v + row * v_b + token * v_t + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        a = tl.where(inside, gate * decay[None, :], 1.0)  # beyond the last step the state stays
+        a, b = tl.associative_scan((a, gate * into), 0, _compose)
+        after = a * now[None, :] + b
+        follows = (steps + 1 < length)[:, None] & live[None, :]
+        tl.store(h + (row * t + token + way) * n + c[None, :], after, mask=follows)
+        now = tl.sum(tl.where((s == TILE - 1)[:, None], after, 0.0), 0)
+        s0 += TILE
+    tl.store(state + sequence * n + c, now, mask=live)
+
+
+@triton.jit(do_not_specialize=("t", "blocks"))
+def linear_backward(
+    v, g, A, dh, dstate, table, h, dv, dg, dA, dinitial, t, blocks, v_b, v_t, g_b, g_t, n,
+    REVERSE: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """`backward` of a linear diagonal system: G of a state from that of the next, a scan the other way round."""
+    program = tl.program_id(0)
+    sequence = (program // blocks).to(tl.int64)
+    c = (program % blocks) * C + tl.arange(0, C)
+    live = c < n
+    row, length, origin = _place(table, sequence, t, REVERSE)
+    decay = tl.load(A + c, mask=live, other=0.0)
+    grad = tl.load(dstate + sequence * n + c, mask=live, other=0.0)  # G of the state after the last step
+    total = tl.zeros((TILE, C), tl.float32)
+    way = -1 if REVERSE else 1
+    v += row * v_b
+    g += row * g_b
+    s = tl.arange(0, TILE)
+    s0 = length - 1
+    while s0 >= 0:
+        steps = s0 - s
+        token = (origin + way * steps + row * 0)[:, None]
+        inside = (steps >= 0)[:, None] & live[None, :]
+        follows = (steps >= 0)[:, None] & (steps + 1 < length)[:, None] & live[None, :]
+        where = (row * t + token) * n + c[None, :]
+        later = tl.load(g + (token + way) * g_t + c[None, :], mask=follows, other=0.0).to(tl.float32)
+        b = tl.load(dh + where + way * n, mask=follows, other=0.0)
+        a = tl.where(follows, later * decay[None, :], 1.0)
+        a, b = tl.associative_scan((a, b), 0, _compose)
+        G = a * grad[None, :] + b
+        gate = tl.load(g + token * g_t + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        into = tl.load(v + token * v_t + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        before = tl.load(h + where, mask=inside, other=0.0)
+        tl.store(dv + where, G * gate, mask=inside)
+        tl.store(dg + where, G * (before * decay[None, :] + into), mask=inside)
+        total += G * gate * before
+        grad = tl.sum(tl.where((s == TILE - 1)[:, None], G, 0.0), 0)
+        s0 -= TILE
+    token = origin + row * 0
+    some = live & (length > 0)
+    first = tl.load(g + token * g_t + c, mask=some, other=0.0).to(tl.float32)
+    own = tl.load(dh + (row * t + token) * n + c, mask=some, other=0.0)
+    tl.store(dinitial + sequence * n + c, tl.where(length > 0, first * decay * grad + own, grad), mask=live)
+    tl.store(dA + sequence * n + c, tl.sum(total, 0), mask=live)
 
 
 @triton.jit(do_not_specialize=("blocks", "slots"))
