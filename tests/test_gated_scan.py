@@ -108,8 +108,9 @@ def test_a_split_is_bit_equal_to_the_whole(backend: str, dense: bool, reverse: b
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dense", FLAG)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("place", ["whole", "left", "packed"])
+@pytest.mark.parametrize(
+    ("activation", "place"), [("identity", "packed"), ("relu", "left"), ("tanh", "whole"), ("sigmoid", "left")]
+)
 def test_gradcheck(backend: str, dense: bool, activation: str, place: str) -> None:
     s = USUAL | dict(backend=backend, dtype=torch.float64, t=5, n=3, dense=dense, activation=activation, layout=place)
     case = gated_case(s | {"reverse": place == "left"})

@@ -85,7 +85,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "gated ssm": lambda: sl.GatedSSM(WIDTH),
     "gated ssm, dense": lambda: sl.GatedSSM(WIDTH, 7, "tanh", "dense"),
-    "gated ssm, relu": lambda: sl.GatedSSM(WIDTH, 5, "relu"),
     "gated ssm, sigmoid": lambda: sl.GatedSSM(WIDTH, 9, "sigmoid", "dense", memory=(2, 30)),
     "attention": lambda: sl.Attention(WIDTH, 3, rotary_emb_dim=4, max_tokens=32),
     "attention, grouped, window": lambda: sl.Attention(
@@ -99,7 +98,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "block with mlp": lambda: block(mlp=sl.GatedMLP(WIDTH, 30), norm2=sl.LayerNorm(WIDTH), residual_in_fp32=False),
     "language model": model,
     "mamba2 language model": lambda: model(ssm_cfg={"layer": "Mamba2", "d_state": 8, "headdim": 8}),
-    "gated ssm language model": lambda: model(ssm_cfg={"layer": "GatedSSM", "activation": "tanh"}),
     "gated ssm language model, gates by token": lambda: by_token(model(ssm_cfg={"layer": "GatedSSM", "gate": "given"})),
     "language model with mlp": lambda: model(d_intermediate=16, rms_norm=False, tie_embeddings=False),
     "hybrid": lambda: model(attn_layer_idx=[1], attn_cfg={**HEADS, "max_tokens": 20}),

@@ -65,7 +65,7 @@ def test_steps_follow_the_scan_in_slots(dense: bool) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_linear_diagonal_system_is_a_parallel_scan(layout: str, reverse: bool) -> None:
     s = USUAL | {"backend": "gpu", "layout": layout, "reverse": reverse, "dense": False, "activation": "identity"}
-    for t in (0, 1, 4, 13) if INTERPRETED else (0, 1, 63, 64, 65, 1000):
+    for t in (1, 13) if INTERPRETED else (0, 1, 63, 64, 65, 1000):
         check(on_device(gated_case(s | {"t": t, "n": 17}), False), torch.float32, False)
 
 
