@@ -37,7 +37,7 @@ def _loop(layer: GatedSSM, x: Tensor) -> Tensor:
     for i in range(x.shape[1]):
         seen.append(h)
         h = activate(apply(A, h) + v[:, i], layer.activation) * g[:, i]
-    return layer.out_proj(torch.stack(seen, 1)) + layer.D * x
+    return layer.out_proj(torch.stack(seen, 1)) + layer.skip_proj(x)
 
 
 def _candidates(

@@ -21,7 +21,7 @@ def written_out(layer: GatedSSM, u: Tensor, gate: Tensor | None = None) -> tuple
     A = torch.diag(A) if A.dim() == 1 else A
     h, ys = torch.zeros(layer.d_state, dtype=u.dtype), []
     for i, x in enumerate(u):
-        ys.append(layer.out_proj.weight @ h + layer.D * x)  # before the token
+        ys.append(layer.out_proj.weight @ h + layer.skip_proj.weight @ x)  # before the token
         if gate is None:
             assert layer.gate_proj is not None
             g = torch.sigmoid(layer.gate_proj.weight @ x + layer.gate_proj.bias)
@@ -52,7 +52,7 @@ def test_an_output_does_not_read_what_its_token_writes() -> None:
     changed[:, 3] += 1
     difference = layer(changed) - layer(x)
     assert not difference[:, :3].any()
-    torch.testing.assert_close(difference[:, 3], layer.D.expand(1, 4))
+    torch.testing.assert_close(difference[:, 3], layer.skip_proj.weight.sum(1)[None], rtol=1e-4, atol=1e-5)
     assert (difference[:, 4:] != 0).any()
 
 
@@ -112,10 +112,10 @@ def test_a_diagonal_stays_below_one_whatever_training_does() -> None:
         layer.A_raw += 100 * torch.randn(4)
     assert layer.transition().abs().max() <= 1
     names = {n for n, p in layer.named_parameters() if any(p is q for q in param_groups(layer, 0.1)[0]["params"])}
-    assert names == {"in_proj.weight", "gate_proj.weight", "out_proj.weight"}
+    assert names == {"in_proj.weight", "gate_proj.weight", "skip_proj.weight", "out_proj.weight"}
     dense = param_groups(GatedSSM(4, transition="dense"), 0.1)[0]["params"]
     assert all(p.shape == (4, 4) for p in dense)
-    assert len(dense) == 3
+    assert len(dense) == 4
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     h[t+1] = f(A h[t] + B u[t]) ⊙ σ(W u[t] + w)          y[t] = C h[t] + D u[t]
 
 y[t] reads the state *before* u[t]: what the token itself says reaches its own output through D alone, and everything
-else through the next one. B is `in_proj`, W and w are `gate_proj`, C is `out_proj`, D is one number a channel.
+else through the next one. B is `in_proj`, W and w are `gate_proj`, C is `out_proj`, D is `skip_proj`, a matrix too.
 Suffixes: b batch, t time step, n state.
 
 With f = identity and a diagonal A, h[t+1] = (g A) h[t] + g B u[t] is a linear recurrence with a decay chosen by the
@@ -57,7 +57,7 @@ class GatedSSM(Mixer):
     states approach each other. Training may leave that region; with tanh and sigmoid, states then still stay within 1.
     Where f has no bound, rows of B are scaled by √(1 − (A g)²), so that states start near the size of their inputs.
 
-    A, A_raw and D stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state. Projections are
+    A and A_raw stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state. Projections are
     called as modules, so adapters and quantised Linears may replace them.
 
     >>> layer = GatedSSM(16)
@@ -69,8 +69,8 @@ class GatedSSM(Mixer):
     """
 
     reversible = True
-    no_weight_decay = ("A", "A_raw", "D")
-    full_precision = ("A", "A_raw", "D")
+    no_weight_decay = ("A", "A_raw")
+    full_precision = ("A", "A_raw")
     anchor: Tensor
 
     def __init__(
@@ -105,7 +105,7 @@ class GatedSSM(Mixer):
         self.gate_proj = None if self.takes_gate else nn.Linear(d_model, n, **made)
         self.A = nn.Parameter(torch.empty(n, n, **full)) if dense else None
         self.A_raw = None if dense else nn.Parameter(torch.empty(n, **full))
-        self.D = nn.Parameter(torch.ones(d_model, **full))
+        self.skip_proj = nn.Linear(d_model, d_model, bias=False, **made)
         self.out_proj = nn.Linear(n, d_model, bias=False, **made)
         # Says the layer's dtype, whatever adapters and packing make of its projections.
         self.register_buffer("anchor", torch.empty(0, **made), persistent=False)
@@ -113,7 +113,9 @@ class GatedSSM(Mixer):
 
     @torch.no_grad()
     def _init_system(self, low: float, high: float) -> None:
-        if self.D.device.type == "meta":  # where loaders build models: nothing to fill, whatever size a file claims
+        if (
+            self.anchor.device.type == "meta"
+        ):  # where loaders build models: nothing to fill, whatever size a file claims
             return
         # computed on the CPU, so that a seed gives the same values on every device
         n, full = self.d_state, {"dtype": torch.float64, "device": "cpu"}
@@ -135,7 +137,9 @@ class GatedSSM(Mixer):
     ) -> GatedSSMState:
         """Zeros for `batch` sequences; the size is constant, so `max_tokens` changes nothing."""
         checks.number(OP, "batch", batch, low=0, integer=True)
-        return GatedSSMState(torch.zeros(batch, self.d_state, device=device or self.D.device, dtype=wide(self.D.dtype)))
+        return GatedSSMState(
+            torch.zeros(batch, self.d_state, device=device or self.anchor.device, dtype=wide(self.anchor.dtype))
+        )
 
     def forward(
         self,
@@ -215,15 +219,14 @@ class GatedSSM(Mixer):
 
     def _read(self, h: Tensor, x: Tensor) -> Tensor:
         """C h + D u."""
-        y = self.out_proj(h)
-        return torch.addcmul(y, self.D.to(y.dtype), x.to(y.dtype))
+        return self.out_proj(h) + self.skip_proj(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedSSM:
         if recurse:
             for child in self.children():
                 child._apply(fn)
         anchor = fn(self.anchor)
-        super()._apply(keep_wide(fn), recurse=False)  # A, A_raw and D are this module's own parameters
+        super()._apply(keep_wide(fn), recurse=False)  # A and A_raw are this module's own parameters
         self.anchor = anchor
         return self
 
