@@ -2,8 +2,8 @@
 
     h[t+1] = f(A h[t] + B u[t]) ⊙ σ(W u[t] + w)          y[t] = C h[t] + D u[t]
 
-y[t] reads the state *before* u[t]: what the token itself says reaches its own output through D alone, and everything
-else through the next one. B is `in_proj`, W and w are `gate_proj`, C is `out_proj`, D is `skip_proj`, a matrix too.
+y[t] reads the state *before* u[t]: a token reaches its own output through D alone, and what it writes into the state is
+seen from the next output on. B is `in_proj`, W and w are `gate_proj`, C is `out_proj`, D is `skip_proj`, a matrix too.
 Suffixes: b batch, t time step, n state.
 
 With f = identity and a diagonal A, h[t+1] = (g A) h[t] + g B u[t] is a linear recurrence with a decay chosen by the
