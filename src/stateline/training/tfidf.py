@@ -86,6 +86,6 @@ class DocumentFrequency:
         seen = idf[self.containing > 0]
         if len(seen) == 0 or seen.min() == seen.max():
             problem = f"{self.documents} documents were counted, and every token in them is in as many as any other."
-            raise checks.fail(OP, problem, "Count more documents, or smaller ones, such as paragraphs.")
+            raise checks.fail(OP, problem, "Count more documents, or smaller ones (--document-separator).")
         share = (idf - seen.min()) / (seen.max() - seen.min())
         return torch.from_numpy(low + (high - low) * np.clip(share, 0, 1)).float()
