@@ -100,6 +100,19 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, ta
     return F.silu(y) if silu else y, padded[padded.shape[0] - (k - 1) :]
 
 
+def gated_scan(v: Tensor, g: Tensor, A: Tensor, activation: str, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """One sequence: v, g (t, n), A (n) or (n, n), h0 (n) -> states before each token (t, n), after the last (n).
+
+    By iterating on all states at once: after k rounds the first k are right, whatever one begins with.
+    """
+    f = {"identity": lambda x: x, "relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[activation]
+    matrix = torch.diag(A) if A.dim() == 1 else A
+    states = torch.cat([h0[None], torch.zeros_like(v)])
+    for _ in range(v.shape[0]):
+        states = torch.cat([h0[None], f(torch.einsum("nm,tm->tn", matrix, states[:-1]) + v) * g])
+    return states[:-1], states[-1]
+
+
 @dataclass
 class Layout:
     """Sequences of a batch, as a test writes them down: (batch row, first token, past the last token)."""

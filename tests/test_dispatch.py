@@ -24,6 +24,7 @@ DIFFERENTIABLE: dict[str, Callable[[Tensor], Tensor]] = {
     "conv_halves": lambda x: sum(y.sum() for y in conv_halves(x, TAPS3[:4], None)),  # type: ignore[arg-type, return-value]  # a sum
     "selective_scan": lambda x: ops.selective_scan(x, x.abs(), -TAPS3, x[..., :3], x[..., 3:6])[0].sum(),
     "ssd": lambda x: ops.ssd(x[..., None, :2], x[..., :1].abs(), -W[:1], x[..., :3], x[..., 3:6])[0].sum(),
+    "gated_scan": lambda x: ops.gated_scan(x, x, TAPS3 @ TAPS3.T / 9, activation="tanh")[0].sum(),
     "rms_norm": lambda x: ops.rms_norm(x, W)[0].sum(),
     "cross_entropy": lambda x: ops.cross_entropy(x.flatten(0, 1), torch.arange(4)).sum(),
     "Mamba": Mamba(8).double(),

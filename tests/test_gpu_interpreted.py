@@ -28,6 +28,7 @@ needs_triton = pytest.mark.skipif(
     ("file", "chosen"),
     [
         ("test_gpu_ops.py", ""),
+        ("test_gated_scan_gpu.py", ""),
         ("test_sampling_gpu.py", ""),
         ("test_scan_triton.py", QUICK),
         ("test_ssd_gpu.py", SSD),
@@ -36,7 +37,17 @@ needs_triton = pytest.mark.skipif(
         pytest.param("test_ssd_gpu.py", "", marks=pytest.mark.full),
         pytest.param("test_trapezoid_ssd_gpu.py", "", marks=pytest.mark.full),
     ],
-    ids=["ops", "sampling", "scan", "ssd", "trapezoid", "all of the scan", "all of ssd", "all of trapezoid"],
+    ids=[
+        "ops",
+        "gated scan",
+        "sampling",
+        "scan",
+        "ssd",
+        "trapezoid",
+        "all of the scan",
+        "all of ssd",
+        "all of trapezoid",
+    ],  # fmt: skip
 )
 def test_kernels_compute_the_same_under_the_interpreter(file: str, chosen: str) -> None:
     """In a process of its own: Triton reads the switch when it is imported."""

@@ -1,6 +1,4 @@
-"""Triton kernels of ssd and trapezoid_ssd without a device: each compiles for every architecture, and its tiles fit
-into shared memory.
-"""
+"""Triton kernels without a device: each compiles for every architecture, and its tiles fit into shared memory."""
 
 from __future__ import annotations
 
@@ -96,4 +94,28 @@ def test_trapezoid_ssd_compiles_and_fits(arch: int, dtype: torch.dtype, taken: d
         gpu.step(*state, *token, True, None)
     before = {"prepare", "spans", "wind", "follow", "turn", "sweep", "combine", "outputs", "step"}
     assert set(taken) >= before | {"unmoved", "inputs", "projections", "unturn", "finish"}
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("arch", DEVICES)
+def test_gated_scan_compiles(arch: int, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stateline.ops.gated_scan import gpu
+
+    taken: dict[str, int] = {}
+
+    def launch(self: Any, grid: Any, arguments: Any, constants: Any, warps: int) -> None:
+        taken[self._function.__name__] = compiled(arch, self._function, arguments, constants, warps)
+
+    monkeypatch.setattr(cuda.Kernel, "__call__", launch)
+    with torch.device("meta"):
+        v, A = torch.empty(2, 64, 128, dtype=torch.bfloat16), torch.empty(128, 128) if dense else torch.empty(128)
+        h, state, table = torch.empty(2, 64, 128), torch.empty(3, 128), torch.empty(3, 3, dtype=torch.int64)
+        gpu.forward(v, v, A, "tanh", state, table, False)
+        gpu.backward(h, state, h, v, v, A, "tanh", table, True)
+        gpu.step(state, v[:, 0], v[:, 0], A, "sigmoid", None)
+        gpu.forward(v, v, A, "identity", state, table, False)
+        gpu.backward(h, state, h, v, v, A, "identity", table, True)
+    assert set(taken) >= {"forward", "backward", "step", *([] if dense else ["linear_forward", "linear_backward"])}
     assert max(taken.values()) <= DEVICES[arch], taken

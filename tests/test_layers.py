@@ -58,6 +58,12 @@ def model(**options: Any) -> nn.Module:
     return LanguageModel(ModelConfig(d_model=WIDTH, n_layer=2, vocab_size=VOCABULARY, **options))
 
 
+def by_token(net: nn.Module) -> nn.Module:
+    """With a gate for each token, as a statistic of a corpus gives it."""
+    torch.rand(net.backbone.token_gate.shape, out=net.backbone.token_gate)
+    return net
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mamba": lambda: sl.Mamba(WIDTH),
     "mamba, odd sizes": lambda: sl.Mamba(WIDTH, 5, 3, 1.5, 2, bias=True, conv_bias=False),
@@ -77,6 +83,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mamba3, ranks and norm, nothing turns": lambda: sl.Mamba3(
         WIDTH, 3, expand=1, headdim=4, is_mimo=True, mimo_rank=2, is_outproj_norm=True, rope_fraction=0.0
     ),
+    "gated ssm": lambda: sl.GatedSSM(WIDTH),
+    "gated ssm, dense": lambda: sl.GatedSSM(WIDTH, 7, "tanh", "dense"),
+    "gated ssm, sigmoid": lambda: sl.GatedSSM(WIDTH, 9, "sigmoid", "dense", memory=(2, 30)),
     "attention": lambda: sl.Attention(WIDTH, 3, rotary_emb_dim=4, max_tokens=32),
     "attention, grouped, window": lambda: sl.Attention(
         WIDTH, 4, 2, 5, rotary_emb_dim=2, rotary_emb_interleaved=True, window=4, qkv_proj_bias=False
@@ -89,6 +98,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "block with mlp": lambda: block(mlp=sl.GatedMLP(WIDTH, 30), norm2=sl.LayerNorm(WIDTH), residual_in_fp32=False),
     "language model": model,
     "mamba2 language model": lambda: model(ssm_cfg={"layer": "Mamba2", "d_state": 8, "headdim": 8}),
+    "gated ssm language model, gates by token": lambda: by_token(model(ssm_cfg={"layer": "GatedSSM", "gate": "given"})),
     "language model with mlp": lambda: model(d_intermediate=16, rms_norm=False, tie_embeddings=False),
     "hybrid": lambda: model(attn_layer_idx=[1], attn_cfg={**HEADS, "max_tokens": 20}),
     "hybrid with windows and mlp": lambda: model(attn_layer_idx=[0], attn_cfg={**HEADS, "window": 3}, d_intermediate=9),
@@ -241,7 +251,7 @@ def test_full_precision_survives_every_cast(layer: nn.Module) -> None:
     if any(isinstance(m, sl.Mamba | sl.Mamba2) for m in layer.modules()):
         bias = "dt_bias" if any(isinstance(m, sl.Mamba2) for m in layer.modules()) else "dt_proj.bias"
         assert {name.rpartition("mixer.")[2].removeprefix("block.") for name in exact} >= {"A_log", "D", bias}
-    values = {name: layer.get_parameter(name).detach().clone() for name in exact}
+    values = {name: layer.state_dict()[name].clone() for name in exact}
     x = tokens(layer, 1, 3)
     for cast in (
         lambda m: m.to(torch.bfloat16),
@@ -264,7 +274,7 @@ def test_full_precision_survives_every_cast(layer: nn.Module) -> None:
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
     assert {s.dtype for s in floats(layer.init_state(1))} == {torch.float64}
     layer = layer.bfloat16()
-    assert {layer.get_parameter(name).dtype for name in exact} <= {torch.float32}
+    assert {layer.state_dict()[name].dtype for name in exact} <= {torch.float32}
 
 
 def layer_dtype(layer: nn.Module) -> torch.dtype:
@@ -280,7 +290,7 @@ def test_casts_keep_gradients_and_moves_to_meta(layer: nn.Module) -> None:
         assert parameter.grad.dtype == parameter.dtype, name
     empty = layer.to("meta")
     assert all(p.is_meta for p in empty.parameters())
-    assert {empty.get_parameter(n).dtype for n in full_precision_names(empty)} <= {torch.float32}
+    assert {empty.state_dict()[n].dtype for n in full_precision_names(empty)} <= {torch.float32}
 
 
 def test_autocast_rounds_neither_state_nor_time_constants(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,6 +325,12 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"size": "huge"}, ValueError, "size is 'huge', expected one of 'tiny'"),
     ({"size": "tiny", "d_model": 8, "n_layer": 1}, ValueError, "Give the size or the numbers"),
     ({"mixer": "mamba2"}, ValueError, "mixer is 'mamba2', expected one of 'Mamba1', 'Mamba2', 'Mamba3'"),
+    (
+        {"mixer": "GatedSSM", "d_state": 32},
+        ValueError,
+        "d_state is 32, but mixer is 'GatedSSM', whose state has expand",
+    ),
+    ({"activation": "tanh"}, ValueError, "activation is 'tanh', but mixer is 'Mamba1': GatedSSM's"),
     ({"mixer": "Mamba3", "d_conv": 3}, ValueError, "d_conv is 3, but mixer is 'Mamba3', which has no convolution"),
     ({"mixer": "Mamba2", "mimo_rank": 2}, ValueError, "mimo_rank is 2, but mixer is 'Mamba2'"),
     ({"size": "tiny", "attention_every": 3}, ValueError, "attention_every is 3, and the model has 2 blocks"),
@@ -458,6 +464,18 @@ def test_models_of_mamba3_are_trained(tmp_path: Path, ranks: int) -> None:
         "Mamba3", 8, ranks, ranks > 1, "Attention",
     )  # fmt: skip
     assert stateline.load(tmp_path / "run").config == model.config
+
+
+def test_models_of_gated_ssm_are_trained_and_no_other_format_takes_them(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The state of the Union is strong. " * 200)
+    shape = {"size": None, "d_model": 20, "n_layer": 1, "mixer": "GatedSSM", "activation": "tanh", "d_state": 16}
+    model = train(tiny(tmp_path / "a.txt", **shape, steps=2, out=str(tmp_path / "run"))).model
+    mixer = model.backbone.layers[0].mixer
+    assert (type(mixer).__name__, mixer.d_state, mixer.activation) == ("GatedSSM", 40, "tanh")
+    assert stateline.load(tmp_path / "run").config == model.config
+    for format in ("mamba_ssm", "huggingface"):
+        with pytest.raises(ValueError, match=r'GatedSSM.*Use format="stateline"'):
+            stateline.save(model, tmp_path / format, format=format)
 
 
 def test_mixers_that_can_be_trained_are_there() -> None:

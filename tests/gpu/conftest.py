@@ -58,6 +58,9 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         from stateline.ops.selective_scan import gpu_triton as scan
 
         monkeypatch.setattr(scan, "plan", lambda *_: scan.Plan(4, 2, 32, 2))
+        from stateline.ops.gated_scan import gpu as gated
+
+        monkeypatch.setattr(gated, "plan", lambda n, dense, _: gated.Plan(4, cuda.power_of_2(n) if dense else 16, 1))
         from stateline.ops.ssd import gpu as ssd
 
         def small(t: int, h: int, p: int, n: int, *_: object) -> ssd.Plan:

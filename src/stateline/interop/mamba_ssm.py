@@ -76,6 +76,10 @@ def _check_attention(values: dict[str, Any], path: Path) -> None:
             raise CheckpointError(f"{path}: attn_cfg has unknown keys {', '.join(own)}.")
 
 
+#: Mixers that it has, too.
+LAYERS = ("Mamba1", "Mamba2", "Mamba3")
+
+
 def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Write a model so that mamba_ssm's `from_pretrained` reads it; other weights there go once these are written."""
     config = model.config
@@ -107,6 +111,9 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
 def _their_mixer(ours: dict[str, Any]) -> dict[str, Any]:
     """Arguments of our mixer as its own takes them: both limits of dt are numbers, and its norm has one eps."""
     theirs = dict(ours)
+    if (name := theirs.get("layer", "Mamba1")) not in LAYERS:
+        problem = f"the model has layers of kind {name}, mamba_ssm has {', '.join(LAYERS)}."
+        raise checks.fail("save", problem, 'Use format="stateline".')
     if theirs.pop("norm_eps", EPS) != EPS:
         raise checks.fail(
             "save", f"the mixer's norm_eps is {ours['norm_eps']}, mamba_ssm has only {EPS}.", 'Use format="stateline".'

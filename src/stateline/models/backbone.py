@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stateline import checks
-from stateline.nn import Attention, Block, GatedMLP, LayerNorm, Mamba, Mamba2, Mamba3, Mixer, RMSNorm
+from stateline.nn import Attention, Block, GatedMLP, GatedSSM, LayerNorm, Mamba, Mamba2, Mamba3, Mixer, RMSNorm
 from stateline.nn.mixer import Lengths, padding, zero_padding
+from stateline.nn.precision import keep_wide
 
 #: Mixers by the name `ssm_cfg["layer"]` gives them; its other keys go to the constructor. Add your own under any name.
-MIXERS: dict[str, type[Mixer]] = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3}
+MIXERS: dict[str, type[Mixer]] = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3, "GatedSSM": GatedSSM}
 _INT32, _INT64 = torch.int32, torch.int64
 
 
@@ -30,7 +31,7 @@ class ModelConfig:
     Args:
         d_model: width of the residual stream.   n_layer: blocks.   vocab_size: token ids are below it.
         d_intermediate: hidden width of a gated MLP in every block, 0 for none.
-        ssm_cfg: {"layer": "Mamba1"}, "Mamba2" or "Mamba3", a name of MIXERS, and its arguments, e.g. {"d_state": 32}.
+        ssm_cfg: {"layer": "Mamba1"}, or another name of MIXERS, and its arguments, e.g. {"d_state": 32}.
         attn_layer_idx: numbers of the blocks, from 0, whose mixer is `nn.Attention` instead.
         attn_cfg: arguments of that, e.g. {"num_heads": 8, "rotary_emb_dim": 32, "window": 1024}.
         rms_norm: RMSNorm, else LayerNorm.   norm_eps: of every norm.
@@ -151,9 +152,14 @@ class Backbone(nn.Module):
 
     checkpoint_activations: keep only what goes into each block, and compute the block again in the backward pass: the
         same numbers from less memory and more time. An attribute, set at will; no part of the configuration.
+    token_gate: a number for each token id, a buffer of (embedding rows), all 1 at first, where mixers take a gate that
+        is given to them (GatedSSM with gate="given"); None elsewhere. It is saved with the weights.
     dropout: share of the numbers that the embedding and each block write into the residual stream which are set to 0 in
         training mode, the others growing to make up for it. An attribute too.
     """
+
+    full_precision = ("token_gate",)
+    token_gate: Tensor | None
 
     def __init__(
         self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -180,6 +186,9 @@ class Backbone(nn.Module):
         #: Blocks whose state can be full; asking all of them would cost a good part of a small model's token.
         self._bounded = [i for i in range(config.n_layer) if _can_be_full(self._blocks()[i].mixer)]
         self.norm_f = norm()
+        gated = any(block.mixer.takes_gate for block in self._blocks())
+        ones = torch.ones(config.embedding_rows, dtype=torch.float32, device=device) if gated else None
+        self.register_buffer("token_gate", ones)
         self._initialise()
 
     @torch.no_grad()
@@ -203,9 +212,10 @@ class Backbone(nn.Module):
     def forward(self, input_ids: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """input_ids (b, t) -> (b, t, d_model), 0 at padding. `lengths`, `cu_seqlens`: as for `Mixer.extend`."""
         x, lengths = self._embed(input_ids, lengths)
-        residual = None
+        residual, gate = None, self._gate(input_ids, lengths)
         for block in self._blocks():
-            x, residual = self._run(block, x, residual, lengths=lengths, cu_seqlens=cu_seqlens)
+            more = gate if block.mixer.takes_gate else {}
+            x, residual = self._run(block, x, residual, lengths=lengths, cu_seqlens=cu_seqlens, **more)
             x = self._thinned(x)
         return zero_padding(self.norm_f(x, residual)[0], lengths)
 
@@ -220,10 +230,12 @@ class Backbone(nn.Module):
         """`forward` from a state, which is never changed; None starts afresh: (hidden vectors, state)."""
         before = self._layer_states(state)
         x, lengths = self._embed(input_ids, lengths)
-        residual = None
+        residual, gate = None, self._gate(input_ids, lengths)
         after = []
         for block, given in zip(self._blocks(), before, strict=True):
-            x, residual, new = self._run(block.extend, x, residual, given, lengths=lengths, cu_seqlens=cu_seqlens)
+            more = gate if block.mixer.takes_gate else {}
+            where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens, **more}
+            x, residual, new = self._run(block.extend, x, residual, given, **where)
             x = self._thinned(x)
             after.append(new)
         return zero_padding(self.norm_f(x, residual)[0], lengths), ModelState(after)
@@ -233,9 +245,9 @@ class Backbone(nn.Module):
         """One token each: input_ids (b) -> (b, d_model), writing into `state`. No gradient."""
         x, _ = self._embed(input_ids, None, form="b")
         self.check_room(state)
-        residual = None
+        residual, gate = None, self._gate(input_ids, None)
         for block, given in zip(self._blocks(), self._layer_states(state), strict=True):
-            x, residual = block.step_(x, residual, given)
+            x, residual = block.step_(x, residual, given, **(gate if block.mixer.takes_gate else {}))
         return self.norm_f(x, residual)[0]
 
     def check_room(self, state: ModelState, tokens: int = 1) -> None:
@@ -271,6 +283,21 @@ class Backbone(nn.Module):
             ids = ids.masked_fill(padding(ids, lengths), 0)  # whatever stands there is not looked up
         check_ids("input_ids", ids, self.config.vocab_size)
         return self._thinned(self.embedding(ids)), lengths
+
+    def _gate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, Tensor]:
+        """What blocks get whose mixer takes a gate."""
+        if self.token_gate is None:
+            return {}
+        if lengths is not None:
+            ids = ids.masked_fill(padding(ids, lengths), 0)
+        return {"gate": self.token_gate[ids]}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        """Gates are never rounded below float32: 16 bits cannot tell 0.999 from 1."""
+        gate = None if self.token_gate is None else keep_wide(fn)(self.token_gate)
+        super()._apply(fn, recurse)
+        self.token_gate = gate
+        return self
 
     def _thinned(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x

@@ -233,8 +233,9 @@ def assemble(
     model = _blank(config, dtype).to_empty(device=device or "cpu")
     model.tie_weights()  # to_empty gives each name its own memory
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
+        for name, place in model.state_dict().items():
+            if name in tensors:  # all but a tied matrix's second name
+                place.copy_(tensors[name])
     return model.eval()
 
 

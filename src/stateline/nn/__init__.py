@@ -2,6 +2,7 @@
 
 from stateline.nn.attention import Attention, AttentionState
 from stateline.nn.block import Block, GatedMLP
+from stateline.nn.gated import GatedSSM, GatedSSMState
 from stateline.nn.groups import param_groups
 from stateline.nn.linear import PackedEmbedding, PackedLinear
 from stateline.nn.mamba import Mamba, MambaState
@@ -18,6 +19,8 @@ __all__ = [
     "Block",
     "GatedMLP",
     "GatedRMSNorm",
+    "GatedSSM",
+    "GatedSSMState",
     "LayerNorm",
     "Mamba",
     "Mamba2",

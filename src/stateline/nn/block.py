@@ -85,10 +85,14 @@ class Block(nn.Module):
         *,
         lengths: Lengths | None = None,
         cu_seqlens: Tensor | None = None,
+        **more: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """x, residual (b, t, d) -> output, residual (b, t, d); their sum is the stream. Others: as for Mixer."""
+        """x, residual (b, t, d) -> output, residual (b, t, d); their sum is the stream. Others: as for Mixer.
+
+        more: `gate=`, for a mixer that takes one.
+        """
         x, residual = self._enter(x, residual, lengths)
-        return self._leave(self.mixer(x, lengths=lengths, cu_seqlens=cu_seqlens), residual)
+        return self._leave(self.mixer(x, lengths=lengths, cu_seqlens=cu_seqlens, **more), residual)
 
     def extend(
         self,
@@ -98,17 +102,18 @@ class Block(nn.Module):
         *,
         lengths: Lengths | None = None,
         cu_seqlens: Tensor | None = None,
+        **more: Tensor,
     ) -> tuple[Tensor, Tensor, Any]:
         """`forward` from a state: (output, residual, new state); the state given is never changed."""
         x, residual = self._enter(x, residual, lengths)
-        y, state = self.mixer.extend(x, state, lengths=lengths, cu_seqlens=cu_seqlens)
+        y, state = self.mixer.extend(x, state, lengths=lengths, cu_seqlens=cu_seqlens, **more)
         return *self._leave(y, residual), state
 
     @torch.no_grad()
-    def step_(self, x: Tensor, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor]:
+    def step_(self, x: Tensor, residual: Tensor | None, state: Any, **more: Tensor) -> tuple[Tensor, Tensor]:
         """One token: x, residual (b, d) -> output, residual (b, d), writing into `state`. No gradient."""
         x, residual = self._enter(x, residual, None)
-        return self._leave(self.mixer.step_(x, state), residual)
+        return self._leave(self.mixer.step_(x, state, **more), residual)
 
     def _enter(self, x: Tensor, residual: Tensor | None, lengths: Lengths | None) -> tuple[Tensor, Tensor]:
         if residual is None:  # later blocks get what this one left, which is clean

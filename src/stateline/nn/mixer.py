@@ -25,10 +25,12 @@ class Mixer(nn.Module, ABC):
 
     d_model: width of input and output.
     reversible: whether `forward` takes `reverse=True`, which reads every sequence from its last token to its first.
+    takes_gate: whether `forward`, `extend` and `step_` want `gate=`, a number a token that the layer does not compute.
     """
 
     d_model: int
     reversible: bool = False
+    takes_gate: bool = False
 
     @abstractmethod
     def init_state(self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None) -> Any:

@@ -36,7 +36,7 @@ def keep_wide(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 
 def full_precision_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that keep full precision, as modules list them in `full_precision`."""
+    """Names of the parameters and buffers that keep full precision, as modules list them in `full_precision`."""
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()

@@ -1,9 +1,12 @@
-"""Mathematics of remembering by a linear system, in float64: what to remember, in which coordinates, in which steps.
+"""Mathematics of linear systems and of remembering by them, in float64.
 
 hippo       systems whose state is the best approximation of the past; `project` a signal, `reconstruct` its past
 dplr        the same systems as a diagonal and a few rows, which S4 computes with
+discretize  from differential equations to recurrences, one function a rule
+feedback    what a system becomes when its input is made from its own state, and whether that is stable
 """
 
 from stateline.theory import discretize, dplr, hippo
+from stateline.theory.feedback import Loop, feedback
 
-__all__ = ["discretize", "dplr", "hippo"]
+__all__ = ["Loop", "discretize", "dplr", "feedback", "hippo"]

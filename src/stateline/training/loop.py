@@ -105,7 +105,7 @@ def train(config: TrainConfig, *, model: LanguageModel | None = None, load: Load
         schedule = make_schedule(config, windows.per_epoch)
         start = find_start(config, data)
         torch.manual_seed(config.seed)
-        model = model or initial_model(config, start, data.vocabulary)
+        model = model or initial_model(config, start, data)
         model = prepared(model, config, data.vocabulary).to(device)
         with resume.locked(config.directory):
             if config.save.overwrite:

@@ -19,6 +19,7 @@ from stateline.training.config import SETTINGS_FILE, DataConfig, ShapeConfig, Tr
 from stateline.training.data import TextData
 from stateline.training.resume import Position
 from stateline.training.schedule import make_schedule
+from stateline.training.tfidf import DocumentFrequency
 from stateline.training.vocabulary import Vocabulary, beside
 
 #: Of new models: channels of a head, and how far back attention looks.
@@ -136,25 +137,35 @@ def refuse_unfit(config: TrainConfig, model: LanguageModel | None) -> None:
             adapters.targets(model, config.adapters)
 
 
-def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabulary) -> LanguageModel:
+def initial_model(config: TrainConfig, start: Start | None, data: TextData) -> LanguageModel:
     """A checkpoint's model, or a new one, on the CPU."""
     if start:
         return resume.load_model(start.path)
     shape, (d_model, n_layer) = config.model, config.shape
-    return LanguageModel(
+    model = LanguageModel(
         ModelConfig(
             d_model=d_model,
             n_layer=n_layer,
-            vocab_size=vocabulary.size,
+            vocab_size=data.vocabulary.size,
             d_intermediate=shape.d_intermediate,
             ssm_cfg=_mixer(shape, d_model),
             **_attention(shape, d_model, n_layer),
         )
     )
+    if (gate := model.backbone.token_gate) is not None:
+        counts = DocumentFrequency(data.vocabulary.size)
+        counts.add_text(data.train)
+        gate[: data.vocabulary.size] = counts.gates()
+    return model
 
 
 def _mixer(shape: ShapeConfig, d_model: int) -> dict[str, Any]:
     """ModelConfig's ssm_cfg. Mamba-2 and 3 get heads of 64 channels, fewer where 64 do not divide the inner width."""
+    if shape.mixer == "GatedSSM":
+        chosen = {} if shape.activation is None else {"activation": shape.activation}
+        if shape.gate == "tfidf":
+            chosen["gate"] = "given"
+        return {"layer": "GatedSSM", "d_state": shape.expand * d_model, **chosen}
     options: dict[str, Any] = {"d_state": shape.d_state, "expand": shape.expand}
     if shape.mixer != "Mamba3":
         options["d_conv"] = shape.d_conv
