@@ -28,17 +28,17 @@ from stateline.checks import fail
 BACKENDS = ("gpu", "cpu", "chunked", "reference")
 #: Operations that have back ends: the folders of `ops`.
 OPS = (
-    "causal_conv1d", "cross_entropy", "decode_token", "packed_linear", "rms_norm", "selective_scan", "ssd",
-    "trapezoid_ssd",
+    "causal_conv1d", "cross_entropy", "decode_token", "linear_scan", "long_conv", "packed_linear", "rms_norm",
+    "selective_scan", "ssd", "trapezoid_ssd",
 )  # fmt: skip
 #: Operations that live in another's folder, and have its back ends.
 BESIDE = {"gated_rms_norm": "rms_norm"}
 #: Operations with a second form in PyTorch, faster than the definition.
-CHUNKED = ("ssd", "trapezoid_ssd")
+CHUNKED = ("long_conv", "ssd", "trapezoid_ssd")
 #: Operations whose GPU kernels are too new to be chosen by themselves.
 TRIAL = ("ssd",)
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
-DECIDES = {"selective_scan": 2, "ssd": 2, "trapezoid_ssd": 2}
+DECIDES = {"linear_scan": 1, "selective_scan": 2, "ssd": 2, "trapezoid_ssd": 2}
 #: What `sl_layout` of a fitting library says.
 LAYOUT = 2
 REBUILD = "Reinstall stateline, or build it again."
