@@ -50,12 +50,12 @@ def backward(
             g = g + dh[rows, steps[i]].to(wide)
             db[rows, steps[i]] = g.to(db.dtype)
             before = h[rows, steps[i - 1]].to(wide) if i else start[seq]
-            slope = g * before.conj()
+            slope = g * before.conj_physical()
             if a.dim() == 1:
                 da += slope.sum(0)
             else:
                 da[rows, steps[i]] = slope.to(da.dtype)
-            g = g * decay(a, rows, steps[i]).to(wide).conj()
+            g = g * decay(a, rows, steps[i]).to(wide).conj_physical()
         dstart[seq] = g
     return da.to(a.dtype), db, None if initial_state is None else dstart.to(initial_state.dtype)
 
