@@ -102,11 +102,13 @@ class ShapeConfig:
     )
     d_model: int | None = setting(None, "width (default: that of --size)", low=1)
     n_layer: int | None = setting(None, "number of blocks (default: that of --size)", low=1)
-    mixer: str = setting("Mamba1", "what mixes along time in a block", choices=("Mamba1", "Mamba2", "Mamba3"))
-    d_state: int = setting(16, "states per channel; for Mamba2 and Mamba3, 64 to 128 are usual", low=1)
-    d_conv: int = setting(4, "taps of the convolution; Mamba3 has none", low=1)
+    mixer: str = setting("Mamba1", "what mixes along time in a block", choices=("Mamba1", "Mamba2", "Mamba3", "S5"))
+    d_state: int = setting(
+        16, "states per channel; for Mamba2 and Mamba3, 64 to 128 are usual; for S5 all of a layer, hundreds", low=1
+    )
+    d_conv: int = setting(4, "taps of the convolution; Mamba3 and S5 have none", low=1)
     mimo_rank: int = setting(1, "inputs and outputs that share each state of Mamba3; 1 means none", low=1)
-    expand: int = setting(2, "inner width, as a multiple of d_model", low=1)
+    expand: int = setting(2, "inner width, as a multiple of d_model; S5 has none", low=1)
     d_intermediate: int = setting(0, "width of a gated MLP after each mixer; 0 means none", low=0)
     attention_every: int = setting(0, "attention instead of the mixer in every Nth block, rotary; 0 means none", low=0)
     attention_window: int | None = setting(
@@ -448,8 +450,13 @@ def _check_together(config: TrainConfig) -> None:
         raise ValueError(f"train: attention_every is {every}, and the model has {n_layer} blocks.")
     if config.model.attention_window and not every:
         raise ValueError("train: attention_window is set, and attention_every is 0, which means no attention.")
-    if config.model.mixer == "Mamba3" and config.model.d_conv != ShapeConfig.d_conv:
-        raise ValueError(f"train: d_conv is {config.model.d_conv}, but mixer is 'Mamba3', which has no convolution.")
+    mixer = config.model.mixer
+    if mixer in ("Mamba3", "S5") and config.model.d_conv != ShapeConfig.d_conv:
+        raise ValueError(f"train: d_conv is {config.model.d_conv}, but mixer is {mixer!r}, which has no convolution.")
+    if mixer == "S5" and config.model.expand != ShapeConfig.expand:
+        raise ValueError(f"train: expand is {config.model.expand}, but mixer is 'S5', which has no inner width.")
+    if mixer == "S5" and config.model.d_state % 2:
+        raise ValueError(f"train: d_state is {config.model.d_state}, but mixer is 'S5', whose states come in pairs.")
     if config.model.mixer != "Mamba3" and config.model.mimo_rank > 1:
         raise ValueError(
             f"train: mimo_rank is {config.model.mimo_rank}, but mixer is {config.model.mixer!r}: Mamba3's."

@@ -155,6 +155,8 @@ def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabula
 
 def _mixer(shape: ShapeConfig, d_model: int) -> dict[str, Any]:
     """ModelConfig's ssm_cfg. Mamba-2 and 3 get heads of 64 channels, fewer where 64 do not divide the inner width."""
+    if shape.mixer == "S5":
+        return {"layer": "S5", "d_state": shape.d_state}
     options: dict[str, Any] = {"d_state": shape.d_state, "expand": shape.expand}
     if shape.mixer != "Mamba3":
         options["d_conv"] = shape.d_conv
