@@ -17,6 +17,7 @@ QUICK = (
     " or test_step and float32"
 )
 SSD = "test_step or test_sizes or test_each or gated or (test_grid and packed)"
+SCAN = "test_step or test_a_row or (test_grid and packed) or (test_long_conv and right)"
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0"
 )
@@ -27,13 +28,15 @@ needs_triton = pytest.mark.skipif(
     ("file", "chosen"),
     [
         ("test_gpu_ops.py", ""),
+        ("test_linear_scan_gpu.py", SCAN),
         ("test_sampling_gpu.py", ""),
         ("test_scan_triton.py", QUICK),
         ("test_ssd_gpu.py", SSD),
+        pytest.param("test_linear_scan_gpu.py", "", marks=pytest.mark.full),
         pytest.param("test_scan_triton.py", "", marks=pytest.mark.full),
         pytest.param("test_ssd_gpu.py", "", marks=pytest.mark.full),
     ],
-    ids=["ops", "sampling", "scan", "ssd", "all of the scan", "all of ssd"],
+    ids=["ops", "linear scan", "sampling", "scan", "ssd", "all of the linear scan", "all of the scan", "all of ssd"],
 )
 def test_kernels_compute_the_same_under_the_interpreter(file: str, chosen: str) -> None:
     """In a process of its own: Triton reads the switch when it is imported."""

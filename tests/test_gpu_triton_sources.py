@@ -1,4 +1,4 @@
-"""ssd's Triton kernels without a device: each compiles for every architecture, and its tiles fit into shared memory."""
+"""Triton kernels without a device: each compiles, those of ssd for every architecture, whose shared memory they fit."""
 
 from __future__ import annotations
 
@@ -62,3 +62,27 @@ def test_ssd_compiles_and_fits(arch: int, dtype: torch.dtype, monkeypatch: pytes
         gpu.step(state, *(v[:, 0] for v in (x, dt)), A, B[:, 0], B[:, 0], A, None, A, True, 0.0, 1.0, None)
     assert set(taken) >= {"prepare", "sweep", "combine", "outputs", "inputs", "projections", "finish", "add", "step"}
     assert max(taken.values()) <= DEVICES[arch], taken
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("constant", [False, True])
+def test_linear_scan_compiles(dtype: torch.dtype, constant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stateline.ops.linear_scan import gpu
+
+    taken: dict[str, int] = {}
+
+    def launch(self: Any, grid: Any, arguments: Any, constants: Any, warps: int) -> None:
+        taken[self._function.__name__] = compiled(90, self._function, arguments, constants, warps)
+
+    monkeypatch.setattr(cuda.Kernel, "__call__", launch)
+    wide = dtype if dtype.is_complex else torch.float32
+    with torch.device("meta"):
+        b, state = torch.empty(2, 1000, 256, dtype=dtype), torch.empty(2, 256, dtype=wide)
+        a, table = torch.empty(256 if constant else b.shape, dtype=wide), torch.empty(2, 3, dtype=torch.int64)
+        for segments in (None, table):
+            gpu.forward(a, b, state, segments, False)
+            gpu.backward(b, state, a, b, b, state, segments, True)
+        gpu.step(state, a if constant else a[:, 0], b[:, 0], None)
+    assert set(taken) == {"summarise", "carry", "forward", "backward", "step"} | ({"reduce"} if constant else set())
