@@ -154,7 +154,7 @@ def test_transforms_are_as_short_as_can_be() -> None:
             while rest % p == 0:
                 rest //= p
         assert rest == 1
-        assert n <= fast <= max(2, 1.1 * n + 1)
+        assert n <= fast <= max(2, 1.15 * n + 1)
     assert spectrum.fast_length(1001) == 1024
     assert spectrum.fast_length(2017) == 2048
     assert spectrum.plan(1000, 1000)[1] == spectrum.fast_length(1999)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stateline.ops.long_conv import reference, spectrum
 from stateline.ops.long_conv.reference import compute_dtype, flip, step, taps, width
+from stateline.ops.long_conv.spectrum import Turn
 from stateline.ops.segments import pieces
 
 __all__ = ["backward", "forward", "step"]
@@ -24,19 +25,27 @@ ROUND = 10.0
 
 
 def forward(
-    u: Tensor, k: Tensor, initial_state: Tensor | None, segments: Tensor | None, reverse: bool
+    u: Tensor,
+    k: Tensor,
+    initial_state: Tensor | None,
+    segments: Tensor | None,
+    reverse: bool,
+    turn: Turn = spectrum.turn,
 ) -> tuple[Tensor, Tensor]:
-    """u (b, t, i), k (d, l) with d = i, or (l, o, i) -> y (b, t, o), state (n_seq, l-1, i)."""
+    """u (b, t, i), k (d, l) with d = i, or (l, o, i) -> y (b, t, o), state (n_seq, l-1, i).
+
+    turn: what copies between rows of channels and rows of time.
+    """
     y = u.new_zeros(*u.shape[:2], width(k))
     if segments is None or segments.shape[0] == u.shape[0]:
         past = initial_state
         inputs = _aligned(u, segments, reverse)
-        out, state = _rows(inputs, k, past, _lengths(segments))
+        out, state = _rows(inputs, k, past, _lengths(segments), turn)
         return _back_in_place(out, segments, reverse), state
     state = reference.initial(u, k, initial_state, segments)
     for rows, seq, time in pieces(segments, u.shape[1]):
         past = None if initial_state is None else initial_state[seq]
-        out, state[seq] = _rows(flip(u[rows, time], reverse), k, past, None)
+        out, state[seq] = _rows(flip(u[rows, time], reverse), k, past, None, turn)
         y[rows, time] = flip(out, reverse)
     return y, state
 
@@ -49,11 +58,12 @@ def backward(
     initial_state: Tensor | None,
     segments: Tensor | None,
     reverse: bool,
+    turn: Turn = spectrum.turn,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of u, k, initial_state; None where the input was None."""
+    """Gradients of u, k, initial_state; None where the input was None. turn: as in `forward`."""
     if segments is None or segments.shape[0] == u.shape[0]:
         inputs, slopes = _aligned(u, segments, reverse), _aligned(dy, segments, reverse)
-        du, dk, dpast = _rows_backward(slopes, dstate, inputs, k, initial_state, _lengths(segments))
+        du, dk, dpast = _rows_backward(slopes, dstate, inputs, k, initial_state, _lengths(segments), turn)
         return _back_in_place(du.to(u.dtype), segments, reverse), dk.to(k.dtype), dpast
     du = torch.zeros(u.shape, dtype=u.dtype, device=u.device)
     dk = torch.zeros(k.shape, dtype=compute_dtype(u), device=k.device)
@@ -61,7 +71,7 @@ def backward(
     for rows, seq, time in pieces(segments, u.shape[1]):
         past = None if initial_state is None else initial_state[seq]
         slopes, inputs = flip(dy[rows, time], reverse), flip(u[rows, time], reverse)
-        dinputs, dtaps, dpiece = _rows_backward(slopes, dstate[seq], inputs, k, past, None)
+        dinputs, dtaps, dpiece = _rows_backward(slopes, dstate[seq], inputs, k, past, None, turn)
         du[rows, time] = flip(dinputs, reverse).to(du.dtype)
         dk += dtaps
         if dpast is not None and dpiece is not None:
@@ -80,7 +90,7 @@ def direct_pays(k: Tensor, t: int) -> bool:
     return t * count * o * i <= transformed
 
 
-def _rows(u: Tensor, k: Tensor, past: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rows(u: Tensor, k: Tensor, past: Tensor | None, lengths: Tensor | None, turn: Turn) -> tuple[Tensor, Tensor]:
     """y and the state of rows u (b, t, i) that all begin at step 0 and end at `lengths` (b, 1), at t if None."""
     y = u.new_empty(*u.shape[:2], width(k))
     if direct_pays(k, u.shape[1]):
@@ -88,12 +98,12 @@ def _rows(u: Tensor, k: Tensor, past: Tensor | None, lengths: Tensor | None) -> 
         out = sum(reference.apply(_tap(k, u, i), _shifted(padded, k, i, u)) for i in range(taps(k)))
         y.copy_(torch.as_tensor(out))
     else:
-        spectrum.convolve(u, _reaching(k, u, past), past, y)
+        spectrum.convolve(u, _reaching(k, u, past), past, y, turn)
     return y, _state(u, k, past, lengths)
 
 
 def _rows_backward(
-    dy: Tensor, dstate: Tensor, u: Tensor, k: Tensor, past: Tensor | None, lengths: Tensor | None
+    dy: Tensor, dstate: Tensor, u: Tensor, k: Tensor, past: Tensor | None, lengths: Tensor | None, turn: Turn
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of u, k (both in compute precision) and past."""
     real, (b, t, _), before = compute_dtype(u), u.shape, taps(k) - 1
@@ -107,7 +117,7 @@ def _rows_backward(
             dk[i] = torch.einsum("bto,bti->oi", g, _shifted(padded, k, i, u))
     else:
         reaching = _reaching(k, u, past)
-        slope = spectrum.gradients(dy, u, reaching, past, du, None if past is None else dpast)
+        slope = spectrum.gradients(dy, u, reaching, past, du, None if past is None else dpast, turn)
         dk = torch.zeros(k.shape, dtype=real, device=k.device)
         (dk if k.dim() == 3 else dk.T)[: taps(reaching)] = slope if k.dim() == 3 else slope.T
     if lengths is None:

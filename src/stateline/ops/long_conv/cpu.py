@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from stateline.ops import native
 from stateline.ops.causal_conv1d import cpu as short
-from stateline.ops.long_conv import chunked, spectrum
+from stateline.ops.long_conv import chunked
 
-#: Taps that a transformed number is worth (benchmarks/NOTES.md): a tap costs 0.06 ns, a number of a transform 12.
-WORTH = 200
+#: Taps up to which summing them is less work than transforms, whatever the length (benchmarks/NOTES.md).
+SHORT = 96
 
 
 def forward(
     u: Tensor, k: Tensor, initial_state: Tensor | None, segments: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """u (b, t, i), k (d, l) with d = i, or (l, o, i) -> y (b, t, o), state (n_seq, l-1, i)."""
-    if _short(u, k):
+    if _short(k):
         return short.forward(u, k.flip(1), None, False, initial_state, segments, reverse)
-    return chunked.forward(u, k, initial_state, segments, reverse)
+    y, state = chunked.forward(native.data(u), k, initial_state, segments, reverse, turn)
+    return y.to(u.dtype), state
 
 
 def backward(
@@ -30,10 +33,13 @@ def backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of u, k, initial_state; None where the input was None."""
-    if _short(u, k):
+    if _short(k):
         du, dk, _, dinitial = short.backward(dy, dstate, u, k.flip(1), None, False, initial_state, segments, reverse)
         return du, dk.flip(1), dinitial
-    return chunked.backward(dy, dstate, u, k, initial_state, segments, reverse)
+    du, dk, dinitial = chunked.backward(
+        native.data(dy), dstate, native.data(u), k, initial_state, segments, reverse, turn
+    )
+    return du.to(u.dtype), dk, dinitial
 
 
 def step(state: Tensor, u: Tensor, k: Tensor, index: Tensor | None) -> Tensor:
@@ -43,10 +49,16 @@ def step(state: Tensor, u: Tensor, k: Tensor, index: Tensor | None) -> Tensor:
     return short.step(state, u, k.flip(1), None, False, index)
 
 
-def _short(u: Tensor, k: Tensor) -> bool:
-    """Whether every tap of every output is less work than transforms; by sizes alone, never the batch."""
-    t = u.shape[1]
-    if k.dim() == 3 or t == 0:
-        return k.dim() == 2
-    s, n = spectrum.plan(t, k.shape[1])
-    return t * k.shape[1] <= WORTH * n * -(-t // s)
+def turn(x: Tensor, y: Tensor, add: bool = False) -> None:
+    """`spectrum.turn` in C++."""
+    if 0 in x.shape:
+        return
+    given = x if x.stride(2) == 1 else x.contiguous()
+    b, rows, columns = x.shape
+    source = (given.data_ptr(), native.DTYPES[x.dtype], given.stride(0), given.stride(1))
+    target = (y.data_ptr(), native.DTYPES[y.dtype], y.stride(0), y.stride(1))
+    native.call("long_conv_turn", (b, rows, columns, add, torch.get_num_threads(), *source, *target))
+
+
+def _short(k: Tensor) -> bool:
+    return k.dim() == 2 and k.shape[1] <= SHORT

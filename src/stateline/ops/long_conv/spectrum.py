@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,17 +21,33 @@ from torch import Tensor
 GROUP = {"cpu": 2**17}
 GROUP_ELSEWHERE = 2**26
 #: What a number costs beside its transform, in units of one of its log2(n) rounds: copies, the product.
-OVERHEAD = 8
+OVERHEAD = 16
+#: Steps of a block at least, so that calls do not count.
+FEWEST = 512
+#: Transforms longer than this have a factor of 16: without, they take up to twice as long.
+SHORTEST = 64
+
+#: turn(x, y, add): write x (b, r, c) into y (b, c, r), or add it there; both with their last dimension adjacent.
+Turn = Callable[[Tensor, Tensor, bool], None]
+
+
+def turn(x: Tensor, y: Tensor, add: bool = False) -> None:
+    """`Turn` in PyTorch."""
+    if add:
+        y += x.transpose(1, 2)
+    else:
+        y.copy_(x.transpose(1, 2))
 
 
 def fast_length(n: int) -> int:
-    """The least even number from n on without a prime factor above 5."""
-    best = 2 ** max(1, math.ceil(math.log2(max(n, 2))))
+    """The least number from n on without a prime factor above 5, and with factors of 2 enough to be fast."""
+    twos = 1 if n <= SHORTEST else 4
+    best = 2 ** max(twos, math.ceil(math.log2(max(n, 2))))
     five = 1
     while five < best:
         three = five
         while three < best:
-            two = 2 ** max(1, math.ceil(math.log2(max(n / three, 1))))
+            two = 2 ** max(twos, math.ceil(math.log2(max(n / three, 1))))
             if n <= two * three < best:
                 best = two * three
             three *= 3
@@ -43,7 +59,7 @@ def fast_length(n: int) -> int:
 def plan(t: int, taps: int) -> tuple[int, int]:
     """(s, n): outputs of a block and length of its transform, for t outputs. From sizes alone, never the batch."""
     best = (math.inf, t, 2)
-    for steps in (t, *(taps * 2**j for j in range(6))):
+    for steps in (t, *(max(taps, FEWEST) * 2**j for j in range(5))):
         blocks = -(-t // min(steps, t))
         s = -(-t // blocks)
         n = fast_length(s + taps - 1)
@@ -56,22 +72,30 @@ def work(blocks: int, n: int) -> float:
     return blocks * n * (math.log2(n) + OVERHEAD)
 
 
-def convolve(u: Tensor, k: Tensor, past: Tensor | None, out: Tensor) -> None:
+def convolve(u: Tensor, k: Tensor, past: Tensor | None, out: Tensor, turn: Turn = turn) -> None:
     """Write the convolution of u (b, t, i) by k (d, l) or (l, o, i), both of any dtype, into out (b, t, o).
 
-    past: (b, l-1, i), the inputs before u; zeros if None. Its dtype, or that of `precision`, is computed in.
+    past: (b, l-1, i), the inputs before u; zeros if None.
     """
     for taps, inside, outside in _groups(u, k):
         s, n = plan(u.shape[1], taps.shape[-1])
         spectrum = torch.fft.rfft(taps, n=n)
         for first in range(0, u.shape[1], s):
             count = min(s, u.shape[1] - first)
-            f = torch.fft.rfft(_window(u, past, first, count, taps.shape[-1], n, inside))
+            f = torch.fft.rfft(_window(u, past, first, count, taps.shape[-1], n, inside, turn))
             y = torch.fft.irfft(_times(f, spectrum), n=n)
-            out[:, first : first + count, outside] = _valid(y, taps.shape[-1], count).transpose(1, 2)
+            turn(_valid(y, taps.shape[-1], count), out[:, first : first + count, outside], False)
 
 
-def gradients(dy: Tensor, u: Tensor, k: Tensor, past: Tensor | None, du: Tensor, dpast: Tensor | None) -> Tensor:
+def gradients(
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    past: Tensor | None,
+    du: Tensor,
+    dpast: Tensor | None,
+    turn: Turn = turn,
+) -> Tensor:
     """Gradient of k, in compute precision; those of u and past are added to du and dpast, of that precision."""
     t, dk = u.shape[1], torch.zeros(k.shape, dtype=_precision(u), device=k.device)
     for taps, inside, outside in _groups(u, k):
@@ -81,17 +105,17 @@ def gradients(dy: Tensor, u: Tensor, k: Tensor, past: Tensor | None, du: Tensor,
         dspectrum = torch.zeros_like(spectrum)
         for first in range(0, t, s):
             count = min(s, t - first)
-            f = torch.fft.rfft(_window(u, past, first, count, length, n, inside))
-            later = _empty(dy, outside, n)
-            _valid(later, length, count).copy_(dy[:, first : first + count, outside].transpose(1, 2))
+            f = torch.fft.rfft(_window(u, past, first, count, length, n, inside, turn))
+            later = _zeros_but(dy, outside, n, length - 1, length - 1 + count)
+            turn(dy[:, first : first + count, outside], _valid(later, length, count), False)
             g = torch.fft.rfft(later)
             dspectrum += _outer(g, f, k.dim() == 3)
             dwindow = torch.fft.irfft(_back(g, spectrum), n=n)
             before = min(length - 1, first)  # inputs of the window that lie in u, before the block
             own = dwindow[..., length - 1 - before : length - 1 + count]
-            du[:, first - before : first + count, inside] += own.transpose(1, 2)
+            turn(own, du[:, first - before : first + count, inside], True)
             if dpast is not None and first < length - 1:
-                dpast[:, first:, inside] += dwindow[..., : length - 1 - first].transpose(1, 2)
+                turn(dwindow[..., : length - 1 - first], dpast[:, first:, inside], True)
         dtaps = torch.fft.irfft(dspectrum, n=n)[..., :length]
         if k.dim() == 3:
             dk.copy_(dtaps.permute(2, 0, 1))
@@ -119,20 +143,25 @@ def _precision(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def _empty(u: Tensor, channels: slice, n: int) -> Tensor:
-    """(b, d, n) zeros for channels of u (b, t, d)."""
+def _zeros_but(u: Tensor, channels: slice, n: int, start: int, stop: int) -> Tensor:
+    """(b, d, n) for channels of u (b, t, d), zeros but for the places from start to stop, which are to be written."""
     width = len(range(*channels.indices(u.shape[2])))
-    return torch.zeros(u.shape[0], width, n, dtype=_precision(u), device=u.device)
+    made = torch.empty(u.shape[0], width, n, dtype=_precision(u), device=u.device)
+    made[..., :start] = 0
+    made[..., stop:] = 0
+    return made
 
 
-def _window(u: Tensor, past: Tensor | None, first: int, count: int, taps: int, n: int, channels: slice) -> Tensor:
+def _window(
+    u: Tensor, past: Tensor | None, first: int, count: int, taps: int, n: int, channels: slice, turn: Turn
+) -> Tensor:
     """(b, d, n): the taps-1 inputs before step `first`, the `count` from there on, and zeros."""
-    window = _empty(u, channels, n)
     begin = first - (taps - 1)
-    if begin < 0 and past is not None:
-        window[..., :-begin] = past[:, first:, channels].transpose(1, 2)
-    inside = u[:, max(begin, 0) : first + count, channels].transpose(1, 2)
-    window[..., max(-begin, 0) : taps - 1 + count] = inside
+    outside = max(-begin, 0)  # places whose inputs come before u
+    window = _zeros_but(u, channels, n, 0 if past is not None else outside, taps - 1 + count)
+    if outside and past is not None:
+        turn(past[:, first:, channels], window[..., :outside], False)
+    turn(u[:, max(begin, 0) : first + count, channels], window[..., outside : taps - 1 + count], False)
     return window
 
 
@@ -142,14 +171,14 @@ def _valid(y: Tensor, taps: int, count: int) -> Tensor:
 
 
 def _times(f: Tensor, spectrum: Tensor) -> Tensor:
-    """Spectrum of the outputs, (b, o, f), from that of the inputs (b, i, f)."""
-    return torch.einsum("bif,oif->bof", f, spectrum) if spectrum.dim() == 3 else f * spectrum
+    """Spectrum of the outputs, (b, o, f), from that of the inputs (b, i, f), which it may overwrite."""
+    return torch.einsum("bif,oif->bof", f, spectrum) if spectrum.dim() == 3 else f.mul_(spectrum)
 
 
 def _back(g: Tensor, spectrum: Tensor) -> Tensor:
-    """Spectrum of the inputs' gradient from that of the outputs'; conjugates are not lazy, which tracing would lose."""
-    turned = spectrum.conj_physical()
-    return torch.einsum("bof,oif->bif", g, turned) if spectrum.dim() == 3 else g * turned
+    """Spectrum of the inputs' gradient from that of the outputs', which it may overwrite."""
+    turned = spectrum.conj_physical()  # not lazily: what runs while a graph is traced would forget it
+    return torch.einsum("bof,oif->bif", g, turned) if spectrum.dim() == 3 else g.mul_(turned)
 
 
 def _outer(g: Tensor, f: Tensor, matrices: bool) -> Tensor:
