@@ -22,6 +22,8 @@ GROUP = {"cpu": 2**17}
 GROUP_ELSEWHERE = 2**26
 #: What a number costs beside its transform, in units of one of its log2(n) rounds: copies, the product.
 OVERHEAD = 16
+#: Channels of a group at least, and a divisor of them: a cache line of floats.
+LINE = 16
 #: Steps of a block at least, so that calls do not count.
 FEWEST = 512
 #: Transforms longer than this have a factor of 16: without, they take up to twice as long.
@@ -133,7 +135,8 @@ def _groups(u: Tensor, k: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
         yield k.to(_precision(u)).permute(1, 2, 0), everything, everything
         return
     d, taps = k.shape
-    channels = max(1, GROUP.get(u.device.type, GROUP_ELSEWHERE) // plan(u.shape[1], taps)[1])
+    channels = GROUP.get(u.device.type, GROUP_ELSEWHERE) // plan(u.shape[1], taps)[1]
+    channels = max(LINE, channels // LINE * LINE)
     for first in range(0, d, channels):
         group = slice(first, min(first + channels, d))
         yield k[group].to(_precision(u)), group, group
