@@ -24,6 +24,7 @@ LAYERS = {
     "Mamba2, no norm, a gated unit": lambda: nn.Mamba2(D_MODEL, d_state=16, headdim=8, d_ssm=64, rmsnorm=False),
     "Mamba3": lambda: nn.Mamba3(D_MODEL, d_state=24, headdim=16),
     "Mamba3, groups and a norm": lambda: nn.Mamba3(D_MODEL, d_state=16, headdim=8, ngroups=3, is_outproj_norm=True),
+    "S5": lambda: nn.S5(D_MODEL, d_state=64, blocks=2),
     "Mamba3, ranks": lambda: nn.Mamba3(D_MODEL, d_state=16, headdim=8, is_mimo=True, mimo_rank=3),
 }
 
