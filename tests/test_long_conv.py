@@ -242,6 +242,9 @@ def test_opcheck_of_raw_ops() -> None:
         torch.library.opcheck(OPS.long_conv_backward.default, (y, state, u, k, start, table, False, None))
         torch.library.opcheck(OPS.long_conv_backward.default, (y, state, u, k, None, None, False, "chunked"))
         torch.library.opcheck(OPS.long_conv_step_.default, (state, u[:, 0], k, torch.tensor([1, -1]), None))
+    packed = torch.tensor([[0, 0, 5], [0, 5, 12]])  # of one row, which has two states
+    y, state = OPS.long_conv(u[:1], k, start, packed, False, "chunked")
+    torch.library.opcheck(OPS.long_conv_backward.default, (y, state, u[:1], k, start, packed, False, "chunked"))
 
 
 def test_compiles_whole_with_gradients_and_transforms() -> None:

@@ -33,6 +33,8 @@ OPS = (
 )  # fmt: skip
 #: Operations that live in another's folder, and have its back ends.
 BESIDE = {"gated_rms_norm": "rms_norm"}
+#: Functions of `ops` that are plain PyTorch on every device.
+PLAIN = ("fuse_cascade", "fuse_parallel")
 #: Operations with a second form in PyTorch, faster than the definition.
 CHUNKED = ("long_conv", "ssd", "trapezoid_ssd")
 #: Operations whose GPU kernels are too new to be chosen by themselves.
@@ -99,6 +101,8 @@ def choose(
     back ends whose `problem(*args)` says why they do not cover some of them.
     """
     name = BESIDE.get(op, op.removesuffix("_step_"))
+    if name in PLAIN:
+        return Choice("reference", detail="plain PyTorch everywhere")
     if name not in OPS:
         raise fail("explain", f"{op!r} is no operation, expected one of {', '.join(OPS)}.")
     rejected: dict[str, str] = {}

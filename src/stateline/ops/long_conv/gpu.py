@@ -45,8 +45,10 @@ def step(state: Tensor, u: Tensor, k: Tensor, index: Tensor | None) -> Tensor:
     return chunked.step(state, u, k, index)
 
 
-def detail(u: Tensor, k: Tensor, *_: object) -> str:
+def detail(u: Tensor, k: Tensor | None = None, *_: object) -> str:
     """Which form runs, for `explain`."""
+    if k is None:
+        return ""
     if _short(k):
         return "direct, in Triton"
     return f"more than {LONGEST} taps: Fourier transforms" if k.dim() == 2 else "matrix taps: products or transforms"
