@@ -18,10 +18,9 @@ from stateline.ops.segments import pieces
 
 __all__ = ["backward", "forward", "step"]
 
-#: Complex products of matrices, against real ones, a multiply-add: what each transformed number takes part in.
-COMPLEX = 3.0
-#: A round of a transform, against a multiply-add of a matrix product.
-ROUND = 10.0
+#: What matrix taps cost on a CPU, ns (benchmarks/NOTES.md): a multiply-add and a number in or out of the product with
+#: one tap; a multiply-add of one frequency, between what many and few rows take; a round of a number's transform.
+TAP, MOVED, FREQUENCY, ROUND = 0.033, 0.35, 1.0, 1.36
 
 
 def forward(
@@ -86,8 +85,8 @@ def direct_pays(k: Tensor, t: int) -> bool:
     count, o, i = k.shape
     s, n = spectrum.plan(t, min(count, t))
     blocks = -(-t // s)
-    transformed = blocks * n * COMPLEX * o * i + ROUND * (o + i) * spectrum.work(blocks, n)
-    return t * count * o * i <= transformed
+    transformed = blocks * n * FREQUENCY * o * i + ROUND * (o + i) * spectrum.work(blocks, n)
+    return t * count * (TAP * o * i + MOVED * (o + i)) <= transformed
 
 
 def _rows(u: Tensor, k: Tensor, past: Tensor | None, lengths: Tensor | None, turn: Turn) -> tuple[Tensor, Tensor]:
