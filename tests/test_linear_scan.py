@@ -166,6 +166,22 @@ def test_a_complex_system_may_meet_real_numbers(backend: str) -> None:
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ library was not built")
+@pytest.mark.parametrize("d", [300, 520])
+def test_threads_change_no_bits(d: int) -> None:
+    """They decide how wide a strip of channels is."""
+    a, b = (torch.rand(2, 9, d) * 0.9).requires_grad_(), torch.randn(2, 9, d)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 64):
+            torch.set_num_threads(threads)
+            h, state = ops.linear_scan(a, b, backend="cpu")
+            found.append((h, state, *torch.autograd.grad(h.square().sum() + state.sum(), a)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(other, found[0], strict=True))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ library was not built")
 def test_a_long_sum_of_slopes_keeps_its_precision() -> None:
     a, b = torch.full((3,), 0.9), torch.rand(1, 200_000, 3)
     grads = []

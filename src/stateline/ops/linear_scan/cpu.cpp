@@ -10,8 +10,9 @@
 
 namespace {
 
-constexpr int N = 4;         // vectors in a strip
-constexpr int AHEAD = 8;     // steps between asking for a row and using it: rows of wide layers lie on different pages
+constexpr int WIDE = 16;     // vectors in a strip, if all threads have some: rows of wide layers lie on different pages
+constexpr int N = 4;         // in a narrow one
+constexpr int AHEAD = 8;     // steps between asking for a row and using it
 constexpr int PARTIAL = 64;  // steps whose products are added up before they join a long sum
 
 struct Output {
@@ -44,8 +45,14 @@ struct Args {
 
 struct Job {
     const Args& a;
-    char* sums;  // (count, d): gradients of constant decays, a sequence each
+    char* sums;      // (count, d): gradients of constant decays, a sequence each
+    int64_t vectors;  // in a strip; results do not depend on it
 };
+
+template <class P>
+SL_INLINE void ask_for(const P* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)row + i);
+}
 
 // Swaps, or doubles one of, the two parts of complex numbers.
 template <class R, int EVEN, int ODD>
@@ -106,11 +113,11 @@ void walk(const Args& args, int64_t sequence, int64_t first, int lanes) {
     const int64_t step_a = args.constant ? 0 : args.a.time * from.direction, step_x = args.x.time * from.direction;
     for (int64_t s = 0; s < length; s++, px += step_x, ph += out.time * from.direction) {
         if (pa) {
-            __builtin_prefetch(pa + AHEAD * step_a);
+            ask_for(pa + AHEAD * step_a, sizeof(A) * Simd<R>::W * M);
             get<R>(a, pa, lanes);
             pa += step_a;
         }
-        __builtin_prefetch(px + AHEAD * step_x);
+        ask_for(px + AHEAD * step_x, sizeof(B) * Simd<R>::W * M);
         get<R>(x, px, lanes);
         for (int v = 0; v < M; v++) h[v] = multiply_add<R, C, false>(a[v], h[v], x[v]);
         put<R>(ph, h, lanes);
@@ -135,19 +142,19 @@ void walk_back(const Job& job, int64_t sequence, int64_t first, int lanes) {
         V slope[M];
         const B* pd = (const B*)args.dh.at(segment.row, to.token, first);
         const B* pp = (const B*)args.past.at(segment.row, to.token - to.direction, first);
-        __builtin_prefetch(pd - AHEAD * to.direction * args.dh.time);
+        ask_for(pd - AHEAD * to.direction * args.dh.time, sizeof(B) * Simd<R>::W * M);
         get<R>(slope, pd, lanes);
         for (int v = 0; v < M; v++) g[v] += slope[v];
         put<R>((B*)db.at(segment.row, to.token, first), g, lanes);
         if (s) {
-            __builtin_prefetch(pp - AHEAD * to.direction * args.past.time);
+            ask_for(pp - AHEAD * to.direction * args.past.time, sizeof(B) * Simd<R>::W * M);
             get<R>(before, pp, lanes);
         } else {
             for (int v = 0; v < M; v++) before[v] = start[v];
         }
         if (!args.constant) {
             const A* pa = (const A*)args.a.at(segment.row, to.token, first);
-            __builtin_prefetch(pa - AHEAD * to.direction * args.a.time);
+            ask_for(pa - AHEAD * to.direction * args.a.time, sizeof(A) * Simd<R>::W * M);
             get<R>(a, pa, lanes);
             for (int v = 0; v < M; v++) slope[v] = multiply_add<R, C, true>(before[v], g[v], V{});
             put<R>((A*)da.at(segment.row, to.token, first), slope, lanes);
@@ -174,21 +181,23 @@ template <class R, class A, class B, bool C>
 void task(void* context, int64_t number) {
     const Job& job = *(const Job*)context;
     constexpr int W = Simd<R>::W;
-    const int64_t strips = (job.a.d + N * W - 1) / (N * W), sequence = number / strips;
-    int64_t first = number % strips * N * W;
-    const int64_t left = job.a.d - first;
-    if (left >= N * W) {
-        strip<R, A, B, C, N>(job, sequence, first, 0);
+    const int64_t width = job.vectors * W, strips = (job.a.d + width - 1) / width, sequence = number / strips;
+    int64_t first = number % strips * width;
+    const int64_t last = first + width < job.a.d ? first + width : job.a.d;
+    if (last - first == WIDE * W) {
+        strip<R, A, B, C, WIDE>(job, sequence, first, 0);
         return;
     }
-    for (int64_t whole = left / W; whole > 0; whole--, first += W) strip<R, A, B, C, 1>(job, sequence, first, 0);
-    if (left % W) strip<R, A, B, C, 1>(job, sequence, first, int(left % W));
+    for (; last - first >= N * W; first += N * W) strip<R, A, B, C, N>(job, sequence, first, 0);
+    for (; last - first >= W; first += W) strip<R, A, B, C, 1>(job, sequence, first, 0);
+    if (last > first) strip<R, A, B, C, 1>(job, sequence, first, int(last - first));
 }
 
 template <class R, class A, class B, bool C>
-void run(const Job& job) {
+void run(Job job) {
     constexpr int W = Simd<R>::W;
-    const int64_t strips = (job.a.d + N * W - 1) / (N * W);
+    job.vectors = job.a.count * (job.a.d / (WIDE * W)) >= job.a.threads ? WIDE : N;
+    const int64_t width = job.vectors * W, strips = (job.a.d + width - 1) / width;
     sl_parallel(strips * job.a.count, job.a.threads, (job.a.dstate ? 2 : 1) * job.a.cost_us(), task<R, A, B, C>, (void*)&job);
 }
 
@@ -240,14 +249,14 @@ void step(const Args& a) {
 SL_KERNEL(linear_scan_forward) {
     const Args& a = *(const Args*)args;
     if (!a.segments().valid()) return SL_BAD_SEGMENTS;
-    dispatch({a, nullptr});
+    dispatch({a, nullptr, N});
     return SL_OK;
 }
 
 SL_KERNEL(linear_scan_backward) {
     const Args& a = *(const Args*)args;
     if (!a.segments().valid()) return SL_BAD_SEGMENTS;
-    Job job = {a, nullptr};
+    Job job = {a, nullptr, N};
     if (a.constant) {
         job.sums = (char*)malloc(size_t(a.count) * a.d * (a.is_double ? 8 : 4) + 64);
         if (!job.sums) return SL_NO_MEMORY;
