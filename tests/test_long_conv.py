@@ -147,6 +147,24 @@ def test_steps_follow_the_convolution(backend: str, out: int | None, length: int
     assert torch.equal(state[[2, 0]], last)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("reverse", FLAG)
+def test_what_a_gpu_does_without_reading_lengths(side: str, reverse: bool) -> None:
+    """Gathers stand for the copies of the CPU, where the tests of values run."""
+    x, k, past = torch.randn(4, 9, 3), torch.randn(3, 6), torch.randn(4, 5, 3)
+    lengths = torch.tensor([9, 0, 4, 5])
+    start = torch.zeros(4, dtype=torch.int64) if side == "right" else 9 - lengths
+    table = torch.stack([torch.arange(4), start, start + lengths], 1)
+    there = chunked._aligned(x, table, reverse)
+    assert torch.equal(chunked.gathered(x, table, reverse, back=False), there)
+    assert torch.equal(
+        chunked.gathered(there, table, reverse, back=True), chunked._back_in_place(there, table, reverse)
+    )
+    for given in (None, past):
+        want = chunked._state(there, k, given, lengths[:, None])
+        assert torch.equal(chunked.gathered_state(there, k, given, lengths[:, None]), want)
+
+
 def test_transforms_are_as_short_as_can_be() -> None:
     for n in (1, 2, 3, 7, 31, 1000, 1001, 4097, 65537):
         fast, rest = spectrum.fast_length(n), spectrum.fast_length(n)

@@ -150,7 +150,20 @@ def _state(u: Tensor, k: Tensor, past: Tensor | None, lengths: Tensor | None) ->
         if t >= before:
             return u[:, t - before :].to(compute_dtype(u), copy=True).contiguous()
         return _padded(u, k, past)[:, t:].contiguous()
-    index = lengths + torch.arange(before, device=u.device)
+    if u.device.type != "cpu":
+        return gathered_state(u, k, past, lengths)
+    state = torch.zeros(u.shape[0], before, u.shape[2], dtype=compute_dtype(u))
+    for row, length in enumerate(lengths[:, 0].tolist()):
+        own = min(length, before)  # the last inputs of the row itself
+        state[row, before - own :] = u[row, length - own : length]
+        if past is not None:
+            state[row, : before - own] = past[row, own:]
+    return state
+
+
+def gathered_state(u: Tensor, k: Tensor, past: Tensor | None, lengths: Tensor) -> Tensor:
+    """`_state`, without reading lengths."""
+    index = lengths + torch.arange(taps(k) - 1, device=u.device)
     return torch.take_along_dim(_padded(u, k, past), index[..., None], 1)
 
 
@@ -170,23 +183,35 @@ def _aligned(x: Tensor, segments: Tensor | None, reverse: bool) -> Tensor:
     """x (b, t, …) with every row's sequence running forwards from step 0, zeros after it; padding is not read."""
     if segments is None:
         return flip(x, reverse)
-    start, stop = segments[:, 1:2], segments[:, 2:3]
-    s = torch.arange(x.shape[1], device=x.device)[None]
-    return _picked(x, stop - 1 - s if reverse else start + s, s < stop - start)
+    if x.device.type != "cpu":
+        return gathered(x, segments, reverse, back=False)
+    moved = torch.zeros(x.shape, dtype=x.dtype)  # ten times as fast, where the table can be read
+    for row, start, stop in segments.tolist():
+        moved[row, : stop - start] = flip(x[row : row + 1, start:stop], reverse)[0]
+    return moved
 
 
 def _back_in_place(y: Tensor, segments: Tensor | None, reverse: bool) -> Tensor:
     """The opposite of `_aligned`; zeros at padding."""
     if segments is None:
         return y.flip(1) if reverse else y.contiguous()
-    start, stop = segments[:, 1:2], segments[:, 2:3]
-    p = torch.arange(y.shape[1], device=y.device)[None]
-    return _picked(y, stop - 1 - p if reverse else p - start, (start <= p) & (p < stop))
+    if y.device.type != "cpu":
+        return gathered(y, segments, reverse, back=True)
+    moved = torch.zeros(y.shape, dtype=y.dtype)
+    for row, start, stop in segments.tolist():
+        moved[row, start:stop] = flip(y[row : row + 1, : stop - start], reverse)[0]
+    return moved
 
 
-def _picked(x: Tensor, index: Tensor, live: Tensor) -> Tensor:
-    """x[b, index[b, t]] where `live`, else 0."""
+def gathered(x: Tensor, segments: Tensor, reverse: bool, *, back: bool) -> Tensor:
+    """`_aligned`, or `_back_in_place`, without reading the table."""
     if 0 in x.shape:
         return x.new_zeros(x.shape)
+    start, stop = segments[:, 1:2], segments[:, 2:3]
+    step = torch.arange(x.shape[1], device=x.device)[None]
+    if back:
+        index, live = (stop - 1 - step if reverse else step - start), (start <= step) & (step < stop)
+    else:
+        index, live = (stop - 1 - step if reverse else start + step), step < stop - start
     picked = torch.take_along_dim(x, index.clamp(0, x.shape[1] - 1)[..., None], 1)
     return picked.masked_fill(~live[..., None], 0)
