@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases_gpu, cases_gpu_accelerate, cases_gpu_gated, cases_gpu_mamba2, cases_gpu_mamba3, measure
+from benchmarks import (
+    cases_gpu,
+    cases_gpu_accelerate,
+    cases_gpu_gated,
+    cases_gpu_linear,
+    cases_gpu_mamba2,
+    cases_gpu_mamba3,
+    measure,
+)
 from benchmarks.cases_gpu import Case
 from benchmarks.measure import Work
 
@@ -129,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         *cases_gpu_mamba2.cases(),
         *cases_gpu_mamba3.cases(),
         *cases_gpu_gated.cases(),
+        *cases_gpu_linear.linear(),
         *cases_gpu_accelerate.accelerated(),
     )
     named = {f"{case.op} {case.shape}".lower(): case for case in every}

@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases, cases_130m, cases_accelerate, cases_gated, cases_ops, cases_training, measure
+from benchmarks import (
+    cases,
+    cases_130m,
+    cases_accelerate,
+    cases_gated,
+    cases_linear,
+    cases_ops,
+    cases_training,
+    measure,
+)
 
 
 def rows(case: cases.Case, with_peers: bool, seconds: float) -> Iterator[dict[str, Any]]:
@@ -53,6 +62,7 @@ def everything() -> Iterator[cases.Case]:
     yield from cases_training.training()
     yield from cases_accelerate.accelerated()
     yield from cases_gated.gated()
+    yield from cases_linear.linear()
     yield from operations()
 
 

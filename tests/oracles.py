@@ -113,6 +113,28 @@ def gated_scan(v: Tensor, g: Tensor, A: Tensor, activation: str, h0: Tensor) -> 
     return states[:-1], states[-1]
 
 
+def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """One sequence: a, b (t, d), h0 (d) -> h (t, d), the last one; a bidiagonal system a channel, solved."""
+    t = b.shape[0]
+    if t == 0:
+        return b, h0
+    system = torch.eye(t, dtype=b.dtype) - torch.diag_embed(a[1:].T, -1)
+    drive = torch.cat([b[:1] + a[:1] * h0, b[1:]])
+    h = torch.linalg.solve_triangular(system, drive.T[..., None], upper=False)[..., 0].T
+    return h, h[-1]
+
+
+def long_conv(u: Tensor, k: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    """One sequence: u (t, i), k (l, o, i) or (i, l), past (l-1, i) -> y (t, o), past; the whole Toeplitz matrix."""
+    taps = torch.diag_embed(k.T) if k.dim() == 2 else k
+    length, t = taps.shape[0], u.shape[0]
+    padded = torch.cat([past, u])
+    lag = torch.arange(t)[:, None] + length - 1 - torch.arange(t + length - 1)[None]  # of output t behind padded input
+    inside = (lag >= 0) & (lag < length)
+    weights = taps[lag.clamp(0, length - 1)] * inside[..., None, None]  # (t, t + l - 1, o, i)
+    return torch.einsum("tpoi,pi->to", weights, padded), padded[t:]
+
+
 @dataclass
 class Layout:
     """Sequences of a batch, as a test writes them down: (batch row, first token, past the last token)."""

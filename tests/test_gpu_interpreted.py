@@ -16,8 +16,15 @@ QUICK = (
     "test_lengths or test_states and (True-3 or False-16 or -0) or test_segments and True-True-packed"
     " or test_step and float32"
 )
-SSD = "test_step or test_sizes or test_each or gated or (test_grid and packed)"
-TRAPEZOID = "test_step or test_sizes or refused or test_grid and packed and float32"
+FILES = {
+    "gpu_ops": "",
+    "gated_scan_gpu": "",
+    "linear_scan_gpu": "test_step and True-True or test_a_row or (test_grid and packed)",
+    "sampling_gpu": "",
+    "scan_triton": QUICK,
+    "ssd_gpu": "test_step or test_sizes or test_each or gated or (test_grid and packed)",
+    "trapezoid_ssd_gpu": "test_step or test_sizes or refused or test_grid and packed and float32",
+}
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0"
 )
@@ -25,34 +32,16 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("file", "chosen"),
+    ("name", "chosen"),
     [
-        ("test_gpu_ops.py", ""),
-        ("test_gated_scan_gpu.py", ""),
-        ("test_sampling_gpu.py", ""),
-        ("test_scan_triton.py", QUICK),
-        ("test_ssd_gpu.py", SSD),
-        ("test_trapezoid_ssd_gpu.py", TRAPEZOID),
-        pytest.param("test_scan_triton.py", "", marks=pytest.mark.full),
-        pytest.param("test_ssd_gpu.py", "", marks=pytest.mark.full),
-        pytest.param("test_trapezoid_ssd_gpu.py", "", marks=pytest.mark.full),
+        *FILES.items(),
+        *(pytest.param(name, "", marks=pytest.mark.full) for name, chosen in FILES.items() if chosen),
     ],
-    ids=[
-        "ops",
-        "gated scan",
-        "sampling",
-        "scan",
-        "ssd",
-        "trapezoid",
-        "all of the scan",
-        "all of ssd",
-        "all of trapezoid",
-    ],  # fmt: skip
 )
-def test_kernels_compute_the_same_under_the_interpreter(file: str, chosen: str) -> None:
+def test_kernels_compute_the_same_under_the_interpreter(name: str, chosen: str) -> None:
     """In a process of its own: Triton reads the switch when it is imported."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-k", chosen, str(TESTS / file)],
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-k", chosen, str(TESTS / f"test_{name}.py")],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

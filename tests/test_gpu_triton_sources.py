@@ -119,3 +119,27 @@ def test_gated_scan_compiles(arch: int, dense: bool, monkeypatch: pytest.MonkeyP
         gpu.backward(h, state, h, v, v, A, "identity", table, True)
     assert set(taken) >= {"forward", "backward", "step", *([] if dense else ["linear_forward", "linear_backward"])}
     assert max(taken.values()) <= DEVICES[arch], taken
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("constant", [False, True])
+def test_linear_scan_compiles(dtype: torch.dtype, constant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stateline.ops.linear_scan import gpu
+
+    taken: dict[str, int] = {}
+
+    def launch(self: Any, grid: Any, arguments: Any, constants: Any, warps: int) -> None:
+        taken[self._function.__name__] = compiled(90, self._function, arguments, constants, warps)
+
+    monkeypatch.setattr(cuda.Kernel, "__call__", launch)
+    wide = dtype if dtype.is_complex else torch.float32
+    with torch.device("meta"):
+        b, state = torch.empty(2, 1000, 256, dtype=dtype), torch.empty(2, 256, dtype=wide)
+        a, table = torch.empty(256 if constant else b.shape, dtype=wide), torch.empty(2, 3, dtype=torch.int64)
+        for segments in (None, table):
+            gpu.forward(a, b, state, segments, False)
+            gpu.backward(b, state, a, b, b, state, segments, True)
+        gpu.step(state, a if constant else a[:, 0], b[:, 0], None)
+    assert set(taken) == {"summarise", "carry", "forward", "backward", "step"} | ({"reduce"} if constant else set())

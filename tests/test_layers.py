@@ -86,6 +86,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "gated ssm": lambda: sl.GatedSSM(WIDTH),
     "gated ssm, dense": lambda: sl.GatedSSM(WIDTH, 7, "tanh", "dense"),
     "gated ssm, sigmoid": lambda: sl.GatedSSM(WIDTH, 9, "sigmoid", "dense", memory=(2, 30)),
+    "s5": lambda: sl.S5(WIDTH, 8),
+    "s5, blocks, ungated": lambda: sl.S5(WIDTH, 12, 3, 0.01, 0.5, activation="gelu", rate=2.0),
     "attention": lambda: sl.Attention(WIDTH, 3, rotary_emb_dim=4, max_tokens=32),
     "attention, grouped, window": lambda: sl.Attention(
         WIDTH, 4, 2, 5, rotary_emb_dim=2, rotary_emb_interleaved=True, window=4, qkv_proj_bias=False
@@ -99,6 +101,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "language model": model,
     "mamba2 language model": lambda: model(ssm_cfg={"layer": "Mamba2", "d_state": 8, "headdim": 8}),
     "gated ssm language model, gates by token": lambda: by_token(model(ssm_cfg={"layer": "GatedSSM", "gate": "given"})),
+    "s5 language model": lambda: model(ssm_cfg={"layer": "S5", "d_state": 8}),
     "language model with mlp": lambda: model(d_intermediate=16, rms_norm=False, tie_embeddings=False),
     "hybrid": lambda: model(attn_layer_idx=[1], attn_cfg={**HEADS, "max_tokens": 20}),
     "hybrid with windows and mlp": lambda: model(attn_layer_idx=[0], attn_cfg={**HEADS, "window": 3}, d_intermediate=9),

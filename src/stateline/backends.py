@@ -28,15 +28,17 @@ from stateline.checks import fail
 BACKENDS = ("gpu", "cpu", "chunked", "reference")
 #: Operations that have back ends: the folders of `ops`.
 OPS = (
-    "causal_conv1d", "cross_entropy", "decode_token", "gated_scan", "packed_linear", "rms_norm", "selective_scan",
-    "ssd", "trapezoid_ssd",
+    "causal_conv1d", "cross_entropy", "decode_token", "gated_scan", "linear_scan", "long_conv", "packed_linear",
+    "rms_norm", "selective_scan", "ssd", "trapezoid_ssd",
 )  # fmt: skip
 #: Operations that live in another's folder, and those of its back ends that they have.
 BESIDE = {"gated_rms_norm": ("rms_norm", ("gpu", "reference"))}
+#: Functions of `ops` that are plain PyTorch on every device.
+PLAIN = ("fuse_cascade", "fuse_parallel")
 #: Operations with a second form in PyTorch, faster than the definition.
-CHUNKED = ("ssd", "trapezoid_ssd")
+CHUNKED = ("long_conv", "ssd", "trapezoid_ssd")
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
-DECIDES = {"gated_scan": 2, "selective_scan": 2, "ssd": 2, "trapezoid_ssd": 2}
+DECIDES = {"gated_scan": 2, "linear_scan": 1, "selective_scan": 2, "ssd": 2, "trapezoid_ssd": 2}
 #: What `sl_layout` of a fitting library says.
 LAYOUT = 2
 REBUILD = "Reinstall stateline, or build it again."
@@ -96,6 +98,8 @@ def choose(
     back ends whose `problem(*args)` says why they do not cover some of them.
     """
     name = _folder(op.removesuffix("_step_"))
+    if name in PLAIN:
+        return Choice("reference", detail="plain PyTorch everywhere")
     if name not in OPS:
         raise fail("explain", f"{op!r} is no operation, expected one of {', '.join((*OPS, *BESIDE))}.")
     rejected: dict[str, str] = {}

@@ -79,7 +79,7 @@ def _fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
         raw = torch.full((2 * GUARD + size,), PATTERN, dtype=torch.uint8, device=like.device)
-        nothing = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+        nothing = float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max
         inner = raw[GUARD : GUARD + size].view(dtype).fill_(nothing)
         buffers.append((raw, size))
         return inner.view(shape)

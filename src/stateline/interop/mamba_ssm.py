@@ -14,6 +14,7 @@ from stateline.models import LanguageModel, ModelConfig
 from stateline.models.checkpoint import HEAD, MISFIT, CheckpointError, assemble, read_json, weights, write_aside
 from stateline.ops.ssd import check_limit
 
+LAYERS = ("Mamba1", "Mamba2", "Mamba3")
 EPS = 1e-5  # mamba_ssm's norms have no other, and its configuration no field for it
 
 #: mamba_ssm's defaults, for keys that older files lack; None: no default, the key must be there.
@@ -112,7 +113,7 @@ def _their_mixer(ours: dict[str, Any]) -> dict[str, Any]:
     """Arguments of our mixer as its own takes them: both limits of dt are numbers, and its norm has one eps."""
     theirs = dict(ours)
     if (name := theirs.get("layer", "Mamba1")) not in LAYERS:
-        problem = f"the model has layers of kind {name}, mamba_ssm has {', '.join(LAYERS)}."
+        problem = f"the mixer is {name!r}, mamba_ssm has {', '.join(LAYERS)}."
         raise checks.fail("save", problem, 'Use format="stateline".')
     if theirs.pop("norm_eps", EPS) != EPS:
         raise checks.fail(

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stateline import checks
-from stateline.nn import Attention, Block, GatedMLP, GatedSSM, LayerNorm, Mamba, Mamba2, Mamba3, Mixer, RMSNorm
+from stateline.nn import S5, Attention, Block, GatedMLP, GatedSSM, LayerNorm, Mamba, Mamba2, Mamba3, Mixer, RMSNorm
 from stateline.nn.mixer import Lengths, padding, zero_padding
 from stateline.nn.precision import keep_wide
 
 #: Mixers by the name `ssm_cfg["layer"]` gives them; its other keys go to the constructor. Add your own under any name.
-MIXERS: dict[str, type[Mixer]] = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3, "GatedSSM": GatedSSM}
+MIXERS: dict[str, type[Mixer]] = {
+    "Mamba1": Mamba,
+    "Mamba2": Mamba2,
+    "Mamba3": Mamba3,
+    "GatedSSM": GatedSSM,
+    "S5": S5,
+}
 _INT32, _INT64 = torch.int32, torch.int64
 
 

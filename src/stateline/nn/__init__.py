@@ -10,9 +10,11 @@ from stateline.nn.mamba2 import Mamba2, Mamba2State
 from stateline.nn.mamba3 import Mamba3, Mamba3State
 from stateline.nn.mixer import Mixer
 from stateline.nn.norm import GatedRMSNorm, LayerNorm, RMSNorm
+from stateline.nn.s5 import S5, S5State
 from stateline.nn.wrappers import Bidirectional, Scan2d
 
 __all__ = [
+    "S5",
     "Attention",
     "AttentionState",
     "Bidirectional",
@@ -32,6 +34,7 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "RMSNorm",
+    "S5State",
     "Scan2d",
     "param_groups",
 ]

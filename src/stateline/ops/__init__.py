@@ -3,6 +3,8 @@
 from stateline.ops.causal_conv1d import causal_conv1d, causal_conv1d_step_
 from stateline.ops.cross_entropy import cross_entropy
 from stateline.ops.gated_scan import gated_scan, gated_scan_step_
+from stateline.ops.linear_scan import linear_scan, linear_scan_step_
+from stateline.ops.long_conv import fuse_cascade, fuse_parallel, long_conv, long_conv_step_
 from stateline.ops.packed_linear import packed_linear
 from stateline.ops.rms_norm import gated_rms_norm, rms_norm
 from stateline.ops.selective_scan import selective_scan, selective_scan_step_
@@ -13,9 +15,15 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step_",
     "cross_entropy",
+    "fuse_cascade",
+    "fuse_parallel",
     "gated_rms_norm",
     "gated_scan",
     "gated_scan_step_",
+    "linear_scan",
+    "linear_scan_step_",
+    "long_conv",
+    "long_conv_step_",
     "packed_linear",
     "rms_norm",
     "selective_scan",

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from stateline.training import mixers
 from stateline.training.settings import Info, checked, setting, settings_of
 
 #: Width and depth of the named sizes: (d_model, n_layer). Parameters at 256 bytes of vocabulary, state 16, expand 2.
@@ -26,10 +27,6 @@ SIZES = {
     "base": (512, 12),  # 21 million: a GPU
     "large": (768, 24),  # 90 million: a GPU, and text by the gigabyte
 }
-
-#: What --mixer and --activation may name, spelled out since this module imports no torch.
-MIXERS = ("Mamba1", "Mamba2", "Mamba3", "GatedSSM")
-ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid")
 
 #: Default peak learning rate by what is trained: new weights, given ones, or adapters beside given ones.
 PEAK_LR = {"new": 3e-3, "init_from": 3e-4, "lora": 1e-3}
@@ -106,20 +103,22 @@ class ShapeConfig:
     )
     d_model: int | None = setting(None, "width (default: that of --size)", low=1)
     n_layer: int | None = setting(None, "number of blocks (default: that of --size)", low=1)
-    mixer: str = setting("Mamba1", "what mixes along time in a block", choices=MIXERS)
+    mixer: str = setting("Mamba1", "what mixes along time in a block", choices=mixers.MIXERS)
     d_state: int = setting(
-        16, "states per channel; for Mamba2 and Mamba3, 64 to 128 are usual; not for GatedSSM", low=1
+        16,
+        "states per channel; but for Mamba1, 64 to 128 are usual; for S5 of a layer, hundreds; not for GatedSSM",
+        low=1,
     )
-    d_conv: int = setting(4, "taps of the convolution; Mamba3 and GatedSSM have none", low=1)
+    d_conv: int = setting(4, "taps of the convolution; only Mamba1 and Mamba2 have one", low=1)
     mimo_rank: int = setting(1, "inputs and outputs that share each state of Mamba3; 1 means none", low=1)
-    expand: int = setting(2, "inner width, for GatedSSM that of its state, as a multiple of d_model", low=1)
+    expand: int = setting(2, "inner width of a Mamba, or states of GatedSSM, as a multiple of d_model", low=1)
     gate: str | None = setting(
         None,
         "what gates GatedSSM's state: learned from the token (the default), or tfidf, how few documents have the token",
         choices=("learned", "tfidf"),
     )
     activation: str | None = setting(
-        None, "GatedSSM's function of the new state (default: identity, which is a scan)", choices=ACTIVATIONS
+        None, "GatedSSM's function of the new state (default: identity, which is a scan)", choices=mixers.ACTIVATIONS
     )
     d_intermediate: int = setting(0, "width of a gated MLP after each mixer; 0 means none", low=0)
     attention_every: int = setting(0, "attention instead of the mixer in every Nth block, rotary; 0 means none", low=0)
@@ -462,19 +461,7 @@ def _check_together(config: TrainConfig) -> None:
         raise ValueError(f"train: attention_every is {every}, and the model has {n_layer} blocks.")
     if config.model.attention_window and not every:
         raise ValueError("train: attention_window is set, and attention_every is 0, which means no attention.")
-    mixer = config.model.mixer
-    if mixer in ("Mamba3", "GatedSSM") and config.model.d_conv != ShapeConfig.d_conv:
-        raise ValueError(f"train: d_conv is {config.model.d_conv}, but mixer is {mixer!r}, which has no convolution.")
-    if mixer == "GatedSSM" and config.model.d_state != ShapeConfig.d_state:
-        problem = f"train: d_state is {config.model.d_state}, but mixer is 'GatedSSM', whose state has expand · d_model"
-        raise ValueError(f"{problem} numbers. Set expand.")
-    for name in ("activation", "gate"):
-        if mixer != "GatedSSM" and (value := getattr(config.model, name)) is not None:
-            raise ValueError(f"train: {name} is {value!r}, but mixer is {mixer!r}: GatedSSM's.")
-    if config.model.mixer != "Mamba3" and config.model.mimo_rank > 1:
-        raise ValueError(
-            f"train: mimo_rank is {config.model.mimo_rank}, but mixer is {config.model.mixer!r}: Mamba3's."
-        )
+    mixers.check(config.model)
     for name in ("decay_share", "decay_form"):
         if optim.schedule != "wsd" and getattr(optim, name) is not None:
             raise ValueError(f"train: {name} is set, but schedule is {optim.schedule!r}. It belongs to schedule 'wsd'.")

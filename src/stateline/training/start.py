@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from stateline.checks import fail
 from stateline.files import bundled
 from stateline.models import LanguageModel, ModelConfig, checkpoint
-from stateline.training import adapters, removal, resume
+from stateline.training import adapters, mixers, removal, resume
 from stateline.training.arguments import read_file
 from stateline.training.config import SETTINGS_FILE, DataConfig, ShapeConfig, TrainConfig, differences
 from stateline.training.data import TextData
@@ -148,7 +147,7 @@ def initial_model(config: TrainConfig, start: Start | None, data: TextData) -> L
             n_layer=n_layer,
             vocab_size=data.vocabulary.size,
             d_intermediate=shape.d_intermediate,
-            ssm_cfg=_mixer(shape, d_model),
+            ssm_cfg=mixers.arguments(shape, d_model),
             **_attention(shape, d_model, n_layer),
         )
     )
@@ -157,24 +156,6 @@ def initial_model(config: TrainConfig, start: Start | None, data: TextData) -> L
         counts.add_text(data.train)
         gate[: data.vocabulary.size] = counts.gates()
     return model
-
-
-def _mixer(shape: ShapeConfig, d_model: int) -> dict[str, Any]:
-    """ModelConfig's ssm_cfg. Mamba-2 and 3 get heads of 64 channels, fewer where 64 do not divide the inner width."""
-    if shape.mixer == "GatedSSM":
-        chosen = {} if shape.activation is None else {"activation": shape.activation}
-        if shape.gate == "tfidf":
-            chosen["gate"] = "given"
-        return {"layer": "GatedSSM", "d_state": shape.expand * d_model, **chosen}
-    options: dict[str, Any] = {"d_state": shape.d_state, "expand": shape.expand}
-    if shape.mixer != "Mamba3":
-        options["d_conv"] = shape.d_conv
-    if shape.mixer == "Mamba1":
-        return options
-    options["headdim"] = math.gcd(HEAD, shape.expand * d_model)
-    if shape.mixer == "Mamba3" and shape.mimo_rank > 1:
-        options |= {"is_mimo": True, "mimo_rank": shape.mimo_rank}
-    return {"layer": shape.mixer, **options}
 
 
 def _attention(shape: ShapeConfig, d_model: int, n_layer: int) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""S5: the initial system, its discretisation against matrix exponentials, sampling rates, both directions, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stateline import LanguageModel, ModelConfig
+from stateline import nn as sl
+from stateline.theory.dplr import nplr
+
+
+def legs(n: int) -> Tensor:
+    """HiPPO-LegS's A, entry by entry."""
+    A = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        for j in range(i + 1):
+            A[i, j] = -(i + 1) if i == j else -(((2 * i + 1) * (2 * j + 1)) ** 0.5)
+    return A
+
+
+def dense(layer: sl.S5) -> tuple[Tensor, Tensor, Tensor]:
+    """A (n, n), B (n, d), C (d, n) of the real system whose conjugate halves the layer keeps."""
+    A = torch.complex(-layer.A_log.exp(), layer.A_imag)
+    B = torch.view_as_complex(layer.B.weight.unflatten(0, (-1, 2)).transpose(1, 2).contiguous())
+    C = torch.view_as_complex(layer.C.weight.unflatten(1, (-1, 2)).contiguous()).conj() / 2
+    both = [torch.cat([v, v.conj()], dim) for v, dim in ((A, 0), (B, 0), (C, 1))]
+    return torch.diag(both[0]), both[1], both[2]
+
+
+@pytest.mark.parametrize("n", [2, 8, 64])
+def test_the_initial_system_is_the_normal_part_of_legs(n: int) -> None:
+    w, _, _, V = nplr("legs", n)
+    P = torch.arange(n, dtype=torch.float64).add(0.5).sqrt()
+    A = legs(n) + torch.outer(P, P)  # normal
+    assert (w.imag < 0).all()
+    assert torch.allclose(V.mH @ V, torch.eye(n // 2, dtype=torch.complex128), atol=1e-12)
+    assert torch.allclose(2 * (V @ torch.diag(w) @ V.mH).real, A, atol=1e-10 * n)
+
+
+def test_blocks_and_step_sizes() -> None:
+    layer = sl.S5(7, 24, 3, 0.01, 0.2)
+    w, *_ = nplr("legs", 8)
+    assert torch.allclose(-layer.A_log.exp(), w.real.float().repeat(3))
+    assert torch.allclose(layer.A_imag, w.imag.float().repeat(3))
+    dt = sl.S5(4, 2048, 64).log_dt.exp()
+    assert dt.min() >= 0.001 * (1 - 1e-5)
+    assert dt.max() <= 0.1 * (1 + 1e-5)
+    assert abs(dt.log().mean() - torch.tensor(1e-4).log() / 2) < 0.15  # log-uniform
+    torch.manual_seed(3)
+    one = sl.S5(7, 8)
+    torch.manual_seed(3)
+    assert torch.equal(one.B.weight, sl.S5(7, 8).B.weight)
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.5])
+def test_the_linear_system_is_the_held_input_of_a_differential_equation(rate: float) -> None:
+    """y from dense matrix exponentials: x(t+dt) = e^(A dt) x + ∫ e^(A s) ds B u, all of it in one exponential."""
+    layer = sl.S5(3, 12, 2, activation=None, dtype=torch.float64)
+    layer.rate = rate
+    with torch.no_grad():
+        layer.log_dt += 1
+    u = torch.randn(1, 30, 3, dtype=torch.float64)
+    A, B, C = dense(layer)
+    n, dt = len(A), torch.cat([layer.log_dt.exp()] * 2) * rate
+    block = torch.zeros(n + 3, n + 3, dtype=torch.complex128)
+    block[:n, :n], block[:n, n:] = dt[:, None] * A, dt[:, None] * B
+    block = torch.linalg.matrix_exp(block)
+    x, ys = torch.zeros(n, dtype=torch.complex128), []
+    for step in u[0]:
+        x = block[:n, :n] @ x + block[:n, n:] @ step.to(torch.complex128)
+        ys.append((C @ x).real + layer.D * step)
+    want = torch.stack(ys).detach()
+    assert torch.allclose(layer(u)[0], want, atol=1e-10)
+    state = layer.init_state(1)
+    assert torch.allclose(torch.stack([layer.step_(u[:, t], state)[0] for t in range(30)]), want, atol=1e-10)
+
+
+def test_half_the_samples_at_twice_the_rate_see_the_same_signal() -> None:
+    layer = sl.S5(2, 32, dt_max=0.01, activation=None, dtype=torch.float64)
+    t = torch.linspace(0, 6, 4000, dtype=torch.float64)
+    signal = torch.stack([t.sin(), (2 * t).cos()], -1)[None]
+    whole = layer(signal)
+    layer.rate = 2.0
+    half = layer(signal[:, ::2])
+    error = (half - whole[:, ::2]).abs().max() / whole.abs().max()
+    assert error < 0.02
+    layer.rate = 1.0
+    assert (layer(signal[:, ::2]) - whole[:, ::2]).abs().max() / whole.abs().max() > 5 * error
+
+
+def test_both_directions() -> None:
+    layer = sl.Bidirectional(sl.S5(6, 8).double(), shared=True)
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    want = layer.ahead(x) + layer.ahead(x.flip(1)).flip(1)
+    assert torch.allclose(layer(x), want, atol=1e-12)
+    padded = layer(x, lengths=[9, 4])
+    assert torch.allclose(padded[1:, :4], layer(x[1:, :4]), atol=1e-12)
+
+
+def test_gradients_reach_every_parameter_in_bfloat16_too() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = sl.S5(6, 8).to(dtype)
+        layer(torch.randn(2, 9, 6).to(dtype)).float().square().sum().backward()
+        for name, p in layer.named_parameters():
+            assert p.grad is not None, name
+            assert p.grad.isfinite().all()
+            assert p.grad.any(), name
+
+
+def test_a_language_model_of_s5() -> None:
+    config = ModelConfig(d_model=16, n_layer=1, vocab_size=31, ssm_cfg={"layer": "S5", "d_state": 8, "blocks": 2})
+    model = LanguageModel(ModelConfig.from_dict(config.to_dict())).eval()
+    ids = torch.randint(31, (2, 12))
+    whole = model(ids)
+    logits, state = model.extend(ids[:, :5])
+    rest, _ = model.extend(ids[:, 5:], state)
+    assert torch.allclose(torch.cat([logits, rest], 1), whole, atol=1e-5)
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(fast(ids), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_state": 9}, "d_state is 9 and blocks is 1, expected a multiple"), ({"blocks": 3}, "multiple of 2"),
+        ({"d_state": 0}, "d_state"), ({"dt_min": 0}, "dt_min"), ({"dt_max": 1e-6}, "dt_max"),
+        ({"activation": "relu"}, "activation is 'relu'"), ({"rate": -1.0}, "rate is -1"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^S5: .*{message}"):
+        sl.S5(**{"d_model": 8, "d_state": 16, **options})
