@@ -205,6 +205,7 @@ class S4D(Mixer):
 
     @mode.setter
     def mode(self, value: str) -> None:
+        """Set how sequences are computed; raises ValueError for a name that is none of the three."""
         checks.choice(self.op, "mode", value, MODES)
         self._mode = value
 
@@ -215,6 +216,7 @@ class S4D(Mixer):
 
     @rate.setter
     def rate(self, value: float) -> None:
+        """Set the rate; raises unless it is a number above 0."""
         checks.number(self.op, "rate", value, low=0, open_low=True)
         self._rate = float(value)
 
