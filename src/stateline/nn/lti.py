@@ -132,10 +132,11 @@ def _rows(tables: Tables, u: Tensor, start: Tensor, lengths: Tensor | None, free
     q = tables.q
     m = -(-t // q)
     inputs = F.pad(u, (0, 0, 0, m * q - t)).view(b, m, q, h).permute(3, 0, 1, 2).contiguous()  # (h, b, m, q)
-    written = (inputs[:, :, : m - 1].reshape(h, b * (m - 1), q) @ tables.write).unflatten(1, (b, m - 1))
+    most, final = inputs.split((m - 1, 1), 2)  # views taken at once: the gradient of each alone would fill a whole
+    written = (most.reshape(h, b * (m - 1), q) @ tables.write).unflatten(1, (b, m - 1))
     state, before, alone, unforced = start, [start], start, [start]
-    for i in range(m - 1):
-        state = tables.advance.chunk(state) + written[:, :, i]
+    for added in written.unbind(2):
+        state = tables.advance.chunk(state) + added
         before.append(state)
         if free:
             alone = tables.advance.chunk(alone)
@@ -143,7 +144,7 @@ def _rows(tables: Tables, u: Tensor, start: Tensor, lengths: Tensor | None, free
     states = torch.stack(before, 2)
     if lengths is None:
         rest = t - (m - 1) * q
-        end = tables.advance.steps(state, rest) + inputs[:, :, m - 1, :rest] @ tables.write[:, q - rest :]
+        end = tables.advance.steps(state, rest) + final[:, :, 0, :rest] @ tables.write[:, q - rest :]
     else:
         last = ((lengths - 1) // q).clamp(min=0)  # (b): the chunk in which a sequence ends
         each = torch.arange(b, device=u.device)
@@ -172,17 +173,15 @@ def _packed(tables: Tables, u: Tensor, start: Tensor, segments: Tensor, free: bo
     sequence = torch.searchsorted(ends, chunk, right=True).clamp(max=n_seq - 1)
     fresh = chunk == first[sequence]
     starts = start[:, sequence]  # (h, m, s)
-    written = inputs @ tables.write
     state, before, alone, unforced = starts[:, :1], [], starts[:, :1], []
-    for i in range(m):
-        given = starts[:, i : i + 1]
+    for i, (given, added) in enumerate(zip(starts.split(1, 1), (inputs @ tables.write).split(1, 1), strict=True)):
         state = torch.where(fresh[i], given, state)
         before.append(state)
         if free:
             alone = torch.where(fresh[i], given, alone)
             unforced.append(alone)
             alone = tables.advance.chunk(alone)
-        state = tables.advance.chunk(state) + written[:, i : i + 1]
+        state = tables.advance.chunk(state) + added
     states = torch.cat(before, 1)
     last = ends - 1
     end = _finish(tables, states[:, last], inputs[:, last], length - (counts - 1) * q)
