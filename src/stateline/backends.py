@@ -28,11 +28,11 @@ from stateline.checks import fail
 BACKENDS = ("gpu", "cpu", "chunked", "reference")
 #: Operations that have back ends: the folders of `ops`.
 OPS = (
-    "causal_conv1d", "cross_entropy", "decode_token", "packed_linear", "rms_norm", "selective_scan", "ssd",
-    "trapezoid_ssd",
+    "causal_conv1d", "cross_entropy", "decode_token", "packed_linear", "rms_norm", "s4_kernel",
+    "selective_scan", "ssd", "trapezoid_ssd",
 )  # fmt: skip
 #: Operations that live in another's folder, and have its back ends.
-BESIDE = {"gated_rms_norm": "rms_norm"}
+BESIDE = {"gated_rms_norm": "rms_norm", "s4_cauchy": "s4_kernel"}
 #: Operations with a second form in PyTorch, faster than the definition.
 CHUNKED = ("ssd", "trapezoid_ssd")
 #: Operations whose GPU kernels are too new to be chosen by themselves.
