@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "stateline"
 #: A part may import the parts to its left, and itself.
 ORDER = [
     "checks",
+    "theory",
     "files",
     "backends",
     "state",
@@ -96,7 +97,7 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 def test_public_names_are_frozen() -> None:
     assert stateline.__all__ == [
         "Engine", "LanguageModel", "ModelConfig", "backends", "generate", "generation", "load", "models", "nn", "ops",
-        "prepare_for_decode", "save", "state", "training",
+        "prepare_for_decode", "save", "state", "theory", "training",
     ]  # fmt: skip
     for name in stateline.__all__:
         assert getattr(stateline, name) is not None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stateline import nn as nn
     from stateline import ops as ops
     from stateline import state as state
+    from stateline import theory as theory
     from stateline import training as training
     from stateline.generation import Engine as Engine
     from stateline.generation import generate as generate
@@ -37,7 +38,7 @@ _NAMES = {
     "prepare_for_decode": "generation.decode",
     "save": "interop",
 }
-_MODULES = ("backends", "generation", "models", "nn", "ops", "state", "training")
+_MODULES = ("backends", "generation", "models", "nn", "ops", "state", "theory", "training")
 
 __all__ = sorted([*_NAMES, *_MODULES])
 
