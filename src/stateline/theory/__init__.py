@@ -4,6 +4,6 @@ hippo       systems whose state is the best approximation of the past; `project`
 dplr        the same systems as a diagonal and a few rows, which S4 computes with
 """
 
-from stateline.theory import dplr, hippo
+from stateline.theory import discretize, dplr, hippo
 
-__all__ = ["dplr", "hippo"]
+__all__ = ["discretize", "dplr", "hippo"]
