@@ -80,6 +80,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "s4d": lambda: sl.S4D(WIDTH),
     "s4d, odd sizes": lambda: sl.S4D(WIDTH, 6, 3, "inv", "bilinear", n_ssm=4, activation=None, final_act=None),
     "s4d, real": lambda: sl.S4D(WIDTH, 2, init="real", rate=3.0),
+    "s4d, convolution": lambda: sl.S4D(WIDTH, 8, mode="convolution"),
+    "s4": lambda: sl.S4(WIDTH, 8),
+    "s4, convolution": lambda: sl.S4(WIDTH, 6, 2, "legt", n_ssm=3, mode="convolution"),
     "attention": lambda: sl.Attention(WIDTH, 3, rotary_emb_dim=4, max_tokens=32),
     "attention, grouped, window": lambda: sl.Attention(
         WIDTH, 4, 2, 5, rotary_emb_dim=2, rotary_emb_interleaved=True, window=4, qkv_proj_bias=False
@@ -338,7 +341,7 @@ def test_adapters_may_wrap_every_projection(layer: nn.Module) -> None:
                 setattr(module, name, Adapter(child))
                 nn.init.zeros_(getattr(module, name).up.weight)
                 wrapped += 1
-    assert wrapped >= (1 if any(isinstance(m, sl.S4D) for m in layer.modules()) else 2)  # it has one projection
+    assert wrapped >= (1 if any(isinstance(m, sl.S4 | sl.S4D) for m in layer.modules()) else 2)  # one projection
     assert torch.allclose(layer(x), before, atol=1e-6), "an adapter that adds nothing changed the output"
     for module in layer.modules():
         if isinstance(module, Adapter):

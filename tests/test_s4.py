@@ -10,58 +10,141 @@ import torch
 from torch import Tensor, nn
 
 from stateline import nn as sl
+from stateline.theory import dplr, hippo
 
 F64 = torch.float64
 INITS = ["legs", "inv", "inv2", "lin", "quad", "rand", "real"]
 
 
-def bare(d_model: int = 3, d_state: int = 8, **options: Any) -> sl.S4D:
+def bare(d_model: int = 3, d_state: int = 8, kind: type = sl.S4D, **options: Any) -> Any:
     """A layer that shows what its state space computes, in float64: no activation, the projection the identity."""
-    layer = sl.S4D(d_model, d_state, activation=None, final_act=None, dtype=F64, **options)
+    layer = kind(d_model, d_state, activation=None, final_act=None, dtype=F64, **options)
     with torch.no_grad():
         layer.output_linear[0].weight.copy_(torch.eye(d_model))
         layer.output_linear[0].bias.zero_()
     return layer.eval()
 
 
-def dense(layer: sl.S4D, u: Tensor, start: Tensor | None = None) -> Tensor:
-    """y (b, t, h): every channel as a real 2n × 2n system, sampled by a matrix exponential, run as a loop."""
+def exponential(M: Tensor) -> Tensor:
+    """e^M by its series at M / 1024 and ten squarings. (torch's of a complex matrix is good to 1e-9.)"""
+    term = total = torch.eye(len(M), dtype=M.dtype)
+    for i in range(1, 16):
+        term = term @ M / (1024 * i)
+        total = total + term
+    for _ in range(10):
+        total = total @ total
+    return total
+
+
+def dense(layer: Any, u: Tensor, start: Tensor | None = None) -> Tensor:
+    """y (b, t, h): every channel as a 2n × 2n system on states and conjugates, sampled as a whole, run as a loop."""
     kernel = layer.kernel
     dt, A = kernel.inv_dt.exp() * layer.rate, torch.complex(-kernel.A_real.exp(), -kernel.A_imag)
-    A, B = (v.repeat(layer.d_model // A.shape[0], 1) for v in (A, torch.view_as_complex(kernel.B)[0]))
+    copies = layer.d_model // A.shape[0]
+    A, B = (v.repeat(copies, 1) for v in (A, torch.view_as_complex(kernel.B)[0]))
     C = torch.view_as_complex(kernel.C)[0]
     ys = []
     for h in range(layer.d_model):
-        real, imag = torch.diag(A[h].real), torch.diag(A[h].imag)
-        M = torch.cat([torch.cat([real, -imag], 1), torch.cat([imag, real], 1)]) * dt[h]
-        N = torch.cat([B[h].real, B[h].imag])[:, None] * dt[h]
-        size = len(M)
-        if layer.discretization == "zoh":
-            both = torch.linalg.matrix_exp(torch.cat([torch.cat([M, N], 1), M.new_zeros(1, size + 1)]))
+        M, N = torch.diag(torch.cat([A[h], A[h].conj()])), torch.cat([B[h], B[h].conj()])[:, None]
+        if isinstance(layer, sl.S4):
+            P = torch.view_as_complex(kernel.P).repeat(1, copies, 1)[:, h]
+            P = torch.cat([P, P.conj()], 1)
+            M = M - P.T @ P.conj()
+        M, N, size = M * dt[h], N * dt[h], len(M)
+        if getattr(kernel, "rule", "bilinear") == "zoh":
+            both = exponential(torch.cat([torch.cat([M, N], 1), M.new_zeros(1, size + 1)]))
             M, N = both[:size, :size], both[:size, size:]
         else:
-            left = torch.linalg.inv(torch.eye(size, dtype=F64) - M / 2)
-            M, N = left @ (torch.eye(size, dtype=F64) + M / 2), left @ N
-        read = 2 * torch.cat([C[h].real, -C[h].imag])
-        x = u.new_zeros(len(u), size) if start is None else torch.cat([start[:, h, :, 0], start[:, h, :, 1]], 1)
+            left = torch.linalg.inv(torch.eye(size, dtype=M.dtype) - M / 2)
+            M, N = left @ (torch.eye(size, dtype=M.dtype) + M / 2), left @ N
+        read = torch.cat([C[h], C[h].conj()])
+        x = M.new_zeros(len(u), size) if start is None else torch.view_as_complex(start[:, h].contiguous())
+        x = x if start is None else torch.cat([x, x.conj()], 1)
         y = []
         for t in range(u.shape[1]):
-            x = x @ M.T + u[:, t, h, None] @ N.T
-            y.append(x @ read + layer.D[0, h] * u[:, t, h])
+            x = x @ M.T + (u[:, t, h, None] + 0j) @ N.T
+            y.append((x @ read).real + layer.D[0, h] * u[:, t, h])
         ys.append(torch.stack(y, 1))
     return torch.stack(ys, -1)
 
 
-@pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
-def test_every_initialiser_equals_dense_powers(init: str, rule: str) -> None:
-    layer, u = bare(init=init, discretization=rule), torch.randn(2, 200, 3, dtype=F64)
+KINDS: dict[str, dict[str, Any]] = {
+    **{f"s4d {init} {rule}": {"init": init, "discretization": rule} for init in INITS for rule in ("zoh", "bilinear")},
+    **{f"s4 {init}": {"kind": sl.S4, "init": init} for init in ("legs", "legt", "lagt", "fourier")},
+    "s4 rank 2": {"kind": sl.S4, "rank": 2, "n_ssm": 1}, "s4 rank 3": {"kind": sl.S4, "init": "legt", "rank": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_modes_equal_dense_powers_for_every_initialiser(kind: str) -> None:
+    layer, u = bare(**KINDS[kind]), torch.randn(2, 200, 3, dtype=F64)
+    with torch.no_grad():
+        for name, parameter in layer.kernel.named_parameters():
+            if name == "P":  # a rank that begins as zeros counts too
+                parameter += 0.1 * torch.randn_like(parameter)
     want = dense(layer, u)
-    y = layer(u)
-    assert (y - want).abs().max() <= 1e-11 * want.abs().max()
+    bound = 1e-11 * want.abs().max()
+    assert (layer(u) - want).abs().max() <= bound
+    layer.mode = "convolution"
+    for t in (200, 199, 1):
+        assert (layer(u[:, :t]) - want[:, :t]).abs().max() <= bound
     state = layer.init_state(2)
     stepped = torch.stack([layer.step_(u[:, i], state) for i in range(200)], 1)
-    assert (stepped - want).abs().max() <= 1e-11 * want.abs().max()
+    assert (stepped - want).abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", ["s4d lin zoh", "s4 legs", "s4 legt", "s4 fourier"])
+def test_float32_is_within_its_bound_over_a_long_sequence(kind: str) -> None:
+    """Phases come from float64: at 16,384 steps a float32 kernel is as exact as at the first."""
+    layer, u = bare(2, 16, **KINDS[kind]), torch.randn(1, 16384, 2, dtype=F64)
+    want = layer(u)
+    narrow = layer.float()
+    for mode in ("scan", "convolution"):
+        narrow.mode = mode
+        assert (narrow(u.float()) - want).abs().max() <= 2e-5 * want.abs().max(), mode
+    state = narrow.init_state(1)
+    stepped = torch.stack([narrow.step_(u[:, i].float(), state) for i in range(2000)], 1)
+    assert (stepped - want[:, :2000]).abs().max() <= 2e-5 * want.abs().max()
+
+
+def test_c_is_never_rewritten_and_lengths_may_come_in_any_order() -> None:
+    """The S4 repository turns C into C (I − Ā^L) at the first call, and again when sequences grow."""
+    layer = bare(kind=sl.S4, mode="convolution")
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    u = torch.randn(1, 130, 3, dtype=F64)
+    whole = layer(u)
+    for t in (5, 130, 64, 1, 7):
+        assert torch.allclose(layer(u[:, :t]), whole[:, :t], atol=1e-11)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert set(before) == {"D", "output_linear.0.weight", "output_linear.0.bias"} | {
+        f"kernel.{name}" for name in ("inv_dt", "A_real", "A_imag", "B", "C", "P")
+    }
+
+
+def test_b_is_not_clipped_so_that_legs_is_exactly_hippo() -> None:
+    kernel = sl.S4(1, 64, dtype=F64).kernel
+    B, P = torch.view_as_complex(kernel.B)[0, 0], torch.view_as_complex(kernel.P)[:, 0]
+    assert B.abs().max() > 40
+    w = torch.complex(-kernel.A_real.exp(), -kernel.A_imag)[0]
+    A, b = hippo.transition("legs", 64)
+    V = dplr.nplr("legs", 64)[3]
+    assert torch.allclose(dplr.dense(w, P, V), A, atol=1e-11)
+    assert torch.allclose(2 * (V @ B).real, b, atol=1e-11)
+
+
+def test_dplr_kernel_of_legs_is_the_known_one() -> None:
+    layer = bare(1, 4, sl.S4)
+    V = dplr.nplr("legs", 4)[3]
+    with torch.no_grad():
+        layer.kernel.inv_dt.fill_(0.1).log_()
+        layer.kernel.C.copy_(torch.view_as_real(torch.ones(4, dtype=V.dtype) @ V))
+        layer.D.zero_()
+    impulse = torch.zeros(1, 6, 1, dtype=F64)
+    impulse[0, 0] = 1
+    want = torch.tensor([0.547052, 0.223439, 0.063994, -0.004599, -0.025622, -0.023929], dtype=F64)
+    for mode in ("scan", "convolution"):
+        layer.mode = mode
+        assert torch.allclose(layer(impulse).flatten(), want, atol=5e-7)
 
 
 @pytest.mark.parametrize(("rule", "want"), [
@@ -79,12 +162,13 @@ def test_kernel_of_two_states_is_the_known_one(rule: str, want: list[float]) -> 
     assert torch.allclose(layer(impulse).flatten(), torch.tensor(want, dtype=F64), atol=5e-7)
 
 
-@pytest.mark.parametrize("mode", ["auto", "scan"])
-def test_long_pieces_padding_and_packing_agree(mode: str) -> None:
-    layer = bare(mode=mode)
+@pytest.mark.parametrize("kind", [sl.S4D, sl.S4])
+@pytest.mark.parametrize("mode", ["scan", "convolution"])
+def test_long_pieces_padding_and_packing_agree(mode: str, kind: type) -> None:
+    layer = bare(mode=mode, kind=kind)
     lengths = [300, 0, 64, 65, 1]
     u = torch.randn(5, 300, 3, dtype=F64)
-    start = sl.S4DState(torch.randn(5, 3, 4, 2, dtype=F64))
+    start = sl.S4State(torch.randn(5, 3, 4, 2, dtype=F64))
     want = dense(layer, u, start.x)
     y, end = layer.extend(u, start)
     assert (y - want).abs().max() <= 1e-11 * want.abs().max()
@@ -96,7 +180,7 @@ def test_long_pieces_padding_and_packing_agree(mode: str) -> None:
         assert torch.allclose(padded[i, :n], want[i, :n], atol=1e-11)
         assert not padded[i, n:].any()
         assert torch.allclose(ys[0, a:b], want[i, :n], atol=1e-11)
-        alone = layer.extend(u[i : i + 1, :n], sl.S4DState(start.x[i : i + 1]))[1]
+        alone = layer.extend(u[i : i + 1, :n], sl.S4State(start.x[i : i + 1]))[1]
         assert torch.allclose(ends.x[i], alone.x[0], atol=1e-11)
         assert torch.allclose(packed_ends.x[i], alone.x[0], atol=1e-11)
     pieces, state = [], start

@@ -324,7 +324,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"d_model": 0}, ValueError, "d_model is 0"),
     ({"size": "huge"}, ValueError, "size is 'huge', expected one of 'tiny'"),
     ({"size": "tiny", "d_model": 8, "n_layer": 1}, ValueError, "Give the size or the numbers"),
-    ({"mixer": "mamba2"}, ValueError, "mixer is 'mamba2', expected one of 'Mamba1', 'Mamba2', 'Mamba3', 'S4D'"),
+    ({"mixer": "mamba2"}, ValueError, "mixer is 'mamba2', expected one of 'Mamba1', 'Mamba2', 'Mamba3', 'S4', 'S4D'"),
     ({"mixer": "S4D", "d_conv": 3}, ValueError, "d_conv is 3, but mixer is 'S4D', which has no convolution"),
     ({"mixer": "S4D", "expand": 3}, ValueError, "expand is 3, but mixer is 'S4D', which has no inner width"),
     ({"mixer": "Mamba3", "d_conv": 3}, ValueError, "d_conv is 3, but mixer is 'Mamba3', which has no convolution"),

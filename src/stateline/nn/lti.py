@@ -205,3 +205,19 @@ def _outputs(tables: Tables, inputs: Tensor, states: Tensor, free: bool) -> Tens
     if free:
         return states @ tables.reader()
     return torch.baddbmm(inputs @ tables.toeplitz(), states, tables.reader())
+
+
+def convolve(u: Tensor, taps: Tensor) -> Tensor:
+    """u (b, t, h), taps (c, h, t) -> (b, t, c, h), y[t] = Σ_l taps[l] u[t − l], by Fourier transforms along time."""
+    t = u.shape[1]
+    size = 2 * t
+    spectrum = torch.fft.rfft(u.transpose(1, 2), n=size)[:, None] * torch.fft.rfft(taps, n=size)  # (b, c, h, f)
+    return torch.fft.irfft(spectrum, n=size)[..., :t].permute(0, 3, 1, 2)
+
+
+def unpack(u: Tensor, segments: Tensor, longest: int) -> Tensor:
+    """u (t, h), sequences [_, start, stop] one after another -> (n_seq, longest, h), zeros after each."""
+    token = torch.arange(u.shape[0], device=u.device)
+    owner = torch.searchsorted(segments[:, 2].contiguous(), token, right=True)
+    place = owner * longest + token - segments[owner, 1]
+    return u.new_zeros(len(segments) * longest, u.shape[1]).index_copy(0, place, u).view(-1, longest, u.shape[1])

@@ -31,7 +31,7 @@ SIZES = {
 PEAK_LR = {"new": 3e-3, "init_from": 3e-4, "lora": 1e-3}
 
 #: Mixers that a new model can have, as `ModelConfig` names them.
-MIXER_NAMES = ("Mamba1", "Mamba2", "Mamba3", "S4D")
+MIXER_NAMES = ("Mamba1", "Mamba2", "Mamba3", "S4", "S4D")
 #: Those among them with an inner width, those with a short convolution, and arguments that others cannot have.
 MAMBAS, CONVOLVED = ("Mamba1", "Mamba2", "Mamba3"), ("Mamba1", "Mamba2")
 

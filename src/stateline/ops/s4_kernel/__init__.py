@@ -162,7 +162,7 @@ class _Kernel(Function):
 
     @staticmethod
     def forward(c: Tensor, z: Tensor, length: int, backend: str | None) -> Tensor:
-        return _forward(c, z, length, backend)  # type: ignore[no-any-return]  # torch does not type ops
+        return _forward(c, z, length, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -179,10 +179,8 @@ class _Cauchy(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        alpha: Tensor, beta: Tensor, p: Tensor, q: Tensor, s: Tensor, c: Tensor, backend: str | None
-    ) -> Tensor:
-        return _cauchy(alpha, beta, p, q, s, c, backend)  # type: ignore[no-any-return]  # torch does not type ops
+    def forward(alpha: Tensor, beta: Tensor, p: Tensor, q: Tensor, s: Tensor, c: Tensor, backend: str | None) -> Tensor:
+        return _cauchy(alpha, beta, p, q, s, c, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -21,9 +21,7 @@ def forward(c: Tensor, z: Tensor, length: int) -> Tensor:
     reads, logs = _pairs(c), _pairs(z)
     kernel = torch.empty(*c.shape[:2], length, dtype=reads.dtype)
     sizes = (*c.shape, length, torch.get_num_threads(), reads.dtype == torch.float64)
-    native.call(
-        "s4_kernel_forward", (*sizes, logs.data_ptr(), reads.data_ptr(), 0, kernel.data_ptr(), 0, 0)
-    )
+    native.call("s4_kernel_forward", (*sizes, logs.data_ptr(), reads.data_ptr(), 0, kernel.data_ptr(), 0, 0))
     return kernel
 
 
