@@ -29,12 +29,12 @@ BACKENDS = ("gpu", "cpu", "chunked", "reference")
 #: Operations that have back ends: the folders of `ops`.
 OPS = (
     "causal_conv1d", "cross_entropy", "decode_token", "packed_linear", "rms_norm", "s4_kernel",
-    "selective_scan", "ssd", "trapezoid_ssd",
+    "s4_scan", "selective_scan", "ssd", "trapezoid_ssd",
 )  # fmt: skip
 #: Operations that live in another's folder, and have its back ends.
 BESIDE = {"gated_rms_norm": "rms_norm", "s4_cauchy": "s4_kernel"}
 #: Operations with a second form in PyTorch, faster than the definition.
-CHUNKED = ("ssd", "trapezoid_ssd")
+CHUNKED = ("s4_scan", "ssd", "trapezoid_ssd")
 #: Operations whose GPU kernels are too new to be chosen by themselves.
 TRIAL = ("ssd",)
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateline import checks
-from stateline.nn import lti
 from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
 from stateline.nn.precision import keep_wide, wide
 from stateline.nn.s4_systems import RULES, DiagonalSystem, DPLRSystem, Start, System
@@ -31,8 +30,6 @@ from stateline.theory import dplr, hippo
 MODES = ("scan", "convolution")
 #: Measures for S4 whose matrices are a normal one less a low rank; see stateline.theory.hippo.
 MEASURES = ("legs", "legt", "lagt", "fourier")
-#: Steps of a chunk: as many as make the products within a chunk cost what the state costs (benchmarks/NOTES.md).
-CHUNK = 64
 
 
 @dataclass
@@ -165,36 +162,33 @@ class _StateSpace(Mixer):
     ) -> tuple[Tensor, S4State]:
         """x (b, t, d_model) -> y (b, t, d_model), state; see Mixer."""
         y, end = self._run(x, state, True, lengths=lengths, cu_seqlens=cu_seqlens)
-        return y, S4State(end.unflatten(-1, (-1, 2)))
+        return y, S4State(end)
 
     def _run(
         self, x: Tensor, state: S4State | None, onward: bool, *, lengths: Lengths | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """y and the state after x as (n_seq, h, s), which a convolution leaves out unless it goes `onward`."""
+        """y and the state after x, which a convolution leaves out unless it goes `onward`."""
         check_input(self.op, x, "b t d_model", self.d_model, self._dtype())
+        where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
         segments = build(self.op, x, lengths, "right", cu_seqlens)
         initial = None if state is None else self._initial(state, segments.count)
-        x = zero_padding(x, lengths)
         convolve = self.mode == "convolution" and x.numel() > 0
         with torch.autocast(x.device.type, enabled=False):
-            u = x.to(wide(self.D.dtype))
-            where: dict[str, Any] = {"padded": lengths is not None, "free": convolve}
+            u = zero_padding(x, lengths).to(wide(self.D.dtype))
             y = end = u.new_zeros(())
             if onward or not convolve:
-                tables = self.kernel.tables(min(CHUNK, 1 << max(0, x.shape[1] - 1).bit_length()), self.rate, u.dtype)
-                y, end = lti.run(tables, u, initial, segments.table, **where)
+                y, end = self.kernel.scan(u, initial, self.rate, None if convolve else self.D, convolve, where)
             if convolve:
-                y = y + self._convolved(u, None if cu_seqlens is None else segments.table)
-            y = y + self.D * u[:, :, None]
+                y = y + self._convolved(u, None if cu_seqlens is None else segments.table) + self.D * u[:, :, None]
         return zero_padding(self._finish(y.to(x.dtype)), lengths), end
 
     def _convolved(self, u: Tensor, packed: Tensor | None) -> Tensor:
         """u (b, t, h) -> y (b, t, c, h), the kernel's convolution with it; packed: sequences (n_seq, 3) of one row."""
         if packed is None:
-            return lti.convolve(u, self.kernel.taps(u.shape[1], self.rate, u.dtype))
+            return _convolve(u, self.kernel.taps(u.shape[1], self.rate, u.dtype))
         length = packed[:, 2] - packed[:, 1]
-        rows = lti.unpack(u[0], packed, int(length.max()))
-        y = lti.convolve(rows, self.kernel.taps(rows.shape[1], self.rate, u.dtype))
+        rows = _unpack(u[0], packed, int(length.max()))
+        y = _convolve(rows, self.kernel.taps(rows.shape[1], self.rate, u.dtype))
         return y[torch.arange(rows.shape[1], device=u.device) < length[:, None]][None]
 
     @torch.no_grad()
@@ -212,7 +206,7 @@ class _StateSpace(Mixer):
         return next((p.dtype for p in self.output_linear.parameters()), self.D.dtype)
 
     def _initial(self, state: S4State, rows: int) -> Tensor:
-        """The state's numbers as (rows, h, 2n), checked."""
+        """The state's numbers (rows, h, n, 2), checked."""
         sizes = checks.Sizes(self.op)
         sizes.bind("n_seq", rows, "the number of sequences")
         sizes.bind("d_model", self.d_model, "the layer")
@@ -220,7 +214,7 @@ class _StateSpace(Mixer):
         sizes.bind("2", 2, "pairs")
         sizes.match("initial_state", state.x, "n_seq d_model n 2")
         checks.dtype(self.op, "initial_state", state.x, (wide(self.D.dtype),), "A state keeps full precision.")
-        return state.x.flatten(-2)
+        return state.x
 
     def _finish(self, y: Tensor) -> Tensor:
         """y (…, c, h) -> (…, d_model)."""
@@ -361,3 +355,19 @@ def _backwards(op: str, x: Tensor, lengths: Lengths | None, cu_seqlens: Tensor |
         owner = torch.searchsorted(table[:, 2].contiguous(), here, right=True)
         there = (table[owner, 1] + table[owner, 2] - 1 - here)[None]
     return there[..., None].expand(b, t, d)
+
+
+def _convolve(u: Tensor, taps: Tensor) -> Tensor:
+    """u (b, t, h), taps (c, h, t) -> (b, t, c, h), y[t] = Σ_l taps[l] u[t − l], by Fourier transforms along time."""
+    t = u.shape[1]
+    size = 2 * t
+    spectrum = torch.fft.rfft(u.transpose(1, 2), n=size)[:, None] * torch.fft.rfft(taps, n=size)  # (b, c, h, f)
+    return torch.fft.irfft(spectrum, n=size)[..., :t].permute(0, 3, 1, 2)
+
+
+def _unpack(u: Tensor, segments: Tensor, longest: int) -> Tensor:
+    """u (t, h), sequences [_, start, stop] one after another -> (n_seq, longest, h), zeros after each."""
+    token = torch.arange(u.shape[0], device=u.device)
+    owner = torch.searchsorted(segments[:, 2].contiguous(), token, right=True)
+    place = owner * longest + token - segments[owner, 1]
+    return u.new_zeros(len(segments) * longest, u.shape[1]).index_copy(0, place, u).view(-1, longest, u.shape[1])

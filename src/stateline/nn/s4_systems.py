@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from stateline import ops
-from stateline.nn import lti
 from stateline.nn.precision import keep_wide
 from stateline.ops.s4_kernel import angles
+from stateline.ops.s4_scan import chunked
+from stateline.ops.segments import build
 
 RULES = ("zoh", "bilinear")
 #: Re A cannot be 0, being the exponential of a parameter; this is what the S4 repository writes instead.
@@ -96,8 +97,13 @@ class System(nn.Module, ABC):
         return self.inv_dt.double().exp() * rate, A.repeat(copies, 1), B[0].repeat(copies, 1), C
 
     @abstractmethod
-    def tables(self, q: int, rate: float, dtype: torch.dtype) -> lti.Tables:
-        """The system in chunks of q steps, a power of two."""
+    def scan(
+        self, u: Tensor, initial: Tensor | None, rate: float, D: Tensor | None, free: bool, where: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """u (b, t, h), initial (n_seq, h, n, 2) -> y (b, t, c, h), state (n_seq, h, n, 2).
+
+        free: y is what the initial state alone brings.   where: lengths, cu_seqlens.
+        """
 
     @abstractmethod
     def taps(self, length: int, rate: float, dtype: torch.dtype) -> Tensor:
@@ -129,16 +135,17 @@ class DiagonalSystem(System):
         ratio = torch.where(tiny, 1 + z / 2, torch.expm1(z) / torch.where(tiny, 1, z))
         return z, torch.exp(z), dt * B * ratio, C
 
-    def tables(self, q: int, rate: float, dtype: torch.dtype) -> lti.Tables:
-        """The system in chunks of q steps."""
+    def scan(
+        self, u: Tensor, initial: Tensor | None, rate: float, D: Tensor | None, free: bool, where: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """u (b, t, h), initial (n_seq, h, n, 2) -> y (b, t, c, h), state (n_seq, h, n, 2)."""
         _, A_bar, B_bar, C = self.sampled(rate)
-        powers = _powers(A_bar, q + 1)  # (q + 1, h, n)
-        taps = 2 * torch.einsum("chn,qhn->chq", C * B_bar, powers[:q]).real
-        read = 2 * torch.einsum("chn,qhn->chqn", C, powers[1:])
-        write = (powers[:q].flip(0) * B_bar).transpose(0, 1).contiguous()  # (h, q, n)
-        narrow = _complex(dtype)
-        written = lti.as_real(write.to(narrow))
-        return lti.Tables(taps.to(dtype), _row(read).to(dtype), written, lti.Diagonal(powers.to(narrow)))
+        y, state = ops.s4_scan(u, A_bar, B_bar, C, D=None if D is None else D.double(), initial_state=initial, **where)
+        if free:  # y of the state without its inputs; the state's own knows them
+            y = y.new_zeros(y.shape)
+            if initial is not None:
+                y, _ = ops.s4_scan(torch.zeros_like(u), A_bar, B_bar, C, initial_state=initial, **where)
+        return y, state
 
     def taps(self, length: int, rate: float, dtype: torch.dtype) -> Tensor:
         """The kernel (c, h, length), by the Vandermonde product."""
@@ -190,10 +197,20 @@ class DPLRSystem(System):
         columns = self.advanced(torch.view_as_complex(basis.contiguous()), rate, 0.0)
         nothing = torch.zeros(h, n, dtype=torch.complex128, device=self.C.device)
         B_bar = self.advanced(nothing, rate, 1.0)
-        return lti.as_real(columns).permute(1, 2, 0), lti.as_real(B_bar), _row(2 * _pairs(self.C))
+        return chunked.as_real(columns).permute(1, 2, 0), chunked.as_real(B_bar), chunked.row(2 * _pairs(self.C))
 
-    def tables(self, q: int, rate: float, dtype: torch.dtype) -> lti.Tables:
-        """The system in chunks of q steps."""
+    def scan(
+        self, u: Tensor, initial: Tensor | None, rate: float, D: Tensor | None, free: bool, where: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """u (b, t, h), initial (n_seq, h, n, 2) -> y (b, t, c, h), state (n_seq, h, n, 2)."""
+        segments = build("S4", u, where["lengths"], "right", where["cu_seqlens"])
+        tables = self.tables(chunked.steps(u.shape[1]), rate, u.dtype, D)
+        start = None if initial is None else initial.flatten(-2)
+        y, state = chunked.run(tables, u, start, segments.table, padded=where["lengths"] is not None, free=free)
+        return y, state.unflatten(-1, (-1, 2))
+
+    def tables(self, q: int, rate: float, dtype: torch.dtype, D: Tensor | None = None) -> chunked.Tables:
+        """The system in chunks of q steps, a power of two; D (c, h) joins the first tap."""
         A_bar, B_bar, C = self.sampled(rate)
         powers = [A_bar]
         write, read = B_bar[:, None], (C[:, :, None] @ A_bar)  # Ā^j B̄: (h, j, s); C Ā^(j+1): (c, h, j, s)
@@ -202,8 +219,10 @@ class DPLRSystem(System):
             read = torch.cat([read, read @ powers[-1]], 2)
             powers.append(powers[-1] @ powers[-1])
         taps = torch.einsum("chs,hqs->chq", C, write)
-        advance = lti.Dense(tuple(power.to(dtype) for power in powers))
-        return lti.Tables(taps.to(dtype), read.to(dtype), write.flip(1).to(dtype), advance)
+        if D is not None:
+            taps = torch.cat([taps[..., :1] + D.double()[..., None], taps[..., 1:]], -1)
+        advance = chunked.Dense(tuple(power.to(dtype) for power in powers))
+        return chunked.Tables(taps.to(dtype), read.to(dtype), write.flip(1).to(dtype), advance)
 
     def taps(self, length: int, rate: float, dtype: torch.dtype) -> Tensor:
         """The kernel (c, h, length) by its generating function: Cauchy products, Woodbury's identity, a Fourier
@@ -252,18 +271,5 @@ def _pairs(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.double())
 
 
-def _row(x: Tensor) -> Tensor:
-    """(…, n) complex as the real row (…, 2n) with row · (Re, Im pairs of x) = Re(row x)."""
-    return lti.as_real(x.conj().resolve_conj())
-
-
 def _complex(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype == torch.float64 else torch.complex64
-
-
-def _powers(A_bar: Tensor, count: int) -> Tensor:
-    """Ā^0 … Ā^(count−1), (count, h, n), each from about log2(count) products."""
-    powers = torch.stack([torch.ones_like(A_bar), A_bar])
-    while powers.shape[0] < count:
-        powers = torch.cat([powers, powers * (powers[-1] * A_bar)])
-    return powers[:count]

@@ -1,4 +1,4 @@
-"""Runs a linear time-invariant system over sequences, a chunk of steps at a time, as matrix products.
+"""s4_scan in PyTorch: a linear time-invariant system, a chunk of steps at a time, as matrix products.
 
     x[t] = Ā x[t−1] + B̄ u[t],   y[t] = C x[t],   the same for every t, a system a channel
 
@@ -94,6 +94,52 @@ class Tables:
         """(h, s, c · q out): outputs of a chunk from the state before it."""
         c, h, q, s = self.read.shape
         return self.read.permute(1, 3, 0, 2).reshape(h, s, c * q)
+
+
+#: Steps of a chunk: as many as make the products within a chunk cost what the state costs (benchmarks/NOTES.md).
+CHUNK = 64
+
+
+def steps(t: int) -> int:
+    """q for sequences of up to t steps: a power of two from 4 to CHUNK, whatever their number."""
+    return min(CHUNK, max(4, 1 << max(0, t - 1).bit_length()))
+
+
+def diagonal_tables(A_bar: Tensor, B_bar: Tensor, C: Tensor, D: Tensor | None, q: int, dtype: torch.dtype) -> Tables:
+    """Tables in `dtype` of a sampled diagonal system: A_bar, B_bar (h, n), C (c, h, n) complex128, D (c, h) float64."""
+    powers = torch.stack([torch.ones_like(A_bar), A_bar])  # Ā^0 … Ā^q: each from about log2(q) products
+    while powers.shape[0] <= q:
+        powers = torch.cat([powers, powers * (powers[-1] * A_bar)])
+    powers = powers[: q + 1]
+    taps = 2 * torch.einsum("chn,qhn->chq", C * B_bar, powers[:q]).real
+    if D is not None:
+        taps = torch.cat([taps[..., :1] + D[..., None], taps[..., 1:]], -1)
+    read = 2 * torch.einsum("chn,qhn->chqn", C, powers[1:])
+    write = (powers[:q].flip(0) * B_bar).transpose(0, 1).contiguous()
+    narrow = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return Tables(taps.to(dtype), row(read).to(dtype), as_real(write).to(dtype), Diagonal(powers.to(narrow)))
+
+
+def row(x: Tensor) -> Tensor:
+    """(…, n) complex as the real row (…, 2n) with row · (Re, Im pairs of a state) = Re(x · state)."""
+    return as_real(x.conj().resolve_conj())
+
+
+def scan(
+    u: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None,
+    segments: Tensor | None, padded: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """u (b, t, h), initial (n_seq, h, s) -> y (b, t, c, h) in u's dtype, state (n_seq, h, s); see reference.py."""
+    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    tables = diagonal_tables(A_bar, B_bar, C, D, steps(u.shape[1]), real)
+    inside = u.to(real)
+    if padded and segments is not None:  # what stands outside is skipped, not multiplied away
+        outside = torch.arange(u.shape[1], device=u.device) >= segments[:, 2:]
+        inside = inside.masked_fill(outside[..., None], 0)
+        y, state = run(tables, inside, initial, segments, padded=True)
+        return y.masked_fill(outside[..., None, None], 0).to(u.dtype), state
+    y, state = run(tables, inside, initial, segments, padded=padded)
+    return y.to(u.dtype), state
 
 
 def as_complex(state: Tensor) -> Tensor:
@@ -205,19 +251,3 @@ def _outputs(tables: Tables, inputs: Tensor, states: Tensor, free: bool) -> Tens
     if free:
         return states @ tables.reader()
     return torch.baddbmm(inputs @ tables.toeplitz(), states, tables.reader())
-
-
-def convolve(u: Tensor, taps: Tensor) -> Tensor:
-    """u (b, t, h), taps (c, h, t) -> (b, t, c, h), y[t] = Σ_l taps[l] u[t − l], by Fourier transforms along time."""
-    t = u.shape[1]
-    size = 2 * t
-    spectrum = torch.fft.rfft(u.transpose(1, 2), n=size)[:, None] * torch.fft.rfft(taps, n=size)  # (b, c, h, f)
-    return torch.fft.irfft(spectrum, n=size)[..., :t].permute(0, 3, 1, 2)
-
-
-def unpack(u: Tensor, segments: Tensor, longest: int) -> Tensor:
-    """u (t, h), sequences [_, start, stop] one after another -> (n_seq, longest, h), zeros after each."""
-    token = torch.arange(u.shape[0], device=u.device)
-    owner = torch.searchsorted(segments[:, 2].contiguous(), token, right=True)
-    place = owner * longest + token - segments[owner, 1]
-    return u.new_zeros(len(segments) * longest, u.shape[1]).index_copy(0, place, u).view(-1, longest, u.shape[1])
