@@ -12,7 +12,7 @@ from torch.autograd import Function
 from stateline import backends, checks
 from stateline.checks import Sizes
 from stateline.ops.library import call, define, first_only_of, or_empty
-from stateline.ops.s4_scan import chunked, cpu
+from stateline.ops.s4_scan import chunked, cpu, reference
 from stateline.ops.segments import build
 
 OP = "s4_scan"
@@ -76,15 +76,22 @@ def s4_scan(
     given = {"u": u, "A_bar": A_bar, "B_bar": B_bar, "C": C, "D": D, "initial_state": initial_state}
     checks.same_device(OP, given)
     start = None if initial_state is None else initial_state.flatten(-2)
-    module = backends.kernel(OP, u.device.type, backend, u.dtype)
-    if module is not cpu:
-        y, state = module.scan(u, A_bar, B_bar, C, D, start, segments.table, lengths is not None)
+    chosen = _choice(u.device.type, backend, u.dtype)
+    if chosen != "cpu":
+        scan = reference.scan if chosen == "reference" else chunked.scan
+        y, state = scan(u, A_bar, B_bar, C, D, start, segments.table, lengths is not None)
     else:
         tables = chunked.diagonal_tables(A_bar, B_bar, C, D, chunked.steps(u.shape[1]), full)
         assert isinstance(tables.advance, chunked.Diagonal)
         powers = chunked.as_real(tables.advance.powers)
         y, state = call(_Scan, u, tables.taps, tables.read, tables.write, powers, start, segments.table)
     return y, state.unflatten(-1, (-1, 2))
+
+
+@torch.compiler.assume_constant_result
+def _choice(device: str, backend: str | None, dtype: torch.dtype) -> str:
+    """The back end: its part of this op is PyTorch, which is traced through, so that the choice must not be."""
+    return backends.choose(OP, device, backend, dtype).name
 
 
 # ---- raw ops: the C++ kernels, on tables ----------------------------------------------------------------------------
