@@ -81,7 +81,7 @@ def s4_scan(
         scan = reference.scan if chosen == "reference" else chunked.scan
         y, state = scan(u, A_bar, B_bar, C, D, start, segments.table, lengths is not None)
     else:
-        tables = chunked.diagonal_tables(A_bar, B_bar, C, D, chunked.steps(u.shape[1]), full)
+        tables = chunked.diagonal_tables(A_bar, B_bar, C, D, chunked.steps(u.shape[1], cpu.CHUNK), full)
         assert isinstance(tables.advance, chunked.Diagonal)
         powers = chunked.as_real(tables.advance.powers)
         y, state = call(_Scan, u, tables.taps, tables.read, tables.write, powers, start, segments.table)

@@ -100,9 +100,9 @@ class Tables:
 CHUNK = 64
 
 
-def steps(t: int) -> int:
-    """q for sequences of up to t steps: a power of two from 4 to CHUNK, whatever their number."""
-    return min(CHUNK, max(4, 1 << max(0, t - 1).bit_length()))
+def steps(t: int, most: int = CHUNK) -> int:
+    """q for sequences of up to t steps: a power of two from 4 to `most`, whatever their number."""
+    return min(most, max(4, 1 << max(0, t - 1).bit_length()))
 
 
 def diagonal_tables(A_bar: Tensor, B_bar: Tensor, C: Tensor, D: Tensor | None, q: int, dtype: torch.dtype) -> Tables:

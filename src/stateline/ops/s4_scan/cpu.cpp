@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int GROUP = 64;  // chunks whose states are held at once, or one sequence's if that has more
+constexpr int GROUP = 64;  // chunks whose states are held at once; for gradients, those of one sequence if it has more
 
 // Laid out as Python packs it: every field is eight bytes. Pointers that do not apply are null.
 struct Args {
@@ -54,8 +54,9 @@ struct Chunks {
     Row* rows;
     R *states, *forces;                           // [row][sp][W]: before a chunk; what the chunk adds, or the gradient of that
 
-    static int64_t most_rows(const Args& a) {
+    static int64_t most_rows(const Args& a, bool gradient) {
         int64_t longest = 0;
+        if (!gradient) return GROUP + 4;
         for (int64_t i = 0; i < a.count; i++) {
             const Segment g = a.segments()[i];
             const int64_t chunks = g.stop - g.start > a.q ? (g.stop - g.start + a.q - 1) / a.q : 1;
@@ -64,7 +65,7 @@ struct Chunks {
         return GROUP + longest + 4;
     }
     static size_t bytes(const Args& a, bool gradient) {
-        const size_t q = a.q, s = 2 * a.n, sp = (s + 3) / 4 * 4, c = a.c, rows = most_rows(a);
+        const size_t q = a.q, s = 2 * a.n, sp = (s + 3) / 4 * 4, c = a.c, rows = most_rows(a, gradient);
         size_t vectors = q * sp * (1 + c) + c * (q + 8) + 3 * sp + 4 * (2 * q + 4 + c * q + q) + rows * sp * 2;
         if (gradient) vectors += 2 * q * sp * (1 + c) + c * (2 * q + 8) + (q + 1) * s;
         return vectors * W * sizeof(R) + rows * sizeof(Row) + 64 * 32;
@@ -78,7 +79,7 @@ struct Chunks {
         full = zeros(arena, size_t(sp) * W), part = zeros(arena, size_t(sp) * W), now = zeros(arena, size_t(sp) * W);
         u = zeros(arena, size_t(4) * (q + 4) * W), aligned = arena.take<R>(size_t(4) * q * W);
         y = arena.take<R>(size_t(4) * c * q * W), more = arena.take<R>(size_t(4) * q * W);
-        const size_t most = size_t(most_rows(a));
+        const size_t most = size_t(most_rows(a, gradient));
         rows = (Row*)arena.take<char>(most * sizeof(Row));
         states = zeros(arena, most * sp * W), forces = zeros(arena, most * sp * W);
         if (gradient) {
@@ -152,19 +153,18 @@ struct Chunks {
             }
     }
 
-    // Rows of the sequences from `sequence` on, until there are enough; the sequence after them.
-    int64_t gather(int64_t sequence, int& count) {
-        for (count = 0; sequence < a.count && count < GROUP; sequence++) {
+    // The next rows from token `at` of `sequence` on, which move: until there are GROUP, and then to a sequence's end if `whole`.
+    int gather(int64_t& sequence, int64_t& at, bool whole) {
+        int count = 0;
+        while (sequence < a.count && (count < GROUP || (whole && at > 0))) {
             const Segment g = a.segments()[sequence];
-            int64_t at = 0;
-            do {
-                const int64_t left = g.stop - g.start - at;
-                rows[count++] = {sequence, at, int(left < q ? left : q), left <= q};
-                at += q;
-            } while (at < g.stop - g.start);
+            const int64_t left = g.stop - g.start - at;
+            rows[count++] = {sequence, at, int(left < q ? left : q), left <= q};
+            at += q;
+            if (left <= q) sequence++, at = 0;
         }
         for (int i = 0; i < 4; i++) rows[count + i] = {-1, 0, 0, false};  // fills the last four up
-        return sequence;
+        return count;
     }
     // The tokens of a chunk to steps `at`… of a tile of q; the others are zero.
     void load_steps(R* tile, const Row& row, const Rows& from, int64_t channel, int at) const {
@@ -239,9 +239,8 @@ struct Chunks {
         }
     }
     void forward() {
-        int count;
-        for (int64_t sequence = 0; sequence < a.count;) {
-            sequence = gather(sequence, count);
+        for (int64_t sequence = 0, at = 0; sequence < a.count;) {
+            const int count = gather(sequence, at, false);
             forced(count), run(count, true), outputs(count);
         }
     }
@@ -352,9 +351,8 @@ struct Chunks {
         }
     }
     void backward() {
-        int count;
-        for (int64_t sequence = 0; sequence < a.count;) {
-            sequence = gather(sequence, count);
+        for (int64_t sequence = 0, at = 0; sequence < a.count;) {
+            const int count = gather(sequence, at, true);
             forced(count), run(count, false);
             for (int r = count; r < count + 4; r++) __builtin_memset(states + int64_t(r) * sp * W, 0, sizeof(R) * sp * W);
             for (int i = 0; i < count; i += 4) outputs_back(i);

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from stateline.ops import native
 
+#: Steps of a chunk here: fewer than in PyTorch, since tables must stay in the cache and going from chunk to chunk is cheap.
+CHUNK = 16
+
 
 def forward(
     u: Tensor,
