@@ -30,10 +30,11 @@ needs_triton = pytest.mark.skipif(
         ("test_sampling_gpu.py", ""),
         ("test_scan_triton.py", QUICK),
         ("test_ssd_gpu.py", SSD),
+        ("test_s4_kernel_gpu.py", ""),
         pytest.param("test_scan_triton.py", "", marks=pytest.mark.full),
         pytest.param("test_ssd_gpu.py", "", marks=pytest.mark.full),
     ],
-    ids=["ops", "sampling", "scan", "ssd", "all of the scan", "all of ssd"],
+    ids=["ops", "sampling", "scan", "ssd", "s4", "all of the scan", "all of ssd"],
 )
 def test_kernels_compute_the_same_under_the_interpreter(file: str, chosen: str) -> None:
     """In a process of its own: Triton reads the switch when it is imported."""

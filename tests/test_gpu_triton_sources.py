@@ -1,4 +1,4 @@
-"""ssd's Triton kernels without a device: each compiles for every architecture, and its tiles fit into shared memory."""
+"""Triton kernels without a device: each compiles for every architecture, and its tiles fit into shared memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stateline.ops import cuda
 
 # Bytes of shared memory that a block may have: A100, RTX 3090, RTX 4090, H100, RTX 5090.
 DEVICES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
-KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.float64: "fp64"}
 
 
 def compiled(arch: int, function: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> int:
@@ -61,4 +61,28 @@ def test_ssd_compiles_and_fits(arch: int, dtype: torch.dtype, monkeypatch: pytes
         gpu.backward(x, state, torch.empty(b, h), *inputs)
         gpu.step(state, *(v[:, 0] for v in (x, dt)), A, B[:, 0], B[:, 0], A, None, A, True, 0.0, 1.0, None)
     assert set(taken) >= {"prepare", "sweep", "combine", "outputs", "inputs", "projections", "finish", "add", "step"}
+    assert max(taken.values()) <= DEVICES[arch], taken
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("arch", DEVICES)
+def test_s4_kernel_compiles_and_fits(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stateline.ops.s4_kernel import gpu
+
+    taken: dict[str, int] = {}
+
+    def launch(self: Any, grid: Any, arguments: Any, constants: Any, warps: int) -> None:
+        taken[self._function.__name__] = compiled(arch, self._function, arguments, constants, warps)
+
+    monkeypatch.setattr(cuda.Kernel, "__call__", launch)
+    with torch.device("meta"):
+        c, z = torch.empty(1, 4, 32, dtype=torch.complex64), torch.empty(4, 32, dtype=torch.complex128)
+        gpu.forward(c, z, 1024)
+        gpu.backward(torch.empty(1, 4, 1024), c, z)
+        real = torch.empty(4, 4, 32, dtype=torch.float64)
+        inputs = (real, real, real[0], real[0], *(torch.empty(513, dtype=torch.float64) for _ in "sc"))
+        gpu.cauchy(*inputs)
+        gpu.cauchy_backward(torch.empty(4, 4, 513, 2, dtype=torch.float64), *inputs)
+    assert set(taken) == {"forward", "backward", "cauchy", "cauchy_backward"}
     assert max(taken.values()) <= DEVICES[arch], taken

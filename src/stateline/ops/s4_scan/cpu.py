@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stateline.ops import native
 
-#: Steps of a chunk here: fewer than in PyTorch, since tables must stay in the cache and going from chunk to chunk is cheap.
+#: Steps of a chunk here: fewer than in PyTorch, since tables should stay in the cache, and short calls make them too.
 CHUNK = 16
 
 
