@@ -88,10 +88,13 @@ def s4_scan(
     return y, state.unflatten(-1, (-1, 2))
 
 
-@torch.compiler.assume_constant_result
 def _choice(device: str, backend: str | None, dtype: torch.dtype) -> str:
     """The back end: its part of this op is PyTorch, which is traced through, so that the choice must not be."""
     return backends.choose(OP, device, backend, dtype).name
+
+
+# What torch.compiler.assume_constant_result does, which would import torch's compiler, and Triton with it.
+_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
 
 
 # ---- raw ops: the C++ kernels, on tables ----------------------------------------------------------------------------
