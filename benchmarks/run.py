@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases, cases_130m, cases_accelerate, cases_ops, cases_training, measure
+from benchmarks import cases, cases_130m, cases_accelerate, cases_ops, cases_s4, cases_training, measure
 
 
 def rows(case: cases.Case, with_peers: bool, seconds: float) -> Iterator[dict[str, Any]]:
@@ -52,6 +52,7 @@ def everything() -> Iterator[cases.Case]:
     yield from cases_130m.model_130m()
     yield from cases_training.training()
     yield from cases_accelerate.accelerated()
+    yield from cases_s4.structured()
     yield from operations()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -241,6 +242,38 @@ def test_time_constants_learn_at_their_own_rate() -> None:
     ]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=0.5)
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.5, 0.001, 0.01]
+
+
+def test_what_is_kept_between_calls_follows_every_change() -> None:
+    """Without gradients S4D keeps its sampled system; values decide, since `.data` tells nobody that it was written."""
+    layer, x = sl.S4D(4, 8).eval(), torch.randn(2, 30, 4)
+
+    def fresh() -> sl.S4D:
+        new = sl.S4D(4, 8, rate=layer.rate).eval()
+        new.load_state_dict(layer.state_dict())
+        return new
+
+    def same() -> None:
+        with torch.no_grad():
+            assert torch.equal(layer(x), fresh()(x))
+            one, two = layer.init_state(2), layer.init_state(2)
+            assert torch.equal(layer.step_(x[:, 0], one), fresh().step_(x[:, 0], two))
+            assert torch.equal(one.x, two.x)
+
+    same()
+    for name, parameter in layer.named_parameters():
+        before = layer(x).detach()
+        parameter.data.mul_(1.5).add_(0.1)
+        same()
+        assert not torch.equal(layer(x), before), name
+    layer.rate = 3.0
+    same()
+    with torch.no_grad():
+        layer(x)
+    copied = pickle.loads(pickle.dumps(layer))
+    assert copied.kernel._kept == {}
+    assert len(layer.kernel._kept) > 0
+    assert torch.equal(copied(x), layer(x))
 
 
 def test_dropout_is_for_training_alone() -> None:

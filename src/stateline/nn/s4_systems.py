@@ -16,17 +16,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from stateline import ops
+from stateline import checks, ops
 from stateline.nn.precision import keep_wide
 from stateline.ops.s4_kernel import angles
-from stateline.ops.s4_scan import chunked
+from stateline.ops.s4_scan import choice, chunked, run
+from stateline.ops.s4_scan.chunked import steps
+from stateline.ops.s4_scan.cpu import CHUNK
 from stateline.ops.segments import build
 
+Made = TypeVar("Made")
 RULES = ("zoh", "bilinear")
 #: Re A cannot be 0, being the exponential of a parameter; this is what the S4 repository writes instead.
 LEAST = 1e-4
@@ -73,7 +76,26 @@ class System(nn.Module, ABC):
             slow.append("P")
         #: Learning rates that `param_groups` gives single parameters; time constants move more slowly than matrices.
         self.learning_rates = {} if lr is None else dict.fromkeys(slow, lr)
+        self._kept: dict[Any, tuple[list[Tensor], Any]] = {}
         self._begin(start)
+
+    def remembered(self, name: tuple[Any, ...], make: Callable[[], Made], *more: Tensor | None) -> Made:
+        """make(), or what it gave before if parameters and `more` have the same values still.
+
+        Only where no gradient is wanted, and on CPUs: elsewhere comparing costs more than it spares.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not checks.can_read(self.C):
+            return make()
+        values = [v for v in (*self.parameters(), *more) if v is not None]
+        kept = self._kept.get(name)
+        if kept and len(kept[0]) == len(values) and all(map(torch.equal, kept[0], values)):
+            return cast(Made, kept[1])
+        made = make()
+        self._kept[name] = ([v.detach().clone() for v in values], made)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}}
 
     @torch.no_grad()
     def _begin(self, start: Start) -> None:
@@ -139,11 +161,24 @@ class DiagonalSystem(System):
         self, u: Tensor, initial: Tensor | None, rate: float, D: Tensor | None, free: bool, where: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """u (b, t, h), initial (n_seq, h, n, 2) -> y (b, t, c, h), state (n_seq, h, n, 2)."""
-        _, A_bar, B_bar, C = self.sampled(rate)
-        y, state = ops.s4_scan(u, A_bar, B_bar, C, D=None if D is None else D.double(), initial_state=initial, **where)
+        wide = None if D is None else D.double()
+        if not torch.is_grad_enabled() and choice(u.device.type, None, u.dtype) == "cpu":
+            segments, q = build("S4D", u, where["lengths"], "right", where["cu_seqlens"]), steps(u.shape[1], CHUNK)
+            tables = self.remembered(
+                ("tables", q, rate, u.dtype, D is None),
+                lambda: chunked.diagonal_tables(*self.sampled(rate)[1:], wide, q, u.dtype),
+                D,
+            )
+            start = None if initial is None else initial.flatten(-2)
+            y, state = run(u, tables, start, segments.table)
+            state = state.unflatten(-1, (-1, 2))
+        else:
+            _, A_bar, B_bar, C = self.sampled(rate)
+            y, state = ops.s4_scan(u, A_bar, B_bar, C, D=wide, initial_state=initial, **where)
         if free:  # y of the state without its inputs; the state's own knows them
             y = y.new_zeros(y.shape)
             if initial is not None:
+                _, A_bar, B_bar, C = self.sampled(rate)
                 y, _ = ops.s4_scan(torch.zeros_like(u), A_bar, B_bar, C, initial_state=initial, **where)
         return y, state
 
@@ -155,7 +190,9 @@ class DiagonalSystem(System):
     def step_(self, u: Tensor, state: Tensor, rate: float) -> Tensor:
         """u (b, h) -> y (b, c, h), writing into the state (b, h, n, 2)."""
         now = torch.view_as_complex(state)
-        _, A_bar, B_bar, C = (v.to(now.dtype) for v in self.sampled(rate))
+        A_bar, B_bar, C = self.remembered(
+            ("step", rate, now.dtype), lambda: tuple(v.to(now.dtype) for v in self.sampled(rate)[1:])
+        )
         now.mul_(A_bar).add_(B_bar * u[..., None])  # a view: this writes into the state
         return 2 * torch.einsum("chn,bhn->bch", C, now).real
 

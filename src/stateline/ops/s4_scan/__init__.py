@@ -76,25 +76,31 @@ def s4_scan(
     given = {"u": u, "A_bar": A_bar, "B_bar": B_bar, "C": C, "D": D, "initial_state": initial_state}
     checks.same_device(OP, given)
     start = None if initial_state is None else initial_state.flatten(-2)
-    chosen = _choice(u.device.type, backend, u.dtype)
-    if chosen != "cpu":
+    chosen = choice(u.device.type, backend, u.dtype)
+    if chosen == "cpu":
+        tables = chunked.diagonal_tables(A_bar, B_bar, C, D, chunked.steps(u.shape[1], cpu.CHUNK), full)
+        y, state = run(u, tables, start, segments.table)
+    else:
         scan = reference.scan if chosen == "reference" else chunked.scan
         y, state = scan(u, A_bar, B_bar, C, D, start, segments.table, lengths is not None)
-    else:
-        tables = chunked.diagonal_tables(A_bar, B_bar, C, D, chunked.steps(u.shape[1], cpu.CHUNK), full)
-        assert isinstance(tables.advance, chunked.Diagonal)
-        powers = chunked.as_real(tables.advance.powers)
-        y, state = call(_Scan, u, tables.taps, tables.read, tables.write, powers, start, segments.table)
     return y, state.unflatten(-1, (-1, 2))
 
 
-def _choice(device: str, backend: str | None, dtype: torch.dtype) -> str:
+def run(u: Tensor, tables: chunked.Tables, initial: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The C++ kernels on a diagonal system's tables, for whoever keeps these: u (b, t, h), initial (n_seq, h, s)."""
+    assert isinstance(tables.advance, chunked.Diagonal)
+    powers = chunked.as_real(tables.advance.powers)
+    y, state = call(_Scan, u, tables.taps, tables.read, tables.write, powers, initial, segments)
+    return y, state
+
+
+def choice(device: str, backend: str | None, dtype: torch.dtype) -> str:
     """The back end: its part of this op is PyTorch, which is traced through, so that the choice must not be."""
     return backends.choose(OP, device, backend, dtype).name
 
 
 # What torch.compiler.assume_constant_result does, which would import torch's compiler, and Triton with it.
-_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
+choice._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
 
 
 # ---- raw ops: the C++ kernels, on tables ----------------------------------------------------------------------------
