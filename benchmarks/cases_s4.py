@@ -31,32 +31,34 @@ def structured() -> Iterator[Case]:
         yield Case("S4D stream by 256", f"b{rows} h{h} t{t}", "float32", lambda _, rows=rows: _stream(rows, h, t))
 
 
-def _poles(h: int, n: int) -> Tensor:
+def poles(h: int, n: int) -> Tensor:
+    """Δ·A (h, n) complex128 as layers have it at first."""
     dt = torch.exp(torch.rand(h, 1, dtype=torch.float64) * math.log(100) + math.log(1e-3))
     return dt * torch.complex(torch.tensor(-0.5, dtype=torch.float64), math.pi * torch.arange(n, dtype=torch.float64))
 
 
-def _fft(u: Tensor, kernel: Tensor) -> Tensor:
+def fft(u: Tensor, kernel: Tensor) -> Tensor:
     """u (b, h, t), kernel (h, t) -> (b, h, t)."""
     t = u.shape[-1]
     return torch.fft.irfft(torch.fft.rfft(u, n=2 * t) * torch.fft.rfft(kernel, n=2 * t), n=2 * t)[..., :t]
 
 
-def _vandermonde(c: Tensor, z: Tensor, t: int) -> Tensor:
-    return 2 * torch.einsum("hn,hnl->hl", c, torch.exp(z[..., None] * torch.arange(t))).real
+def vandermonde(c: Tensor, z: Tensor, t: int) -> Tensor:
+    """The kernel (h, t) by its formula, through the matrix of states and steps (h, n, t)."""
+    return 2 * torch.einsum("hn,hnl->hl", c, torch.exp(z[..., None] * torch.arange(t, device=z.device))).real
 
 
 def _kernel(b: int, h: int, n: int, t: int) -> dict[str, Run]:
-    z, c, u = _poles(h, n), torch.randn(1, h, n, dtype=torch.complex64), torch.randn(b, h, t)
+    z, c, u = poles(h, n), torch.randn(1, h, n, dtype=torch.complex64), torch.randn(b, h, t)
     inputs, one, reads = u.mT.contiguous(), torch.ones_like(z), c.to(torch.complex128)
     return {
         OURS: lambda: ops.s4_scan(inputs, z.exp(), one, reads),
-        "s4_kernel and FFT": lambda: _fft(u, ops.s4_kernel(c, z, t)[0]),
-        PLAIN: lambda: _fft(u, _vandermonde(c[0], z.to(torch.complex64), t)),
+        "s4_kernel and FFT": lambda: fft(u, ops.s4_kernel(c, z, t)[0]),
+        PLAIN: lambda: fft(u, vandermonde(c[0], z.to(torch.complex64), t)),
     }
 
 
-class _Plain(nn.Module):
+class Plain(nn.Module):
     """S4D as a few lines of PyTorch."""
 
     def __init__(self, h: int, n: int) -> None:
@@ -71,8 +73,8 @@ class _Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         A, u = torch.complex(-self.log_A_real.exp(), self.A_imag), x.mT
         z = A * self.log_dt.exp()
-        kernel = _vandermonde(torch.view_as_complex(self.C) * (z.exp() - 1) / A, z, x.shape[1])
-        return F.glu(self.out(F.gelu(_fft(u, kernel) + u * self.D[:, None]).mT))
+        kernel = vandermonde(torch.view_as_complex(self.C) * (z.exp() - 1) / A, z, x.shape[1])
+        return F.glu(self.out(F.gelu(fft(u, kernel) + u * self.D[:, None]).mT))
 
 
 def _block(b: int, h: int, t: int, back: bool) -> dict[str, Run]:
@@ -87,7 +89,7 @@ def _block(b: int, h: int, t: int, back: bool) -> dict[str, Run]:
 
         return run
 
-    return {OURS: passes(S4D(h)), "mode='convolution'": passes(convolution), PLAIN: passes(_Plain(h, 32))}
+    return {OURS: passes(S4D(h)), "mode='convolution'": passes(convolution), PLAIN: passes(Plain(h, 32))}
 
 
 def _stream(b: int, h: int, t: int) -> dict[str, Run]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases_gpu, cases_gpu_accelerate, cases_gpu_mamba2, measure
+from benchmarks import cases_gpu, cases_gpu_accelerate, cases_gpu_mamba2, cases_gpu_s4, measure
 from benchmarks.cases_gpu import Case
 from benchmarks.measure import Work
 
@@ -124,7 +124,12 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks: torch sees no CUDA device here", file=sys.stderr)
         return 2
     words = [options.profile] if options.profile else [*options.only, *(["limit"] if options.only else [])]
-    every = (*cases_gpu.cases(), *cases_gpu_mamba2.cases(), *cases_gpu_accelerate.accelerated())
+    every = (
+        *cases_gpu.cases(),
+        *cases_gpu_mamba2.cases(),
+        *cases_gpu_accelerate.accelerated(),
+        *cases_gpu_s4.structured(),
+    )
     named = {f"{case.op} {case.shape}".lower(): case for case in every}
     named = {name: case for name, case in named.items() if not words or any(word.lower() in name for word in words)}
     chosen = [case for name, case in named.items() if not any(word.lower() in name for word in options.without)]
