@@ -122,6 +122,21 @@ def test_c_is_never_rewritten_and_lengths_may_come_in_any_order() -> None:
     }
 
 
+@pytest.mark.parametrize("kind", [sl.S4D, sl.S4])
+def test_nothing_is_set_up_before_stepping(kind: type) -> None:
+    """The S4 repository wants setup_step() first, and again whenever parameters or the rate have changed."""
+    layer, x = kind(4, 8), torch.randn(1, 3, 4)
+    state = layer.init_state(1)
+    stepped = [layer.step_(x[:, 0], state)]
+    assert torch.allclose(stepped[0], layer(x)[:, 0], atol=1e-5)
+    with torch.no_grad():
+        layer.kernel.A_imag.mul_(2)
+    layer.rate = 0.5
+    state = layer.init_state(1)
+    stepped = [layer.step_(x[:, i], state) for i in range(3)]
+    assert torch.allclose(torch.stack(stepped, 1), layer(x), atol=1e-5)
+
+
 def test_b_is_not_clipped_so_that_legs_is_exactly_hippo() -> None:
     kernel = sl.S4(1, 64, dtype=F64).kernel
     B, P = torch.view_as_complex(kernel.B)[0, 0], torch.view_as_complex(kernel.P)[:, 0]
@@ -205,9 +220,10 @@ def test_backwards_is_forwards_turned_round() -> None:
     assert torch.allclose(both(u), layer(u) + layer(u, reverse=True), atol=1e-12)
 
 
-def test_rate_runs_a_model_at_another_sampling_rate() -> None:
+@pytest.mark.parametrize("kind", [{"init": "lin"}, {"kind": sl.S4}], ids=["s4d", "s4"])
+def test_rate_runs_a_model_at_another_sampling_rate(kind: dict[str, Any]) -> None:
     """A slow signal at half the samples gives nearly the same numbers at those samples; without rate it does not."""
-    layer = bare(d_state=16, dt_min=0.001, dt_max=0.005, init="lin")
+    layer = bare(d_state=16, dt_min=0.001, dt_max=0.005, **kind)
     time = torch.arange(0, 4000, dtype=F64)
     u = torch.stack([torch.sin(time / w) for w in (90, 150, 300)], -1)[None]
     full = layer(u)
