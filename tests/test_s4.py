@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pickle
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import stateline
 from stateline import nn as sl
+from stateline.interop import exported_program
+from stateline.models import LanguageModel, ModelConfig
 from stateline.theory import dplr, hippo
 
 F64 = torch.float64
@@ -290,6 +294,25 @@ def test_what_is_kept_between_calls_follows_every_change() -> None:
     assert copied.kernel._kept == {}
     assert len(layer.kernel._kept) > 0
     assert torch.equal(copied(x), layer(x))
+
+
+@pytest.mark.parametrize("layer", ["S4D", "S4"])
+def test_language_models_are_exported_for_any_length_or_refused(layer: str, tmp_path: Path) -> None:
+    model = LanguageModel(ModelConfig(d_model=8, n_layer=2, vocab_size=20, ssm_cfg={"layer": layer, "d_state": 4}))
+    if layer == "S4D":
+        program = exported_program(model).module()
+        ids = torch.randint(20, (3, 50))
+        logits, state = program(ids[:, :40], model.init_state(3))
+        more, _ = program(ids[:, 40:], state)
+        assert torch.allclose(torch.cat([logits, more], 1), model(ids), atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match="s4_scan: chunks in PyTorch are counted"):
+            exported_program(model)
+    for form in ("mamba_ssm", "huggingface", "gguf"):
+        with pytest.raises(ValueError, match=r"save: .*Use format=.stateline"):
+            stateline.save(model, tmp_path / "x", format=form)
+    stateline.save(model, tmp_path / "ours")
+    assert stateline.load(tmp_path / "ours").config == model.config
 
 
 def test_dropout_is_for_training_alone() -> None:

@@ -28,6 +28,9 @@ KERNEL_CHOICES = ("use_fast_path", "use_mem_eff_path", "chunk_size", "fuse_prega
 #: Arguments of our attention that mamba_ssm's lacks.
 OWN = ("window", "max_tokens", "cache_dtype")
 
+#: Mixers that mamba_ssm has.
+LAYERS = ("Mamba1", "Mamba2", "Mamba3")
+
 
 def load(
     directory: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -107,6 +110,9 @@ def save(model: LanguageModel, directory: str | Path, *, dtype: torch.dtype | No
 def _their_mixer(ours: dict[str, Any]) -> dict[str, Any]:
     """Arguments of our mixer as its own takes them: both limits of dt are numbers, and its norm has one eps."""
     theirs = dict(ours)
+    if (layer := ours.get("layer", "Mamba1")) not in LAYERS:
+        problem = f"the model has layers of kind {layer}, mamba_ssm has {', '.join(LAYERS)}."
+        raise checks.fail("save", problem, 'Use format="stateline".')
     if theirs.pop("norm_eps", EPS) != EPS:
         raise checks.fail(
             "save", f"the mixer's norm_eps is {ours['norm_eps']}, mamba_ssm has only {EPS}.", 'Use format="stateline".'

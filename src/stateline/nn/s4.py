@@ -13,6 +13,7 @@ Sources: Gu, Goel & Ré 2022, "Efficiently Modeling Long Sequences with Structur
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,7 +174,7 @@ class _StateSpace(Mixer):
         segments = build(self.op, x, lengths, "right", cu_seqlens)
         initial = None if state is None else self._initial(state, segments.count)
         convolve = self.mode == "convolution" and x.numel() > 0
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             u = zero_padding(x, lengths).to(wide(self.D.dtype))
             y = end = u.new_zeros(())
             if onward or not convolve:
@@ -196,7 +197,7 @@ class _StateSpace(Mixer):
         """x (b, d_model) -> y (b, d_model), writing into `state`; no gradient."""
         check_input(self.op, x, "b d_model", self.d_model, self._dtype())
         self._initial(state, x.shape[0])
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             u = x.to(wide(self.D.dtype))
             y = self.kernel.step_(u, state.x, self.rate) + self.D * u[:, None]
         return self._finish(y.to(x.dtype))
@@ -339,6 +340,12 @@ class S4(_StateSpace):
         kernel = DPLRSystem(d_model, channels, shape.systems, shape.start(A, B, P), lr, full)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(shape, kernel, activation, final_act, dropout, mode, rate, made)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off, where it is on: a context in an exported graph hides what is inside."""
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 def _backwards(op: str, x: Tensor, lengths: Lengths | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stateline.checks import fail
+
 
 class Advance(Protocol):
     """The state some steps later, without any input."""
@@ -101,7 +103,12 @@ CHUNK = 64
 
 
 def steps(t: int, most: int = CHUNK) -> int:
-    """q for sequences of up to t steps: a power of two from 4 to `most`, whatever their number."""
+    """q for sequences of up to t steps: a power of two from 4 to `most`, whatever their number.
+
+    `most` where t is a symbol, in a graph for sequences of any length.
+    """
+    if not isinstance(t, int):
+        return most
     return min(most, max(4, 1 << max(0, t - 1).bit_length()))
 
 
@@ -162,6 +169,9 @@ def run(
         only batch row. Inputs outside segments must be 0.
     free: y is what the initial state alone brings; the state that comes back knows the inputs all the same.
     """
+    if not isinstance(u.shape[1], int):
+        problem = "chunks in PyTorch are counted when a graph is made, and this one's length is free."
+        raise fail("s4_scan", problem, "Export S4D, which has a kernel, on a CPU; S4 has none.")
     rows = u.shape[0] if segments is None else segments.shape[0]
     s = tables.read.shape[-1]
     start = u.new_zeros(u.shape[2], rows, s) if initial is None else initial.transpose(0, 1)
