@@ -29,6 +29,7 @@ from benchmarks import (
     cases_gpu_linear,
     cases_gpu_mamba2,
     cases_gpu_mamba3,
+    cases_gpu_s4,
     measure,
 )
 from benchmarks.cases_gpu import Case
@@ -138,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         *cases_gpu_mamba3.cases(),
         *cases_gpu_gated.cases(),
         *cases_gpu_linear.linear(),
+        *cases_gpu_s4.structured(),
         *cases_gpu_accelerate.accelerated(),
     )
     named = {f"{case.op} {case.shape}".lower(): case for case in every}

@@ -27,6 +27,7 @@ from benchmarks import (
     cases_gated,
     cases_linear,
     cases_ops,
+    cases_s4,
     cases_training,
     measure,
 )
@@ -63,6 +64,7 @@ def everything() -> Iterator[cases.Case]:
     yield from cases_accelerate.accelerated()
     yield from cases_gated.gated()
     yield from cases_linear.linear()
+    yield from cases_s4.structured()
     yield from operations()
 
 

@@ -143,3 +143,27 @@ def test_linear_scan_compiles(dtype: torch.dtype, constant: bool, monkeypatch: p
             gpu.backward(b, state, a, b, b, state, segments, True)
         gpu.step(state, a if constant else a[:, 0], b[:, 0], None)
     assert set(taken) == {"summarise", "carry", "forward", "backward", "step"} | ({"reduce"} if constant else set())
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("arch", DEVICES)
+def test_s4_kernel_compiles_and_fits(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stateline.ops.s4_kernel import gpu
+
+    taken: dict[str, int] = {}
+
+    def launch(self: Any, grid: Any, arguments: Any, constants: Any, warps: int) -> None:
+        taken[self._function.__name__] = compiled(arch, self._function, arguments, constants, warps)
+
+    monkeypatch.setattr(cuda.Kernel, "__call__", launch)
+    with torch.device("meta"):
+        c, z = torch.empty(1, 4, 32, dtype=torch.complex64), torch.empty(4, 32, dtype=torch.complex128)
+        gpu.forward(c, z, 1024)
+        gpu.backward(torch.empty(1, 4, 1024), c, z)
+        real = torch.empty(4, 4, 32, dtype=torch.float64)
+        inputs = (real, real, real[0], real[0], *(torch.empty(513, dtype=torch.float64) for _ in "sc"))
+        gpu.cauchy(*inputs)
+        gpu.cauchy_backward(torch.empty(4, 4, 513, 2, dtype=torch.float64), *inputs)
+    assert set(taken) == {"forward", "backward", "cauchy", "cauchy_backward"}
+    assert max(taken.values()) <= DEVICES[arch], taken

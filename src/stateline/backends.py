@@ -29,14 +29,14 @@ BACKENDS = ("gpu", "cpu", "chunked", "reference")
 #: Operations that have back ends: the folders of `ops`.
 OPS = (
     "causal_conv1d", "cross_entropy", "decode_token", "gated_scan", "linear_scan", "long_conv", "packed_linear",
-    "rms_norm", "selective_scan", "ssd", "trapezoid_ssd",
+    "rms_norm", "s4_kernel", "s4_scan", "selective_scan", "ssd", "trapezoid_ssd",
 )  # fmt: skip
 #: Operations that live in another's folder, and those of its back ends that they have.
-BESIDE = {"gated_rms_norm": ("rms_norm", ("gpu", "reference"))}
+BESIDE = {"gated_rms_norm": ("rms_norm", ("gpu", "reference")), "s4_cauchy": ("s4_kernel", ("gpu", "cpu", "reference"))}
 #: Functions of `ops` that are plain PyTorch on every device.
 PLAIN = ("fuse_cascade", "fuse_parallel")
 #: Operations with a second form in PyTorch, faster than the definition.
-CHUNKED = ("long_conv", "ssd", "trapezoid_ssd")
+CHUNKED = ("long_conv", "s4_scan", "ssd", "trapezoid_ssd")
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
 DECIDES = {"gated_scan": 2, "linear_scan": 1, "selective_scan": 2, "ssd": 2, "trapezoid_ssd": 2}
 #: What `sl_layout` of a fitting library says.

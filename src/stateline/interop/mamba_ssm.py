@@ -29,6 +29,9 @@ KERNEL_CHOICES = ("use_fast_path", "use_mem_eff_path", "chunk_size", "fuse_prega
 #: Arguments of our attention that mamba_ssm's lacks.
 OWN = ("window", "max_tokens", "cache_dtype")
 
+#: Mixers that mamba_ssm has.
+LAYERS = ("Mamba1", "Mamba2", "Mamba3")
+
 
 def load(
     directory: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

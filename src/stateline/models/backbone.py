@@ -15,7 +15,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stateline import checks
-from stateline.nn import S5, Attention, Block, GatedMLP, GatedSSM, LayerNorm, Mamba, Mamba2, Mamba3, Mixer, RMSNorm
+from stateline.nn import (
+    S4,
+    S4D,
+    S5,
+    Attention,
+    Block,
+    GatedMLP,
+    GatedSSM,
+    LayerNorm,
+    Mamba,
+    Mamba2,
+    Mamba3,
+    Mixer,
+    RMSNorm,
+)
 from stateline.nn.mixer import Lengths, padding, zero_padding
 from stateline.nn.precision import keep_wide
 
@@ -25,6 +39,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "Mamba2": Mamba2,
     "Mamba3": Mamba3,
     "GatedSSM": GatedSSM,
+    "S4": S4,
+    "S4D": S4D,
     "S5": S5,
 }
 _INT32, _INT64 = torch.int32, torch.int64

@@ -10,6 +10,7 @@ from stateline.nn.mamba2 import Mamba2, Mamba2State
 from stateline.nn.mamba3 import Mamba3, Mamba3State
 from stateline.nn.mixer import Mixer
 from stateline.nn.norm import GatedRMSNorm, LayerNorm, RMSNorm
+from stateline.nn.s4 import S4, S4D, S4State
 from stateline.nn.s5 import S5, S5State
 from stateline.nn.wrappers import Bidirectional, Scan2d
 
@@ -35,6 +36,9 @@ __all__ = [
     "PackedLinear",
     "RMSNorm",
     "S5State",
+    "S4",
+    "S4D",
+    "S4State",
     "Scan2d",
     "param_groups",
 ]

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from stateline.training.config import ShapeConfig
 
 #: What --mixer and --activation may name, spelled out since this module imports no torch.
-MIXERS = ("Mamba1", "Mamba2", "Mamba3", "GatedSSM", "S5")
+MIXERS = ("Mamba1", "Mamba2", "Mamba3", "GatedSSM", "S4", "S4D", "S5")
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid")
 #: Those with a short convolution, those with an inner width, those whose states come in pairs.
-CONVOLVED, WIDE, PAIRED = ("Mamba1", "Mamba2"), ("Mamba1", "Mamba2", "Mamba3", "GatedSSM"), ("S5",)
+CONVOLVED, WIDE, PAIRED = ("Mamba1", "Mamba2"), ("Mamba1", "Mamba2", "Mamba3", "GatedSSM"), ("S4", "S4D", "S5")
 #: Channels of a head of Mamba-2 and Mamba-3.
 HEAD = 64
 
