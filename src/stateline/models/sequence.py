@@ -1,0 +1,220 @@
+"""SequenceModel: a signal (b, t, c) in, one answer a sequence out, or a running answer after every sample.
+
+    x = project([standardised signal, what is missing])      (b, t, d)
+    x = a stack of blocks round a residual stream, each a norm and a mixer by name
+    answer = head(pool(norm(x)))                              pool: the mean so far, the largest so far, or the last
+
+Each pool can be kept up sample by sample, so a stream costs constant time and memory.
+Suffixes: b batch, t time, c channels of the signal, d width, o outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stateline import checks
+from stateline.models.backbone import MIXERS
+from stateline.nn import Bidirectional, Block, LayerNorm, Mixer
+from stateline.nn.mixer import Lengths, padding, zero_padding
+
+OP = "SequenceModel"
+POOLS = ("mean", "max", "last")
+
+
+@dataclass(frozen=True)
+class SequenceConfig:
+    """Sizes and choices of a SequenceModel.
+
+    Args:
+        channels: of the signal.   outputs: numbers in an answer: classes, or targets.
+        d_model: width of the residual stream.   n_layer: blocks.
+        mixer: a name of `models.MIXERS`.   mixer_args: its constructor's arguments, e.g. {"d_state": 32}.
+        pool: "mean", "max" or "last", over the samples read so far.
+        missing: whether a second set of channels says which values are missing.
+        bidirectional: read every sequence from both ends (`nn.Bidirectional`); such a model cannot stream.
+        dropout: share of what each block writes that is set to 0 in training, whole channels of a sequence at a time.
+    """
+
+    channels: int
+    outputs: int
+    d_model: int = 64
+    n_layer: int = 2
+    mixer: str = "Mamba2"
+    mixer_args: dict[str, Any] = field(default_factory=dict)
+    pool: str = "mean"
+    missing: bool = False
+    bidirectional: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "outputs", "d_model", "n_layer"):
+            checks.number(OP, name, getattr(self, name), low=1, integer=True)
+        checks.choice(OP, "mixer", self.mixer, tuple(MIXERS))
+        checks.choice(OP, "pool", self.pool, POOLS)
+        checks.number(OP, "dropout", self.dropout, low=0, high=0.95)
+        for name in ("missing", "bidirectional"):
+            if not isinstance(getattr(self, name), bool):
+                raise checks.fail(OP, f"{name} is {getattr(self, name)!r}, expected True or False.", error=TypeError)
+        if not isinstance(self.mixer_args, Mapping):
+            raise checks.fail(OP, f"mixer_args is {self.mixer_args!r}, expected a dict.", error=TypeError)
+        known = [p for p in inspect.signature(MIXERS[self.mixer]).parameters if p not in ("d_model", "device", "dtype")]
+        if unknown := sorted(set(self.mixer_args) - set(known)):
+            problem = f"mixer_args has unknown keys {', '.join(unknown)}; {self.mixer} knows {', '.join(known)}."
+            raise checks.fail(OP, problem)
+        object.__setattr__(self, "mixer_args", dict(self.mixer_args))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def make_mixer(self) -> Mixer:
+        """One block's mixer."""
+        mixer = MIXERS[self.mixer](self.d_model, **self.mixer_args)
+        return Bidirectional(mixer) if self.bidirectional else mixer
+
+
+@dataclass
+class SequenceState:
+    """What sequences carry: one state a block; pooled (b, d) float64, the sum, the largest or the last vector so far;
+    count (b) int64, samples read."""
+
+    layers: list[Any]
+    pooled: Tensor
+    count: Tensor
+
+
+torch.export.register_dataclass(SequenceState, serialized_type_name="stateline.models.SequenceState")
+
+
+class SequenceModel(nn.Module):
+    """Signals (b, t, c) -> answers (b, o): logits of classes, or standardised targets.
+
+    `mean`, `scale` (c): what `prepare` subtracts from each channel and divides it by.
+
+    >>> model = SequenceModel(SequenceConfig(channels=3, outputs=2))
+    >>> x = model.prepare(torch.randn(1, 20, 3))
+    >>> first, state = model.extend(x[:, :8], model.init_state(1))
+    >>> last, state = model.extend(x[:, 8:], state)
+    >>> torch.allclose(last, model(x), atol=1e-5)
+    True
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, config: SequenceConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean", torch.zeros(config.channels, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(config.channels, dtype=torch.float64))
+        d = config.d_model
+        self.project = nn.Linear(config.channels * (2 if config.missing else 1), d)
+        self.layers = nn.ModuleList(Block(config.make_mixer(), LayerNorm(d)) for _ in range(config.n_layer))
+        self.norm_f = LayerNorm(d)
+        self.head = nn.Linear(d, config.outputs)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Signals (…, c) as they come -> what the model reads, float32: standardised in float64, missing values (NaN)
+        0, followed by c channels that are 1 where a value is missing, if the configuration says so."""
+        if x.shape[-1] != self.config.channels:
+            raise checks.fail(OP, f"x has {x.shape[-1]} channels, expected {self.config.channels}.")
+        gone = x.isnan()
+        x = ((x.double() - self.mean.to(x.device)) / self.scale.to(x.device)).masked_fill(gone, 0).float()
+        return torch.cat([x, gone.float()], -1) if self.config.missing else x
+
+    def forward(self, x: Tensor, *, lengths: Lengths | None = None) -> Tensor:
+        """Prepared signals x (b, t, c) -> answers (b, o) after the whole of each. lengths: (b) valid samples."""
+        features = self._features(x, lengths)
+        b, t = x.shape[:2]
+        count = torch.full((b,), t, device=x.device) if lengths is None else torch.as_tensor(lengths, device=x.device)
+        pooled = self._pool(features, count, None if lengths is None else padding(x, lengths))
+        return self._answer(pooled, count)
+
+    def init_state(
+        self, batch: int, *, max_tokens: int | None = None, device: torch.device | str | None = None
+    ) -> SequenceState:
+        """The state of `batch` signals before their first sample. Raises TypeError for a bidirectional model."""
+        device = device or self.head.weight.device
+        layers = [block.init_state(batch, max_tokens=max_tokens, device=device) for block in self._blocks()]
+        low = -math.inf if self.config.pool == "max" else 0.0
+        pooled = torch.full((batch, self.config.d_model), low, dtype=torch.float64, device=device)
+        return SequenceState(layers, pooled, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    def extend(
+        self, x: Tensor, state: SequenceState | None = None, *, lengths: Lengths | None = None
+    ) -> tuple[Tensor, SequenceState]:
+        """Continue prepared signals by x (b, t, c): (answers (b, o) to all that was read so far, new state)."""
+        state = self.init_state(x.shape[0], device=x.device) if state is None else state
+        x = self.project(zero_padding(x, lengths))
+        residual, layers = None, []
+        for block, given in zip(self._blocks(), state.layers, strict=True):
+            x, residual, new = block.extend(x, residual, given, lengths=lengths)
+            layers.append(new)
+        features = zero_padding(self.norm_f(x, residual)[0], lengths)
+        b, t = x.shape[:2]
+        here = torch.full((b,), t, device=x.device) if lengths is None else torch.as_tensor(lengths, device=x.device)
+        pooled = self._pool(features.double(), here, None if lengths is None else padding(x, lengths))
+        pooled = self._joined(state.pooled, pooled, here[:, None] > 0)
+        count = state.count + here
+        return self._answer(pooled, count), SequenceState(layers, pooled, count)
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, state: SequenceState) -> Tensor:
+        """One prepared sample x (b, c) -> answers (b, o), writing into `state`. No gradient."""
+        x, residual = self.project(x), None
+        for block, given in zip(self._blocks(), state.layers, strict=True):
+            x, residual = block.step_(x, residual, given)
+        feature = self.norm_f(x, residual)[0].double()
+        state.pooled.copy_(self._joined(state.pooled, feature, torch.ones_like(state.count, dtype=torch.bool)[:, None]))
+        state.count += 1
+        return self._answer(state.pooled, state.count)
+
+    def _features(self, x: Tensor, lengths: Lengths | None) -> Tensor:
+        x, residual = self.project(zero_padding(x, lengths)), None
+        for block in self._blocks():
+            x, residual = block(x, residual, lengths=lengths)
+            x = self._thinned(x)
+        return zero_padding(self.norm_f(x, residual)[0], lengths)
+
+    def _thinned(self, x: Tensor) -> Tensor:
+        """Dropout of whole channels of a sequence: what one sample loses, its neighbours would give away."""
+        p = self.config.dropout
+        return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), p) if p and self.training else x
+
+    def _pool(self, features: Tensor, count: Tensor, padded: Tensor | None) -> Tensor:
+        """features (b, t, d), 0 at padding -> (b, d): their sum, largest or last."""
+        if self.config.pool == "mean":
+            return features.sum(1)
+        if self.config.pool == "max":
+            if features.shape[1] == 0:
+                return features.new_full((features.shape[0], features.shape[2]), -math.inf)
+            return (features if padded is None else features.masked_fill(padded[..., None], -math.inf)).amax(1)
+        if features.shape[1] == 0:
+            return features.new_zeros(features.shape[0], features.shape[2])
+        at = (count.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, features.shape[2])
+        return features.gather(1, at)[:, 0]
+
+    def _joined(self, before: Tensor, after: Tensor, read: Tensor) -> Tensor:
+        """The pool of all samples from those of the samples before and after; read (b, 1): rows that have any after."""
+        if self.config.pool == "mean":
+            return before + after
+        return torch.maximum(before, after) if self.config.pool == "max" else torch.where(read, after, before)
+
+    def _answer(self, pooled: Tensor, count: Tensor) -> Tensor:
+        """The head on the pool; of nothing, on zeros."""
+        if self.config.pool == "mean":
+            pooled = pooled / count.clamp(min=1)[:, None]
+        pooled = pooled.masked_fill((count == 0)[:, None], 0)
+        return cast(Tensor, self.head(pooled.to(self.head.weight.dtype)))
+
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.layers))
