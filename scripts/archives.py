@@ -10,6 +10,7 @@ import hashlib
 import io
 import shutil
 import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ class DataError(Exception):
 class Archive:
     """A file that never changes.
 
-    manager: "npm", or "apt" for a package of Debian (bookworm).   file: how the manager names what it saves.
+    manager: "npm", "pip" for a wheel of PyPI, or "apt" for a package of Debian (bookworm).   file: how the manager names what it saves.
     """
 
     manager: str
@@ -38,7 +39,8 @@ class Archive:
     @property
     def source(self) -> str:
         """Where it comes from, in words."""
-        return f"{'npm' if self.manager == 'npm' else 'Debian'} {self.package} {self.version}"
+        name = {"npm": "npm", "pip": "PyPI", "apt": "Debian"}[self.manager]
+        return f"{name} {self.package} {self.version}"
 
     def fetch(self, folder: Path | None, scratch: Path) -> bytes:
         """The archive's bytes: from `folder` if it lies there, else through its manager by way of `scratch`."""
@@ -61,6 +63,7 @@ class Archive:
     def _download(self, folder: Path) -> Path:
         command = {
             "npm": ["npm", "pack", f"{self.package}@{self.version}", "--silent"],
+            "pip": [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"{self.package}=={self.version}"],
             "apt": ["apt-get", "download", f"{self.package}={self.version}"],
         }[self.manager]
         if shutil.which(command[0]) is None:
