@@ -324,7 +324,9 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"d_model": 0}, ValueError, "d_model is 0"),
     ({"size": "huge"}, ValueError, "size is 'huge', expected one of 'tiny'"),
     ({"size": "tiny", "d_model": 8, "n_layer": 1}, ValueError, "Give the size or the numbers"),
-    ({"mixer": "mamba2"}, ValueError, "mixer is 'mamba2', expected one of 'Mamba1', 'Mamba2', 'Mamba3'"),
+    ({"mixer": "mamba2"}, ValueError, "mixer is 'mamba2', expected one of 'Mamba1', 'Mamba2', 'Mamba3', 'S4D'"),
+    ({"mixer": "S4D", "d_conv": 3}, ValueError, "d_conv is 3, but mixer is 'S4D', which has no convolution"),
+    ({"mixer": "S4D", "expand": 3}, ValueError, "expand is 3, but mixer is 'S4D', which has no inner width"),
     ({"mixer": "Mamba3", "d_conv": 3}, ValueError, "d_conv is 3, but mixer is 'Mamba3', which has no convolution"),
     ({"mixer": "Mamba2", "mimo_rank": 2}, ValueError, "mimo_rank is 2, but mixer is 'Mamba2'"),
     ({"size": "tiny", "attention_every": 3}, ValueError, "attention_every is 3, and the model has 2 blocks"),
@@ -458,6 +460,26 @@ def test_models_of_mamba3_are_trained(tmp_path: Path, ranks: int) -> None:
         "Mamba3", 8, ranks, ranks > 1, "Attention",
     )  # fmt: skip
     assert stateline.load(tmp_path / "run").config == model.config
+
+
+@pytest.mark.parametrize(("lr", "slow"), [(1e-2, 1e-3), (1e-4, 1e-4)])
+def test_models_of_s4d_are_trained_with_slower_time_constants(
+    text: Path, lr: float, slow: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[list[float]] = []
+    step = torch.optim.AdamW.step
+
+    def spy(self: torch.optim.AdamW) -> Any:
+        used.append([group["lr"] for group in self.param_groups])
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    model = train(tiny(text, mixer="S4D", lr=lr, warmup_steps=0)).model
+    mixer = model.backbone.layers[0].mixer
+    assert (type(mixer).__name__, mixer.d_state) == ("S4D", 4)
+    assert used[0] == pytest.approx([lr, lr, slow])
+    assert used[-1][2] / used[0][2] == pytest.approx(used[-1][0] / lr), "it does not follow the schedule"
+    assert stateline.load(text.parent / "run").config == model.config
 
 
 def test_mixers_that_can_be_trained_are_there() -> None:

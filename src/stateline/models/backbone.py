@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stateline import checks
-from stateline.nn import Attention, Block, GatedMLP, LayerNorm, Mamba, Mamba2, Mamba3, Mixer, RMSNorm
+from stateline.nn import S4D, Attention, Block, GatedMLP, LayerNorm, Mamba, Mamba2, Mamba3, Mixer, RMSNorm
 from stateline.nn.mixer import Lengths, padding, zero_padding
 
 #: Mixers by the name `ssm_cfg["layer"]` gives them; its other keys go to the constructor. Add your own under any name.
-MIXERS: dict[str, type[Mixer]] = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3}
+MIXERS: dict[str, type[Mixer]] = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3, "S4D": S4D}
 _INT32, _INT64 = torch.int32, torch.int64
 
 
@@ -30,7 +30,7 @@ class ModelConfig:
     Args:
         d_model: width of the residual stream.   n_layer: blocks.   vocab_size: token ids are below it.
         d_intermediate: hidden width of a gated MLP in every block, 0 for none.
-        ssm_cfg: {"layer": "Mamba1"}, "Mamba2" or "Mamba3", a name of MIXERS, and its arguments, e.g. {"d_state": 32}.
+        ssm_cfg: {"layer": "Mamba1"}, "Mamba2", "Mamba3", "S4D", a name of MIXERS, and its arguments: {"d_state": 32}.
         attn_layer_idx: numbers of the blocks, from 0, whose mixer is `nn.Attention` instead.
         attn_cfg: arguments of that, e.g. {"num_heads": 8, "rotary_emb_dim": 32, "window": 1024}.
         rms_norm: RMSNorm, else LayerNorm.   norm_eps: of every norm.

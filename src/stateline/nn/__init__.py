@@ -9,6 +9,7 @@ from stateline.nn.mamba2 import Mamba2, Mamba2State
 from stateline.nn.mamba3 import Mamba3, Mamba3State
 from stateline.nn.mixer import Mixer
 from stateline.nn.norm import GatedRMSNorm, LayerNorm, RMSNorm
+from stateline.nn.s4 import S4D, S4DState
 from stateline.nn.wrappers import Bidirectional, Scan2d
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "RMSNorm",
+    "S4D",
+    "S4DState",
     "Scan2d",
     "param_groups",
 ]

@@ -30,6 +30,11 @@ SIZES = {
 #: Default peak learning rate by what is trained: new weights, given ones, or adapters beside given ones.
 PEAK_LR = {"new": 3e-3, "init_from": 3e-4, "lora": 1e-3}
 
+#: Mixers that a new model can have, as `ModelConfig` names them.
+MIXER_NAMES = ("Mamba1", "Mamba2", "Mamba3", "S4D")
+#: Those among them with an inner width, those with a short convolution, and arguments that others cannot have.
+MAMBAS, CONVOLVED = ("Mamba1", "Mamba2", "Mamba3"), ("Mamba1", "Mamba2")
+
 #: A run's settings, in its folder: what --resume reads.
 SETTINGS_FILE = "run.json"
 
@@ -102,11 +107,11 @@ class ShapeConfig:
     )
     d_model: int | None = setting(None, "width (default: that of --size)", low=1)
     n_layer: int | None = setting(None, "number of blocks (default: that of --size)", low=1)
-    mixer: str = setting("Mamba1", "what mixes along time in a block", choices=("Mamba1", "Mamba2", "Mamba3"))
-    d_state: int = setting(16, "states per channel; for Mamba2 and Mamba3, 64 to 128 are usual", low=1)
-    d_conv: int = setting(4, "taps of the convolution; Mamba3 has none", low=1)
+    mixer: str = setting("Mamba1", "what mixes along time in a block", choices=MIXER_NAMES)
+    d_state: int = setting(16, "states per channel; for all but Mamba1, 64 to 128 are usual", low=1)
+    d_conv: int = setting(4, "taps of the convolution; only Mamba1 and Mamba2 have one", low=1)
     mimo_rank: int = setting(1, "inputs and outputs that share each state of Mamba3; 1 means none", low=1)
-    expand: int = setting(2, "inner width, as a multiple of d_model", low=1)
+    expand: int = setting(2, "inner width of a Mamba, as a multiple of d_model", low=1)
     d_intermediate: int = setting(0, "width of a gated MLP after each mixer; 0 means none", low=0)
     attention_every: int = setting(0, "attention instead of the mixer in every Nth block, rotary; 0 means none", low=0)
     attention_window: int | None = setting(
@@ -448,8 +453,11 @@ def _check_together(config: TrainConfig) -> None:
         raise ValueError(f"train: attention_every is {every}, and the model has {n_layer} blocks.")
     if config.model.attention_window and not every:
         raise ValueError("train: attention_window is set, and attention_every is 0, which means no attention.")
-    if config.model.mixer == "Mamba3" and config.model.d_conv != ShapeConfig.d_conv:
-        raise ValueError(f"train: d_conv is {config.model.d_conv}, but mixer is 'Mamba3', which has no convolution.")
+    mixer = config.model.mixer
+    if mixer not in CONVOLVED and config.model.d_conv != ShapeConfig.d_conv:
+        raise ValueError(f"train: d_conv is {config.model.d_conv}, but mixer is {mixer!r}, which has no convolution.")
+    if mixer not in MAMBAS and config.model.expand != ShapeConfig.expand:
+        raise ValueError(f"train: expand is {config.model.expand}, but mixer is {mixer!r}, which has no inner width.")
     if config.model.mixer != "Mamba3" and config.model.mimo_rank > 1:
         raise ValueError(
             f"train: mimo_rank is {config.model.mimo_rank}, but mixer is {config.model.mixer!r}: Mamba3's."

@@ -155,8 +155,11 @@ class _Run:
             group | {"params": [p for p in group["params"] if p.requires_grad]}
             for group in param_groups(model, optim.weight_decay)
         ]
+        groups = [group for group in groups if group["params"]]
+        #: Of the schedule's learning rate, for each group: parameters with a rate of their own never learn faster.
+        self.shares = [min(1.0, group.get("lr", schedule.peak) / schedule.peak) for group in groups]
         self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=schedule.peak,
             betas=(optim.beta1, optim.beta2),
             fused=True,
@@ -231,8 +234,8 @@ class _Run:
             self._not_finite(nats, norm_value)
         spike = self._judge(nats)
         if spike != "skipped":
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+                group["lr"] = rate * share
             self.optimizer.step()
             if self.ema:
                 self.ema.update(position.step + 1)

@@ -15,7 +15,15 @@ from stateline.files import bundled
 from stateline.models import LanguageModel, ModelConfig, checkpoint
 from stateline.training import adapters, removal, resume
 from stateline.training.arguments import read_file
-from stateline.training.config import SETTINGS_FILE, DataConfig, ShapeConfig, TrainConfig, differences
+from stateline.training.config import (
+    CONVOLVED,
+    MAMBAS,
+    SETTINGS_FILE,
+    DataConfig,
+    ShapeConfig,
+    TrainConfig,
+    differences,
+)
 from stateline.training.data import TextData
 from stateline.training.resume import Position
 from stateline.training.schedule import make_schedule
@@ -155,8 +163,11 @@ def initial_model(config: TrainConfig, start: Start | None, vocabulary: Vocabula
 
 def _mixer(shape: ShapeConfig, d_model: int) -> dict[str, Any]:
     """ModelConfig's ssm_cfg. Mamba-2 and 3 get heads of 64 channels, fewer where 64 do not divide the inner width."""
-    options: dict[str, Any] = {"d_state": shape.d_state, "expand": shape.expand}
-    if shape.mixer != "Mamba3":
+    options: dict[str, Any] = {"d_state": shape.d_state}
+    if shape.mixer not in MAMBAS:
+        return {"layer": shape.mixer, **options}
+    options["expand"] = shape.expand
+    if shape.mixer in CONVOLVED:
         options["d_conv"] = shape.d_conv
     if shape.mixer == "Mamba1":
         return options
