@@ -20,9 +20,9 @@ from stateline.models.sequence import SequenceConfig, SequenceModel
 from stateline.training.progress import EpochReporter
 from stateline.training.series import FitConfig, Series, answers, fit_series
 
-DEFAULT_MIXER = "Mamba2"
+DEFAULT_MIXER = "S4D"
 #: Sizes that serve signals, unlike those of a layer in a language model.
-MIXER_ARGS: dict[str, dict[str, Any]] = {"Mamba2": {"headdim": 16, "d_state": 16}}
+MIXER_ARGS: dict[str, dict[str, Any]] = {"S4D": {"d_state": 16}, "Mamba2": {"headdim": 16, "d_state": 16}}
 #: early_stopping="auto" holds a part out where it has at least so many series, and so many a class.
 HELD_OUT, HELD_OUT_A_CLASS = 50, 5
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stateline import checks
@@ -203,6 +203,11 @@ class SequenceRegressor(RegressorMixin, Sequences):
         """The targets of each signal, (n) or (n, n_targets) as y was."""
         found = self._predicted(X)
         return found[:, 0] if self._flat else found
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
 
     def _loss(self, answer: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(answer, target)

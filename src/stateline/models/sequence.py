@@ -48,7 +48,7 @@ class SequenceConfig:
     outputs: int
     d_model: int = 64
     n_layer: int = 2
-    mixer: str = "Mamba2"
+    mixer: str = "S4D"
     mixer_args: dict[str, Any] = field(default_factory=dict)
     pool: str = "mean"
     missing: bool = False
