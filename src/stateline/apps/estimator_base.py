@@ -242,7 +242,8 @@ class Sequences(BaseEstimator):
         if not model.config.missing and any(bool(np.isnan(x).any()) for x in series):
             remedy = "Fill them, or fit on signals with some missing values."
             raise checks.fail(op, "X has missing values (NaN), and the signals of the first fit had none.", remedy)
-        return [model.prepare(torch.from_numpy(x)) for x in series]
+        # a copy of what is read-only, such as a memory map: torch would warn that it could be written
+        return [model.prepare(torch.from_numpy(x if x.flags.writeable else x.copy())) for x in series]
 
     def _predicted(self, X: Any) -> Floats:
         check_is_fitted(self, "model_")

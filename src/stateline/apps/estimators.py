@@ -128,8 +128,11 @@ class SequenceClassifier(ClassifierMixin, Sequences):
             raise checks.fail("fit", f"y has one class, {classes[0]!r}, expected at least two.")
         self.classes_ = classes
         encoded = np.searchsorted(classes, y)
-        weight = compute_class_weight(self.class_weight, classes=classes, y=y) if self.class_weight else None
-        self._weight = None if weight is None else torch.tensor(weight, dtype=torch.float32)
+        self._weight = None
+        if self.class_weight:
+            weight = compute_class_weight(self.class_weight, classes=classes, y=y)
+            # of mean 1 over the series: dividing by a batch's own sum would take back what the weights are for
+            self._weight = torch.tensor(weight / weight[encoded].mean(), dtype=torch.float32)
         self._fit(series, torch.from_numpy(encoded), encoded)
         return self
 
@@ -143,7 +146,10 @@ class SequenceClassifier(ClassifierMixin, Sequences):
         return np.asarray(self.classes_[probabilities.argmax(1)])
 
     def _loss(self, answer: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(answer, target, weight=None if self._weight is None else self._weight.to(answer.device))
+        if self._weight is None:
+            return F.cross_entropy(answer, target)
+        weight = self._weight.to(answer.device)
+        return F.cross_entropy(answer, target, weight=weight, reduction="sum") / len(target)
 
     def _score(self, answer: Tensor, target: Tensor) -> float:
         return float((answer.argmax(1) == target).double().mean())
