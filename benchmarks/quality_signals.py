@@ -84,7 +84,7 @@ class Recurrent(SequenceModel):
             return sum(p.numel() for module in make(hidden) for p in module.parameters())
 
         hidden = min(range(8, 257), key=lambda hidden: abs(size(hidden) - ours))
-        self.layers = nn.ModuleList()
+        self.mixers, self.norms = nn.ModuleList(), nn.ModuleList()
         self.project = self.norm_f = nn.Identity()
         self.cells, self.head = make(hidden)
 

@@ -78,6 +78,7 @@ class Sequences(BaseEstimator):
         d_model: int = 64,
         n_layer: int = 2,
         pool: str = "mean",
+        norm: str = "batch",
         bidirectional: bool = False,
         dropout: float = 0.1,
         max_epochs: int | None = None,
@@ -98,6 +99,7 @@ class Sequences(BaseEstimator):
         self.d_model = d_model
         self.n_layer = n_layer
         self.pool = pool
+        self.norm = norm
         self.bidirectional = bidirectional
         self.dropout = dropout
         self.max_epochs = max_epochs
@@ -222,6 +224,7 @@ class Sequences(BaseEstimator):
             mixer=self.mixer,
             mixer_args=MIXER_ARGS.get(self.mixer, {}) if self.mixer_args is None else self.mixer_args,
             pool=self.pool,
+            norm=self.norm,
             missing=any(bool(np.isnan(x).any()) for x in series),
             bidirectional=self.bidirectional,
             dropout=self.dropout,

@@ -40,6 +40,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
     Args:
         mixer: what reads the signal, a name of `stateline.models.MIXERS`; mixer_args: its arguments.
         d_model, n_layer: width and depth.   pool: "mean", "max" or "last" of what is read.
+        norm: of the layers, "batch" or "layer"; "batch" leaves amplitudes as they are.
         bidirectional: read from both ends; more accurate on some signals, and then there is no `stream`.
         dropout: in training, whole channels of what a layer writes.
         max_epochs, batch_size: None chooses them from the number of series.   batch_tokens: samples a batch at most.
@@ -72,6 +73,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
         d_model: int = 64,
         n_layer: int = 2,
         pool: str = "mean",
+        norm: str = "batch",
         bidirectional: bool = False,
         dropout: float = 0.1,
         max_epochs: int | None = None,
@@ -94,6 +96,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
             d_model=d_model,
             n_layer=n_layer,
             pool=pool,
+            norm=norm,
             bidirectional=bidirectional,
             dropout=dropout,
             max_epochs=max_epochs,

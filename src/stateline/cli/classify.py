@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,7 +300,7 @@ def run_stream(options: argparse.Namespace) -> int:
     out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["samples", *_columns(estimator), *([] if classes is None else classes)])
     stream = estimator.stream()
-    with sys.stdin if options.data == "-" else open(options.data, encoding="utf-8") as lines:
+    with nullcontext(sys.stdin) if options.data == "-" else open(options.data, encoding="utf-8") as lines:
         for sample in _samples(lines):
             if sample is None:
                 stream = estimator.stream()

@@ -1,7 +1,7 @@
 """SequenceModel: a signal (b, t, c) in, one answer a sequence out, or a running answer after every sample.
 
     x = project([standardised signal, what is missing])      (b, t, d)
-    x = a stack of blocks round a residual stream, each a norm and a mixer by name
+    x = x + mixer(norm(x)), block after block, a mixer by name
     answer = head(pool(norm(x)))                              pool: the mean so far, the largest so far, or the last
 
 Each pool can be kept up sample by sample, so a stream costs constant time and memory.
@@ -23,11 +23,14 @@ from torch import Tensor, nn
 
 from stateline import checks
 from stateline.models.backbone import MIXERS
-from stateline.nn import Bidirectional, Block, LayerNorm, Mixer
+from stateline.nn import Bidirectional, Mixer
 from stateline.nn.mixer import Lengths, padding, zero_padding
 
 OP = "SequenceModel"
 POOLS = ("mean", "max", "last")
+NORMS = ("batch", "layer")
+#: How much of the running statistics of a ChannelNorm a batch replaces, once there were as many.
+MOMENTUM = 0.1
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class SequenceConfig:
         pool: "mean", "max" or "last", over the samples read so far.
         missing: whether a second set of channels says which values are missing.
         bidirectional: read every sequence from both ends (`nn.Bidirectional`); such a model cannot stream.
+        norm: "batch" (each channel by its mean and deviation over the training signals, which leaves amplitudes as they
+            are) or "layer" (each sample by itself).
         dropout: share of what each block writes that is set to 0 in training, whole channels of a sequence at a time.
     """
 
@@ -51,6 +56,7 @@ class SequenceConfig:
     mixer: str = "S4D"
     mixer_args: dict[str, Any] = field(default_factory=dict)
     pool: str = "mean"
+    norm: str = "batch"
     missing: bool = False
     bidirectional: bool = False
     dropout: float = 0.0
@@ -60,6 +66,7 @@ class SequenceConfig:
             checks.number(OP, name, getattr(self, name), low=1, integer=True)
         checks.choice(OP, "mixer", self.mixer, tuple(MIXERS))
         checks.choice(OP, "pool", self.pool, POOLS)
+        checks.choice(OP, "norm", self.norm, NORMS)
         checks.number(OP, "dropout", self.dropout, low=0, high=0.95)
         for name in ("missing", "bidirectional"):
             if not isinstance(getattr(self, name), bool):
@@ -76,10 +83,56 @@ class SequenceConfig:
         """Every field, ready for JSON."""
         return dataclasses.asdict(self)
 
+    def make_norm(self) -> nn.Module:
+        """One block's norm."""
+        return ChannelNorm(self.d_model) if self.norm == "batch" else SampleNorm(self.d_model)
+
     def make_mixer(self) -> Mixer:
         """One block's mixer."""
         mixer = MIXERS[self.mixer](self.d_model, **self.mixer_args)
         return Bidirectional(mixer) if self.bidirectional else mixer
+
+
+class ChannelNorm(nn.Module):
+    """Each channel of (b, t, d) by its mean and deviation: those of the batch in training, padding left out, and their
+    running averages afterwards, which do not depend on what else is read."""
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+
+    def __init__(self, d_model: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model))
+        self.register_buffer("mean", torch.zeros(d_model))
+        self.register_buffer("variance", torch.ones(d_model))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor, padded: Tensor | None = None) -> Tensor:
+        """x (…, d) -> (…, d). padded (b, t): what is no sample of x (b, t, d)."""
+        mean, variance = (self._measured(x, padded)) if self.training else (self.mean, self.variance)
+        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+    def _measured(self, x: Tensor, padded: Tensor | None) -> tuple[Tensor, Tensor]:
+        valid = x.new_ones(x.shape[:-1]) if padded is None else (~padded).to(x.dtype)
+        share = (valid / valid.sum().clamp(min=1))[..., None]
+        mean = (x * share).sum((0, 1))
+        variance = ((x - mean).square() * share).sum((0, 1))
+        with torch.no_grad():
+            self.batches += 1
+            new = (1 / self.batches).clamp(min=MOMENTUM).to(x.dtype)  # a plain average to begin with
+            self.mean.lerp_(mean, new)
+            self.variance.lerp_(variance, new)
+        return mean, variance
+
+
+class SampleNorm(nn.LayerNorm):
+    """Layer norm with ChannelNorm's arguments."""
+
+    def forward(self, x: Tensor, padded: Tensor | None = None) -> Tensor:
+        return super().forward(x)
 
 
 @dataclass
@@ -118,8 +171,9 @@ class SequenceModel(nn.Module):
         self.register_buffer("scale", torch.ones(config.channels, dtype=torch.float64))
         d = config.d_model
         self.project = nn.Linear(config.channels * (2 if config.missing else 1), d)
-        self.layers = nn.ModuleList(Block(config.make_mixer(), LayerNorm(d)) for _ in range(config.n_layer))
-        self.norm_f = LayerNorm(d)
+        self.mixers = nn.ModuleList(config.make_mixer() for _ in range(config.n_layer))
+        self.norms = nn.ModuleList(config.make_norm() for _ in range(config.n_layer))
+        self.norm_f = config.make_norm()
         self.head = nn.Linear(d, config.outputs)
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -144,7 +198,7 @@ class SequenceModel(nn.Module):
     ) -> SequenceState:
         """The state of `batch` signals before their first sample. Raises TypeError for a bidirectional model."""
         device = device or self.head.weight.device
-        layers = [block.init_state(batch, max_tokens=max_tokens, device=device) for block in self._blocks()]
+        layers = [mixer.init_state(batch, max_tokens=max_tokens, device=device) for _, mixer in self._blocks()]
         low = -math.inf if self.config.pool == "max" else 0.0
         pooled = torch.full((batch, self.config.d_model), low, dtype=torch.float64, device=device)
         return SequenceState(layers, pooled, torch.zeros(batch, dtype=torch.int64, device=device))
@@ -155,11 +209,12 @@ class SequenceModel(nn.Module):
         """Continue prepared signals by x (b, t, c): (answers (b, o) to all that was read so far, new state)."""
         state = self.init_state(x.shape[0], device=x.device) if state is None else state
         x = self.project(zero_padding(x, lengths))
-        residual, layers = None, []
-        for block, given in zip(self._blocks(), state.layers, strict=True):
-            x, residual, new = block.extend(x, residual, given, lengths=lengths)
+        layers = []
+        for (norm, mixer), given in zip(self._blocks(), state.layers, strict=True):
+            y, new = mixer.extend(norm(x), given, lengths=lengths)
+            x = x + y
             layers.append(new)
-        features = zero_padding(self.norm_f(x, residual)[0], lengths)
+        features = zero_padding(self.norm_f(x), lengths)
         b, t = x.shape[:2]
         here = torch.full((b,), t, device=x.device) if lengths is None else torch.as_tensor(lengths, device=x.device)
         pooled = self._pool(features.double(), here, None if lengths is None else padding(x, lengths))
@@ -170,20 +225,20 @@ class SequenceModel(nn.Module):
     @torch.no_grad()
     def step_(self, x: Tensor, state: SequenceState) -> Tensor:
         """One prepared sample x (b, c) -> answers (b, o), writing into `state`. No gradient."""
-        x, residual = self.project(x), None
-        for block, given in zip(self._blocks(), state.layers, strict=True):
-            x, residual = block.step_(x, residual, given)
-        feature = self.norm_f(x, residual)[0].double()
+        x = self.project(x)
+        for (norm, mixer), given in zip(self._blocks(), state.layers, strict=True):
+            x = x + mixer.step_(norm(x), given)
+        feature = self.norm_f(x).double()
         state.pooled.copy_(self._joined(state.pooled, feature, torch.ones_like(state.count, dtype=torch.bool)[:, None]))
         state.count += 1
         return self._answer(state.pooled, state.count)
 
     def _features(self, x: Tensor, lengths: Lengths | None) -> Tensor:
-        x, residual = self.project(zero_padding(x, lengths)), None
-        for block in self._blocks():
-            x, residual = block(x, residual, lengths=lengths)
-            x = self._thinned(x)
-        return zero_padding(self.norm_f(x, residual)[0], lengths)
+        x = self.project(zero_padding(x, lengths))
+        padded = None if lengths is None else padding(x, lengths)
+        for norm, mixer in self._blocks():
+            x = x + self._thinned(mixer(norm(x, padded), lengths=lengths))
+        return zero_padding(self.norm_f(x, padded), lengths)
 
     def _thinned(self, x: Tensor) -> Tensor:
         """Dropout of whole channels of a sequence: what one sample loses, its neighbours would give away."""
@@ -216,5 +271,5 @@ class SequenceModel(nn.Module):
         pooled = pooled.masked_fill((count == 0)[:, None], 0)
         return cast(Tensor, self.head(pooled.to(self.head.weight.dtype)))
 
-    def _blocks(self) -> list[Block]:
-        return cast("list[Block]", list(self.layers))
+    def _blocks(self) -> list[tuple[nn.Module, Mixer]]:
+        return list(zip(self.norms, cast("list[Mixer]", list(self.mixers)), strict=True))
