@@ -73,7 +73,7 @@ class Recurrent(SequenceModel):
     def __init__(self, config: SequenceConfig, kind: str) -> None:
         ours = sum(p.numel() for p in SequenceModel(config).parameters())
         super().__init__(config)
-        inputs = config.channels * (2 if config.missing else 1)
+        inputs = self.input.width
         cell = {"lstm": nn.LSTM, "gru": nn.GRU}[kind]
 
         def make(hidden: int) -> tuple[nn.Module, nn.Linear]:

@@ -173,7 +173,7 @@ def test_channels_are_standardised_by_the_training_data_alone() -> None:
     held = held_out(groups, 0.5, np.random.RandomState(0))
     big = [np.full((3, 1), 100.0 if out else i) for i, out in enumerate(held)]
     model.fit(big, groups)
-    assert float(model.model_.mean) == np.flatnonzero(~held).mean()
+    assert float(model.model_.input.mean) == np.flatnonzero(~held).mean()
 
 
 def test_the_held_out_part_is_balanced_and_leaves_every_class() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,13 +12,16 @@ from torch.utils import _pytree as pytree
 
 from stateline import state
 from stateline.models.sequence import POOLS, SequenceConfig, SequenceModel
+from stateline.models.signal_input import SignalInput
 from stateline.training.series import FitConfig, Series, answers, batches, fit_series
 
 MIXERS = {"S4D": {"d_state": 4}, "Mamba1": {"d_state": 4}, "Mamba2": {"headdim": 8, "d_state": 4}}
 
 
 def make(pool: str = "mean", mixer: str = "S4D", **options: object) -> SequenceModel:
-    config = SequenceConfig(3, 2, d_model=8, mixer=mixer, mixer_args=MIXERS[mixer], pool=pool, **options)  # type: ignore[arg-type]
+    config = SequenceConfig(
+        3, 2, d_model=8, mixer=mixer, mixer_args=MIXERS[mixer], pool=pool, own_scale=False, **options
+    )  # type: ignore[arg-type]
     return SequenceModel(config).eval()
 
 
@@ -67,15 +71,40 @@ def test_gradients_of_padding_are_zero() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_prepare_standardises_in_double_precision_and_marks_what_is_missing() -> None:
-    model = make(missing=True)
-    model.mean.copy_(torch.tensor([1e9, 0, 2], dtype=torch.float64))
-    model.scale.copy_(torch.tensor([1, 2, 4], dtype=torch.float64))
-    got = model.prepare(torch.tensor([[1e9 + 0.5, math.nan, 6]], dtype=torch.float64))
-    assert got.tolist() == [[0.5, 0, 1, 0, 1, 0]]
+def test_input_standardises_in_double_precision_and_marks_what_is_missing() -> None:
+    reads = SignalInput(3, own=False, missing=True)
+    reads.mean.copy_(torch.tensor([1e9, 0, 2], dtype=torch.float64))
+    reads.scale.copy_(torch.tensor([1, 2, 4], dtype=torch.float64))
+    got, _ = reads.extend(torch.tensor([[[1e9 + 0.5, math.nan, 6]]], dtype=torch.float64))
+    assert got.tolist() == [[[0.5, 0, 1, 0, 1, 0]]]
     assert got.dtype == torch.float32
-    with pytest.raises(ValueError, match="x has 2 channels, expected 3"):
-        model.prepare(torch.zeros(4, 2))
+    with pytest.raises(ValueError, match=r"x has shape \(1, 4, 2\), expected \(b, t, 3\)"):
+        reads.extend(torch.zeros(1, 4, 2))
+
+
+def test_input_scales_a_signal_by_what_it_was_so_far() -> None:
+    x = torch.randn(2, 9, 3, dtype=torch.float64) * 1e-4 + 50
+    x[0, 2:5, 1] = math.nan
+    x[1, :3, 0] = math.nan  # the first value comes later
+    reads = SignalInput(3, missing=True)
+    assert reads.width == 12
+    whole, end = reads.extend(x)
+    for i in range(1, 9):
+        seen = x[0, : i + 1, 1].numpy()
+        spread = float(np.nanstd(seen))
+        if spread > 0:
+            want = 0 if np.isnan(seen[-1]) else (seen[-1] - np.nanmean(seen)) / spread
+            assert float(whole[0, i, 4]) == pytest.approx(want, abs=1e-4)
+            assert float(whole[0, i, 7]) == pytest.approx(math.log10(spread) / 3, abs=1e-4)
+    state = reads.init_state(2)
+    pieces = []
+    for piece in x.split([0, 1, 5, 3], 1):
+        got, state = reads.extend(piece, state)
+        pieces.append(got)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.squares, end.squares)
+    constant, _ = reads.extend(torch.full((1, 5, 3), 0.1))
+    assert (constant[..., 3:6] == 0).all()  # rounding is not blown up
 
 
 def test_state_has_constant_size_and_is_saved(tmp_path: object) -> None:

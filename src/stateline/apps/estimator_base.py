@@ -33,31 +33,39 @@ class SignalStream:
     def __init__(self, estimator: Sequences) -> None:
         self._estimator = estimator
         self._model: SequenceModel = estimator.model_
-        self.state = self._model.init_state(1)
+        self._read = self._model.input.init_state(1)
+        self._state = self._model.init_state(1)
 
     @property
     def count(self) -> int:
         """Samples read so far."""
-        return int(self.state.count)
+        return int(self._state.count)
 
     def update(self, x: ArrayLike) -> Floats:
         """Read one sample, (channels) or a number for one channel, and return the answer to all read so far: a
         probability a class, (n_classes), or the targets, (n_targets)."""
-        sample = self._estimator._inputs("update", [np.reshape(np.asarray(x, dtype=np.float64), (1, -1))])[0]
-        return self._answer(self._model.step_(sample.to(self._model.head.weight.device), self.state))
+        sample = self._next("update", np.reshape(np.asarray(x, dtype=np.float64), (1, -1)))
+        return self._answer(self._model.step_(sample[:, 0], self._state))
 
     def extend(self, X: ArrayLike) -> Floats:
         """Read any number of samples at once, (time, channel) or (time), and return the answer after the last."""
-        piece = self._estimator._inputs("extend", as_series("extend", [X]))[0]
+        piece = self._next("extend", as_series("extend", [X])[0])
         with torch.no_grad():
-            answer, self.state = self._model.extend(piece[None].to(self._model.head.weight.device), self.state)
+            answer, self._state = self._model.extend(piece, self._state)
         return self._answer(answer)
 
     def copy(self) -> SignalStream:
         """A stream that goes on from here by itself."""
         twin = copy.copy(self)
-        twin.state = copy.deepcopy(self.state)
+        twin._read, twin._state = copy.deepcopy((self._read, self._state))
         return twin
+
+    def _next(self, op: str, x: Floats) -> Tensor:
+        self._estimator._check_inputs(op, [x])
+        read, self._read = self._model.input.extend(
+            torch.tensor(x, device=self._model.head.weight.device)[None], self._read
+        )
+        return read
 
     def _answer(self, answer: Tensor) -> Floats:
         return self._estimator._outputs(answer.cpu())[0]
@@ -79,6 +87,7 @@ class Sequences(BaseEstimator):
         n_layer: int = 2,
         pool: str = "mean",
         norm: str = "batch",
+        own_scale: bool = True,
         bidirectional: bool = False,
         dropout: float = 0.1,
         max_epochs: int | None = None,
@@ -100,6 +109,7 @@ class Sequences(BaseEstimator):
         self.n_layer = n_layer
         self.pool = pool
         self.norm = norm
+        self.own_scale = own_scale
         self.bidirectional = bidirectional
         self.dropout = dropout
         self.max_epochs = max_epochs
@@ -225,6 +235,7 @@ class Sequences(BaseEstimator):
             mixer_args=MIXER_ARGS.get(self.mixer, {}) if self.mixer_args is None else self.mixer_args,
             pool=self.pool,
             norm=self.norm,
+            own_scale=self.own_scale,
             missing=any(bool(np.isnan(x).any()) for x in series),
             bidirectional=self.bidirectional,
             dropout=self.dropout,
@@ -232,21 +243,25 @@ class Sequences(BaseEstimator):
         self.model_ = self._make_model(made)
         self.n_features_in_, self.metadata_ = channels, {}
         mean, scale = standard([x for x, out in zip(series, held, strict=True) if not out])
-        self.model_.mean.copy_(torch.from_numpy(mean))
-        self.model_.scale.copy_(torch.from_numpy(scale))
+        self.model_.input.mean.copy_(torch.from_numpy(mean))
+        self.model_.input.scale.copy_(torch.from_numpy(scale))
 
     def _inputs(self, op: str, series: list[Floats]) -> list[Tensor]:
-        """Signals as the model reads them, on the CPU."""
-        model = self.model_
+        """What the model reads of signals, on the CPU."""
+        self._check_inputs(op, series)
+        reads = copy.deepcopy(self.model_.input).cpu()
+        # a copy of what is read-only, such as a memory map: torch would warn that it could be written
+        arrays = (x if x.flags.writeable else x.copy() for x in series)
+        return [reads.extend(torch.from_numpy(x)[None])[0][0] for x in arrays]
+
+    def _check_inputs(self, op: str, series: list[Floats]) -> None:
         channels = series[0].shape[1]
         if channels != self.n_features_in_:
             name = type(self).__name__
             raise checks.fail(op, f"X has {channels} channels, but {name} is expecting {self.n_features_in_}.")
-        if not model.config.missing and any(bool(np.isnan(x).any()) for x in series):
+        if not self.model_.config.missing and any(bool(np.isnan(x).any()) for x in series):
             remedy = "Fill them, or fit on signals with some missing values."
             raise checks.fail(op, "X has missing values (NaN), and the signals of the first fit had none.", remedy)
-        # a copy of what is read-only, such as a memory map: torch would warn that it could be written
-        return [model.prepare(torch.from_numpy(x if x.flags.writeable else x.copy())) for x in series]
 
     def _predicted(self, X: Any) -> Floats:
         check_is_fitted(self, "model_")

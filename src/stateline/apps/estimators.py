@@ -41,6 +41,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
         mixer: what reads the signal, a name of `stateline.models.MIXERS`; mixer_args: its arguments.
         d_model, n_layer: width and depth.   pool: "mean", "max" or "last" of what is read.
         norm: of the layers, "batch" or "layer"; "batch" leaves amplitudes as they are.
+        own_scale: read each signal also standardised by what it was so far, and its level.
         bidirectional: read from both ends; more accurate on some signals, and then there is no `stream`.
         dropout: in training, whole channels of what a layer writes.
         max_epochs, batch_size: None chooses them from the number of series.   batch_tokens: samples a batch at most.
@@ -74,6 +75,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
         n_layer: int = 2,
         pool: str = "mean",
         norm: str = "batch",
+        own_scale: bool = True,
         bidirectional: bool = False,
         dropout: float = 0.1,
         max_epochs: int | None = None,
@@ -97,6 +99,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
             n_layer=n_layer,
             pool=pool,
             norm=norm,
+            own_scale=own_scale,
             bidirectional=bidirectional,
             dropout=dropout,
             max_epochs=max_epochs,

@@ -1,6 +1,6 @@
 """SequenceModel: a signal (b, t, c) in, one answer a sequence out, or a running answer after every sample.
 
-    x = project([standardised signal, what is missing])      (b, t, d)
+    x = project(input(signal))                               (b, t, d), see models/signal_input.py
     x = x + mixer(norm(x)), block after block, a mixer by name
     answer = head(pool(norm(x)))                              pool: the mean so far, the largest so far, or the last
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from stateline import checks
 from stateline.models.backbone import MIXERS
+from stateline.models.signal_input import SignalInput
 from stateline.nn import Bidirectional, Mixer
 from stateline.nn.mixer import Lengths, padding, zero_padding
 
@@ -42,7 +43,8 @@ class SequenceConfig:
         d_model: width of the residual stream.   n_layer: blocks.
         mixer: a name of `models.MIXERS`.   mixer_args: its constructor's arguments, e.g. {"d_state": 32}.
         pool: "mean", "max" or "last", over the samples read so far.
-        missing: whether a second set of channels says which values are missing.
+        own_scale: whether the model also reads each signal standardised by itself, and its level.
+        missing: whether it reads which values are missing.
         bidirectional: read every sequence from both ends (`nn.Bidirectional`); such a model cannot stream.
         norm: "batch" (each channel by its mean and deviation over the training signals, which leaves amplitudes as they
             are) or "layer" (each sample by itself).
@@ -57,6 +59,7 @@ class SequenceConfig:
     mixer_args: dict[str, Any] = field(default_factory=dict)
     pool: str = "mean"
     norm: str = "batch"
+    own_scale: bool = True
     missing: bool = False
     bidirectional: bool = False
     dropout: float = 0.0
@@ -68,7 +71,7 @@ class SequenceConfig:
         checks.choice(OP, "pool", self.pool, POOLS)
         checks.choice(OP, "norm", self.norm, NORMS)
         checks.number(OP, "dropout", self.dropout, low=0, high=0.95)
-        for name in ("missing", "bidirectional"):
+        for name in ("own_scale", "missing", "bidirectional"):
             if not isinstance(getattr(self, name), bool):
                 raise checks.fail(OP, f"{name} is {getattr(self, name)!r}, expected True or False.", error=TypeError)
         if not isinstance(self.mixer_args, Mapping):
@@ -149,44 +152,31 @@ torch.export.register_dataclass(SequenceState, serialized_type_name="stateline.m
 
 
 class SequenceModel(nn.Module):
-    """Signals (b, t, c) -> answers (b, o): logits of classes, or standardised targets.
+    """What is read of signals (b, t, w) -> answers (b, o): logits of classes, or standardised targets.
 
-    `mean`, `scale` (c): what `prepare` subtracts from each channel and divides it by.
+    input: makes what the model reads, x (b, t, input.width), of signals (b, t, c), a SignalInput; all else takes x.
 
-    >>> model = SequenceModel(SequenceConfig(channels=3, outputs=2))
-    >>> x = model.prepare(torch.randn(1, 20, 3))
+    >>> model = SequenceModel(SequenceConfig(channels=3, outputs=2)).eval()
+    >>> x, _ = model.input.extend(torch.randn(1, 20, 3))
     >>> first, state = model.extend(x[:, :8], model.init_state(1))
     >>> last, state = model.extend(x[:, 8:], state)
     >>> torch.allclose(last, model(x), atol=1e-5)
     True
     """
 
-    mean: Tensor
-    scale: Tensor
-
     def __init__(self, config: SequenceConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("mean", torch.zeros(config.channels, dtype=torch.float64))
-        self.register_buffer("scale", torch.ones(config.channels, dtype=torch.float64))
+        self.input = SignalInput(config.channels, own=config.own_scale, missing=config.missing)
         d = config.d_model
-        self.project = nn.Linear(config.channels * (2 if config.missing else 1), d)
+        self.project = nn.Linear(self.input.width, d)
         self.mixers = nn.ModuleList(config.make_mixer() for _ in range(config.n_layer))
         self.norms = nn.ModuleList(config.make_norm() for _ in range(config.n_layer))
         self.norm_f = config.make_norm()
         self.head = nn.Linear(d, config.outputs)
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Signals (…, c) as they come -> what the model reads, float32: standardised in float64, missing values (NaN)
-        0, followed by c channels that are 1 where a value is missing, if the configuration says so."""
-        if x.shape[-1] != self.config.channels:
-            raise checks.fail(OP, f"x has {x.shape[-1]} channels, expected {self.config.channels}.")
-        gone = x.isnan()
-        x = ((x.double() - self.mean.to(x.device)) / self.scale.to(x.device)).masked_fill(gone, 0).float()
-        return torch.cat([x, gone.float()], -1) if self.config.missing else x
-
     def forward(self, x: Tensor, *, lengths: Lengths | None = None) -> Tensor:
-        """Prepared signals x (b, t, c) -> answers (b, o) after the whole of each. lengths: (b) valid samples."""
+        """What is read of signals, x (b, t, w) -> answers (b, o) to each as a whole. lengths (b): valid samples."""
         features = self._features(x, lengths)
         b, t = x.shape[:2]
         count = torch.full((b,), t, device=x.device) if lengths is None else torch.as_tensor(lengths, device=x.device)
@@ -206,7 +196,7 @@ class SequenceModel(nn.Module):
     def extend(
         self, x: Tensor, state: SequenceState | None = None, *, lengths: Lengths | None = None
     ) -> tuple[Tensor, SequenceState]:
-        """Continue prepared signals by x (b, t, c): (answers (b, o) to all that was read so far, new state)."""
+        """Continue by x (b, t, w): (answers (b, o) to all that was read so far, new state)."""
         state = self.init_state(x.shape[0], device=x.device) if state is None else state
         x = self.project(zero_padding(x, lengths))
         layers = []
@@ -224,7 +214,7 @@ class SequenceModel(nn.Module):
 
     @torch.no_grad()
     def step_(self, x: Tensor, state: SequenceState) -> Tensor:
-        """One prepared sample x (b, c) -> answers (b, o), writing into `state`. No gradient."""
+        """One sample x (b, w) -> answers (b, o), writing into `state`. No gradient."""
         x = self.project(x)
         for (norm, mixer), given in zip(self._blocks(), state.layers, strict=True):
             x = x + mixer.step_(norm(x), given)
