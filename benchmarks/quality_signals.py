@@ -3,6 +3,7 @@
     python -m benchmarks.signal_sets                                      # once: the data, into build/signals
     python -m benchmarks.quality_signals                                  # all sets but fashion_mnist, five seeds
     python -m benchmarks.quality_signals --sets fashion_mnist --models ours lstm --device cuda
+    python -m benchmarks.quality_signals --validate --label ", wide" --options '{"d_model": 128}' --models ours
     python -m benchmarks.quality_signals --table                          # the Markdown table of what there is
 
 A row of JSON a fit, appended to build/quality_signals.jsonl; rows that are there are not made again, so a run that was
@@ -11,8 +12,8 @@ stopped goes on, and a model that lives in another environment (minirocket needs
 ours, lstm and gru are fitted by one loop with the same settings; the hidden size of the recurrent networks (two layers,
 the mean of what they say as ours) is the one that comes nearest to our number of parameters. minirocket pads signals
 with their last value where they differ in length. pitch_7nn, for tones, is the nearest neighbours of twelve points of
-the pitch. Splits: the archives' own; exercises by person, two held out a seed, each once in five; tones across voices,
-both ways, and at random.
+the pitch. Settings are chosen with --validate, which never looks at a test set. Splits: the archives' own; exercises by
+person, two held out a seed, each once in five; tones across voices, both ways, and at random.
 """
 
 from __future__ import annotations
@@ -65,6 +66,22 @@ def folds(name: str, y: np.ndarray[Any, Any], part: np.ndarray[Any, Any], seed: 
         yield "random", np.setdiff1d(order, order[::5]), np.sort(order[::5])
     else:
         yield "archive", np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
+
+
+def validation(fold: Fold, y: np.ndarray[Any, Any], part: np.ndarray[Any, Any], seed: int) -> Fold:
+    """A fold whose test is a part of what was to be learnt from, for choosing settings: a third of each class, half of
+    one with two signals; or, where people or voices are apart, one in three of those that were to be learnt from."""
+    split, train, _ = fold
+    apart = sorted(set(part[train]) - {"train"})
+    if len(apart) > 1:
+        held = np.isin(part[train], np.random.default_rng(seed).permutation(apart)[: max(1, len(apart) // 3)])
+    else:
+        order = np.random.default_rng(seed).permutation(len(train))
+        order = order[np.argsort(y[train][order], kind="stable")]
+        held = np.zeros(len(train), dtype=bool)
+        for group in np.split(order, np.flatnonzero(np.diff(np.unique(y[train], return_inverse=True)[1][order])) + 1):
+            held[group[: max(1, len(group) // 3)]] = True
+    return f"{split}, validation", train[~held], train[held]
 
 
 class Recurrent(SequenceModel):
@@ -199,14 +216,15 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean accuracy in percent ± standard deviation over seeds, a row a split, in Markdown."""
-    models = [m for m in MODELS if any(row["model"] == m for row in rows)]
+    found = dict.fromkeys(row["model"] for row in rows)
+    models = [*(m for m in MODELS if m in found), *(m for m in found if m not in MODELS)]
     lines = ["| set | split | " + " | ".join(models) + " |", "|---|---|" + "---:|" * len(models)]
     for name, split in dict.fromkeys((row["set"], row["split"]) for row in rows):
         cells = []
         for model in models:
-            found = [100 * r["accuracy"] for r in rows if (r["set"], r["split"], r["model"]) == (name, split, model)]
-            spread = f" ± {stdev(found):.1f}" if len(found) > 1 else ""
-            cells.append(f"{mean(found):.1f}{spread} ({len(found)})" if found else "")
+            scores = [100 * r["accuracy"] for r in rows if (r["set"], r["split"], r["model"]) == (name, split, model)]
+            spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
+            cells.append(f"{mean(scores):.1f}{spread} ({len(scores)})" if scores else "")
         lines.append(f"| {name} | {split} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -225,6 +243,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--options", type=json.loads, default={}, help='of SequenceClassifier, as JSON: {"max_epochs": 5}'
     )
+    made.add_argument("--validate", action="store_true", help="ask about a part of the training signals, not the test")
+    made.add_argument("--label", default="", help="a name for --options: rows of other labels count as other models")
     made.add_argument("--table", action="store_true", help="only print the table of what there is")
     return made
 
@@ -245,15 +265,17 @@ def run(options: argparse.Namespace) -> None:
     for seed in range(options.seeds):
         for name in options.sets:
             X, y, part = load(options.data, name)
-            for split, train, test in folds(name, y, part, seed):
+            for fold in folds(name, y, part, seed):
+                split, train, test = validation(fold, y, part, seed) if options.validate else fold
                 for model in options.models:
-                    if (name, split, model, seed) in done or (model == "pitch_7nn" and name != "tones"):
+                    if (name, split, model + options.label, seed) in done or (model == "pitch_7nn" and name != "tones"):
                         continue
                     if time.monotonic() - begun > 60 * options.minutes:
                         print("out of time; the same command goes on", file=sys.stderr)
                         return
                     given = options.options | {"device": options.device}
                     row = measure(name, split, model, seed, given, (X, y, train, test)) | origin
+                    row["model"] = model + options.label
                     print(json.dumps(row), file=sys.stderr)
                     with options.out.open("a") as file:
                         file.write(json.dumps(row) + "\n")
