@@ -72,7 +72,8 @@ def load(kind: type[E], directory: str | Path, device: str | None) -> E:
         estimator.model_.load_state_dict(tensors)
         estimator._restore(record["fitted"])
     except (KeyError, *MISFIT) as error:
-        raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}. Copy it again.") from error
+        reason = " ".join(str(error).split())[:300]  # torch lists every weight
+        raise CheckpointError(f"{path} is damaged: {reason}. Copy it again.") from error
     estimator.model_.eval().to(estimator._device())
     return estimator
 
