@@ -30,7 +30,7 @@ def main() -> None:
     X = [vibration(rng, bool(w), int(rng.integers(80, 160))) for w in worn]
     y = np.where(worn, "worn", "good")
 
-    model = SequenceClassifier(d_model=16, max_epochs=15, learning_rate=0.01, random_state=0, verbose=1)
+    model = SequenceClassifier(d_model=16, max_epochs=15, random_state=0, verbose=1)
     model.fit(X[:80], y[:80])
     print(f"{100 * model.score(X[80:], y[80:]):.0f} % of 40 new recordings are recognised")
 

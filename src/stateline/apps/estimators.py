@@ -81,7 +81,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
         max_epochs: int | None = None,
         batch_size: int | None = None,
         batch_tokens: int = 65536,
-        learning_rate: float = 4e-3,
+        learning_rate: float = 1e-2,
         weight_decay: float = 0.01,
         early_stopping: bool | str = "auto",
         validation_fraction: float = 0.1,

@@ -117,7 +117,7 @@ def _add_train(actions: argparse._SubParsersAction[Parser]) -> None:
     fit = train.add_argument_group("training")
     fit.add_argument("--epochs", type=positive, metavar="N", help="default: by the number of signals, 20 to 200")
     fit.add_argument("--batch-size", type=positive, metavar="N", help="signals a step (default: by their number)")
-    fit.add_argument("--learning-rate", type=float, default=4e-3, metavar="X", help="default: 0.004")
+    fit.add_argument("--learning-rate", type=float, default=1e-2, metavar="X", help="default: 0.01")
     fit.add_argument("--dropout", type=float, default=0.1, metavar="SHARE", help="default: 0.1")
     fit.add_argument("--class-weight", choices=("balanced",), help="let rare classes count as much as common ones")
     fit.add_argument("--early-stopping", choices=("auto", "on", "off"), default="auto", help="hold a tenth out and keep"

@@ -51,7 +51,7 @@ class FitConfig:
     epochs: int | None = None
     batch_size: int | None = None
     batch_tokens: int = 65536
-    lr: float = 4e-3
+    lr: float = 1e-2
     weight_decay: float = 0.01
     patience: int | None = None
     clip: float = 1.0
