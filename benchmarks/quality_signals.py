@@ -9,10 +9,10 @@
 A row of JSON a fit, appended to build/quality_signals.jsonl; rows that are there are not made again, so a run that was
 stopped goes on, and a model that lives in another environment (minirocket needs aeon) joins by a run of its own.
 
-ours, lstm and gru are fitted by one loop with the same settings but the learning rate; the hidden size of the recurrent networks (two layers,
-the mean of what they say as ours) is the one that comes nearest to our number of parameters. minirocket pads signals
-with their last value where they differ in length. pitch_7nn, for tones, is the nearest neighbours of twelve points of
-the pitch. Settings are chosen with --validate, which never looks at a test set. Splits: the archives' own; exercises by
+ours, lstm and gru are fitted by one loop with the same settings but the learning rate; the hidden size of the recurrent
+networks (two layers, the mean of what they say as ours) is the one that comes nearest to our number of parameters.
+minirocket pads signals with their last value where they differ in length. pitch_7nn, for tones, is the nearest
+neighbours of twelve points of the pitch. Settings are chosen with --validate, which never looks at a test set. Splits: the archives' own; exercises by
 person, two held out a seed, each once in five; tones across voices, both ways, and at random.
 """
 
@@ -40,7 +40,7 @@ SMALL = ("japanese_vowels", "basic_motions", "acsf1", "plaid", "pig_cvp", "exerc
 SETS = (*SMALL, "fashion_mnist")
 MODELS = ("ours", "lstm", "gru", "minirocket", "pitch_7nn")
 RATE = 8000
-#: Recurrent networks learn steadily at this rate, and hardly at our default.
+#: A lower rate for the recurrent networks, as is usual for them.
 RECURRENT: dict[str, Any] = {"learning_rate": 4e-3}
 Fold = tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
