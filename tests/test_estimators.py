@@ -41,6 +41,8 @@ FAILED = {
     "check_classifiers_train": COLUMNS,
     "check_regressors_train": "it asks for a good fit of columns without order, of which one matters: no signal",
 }
+#: One epoch is too little for these; the full tests train longer.
+UNTRAINED = {"check_class_weight_classifiers": "it asks what a model learnt"}
 
 
 def wave(n: int, slow: bool, channels: int = 2) -> np.ndarray[Any, Any]:
@@ -67,11 +69,13 @@ def name_of(check: Any) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
-@pytest.mark.parametrize("kind", [SequenceClassifier, pytest.param(SequenceRegressor, marks=pytest.mark.full)])
-def test_check_estimator(kind: type) -> None:
+@pytest.mark.parametrize("kind", [SequenceClassifier, SequenceRegressor])
+@pytest.mark.parametrize("epochs", [1, pytest.param(6, marks=pytest.mark.full)])
+def test_check_estimator(kind: type, epochs: int) -> None:
     """Every check passes but the listed; and the listed do fail, or they would be struck from the list."""
+    excused = FAILED | (UNTRAINED if epochs == 1 else {})
     failed: dict[str, str] = {}
-    for estimator, check in estimator_checks_generator(kind(**SMALL, max_epochs=6)):
+    for estimator, check in estimator_checks_generator(kind(**SMALL, max_epochs=epochs)):
         try:
             check(estimator)
         except pytest.skip.Exception:
@@ -80,9 +84,9 @@ def test_check_estimator(kind: type) -> None:
             if type(error).__name__ == "SkipTest":  # of what is not installed, such as pandas
                 continue
             failed[name_of(check)] = str(error)
-    assert not {name: why for name, why in failed.items() if name not in FAILED}
+    assert not {name: why for name, why in failed.items() if name not in excused}
     ours = [name_of(check) for _, check in estimator_checks_generator(kind(**SMALL))]
-    assert set(failed) == set(FAILED) & set(ours)
+    assert set(failed) == set(excused) & set(ours)
 
 
 def test_it_works_in_scikit_learns_tools(signals: Any) -> None:
