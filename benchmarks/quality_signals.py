@@ -76,7 +76,7 @@ def validation(fold: Fold, y: np.ndarray[Any, Any], part: np.ndarray[Any, Any], 
     one with two signals; or, where people or voices are apart, one in three of those that were to be learnt from."""
     split, train, _ = fold
     apart = sorted(set(part[train]) - {"train"})
-    if len(apart) > 1:
+    if len(apart) > 1 and split != "random":
         held = np.isin(part[train], np.random.default_rng(seed).permutation(apart)[: max(1, len(apart) // 3)])
     else:
         order = np.random.default_rng(seed).permutation(len(train))
@@ -265,6 +265,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Make every row that is asked for and not there, seed by seed."""
     begun, origin = time.monotonic(), provenance(options.device)
+    if options.out.exists() and not options.out.read_text().endswith("\n"):  # a kill cut the last line short
+        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows_of(options.out)))
     done = {(row["set"], row["split"], row["model"], row["seed"]) for row in rows_of(options.out)}
     for seed in range(options.seeds):
         for name in options.sets:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stateline import state
-from stateline.models.sequence import POOLS, SequenceConfig, SequenceModel
+from stateline.models.sequence import POOLS, ChannelNorm, SequenceConfig, SequenceModel
 from stateline.models.signal_input import SignalInput
 from stateline.training.series import FitConfig, Series, answers, batches, fit_series
 
@@ -105,6 +105,20 @@ def test_input_scales_a_signal_by_what_it_was_so_far() -> None:
     torch.testing.assert_close(state.squares, end.squares)
     constant, _ = reads.extend(torch.full((1, 5, 3), 0.1))
     assert (constant[..., 3:6] == 0).all()  # rounding is not blown up
+
+
+def test_channel_norm_leaves_padding_out_and_remembers_what_it_saw() -> None:
+    norm = ChannelNorm(3).train()
+    x = torch.randn(2, 6, 3) * 4 + 7
+    x[0, 4:] = 1e6
+    padded = torch.zeros(2, 6, dtype=torch.bool)
+    padded[0, 4:] = True
+    seen = x[~padded]
+    want = (x - seen.mean(0)) / seen.var(0, unbiased=False).add(1e-5).sqrt()
+    torch.testing.assert_close(norm(x, padded)[~padded], want[~padded], atol=1e-4, rtol=1e-4)
+    norm.eval()
+    torch.testing.assert_close(norm(x)[~padded], want[~padded], atol=1e-4, rtol=1e-4)  # after one batch, that batch
+    assert torch.equal(norm(x)[1:], norm(x[1:]))  # and nothing of what lies beside
 
 
 def test_state_has_constant_size_and_is_saved(tmp_path: object) -> None:
