@@ -99,7 +99,10 @@ def test_public_names_are_frozen() -> None:
         "Engine", "LanguageModel", "ModelConfig", "backends", "generate", "generation", "load", "models", "nn", "ops",
         "prepare_for_decode", "save", "state", "theory", "training",
     ]  # fmt: skip
-    for name in stateline.__all__:
+    of_extras = ["SequenceClassifier", "SequenceRegressor"]
+    assert sorted(stateline._OF_EXTRAS) == of_extras
+    assert set(of_extras) <= set(dir(stateline))
+    for name in [*stateline.__all__, *of_extras]:
         assert getattr(stateline, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'; it has"):
         stateline.nonsense  # noqa: B018

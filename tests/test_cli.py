@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 FLAGS = {
     "bench": ["--debug", "--help", "--json", "--model", "--quick", "--room", "--threads", "-h"],
+    "classify": ["--debug", "--help", "-h"],
     "convert": ["--debug", "--dtype", "--force", "--help", "--no-tokenizer", "--room", "--to", "-h"],
     "eval": [
         "--cache-dtype", "--context", "--debug", "--device", "--dtype", "--field", "--force-binary", "--help", "--json",
@@ -74,27 +76,42 @@ FLAGS = {
         "--progress", "--text-field", "--tokenizer", "-h",
     ],
 }  # fmt: skip
+CLASSIFY_FLAGS = {
+    "train": [
+        "--batch-size", "--bidirectional", "--class-weight", "--debug", "--device", "--dropout", "--early-stopping",
+        "--epochs", "--help", "--layers", "--learning-rate", "--mixer", "--out", "--pool", "--quiet", "--rate",
+        "--regress", "--seed", "--test", "--test-share", "--threads", "--width", "-h",
+    ],
+    "predict": ["--debug", "--device", "--help", "--probabilities", "-h"],
+    "stream": ["--debug", "--device", "--every", "--help", "-h"],
+}  # fmt: skip
 TRAIN_FLAGS = {"--out", "--steps", "--minutes", "--size", "--context", "--batch-size", "--seed", "--resume", "--config"}
 
 
 def test_commands_and_flags_are_frozen() -> None:
     """A flag that goes breaks scripts: this list changes on purpose only, with a line in the changelog."""
     commands = next(a for a in build_parser()._actions if a.dest == "command").choices
-    names = ["bench", "convert", "eval", "explain", "generate", "info", "tokenize", "train"]
+    names = ["bench", "classify", "convert", "eval", "explain", "generate", "info", "tokenize", "train"]
     assert sorted(commands) == names  # type: ignore[arg-type]
     for name, flags in FLAGS.items():
         assert sorted(commands[name]._option_string_actions) == flags, name  # type: ignore[index, call-overload]
+    actions = next(a for a in commands["classify"]._actions if a.dest == "action").choices  # type: ignore[index, call-overload]
+    assert {name: sorted(parser._option_string_actions) for name, parser in actions.items()} == CLASSIFY_FLAGS
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["tokenize"], ["generate"], ["eval"], ["bench"], ["convert"], ["info"], ["explain"]]
-)
+    "command",
+    [
+        [], ["train"], ["tokenize"], ["generate"], ["eval"], ["bench"], ["convert"], ["info"], ["explain"],
+        ["classify"], ["classify", "train"], ["classify", "predict"], ["classify", "stream"],
+    ],
+)  # fmt: skip
 def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([*command, "--help"])
     assert left.value.code == 0
     out = capsys.readouterr().out
-    assert "examples:\n  stateline " in out
+    assert re.search(r"examples:\n  (tail -f \S+ \| )?stateline ", out)
     assert "==SUPPRESS==" not in out
     if command == ["train"]:
         assert all(flag in out for flag in TRAIN_FLAGS)
@@ -104,7 +121,7 @@ def test_help_and_version_come_without_torch() -> None:
     code = """
 import sys
 from stateline.cli import main
-commands = ("generate", "train", "tokenize", "eval", "bench")
+commands = ("generate", "train", "tokenize", "eval", "bench", "classify", "classify train")
 for command in ("--help", *(f"{name} --help" for name in commands), "--version", "nonsense"):
     try:
         main(command.split())

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from stateline import state as state
     from stateline import theory as theory
     from stateline import training as training
+    from stateline.apps.estimators import SequenceClassifier as SequenceClassifier
+    from stateline.apps.estimators import SequenceRegressor as SequenceRegressor
     from stateline.generation import Engine as Engine
     from stateline.generation import generate as generate
     from stateline.generation.decode import prepare_for_decode as prepare_for_decode
@@ -40,17 +42,20 @@ _NAMES = {
 }
 _MODULES = ("backends", "generation", "models", "nn", "ops", "state", "theory", "training")
 
+#: These need an extra, so `from stateline import *` leaves them out.
+_OF_EXTRAS = {"SequenceClassifier": "apps.estimators", "SequenceRegressor": "apps.estimators"}
+
 __all__ = sorted([*_NAMES, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     """Import parts when first named, so that `import stateline` costs nothing by itself."""
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"stateline.{_NAMES[name]}"), name)
+    if home := _NAMES.get(name) or _OF_EXTRAS.get(name):
+        return getattr(importlib.import_module(f"stateline.{home}"), name)
     if name in _MODULES:
         return importlib.import_module(f"stateline.{name}")
     raise AttributeError(f"module 'stateline' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_OF_EXTRAS, "__version__"]

@@ -135,6 +135,9 @@ def detect(path: str | Path) -> str:
     config = checkpoint.read_json(path / checkpoint.CONFIG)
     if config.get("format") == checkpoint.FORMAT:
         return "stateline"
+    if config.get("format") == "stateline-sequence":  # apps/estimator_files.py
+        name = config.get("estimator")
+        raise CheckpointError(f"{path} holds a model of signals. Load it with stateline.{name}.load.")
     if "model_type" in config:
         return "huggingface"
     if {"d_model", "n_layer"} <= set(config):

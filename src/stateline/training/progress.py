@@ -92,6 +92,43 @@ class Reporter:
         return f"{clock(spent * (1 - share) / gained)} left" if gained > 0 else "… left"
 
 
+class EpochReporter:
+    """Figures of epochs on stderr: a bar on a terminal with tqdm, lines elsewhere; nothing where `verbose` is 0."""
+
+    def __init__(self, verbose: int) -> None:
+        self._mode = _resolve("auto") if verbose else "off"
+        self._bar: Any = None
+        self._last_line = -LINE_SECONDS
+
+    def __enter__(self) -> EpochReporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, figures: dict[str, float], epochs: int) -> None:
+        """Show an epoch's figures; `epochs` are planned."""
+        if self._mode == "off":
+            return
+        shown = {k: v for k, v in figures.items() if k not in ("epoch", "seconds")}
+        line = " · ".join(f"{name.replace('_', '-')} {value:.4f}" for name, value in shown.items())
+        if self._mode == "bar":
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=epochs, unit="epoch", file=sys.stderr, dynamic_ncols=True)
+            self._bar.set_description_str(line, refresh=False)
+            self._bar.update(1)
+            return
+        now = time.perf_counter()
+        if figures["epoch"] == epochs or now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            print(f"epoch {figures['epoch']:.0f} of {epochs} · {line}", file=sys.stderr, flush=True)
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, appended; after a resume it never holds a step twice.
 
