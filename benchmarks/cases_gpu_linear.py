@@ -42,9 +42,7 @@ def scan(b: int, t: int, d: int, dtype: torch.dtype) -> Iterator[Case]:
     def plain(a: Tensor, b: Tensor) -> Tensor:
         return doubling_scan(a.expand(b.shape), b)
 
-    yield from _both(
-        "linear_scan", f"b{b} t{t} d{d} {str(dtype)[6:]}", leaves, {OURS: ours, PLAIN: plain}, "linear_scan"
-    )
+    yield from _both("linear_scan", f"b{b} t{t} d{d} {str(dtype)[6:]}", leaves, {OURS: ours, PLAIN: plain})
 
 
 def convolution(b: int, t: int, d: int, taps: int) -> Iterator[Case]:

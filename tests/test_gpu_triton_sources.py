@@ -138,9 +138,9 @@ def test_linear_scan_compiles(dtype: torch.dtype, constant: bool, monkeypatch: p
     with torch.device("meta"):
         b, state = torch.empty(2, 1000, 256, dtype=dtype), torch.empty(2, 256, dtype=wide)
         a, table = torch.empty(256 if constant else b.shape, dtype=wide), torch.empty(2, 3, dtype=torch.int64)
-        for segments in (None, table):
-            gpu.forward(a, b, state, segments, False)
-            gpu.backward(b, state, a, b, b, state, segments, True)
+        for segments, start in ((None, state), (table, state), (None, None)):
+            gpu.forward(a, b, start, segments, False)
+            gpu.backward(b, state, a, b, b, start, segments, True)
         gpu.step(state, a if constant else a[:, 0], b[:, 0], None)
     assert set(taken) == {"summarise", "carry", "forward", "backward", "step"} | ({"reduce"} if constant else set())
 

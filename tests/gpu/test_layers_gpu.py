@@ -15,6 +15,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), re
 D_MODEL = 48
 #: Largest error over largest value, of whole layers.
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+#: Rounded to bfloat16, what was just above 0 may lie just below, where relu has no slope: so on a CPU, too.
+KINKED = {"GatedSSM, relu": 2.5}
 LAYERS = {
     "Mamba": lambda: nn.Mamba(D_MODEL, d_state=8),
     "Mamba2": lambda: nn.Mamba2(D_MODEL, d_state=24, headdim=16),
@@ -53,7 +55,8 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
         y.backward(dy.to(device, kind))
         found.append({"y": y.detach(), "input": u.grad} | {k: p.grad for k, p in layer.named_parameters()})
     for what, value in found[1].items():
-        near(found[0][what], value, BOUND[dtype], f"{name}: {what}")
+        bound = BOUND[dtype] * (KINKED.get(name, 1) if dtype == torch.bfloat16 else 1)
+        near(found[0][what], value, bound, f"{name}: {what}")
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -244,8 +244,9 @@ def backward(
                 gr, gi = tl.where(inside, nr, gr), tl.where(inside, ni, gi)
         if CONST:
             _put(partial + index.to(tl.int64) * width, c, live, sum_r, sum_i, CPX)
-        if (dinitial is not None) & (first == 0):
-            _put(dinitial + sequence * width, c, live, gr, gi, CPX)
+        if dinitial is not None:  # known before the kernel runs, and only alone
+            if first == 0:
+                _put(dinitial + sequence * width, c, live, gr, gi, CPX)
 
 
 @triton.jit
