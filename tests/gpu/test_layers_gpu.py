@@ -29,6 +29,8 @@ LAYERS = {
     "GatedSSM": lambda: nn.GatedSSM(D_MODEL),
     "GatedSSM, dense, tanh": lambda: nn.GatedSSM(D_MODEL, 40, "tanh", "dense"),
     "GatedSSM, relu": lambda: nn.GatedSSM(D_MODEL, 70, "relu"),
+    "S4D": lambda: nn.S4D(D_MODEL, d_state=16),
+    "S4": lambda: nn.S4(D_MODEL, d_state=16),
     "S5": lambda: nn.S5(D_MODEL, d_state=64, blocks=2),
     "Mamba3, ranks": lambda: nn.Mamba3(D_MODEL, d_state=16, headdim=8, is_mimo=True, mimo_rank=3),
 }

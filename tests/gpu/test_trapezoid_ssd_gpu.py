@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracles import pairwise
 from test_gpu_ops import named, on_device
-from test_ops import FLAG, LAYOUTS, check, close
+from test_ops import BOUND, FLAG, LAYOUTS, check, close
 from test_ops import _strided as strided
 from test_trapezoid_ssd import GIVEN, PLAIN, STATE, TOKENS, case, cut, plain
 from torch import Tensor
@@ -23,6 +23,8 @@ from stateline.ops.trapezoid_ssd import gpu, reference
 
 # Triton's interpreter cuts bfloat16 off instead of rounding, which is beyond the bound.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+#: As docs/numerics.md has it for these kernels: B and C are rounded after they are turned.
+TURNED = BOUND | {torch.bfloat16: 8e-3}
 GRID: dict[str, list[Any]] = {
     "backend": ["gpu"], "dtype": DTYPES, "layout": LAYOUTS, "h": [1, 2, 5], "g": [1, 2, 3], "r": [None, 1],
     "s": [0, 1, "half", "all"], "interleaved": FLAG, "reverse": FLAG, "bias": FLAG, "mix": [False], "D": FLAG,
@@ -68,7 +70,9 @@ def as_chunked(x: dict[str, Any], **how: Any) -> None:
     wide = {k: tuple(s.double() for s in v) if isinstance(v, tuple) else v.double() for k, v in x.items()}
     wanted = results(wide, backend="chunked", **how)
     for name, a in results(x, **how).items():
-        close(name, a, wanted[name], torch.float32 if name in STATE else x["x"].dtype)
+        error = (a.double() - wanted[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-3)
+        bound = TURNED[torch.float32 if name in STATE else x["x"].dtype]
+        assert error <= bound, f"{name}: error {error:.2e} exceeds {bound:.0e}"  # NaN exceeds it, too
 
 
 @pytest.mark.skipif(INTERPRETED, reason="a layer takes the interpreter minutes")

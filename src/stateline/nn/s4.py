@@ -90,8 +90,8 @@ class _StateSpace(Mixer):
     no_weight_decay = ("D",)
 
     def __init__(
-        self, shape: Shape, kernel: System, activation: str | None, final_act: str | None, dropout: float, mode: str,
-        rate: float, made: dict[str, Any],
+        self, shape: Shape, kernel: System, activation: str | None, final_act: str | None, dropout: float,
+        mode: str | None, rate: float, made: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
         self.op = shape.op
@@ -110,14 +110,14 @@ class _StateSpace(Mixer):
                 self.D.copy_(torch.randn(self.D.shape, device="cpu"))
 
     @property
-    def mode(self) -> str:
-        """How sequences are computed: "scan" or "convolution"."""
+    def mode(self) -> str | None:
+        """How sequences are computed: "scan", "convolution", or None, which chooses by device."""
         return self._mode
 
     @mode.setter
-    def mode(self, value: str) -> None:
+    def mode(self, value: str | None) -> None:
         """Set how sequences are computed; raises ValueError for a name that is neither."""
-        checks.choice(self.op, "mode", value, MODES)
+        checks.choice(self.op, "mode", value, (*MODES, None))
         self._mode = value
 
     @property
@@ -173,7 +173,8 @@ class _StateSpace(Mixer):
         where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
         segments = build(self.op, x, lengths, "right", cu_seqlens)
         initial = None if state is None else self._initial(state, segments.count)
-        convolve = self.mode == "convolution" and x.numel() > 0
+        mode = self.mode or ("convolution" if x.is_cuda and not onward else "scan")
+        convolve = mode == "convolution" and x.numel() > 0
         with _without_autocast(x):
             u = zero_padding(x, lengths).to(wide(self.D.dtype))
             y = end = u.new_zeros(())
@@ -233,7 +234,8 @@ class _StateSpace(Mixer):
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         rate = "" if self.rate == 1 else f", rate={self.rate:g}"
-        return f"d_model={self.d_model}, d_state={self.d_state}, channels={self.channels}, mode={self.mode}{rate}"
+        mode = "" if self.mode is None else f", mode={self.mode}"
+        return f"d_model={self.d_model}, d_state={self.d_state}, channels={self.channels}{mode}{rate}"
 
 
 class S4D(_StateSpace):
@@ -250,7 +252,8 @@ class S4D(_StateSpace):
         dropout: share of the activations set to 0 in training mode.
         lr: learning rate of dt, A and B, which `param_groups` passes on; None for that of all others.
         mode: how sequences are computed, by numbers that agree: "scan", chunk by chunk as matrix products, or
-            "convolution", by Fourier transforms. An attribute, set at will.
+            "convolution", by Fourier transforms. None: on a GPU the latter, unless a state is wanted; else the former. An
+            attribute, set at will.
         rate: samples of the training data a sample now: 2.0 runs a model trained at 16 kHz on 8 kHz. An attribute too.
 
     dt, A, B, C, D stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state.
@@ -277,7 +280,7 @@ class S4D(_StateSpace):
         final_act: str | None = "glu",
         dropout: float = 0.0,
         lr: float | None = 0.001,
-        mode: str = "scan",
+        mode: str | None = None,
         rate: float = 1.0,
         *,
         device: torch.device | str | None = None,
@@ -325,7 +328,7 @@ class S4(_StateSpace):
         final_act: str | None = "glu",
         dropout: float = 0.0,
         lr: float | None = 0.001,
-        mode: str = "scan",
+        mode: str | None = None,
         rate: float = 1.0,
         *,
         device: torch.device | str | None = None,
