@@ -41,6 +41,10 @@ $ make performance-gpu
 "device" is the time of the kernels, which count when calls are queued one after another; "call" is what one call takes
 that is waited for, the host's work before the first kernel included. "floor" is the time in which the device copies as
 many bytes as must move at least: every input read once, every result written once.
+
+Calls of one layer's mixer, by length (`python -m benchmarks.plot build/gpu.jsonl --op "mixer length"`):
+
+![Milliseconds of a call against length](mixers_by_length.png)
 """
 
 MARK = "<!-- gpu -->"  # the GPU's half begins here

@@ -252,8 +252,8 @@ class S4D(_StateSpace):
         dropout: share of the activations set to 0 in training mode.
         lr: learning rate of dt, A and B, which `param_groups` passes on; None for that of all others.
         mode: how sequences are computed, by numbers that agree: "scan", chunk by chunk as matrix products, or
-            "convolution", by Fourier transforms. None: on a GPU the latter, unless a state is wanted; else the former. An
-            attribute, set at will.
+            "convolution", by Fourier transforms. None: the latter on a GPU where no state is wanted, else the former.
+            An attribute, set at will.
         rate: samples of the training data a sample now: 2.0 runs a model trained at 16 kHz on 8 kHz. An attribute too.
 
     dt, A, B, C, D stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state.
