@@ -95,9 +95,23 @@ def test_the_token_kernels_compile(
 ) -> None:
     monkeypatch.setenv("STATELINE_CACHE", str(tmp_path))
     sizes = token_sizes(kind, formats)
-    cuts = {name: token.cut(m, 132) for name, m in sizes.matrices.items()}
+    cuts = {name: token.cut(m, 132, eights) for name, m in sizes.matrices.items()}
     said = compiled(token.source(sizes.kind), token._options(sizes, eights, cuts), "sm_90", tmp_path)
     assert not any(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)), said
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, to see the PTX")
+@pytest.mark.parametrize("kind", ["mamba", "heads"])
+def test_what_in_proj_finds_is_stored_by_sixteen_bytes(kind: str, tmp_path: Path) -> None:
+    sizes = token_sizes(kind, ("bf16",) * 4)
+    options = token._options(sizes, 8, {name: token.cut(m, 132, 8) for name, m in sizes.matrices.items()})
+    (tmp_path / "source.cu").write_text(token.source(sizes.kind))
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-ptx", *options, "source.cu", "-o", "source.ptx"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    (own,) = [x for x in (tmp_path / "source.ptx").read_text().split(".entry ") if x.startswith("in_proj")]
+    assert re.search(r"st\.global\S*\.v4\.f32", own)
+    assert not re.search(r"st\.global\S*(?<!v4)\.f32", own)  # four for one cost 3 µs a layer with 64 sequences
 
 
 @pytest.mark.parametrize("kind", TOKENS)
@@ -117,16 +131,26 @@ def test_launches_of_a_token_cover_every_channel(kind: str) -> None:
     assert sizes.rows[0] + sizes.rows[1] + sizes.h == sizes.matrices["in_proj"].rows
 
 
+@pytest.mark.parametrize("eights", [1, 2, 4, 8])
 @pytest.mark.parametrize(
-    ("rows", "inner"), [(16, 8), (80, 1536), (192, 5120), (3072, 768), (10240, 2560), (50280, 2560)]
+    ("rows", "inner"), [(16, 8), (80, 1536), (192, 5120), (2560, 5120), (3072, 768), (10240, 2560), (50280, 2560)]
 )
-def test_cuts_of_matrices_give_every_tile_to_a_block(rows: int, inner: int) -> None:
+def test_cuts_of_matrices_give_every_tile_to_a_block(rows: int, inner: int, eights: int) -> None:
     nothing = torch.empty(0)
-    tiles, slices = token.cut(Matrix(nothing, nothing, None, "bf16", rows, inner), 132)
-    assert 1 <= tiles <= token.MOST_TILES
-    assert slices in (1, 2, 4, 8)  # a cluster has eight blocks at most
-    blocks = -(-rows // (16 * tiles))
-    assert all(len(range(first, -(-rows // 16), blocks)) <= tiles for first in range(blocks))
+    by = token.cut(Matrix(nothing, nothing, None, "bf16", rows, inner), 132, eights)
+    assert 1 <= by.tiles <= token.MOST_TILES
+    assert by.slices in (1, 2, 4, 8)  # a cluster has eight blocks at most
+    blocks = -(-rows // (16 * by.tiles))
+    assert all(len(range(first, -(-rows // 16), blocks)) <= by.tiles for first in range(blocks))
+    assert by.slices * blocks <= 132 or not by.alone
+    assert by.alone == (eights == 8 and (rows, inner) == (2560, 5120))
+
+
+@pytest.mark.parametrize(("rows", "inner"), [(80, 1536), (2560, 5120), (10240, 2560), (1000, 1000), (8544, 2136)])
+def test_order_of_sums_does_not_depend_on_the_number_of_sequences(rows: int, inner: int) -> None:
+    nothing = torch.empty(0)
+    m = Matrix(nothing, nothing, None, "bf16", rows, inner)
+    assert len({token.cut(m, 132, eights).slices for eights in (1, 2, 4, 8)}) == 1
 
 
 @pytest.mark.parametrize(("change", "why"), [

@@ -28,6 +28,8 @@ CONFIGS = {
     },
     "wide": {"d_model": 1040, "n_layer": 1, "ssm_cfg": {"d_state": 64, "dt_rank": 300, "conv_bias": False}},
     "small": {"d_model": 8, "n_layer": 2, "ssm_cfg": {"d_state": 4, "d_conv": 2}},
+    # so large that its matrices are dealt out differently for many sequences
+    "large": {"d_model": 2136, "n_layer": 1},
     "heads": {"d_model": 256, "n_layer": 2, "ssm_cfg": {"layer": "Mamba2"}},
     "heads, odd": {
         "d_model": 280,
@@ -47,6 +49,7 @@ CONFIGS = {
         },
     },
     "heads, wide": {"d_model": 1040, "n_layer": 1, "ssm_cfg": {"layer": "Mamba2", "headdim": 40, "d_state": 260}},
+    "heads, large": {"d_model": 2136, "n_layer": 1, "ssm_cfg": {"layer": "Mamba2", "headdim": 48}},
     "heads, bare": {
         "d_model": 8,
         "n_layer": 2,
@@ -121,7 +124,7 @@ def test_states_of_mamba_2_in_bfloat16(d_state: int, b: int) -> None:
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-@pytest.mark.parametrize("name", ["odd", "heads", "heads, odd"])
+@pytest.mark.parametrize("name", ["odd", "large", "heads", "heads, odd", "heads, large"])
 def test_a_sequence_has_the_same_bits_in_any_batch(name: str, weights: str) -> None:
     model = prepared(name, weights)
     ids = torch.randint(VOCABULARY, (70, 4), device="cuda")

@@ -13,7 +13,8 @@
 // Integers multiply bfloat16 exactly; their scales are applied to sums, of a row (int8) or of 32 columns of a row (int4).
 //
 // Compiled for NB, TAPS, STATES, HEADS (0: Mamba-1) and for each matrix (IN, X, OUT, HEAD) its format, T_… tiles of a block,
-// S_… blocks that share columns, W_… whether the columns are whole pieces. Code that runs once comes from far away: little of it is unrolled.
+// S_… blocks that share columns, A_… whether a block has a multiprocessor for itself, W_… whether the columns are whole pieces.
+// Code that runs once comes from far away: little of it is unrolled.
 //
 // Letters: b sequences, d width, e inner channels, n state, r rank of the step size.
 // Vectors between kernels lie as the mma wants them: for 32 columns of the matrix and a sequence 32 numbers, in the order that `place`
@@ -88,21 +89,21 @@ __device__ __forceinline__ void convolve(const Args& a, int channel, int c, floa
     for (int j = 0; j < TAPS; j++) {
         const float4 now = j < TAPS - 1 ? held.seen[j] : x, taps = four(l.taps + j * channels + channel);
         y.x += now.x * taps.x, y.y += now.y * taps.y, y.z += now.z * taps.z, y.w += now.w * taps.w;
-        if (j) *(float4*)(state + (j - 1) * channels) = now;
+        if (j) store(state + (j - 1) * channels, now);
     }
     y = make_float4(silu(y.x), silu(y.y), silu(y.z), silu(y.w));
-    *(float4*)(a.u + (i64)c * channels + channel) = y;
+    store(a.u + (i64)c * channels + channel, y);
 #if !HEADS
     put<X>(a.uf, channel, c, y);
 #endif
 }
 
 // Rows from `before` on are convolved, `channels` of them; what is around them goes to z as it is.
-extern "C" __global__ void __launch_bounds__(288, 2) in_proj(const __grid_constant__ Args a) {
+extern "C" __global__ void __launch_bounds__(288, 2 - A_IN) in_proj(const __grid_constant__ Args a) {
     __shared__ float norms[COLS];
     const Matrix& m = a.l.in;
     const int before = (int)a.before, channels = (int)a.channels, rows = (int)m.rows;
-    product<IN, T_IN, S_IN, W_IN>(
+    product<IN, T_IN, S_IN, A_IN, W_IN>(
         a, m, a.hf,
         [&](int first, int apart, int count, int rank) {  // what the convolution will read, each block of a cluster its share
             const int each = (TAPS - 1) * (int)a.b + TAPS + 2;
@@ -130,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) in_proj(const __grid_consta
             if (m.bias) sum = plus(sum, last_four(m.bias, row, rows));
             const int channel = row - before;
             if (channel >= 0 && channel < channels) convolve(a, channel, c, sum, held);
-            else *(float4*)(a.z + (i64)c * a.rest + (channel < 0 ? row : row - channels)) = sum;
+            else store(a.z + (i64)c * a.rest + (channel < 0 ? row : row - channels), sum);
         });
 }
 
@@ -138,13 +139,13 @@ struct Stream {
     float4 h, norm;
 };
 
-extern "C" __global__ void __launch_bounds__(288, 2) out_proj(const __grid_constant__ Args a) {
+extern "C" __global__ void __launch_bounds__(288, 2 - A_OUT) out_proj(const __grid_constant__ Args a) {
 #if SCALED
     __shared__ float norms[COLS];
 #endif
     const Matrix& m = a.l.out;
     const int d = (int)a.d;
-    product<OUT, T_OUT, S_OUT, W_OUT>(
+    product<OUT, T_OUT, S_OUT, A_OUT, W_OUT>(
         a, m, a.yf,
         [&](int first, int apart, int count, int rank) {  // the stream and the norm
             for (int i = rank * 256 + threadIdx.x; i < count * ((int)a.b + 2); i += 256 * S_OUT) {
@@ -173,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) out_proj(const __grid_const
 #endif
                 float4 h = plus(s.h, sum);
                 if (m.bias) h = plus(h, four(m.bias + row));
-                *(float4*)(a.h + (i64)c * d + row) = h;
+                store(a.h + (i64)c * d + row, h);
                 if (a.last) put<HEAD>(a.hf, row, c, times(h, s.norm));
                 else put<IN>(a.hf, row, c, times(h, s.norm));
                 square = h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
@@ -185,11 +186,11 @@ extern "C" __global__ void __launch_bounds__(288, 2) out_proj(const __grid_const
         });
 }
 
-extern "C" __global__ void __launch_bounds__(288, 2) head(const __grid_constant__ Args a) {
+extern "C" __global__ void __launch_bounds__(288, 2 - A_HEAD) head(const __grid_constant__ Args a) {
     __shared__ float norms[COLS];
     const Matrix& m = a.head;
     const int rows = (int)m.rows;
-    product<HEAD, T_HEAD, S_HEAD, W_HEAD>(
+    product<HEAD, T_HEAD, S_HEAD, A_HEAD, W_HEAD>(
         a, m, a.hf, [](int, int, int, int) {},
         [&](int warp, int lane) { find_norms(norms, a.squares, across(a) / 4, (float)a.d, a.eps, warp, lane); },
         [](int, int) { return Nothing(); },
@@ -198,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) head(const __grid_constant_
             float* to = a.logits + (i64)c * rows + row;
             if (m.bias) sum = plus(sum, last_four(m.bias, row, rows));
             if (rows % 4 == 0 && row < rows) {
-                *(float4*)to = sum;
+                store(to, sum);
             } else {
                 if (row < rows) to[0] = sum.x;
                 if (row + 1 < rows) to[1] = sum.y;

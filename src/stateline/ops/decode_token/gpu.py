@@ -26,7 +26,8 @@ from stateline.ops.packed_linear import FORMATS
 #: Of token ids; the kernels themselves compute in float32.
 DTYPES = frozenset({torch.int32, torch.int64})
 MOST, MOST_TILES, LONG = 64, 3, 1024  # sequences of a launch, tiles of a block, columns that are shared
-#: As in the source: threads of a block, bytes of its stages; threads and sequences of a block of the scan; padding.
+#: As in the source: threads of a block, bytes of its stages where two share a multiprocessor; threads and sequences of
+#: a block of the scan; padding.
 THREADS, ROOM = 288, 112640
 SCAN, SEQUENCES, PAD = 256, 16, 20
 #: The same of Mamba-2's recurrence: threads and warps of a block; more states would not fit in its registers.
@@ -106,23 +107,31 @@ def step(states: Sequence[Tensor], ids: Tensor, network: Network) -> Tensor:
 
 
 class Cut(NamedTuple):
-    """How a matrix is dealt out: tiles of 16 rows a block takes, blocks that share their columns."""
+    """How a matrix is dealt out: tiles of 16 rows a block takes, blocks that share their columns.
+
+    alone: a block has a multiprocessor for itself, else there are two.
+    """
 
     tiles: int
     slices: int
+    alone: bool = False
 
 
-def cut(m: Matrix, processors: int) -> Cut:
+def cut(m: Matrix, processors: int, eights: int) -> Cut:
     """How to deal out a matrix (timings: benchmarks/NOTES.md): from its sizes, as a sequence's bits depend on slices.
 
     As few tiles a block as leave two blocks a multiprocessor. Columns are shared, which costs two meetings of a
-    cluster, where tiles are few or sums long.
+    cluster, where tiles are few or sums long. Where two blocks share them and there are more than 32 sequences, a
+    multiprocessor has one block of three tiles rather than here two blocks of two tiles and there one.
     """
     tiles, most = -(-m.rows // 16), 2 * processors
     if tiles < processors // 4:
         return Cut(-(-8 * tiles // most), 8)
     if m.columns >= LONG and 4 * -(-tiles // MOST_TILES) <= most:
         slices = 2 if 2 * tiles >= processors else 4
+        of_one = -(-slices * tiles // processors)
+        if eights == 8 and slices == 2 and of_one == MOST_TILES:
+            return Cut(of_one, slices, alone=True)
         return Cut(-(-slices * tiles // most), slices)
     return Cut(min(MOST_TILES, -(-tiles // most)), 1)
 
@@ -179,7 +188,7 @@ class _Known:
     def _prepared(self, b: int, states: list[int], device: torch.device) -> list[nvrtc.Launch]:
         sizes, eights = self.network, next(n for n in (1, 2, 4, 8) if 8 * n >= b)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        cuts = {name: cut(m, processors) for name, m in sizes.matrices.items()}
+        cuts = {name: cut(m, processors, eights) for name, m in sizes.matrices.items()}
         library = _library(sizes.kind, _options(sizes, eights, cuts), device.index)
         fixed = [b, *sizes.widths, *sizes.rows, *self.begins, 0, 0, *self._scratch(eights, device)]
         nothing, last = [0] * len(self.layers[0]), len(self.layers)
@@ -188,7 +197,7 @@ class _Known:
         def product(name: str, record: list[int]) -> nvrtc.Launch:
             m, by = sizes.matrices[name], cuts[name]
             blocks = -(-m.rows // (16 * by.tiles)) * by.slices
-            return library.prepare(name, (blocks, 1), THREADS, ROOM, record, by.slices)
+            return library.prepare(name, (blocks, 1), THREADS, ROOM << by.alone, record, by.slices)
 
         first = [*fixed, *nothing, self.norms[0], 0, 0, 0]
         launches = [library.prepare("embed", (-(-(-(-d // 16) * b) // 16), 1), 256, 0, first, 0)]
@@ -342,6 +351,7 @@ def _options(sizes: _Sizes, eights: int, cuts: dict[str, Cut]) -> tuple[str, ...
             letters: FORMATS.index(m.format),
             f"T_{letters}": cuts[name].tiles,
             f"S_{letters}": cuts[name].slices,
+            f"A_{letters}": int(cuts[name].alone),
         }
         options[f"W_{letters}"] = int(m.columns % 32 == 0)
     return tuple(f"-D{name}={value}" for name, value in options.items())

@@ -7,7 +7,8 @@ constexpr int SHARES = WARPS / (GROUPS * PARTS);         // of the tiles, where 
 constexpr int STEP = GROUPS;                             // pieces of a stage
 // Whether a kernel lets the next one start at once, or when it has multiplied (timings: benchmarks/NOTES.md).
 constexpr bool EARLY = NB < 4;
-constexpr int ROOM = 112640;  // bytes of stages: two blocks fit on a multiprocessor
+template <bool ALONE>
+constexpr int ROOM = ALONE ? 225280 : 112640;  // bytes of stages: one block or two fit on a multiprocessor
 constexpr int PIECE = COLS * 64;  // bytes
 constexpr int TOGETHER = NB < 4 ? 2 : 3;  // elements of a result, four rows each, that a thread finishes at once
 constexpr int TILE = COLS * PAD + 16;  // floats of a tile's sums
@@ -69,6 +70,9 @@ __device__ __forceinline__ float4 of_block(const float4* p, int rank) {  // the 
     return v;
 }
 
+// Sixteen bytes at once: of an assignment the compiler sometimes makes four stores.
+__device__ __forceinline__ void store(float* to, float4 v) { __stwb((float4*)to, v); }
+
 __device__ __forceinline__ float4 plus(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 __device__ __forceinline__ float4 times(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
 __device__ __forceinline__ float4 times(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
@@ -86,11 +90,11 @@ __device__ __forceinline__ void put(u16* vectors, int k, int c, float4 v) {
 }
 
 // A block's part of a product.
-template <int FORMAT, int T, int S>
+template <int FORMAT, int T, int S, bool ALONE>
 struct Share {
     static constexpr int L = LINES<FORMAT>, TILE_PIECE = L * 64, SCALES = FORMAT == INT4 ? 32 : 0;
-    static constexpr int VECTORS = STEP * T * (TILE_PIECE + SCALES), BYTES = STEP * PIECE + VECTORS, STAGES = ROOM / BYTES;
-    static_assert(STAGES >= 2 && GROUPS * T * TILE * 4 <= ROOM, "");
+    static constexpr int VECTORS = STEP * T * (TILE_PIECE + SCALES), BYTES = STEP * PIECE + VECTORS, STAGES = ROOM<ALONE> / BYTES;
+    static_assert(STAGES >= 2 && GROUPS * T * TILE * 4 <= ROOM<ALONE>, "");
 
     const Matrix& m;
     int rank, first, apart, count, all, begin, end, steps;
@@ -136,10 +140,10 @@ struct Share {
 };
 
 // c += piece q of all tiles of a stage times the sequences from `at` on. Tiles that the block does not have add what nobody reads.
-template <int FORMAT, int T, int S, bool WHOLE>
+template <int FORMAT, int T, int S, bool ALONE, bool WHOLE>
 __device__ __forceinline__ void add_piece(
     float (&c)[(T + SHARES - 1) / SHARES][EACH][4], const char* lines, const char* stage, int q, int at, int left, int share, int lane) {
-    using Part = Share<FORMAT, T, S>;
+    using Part = Share<FORMAT, T, S, ALONE>;
     u32 x[EACH][4];
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
@@ -163,11 +167,11 @@ __device__ __forceinline__ void add_piece(
 
 // finish(row, sequence, sum, load(row, sequence)) for the elements of m · vectors, 16 rows of a sequence by neighbouring threads.
 // `early` runs while the kernel in front ends, `before` when the vectors are ready.
-template <int FORMAT, int T, int S, bool WHOLE, class Early, class Before, class Load, class Finish>
+template <int FORMAT, int T, int S, bool ALONE, bool WHOLE, class Early, class Before, class Load, class Finish>
 __device__ void product(
     const Args& a, const Matrix& m, const u16* vectors, Early early, Before before, Load load, Finish finish) {
     extern __shared__ __align__(128) char shared[];
-    using Part = Share<FORMAT, T, S>;
+    using Part = Share<FORMAT, T, S, ALONE>;
     __shared__ u64 barriers[2 * Part::STAGES];
     const u32 full = at(barriers), empty = full + 8 * Part::STAGES;
     const Part part(m);
@@ -205,7 +209,7 @@ __device__ void product(
             for (int q = group; q < STEP; q += GROUPS) {
                 if (q >= pieces) break;
                 const char* from = stage + q * Part::TILE_PIECE;
-                add_piece<FORMAT, T, S, WHOLE>(c, from, stage, q, at, lines - q * Part::L, share, lane);
+                add_piece<FORMAT, T, S, ALONE, WHOLE>(c, from, stage, q, at, lines - q * Part::L, share, lane);
             }
             __syncwarp();
             if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * slot) : "memory");

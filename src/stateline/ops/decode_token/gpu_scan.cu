@@ -1,8 +1,8 @@
 // What only Mamba-1 has between in_proj and out_proj; behind gpu.cu when compiled.
 
-extern "C" __global__ void __launch_bounds__(288, 2) x_proj(const __grid_constant__ Args a) {
+extern "C" __global__ void __launch_bounds__(288, 2 - A_X) x_proj(const __grid_constant__ Args a) {
     const int r = (int)a.r, n = (int)a.n;
-    product<X, T_X, S_X, W_X>(
+    product<X, T_X, S_X, A_X, W_X>(
         a, a.l.x, a.uf, [](int, int, int, int) {}, [](int, int) {}, [](int, int) { return Nothing(); },
         [&](int first, int c, float4 sums, Nothing) {
             const float sum[4] = {sums.x, sums.y, sums.z, sums.w};
