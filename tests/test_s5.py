@@ -134,3 +134,11 @@ def test_a_language_model_of_s5() -> None:
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^S5: .*{message}"):
         sl.S5(**{"d_model": 8, "d_state": 16, **options})
+
+
+def test_a_rate_is_checked_where_it_is_set() -> None:
+    layer = sl.S5(8, 16)
+    for wrong in (0.0, -2.0, "fast"):
+        with pytest.raises((ValueError, TypeError), match="^S5: rate is"):
+            layer.rate = wrong  # type: ignore[assignment]
+    assert layer.rate == 1

@@ -92,7 +92,6 @@ class S5(Mixer):
             raise checks.fail(OP, problem, "States come in conjugate pairs.")
         checks.number(OP, "dt_min", dt_min, low=0, open_low=True)
         checks.number(OP, "dt_max", dt_max, low=dt_min)
-        checks.number(OP, "rate", rate, low=0, open_low=True)
         checks.choice(OP, "activation", activation, ACTIVATIONS)
         self.d_model, self.d_state, self.blocks, self.activation = d_model, d_state, blocks, activation
         self.rate = rate
@@ -105,7 +104,19 @@ class S5(Mixer):
         self.D = nn.Parameter(torch.empty(d_model, **full))
         self.gate = nn.Linear(d_model, d_model, **made) if activation == "gated" else None
         if self.D.device.type != "meta":  # where loaders build models: nothing to fill, whatever size a file claims
-            self._initialise(dt_min, dt_max)
+            with torch.device("cpu"):
+                self._initialise(dt_min, dt_max)
+
+    @property
+    def rate(self) -> float:
+        """Samples of the training data a sample now; dt is multiplied by it."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        """Set the rate; raises unless it is a number above 0."""
+        checks.number(OP, "rate", value, low=0, open_low=True)
+        self._rate = float(value)
 
     @torch.no_grad()
     def _initialise(self, dt_min: float, dt_max: float) -> None:
