@@ -315,6 +315,57 @@ def test_language_models_are_exported_for_any_length_or_refused(layer: str, tmp_
     assert stateline.load(tmp_path / "ours").config == model.config
 
 
+def test_s4_samples_its_system_once_for_calls_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = sl.S4(4, 8).eval(), torch.randn(2, 9, 4)
+    with torch.no_grad():
+        y, state = layer.extend(x[:, :5])
+        made, kept = type(layer.kernel).sampled, []
+        monkeypatch.setattr(type(layer.kernel), "sampled", lambda *a: kept.append(a) or made(*a))
+        again, same = layer.extend(x[:, :5])
+        assert torch.equal(again, y)
+        assert torch.equal(same.x, state.x)
+        assert len(kept) == 0
+        layer.kernel.C.data.mul_(2)
+        assert not torch.equal(layer.extend(x[:, :5])[0], y)
+        layer.rate = 2.0
+        layer.extend(x[:, :5])
+    assert len(kept) == 2
+    layer.extend(x[:, :5])  # with gradients nothing is kept
+    assert len(kept) == 3
+
+
+@pytest.mark.parametrize("kind", [sl.S4, sl.S4D, sl.S5])
+def test_layers_are_built_under_any_device(kind: type) -> None:
+    with torch.device("meta"):
+        layer = kind(4, 8)
+    assert all(p.is_meta for p in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", [sl.S4, sl.S4D])
+def test_running_backwards_checks_its_input_first(kind: type) -> None:
+    for wrong in (torch.randn(5, 4), torch.randn(1, 5, 3), [1.0]):
+        with pytest.raises((ValueError, TypeError), match=f"^{kind.__name__}: x "):
+            kind(4, 8)(wrong, reverse=True)
+
+
+def test_convolutions_of_any_length_are_of_fast_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prime number of steps must not be transformed as twice that prime, which takes several times as long."""
+    sizes: list[int] = []
+    rfft = torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda *a, n, **k: sizes.append(n) or rfft(*a, n=n, **k))
+    layer, x = sl.S4D(2, 8, mode="convolution").eval(), torch.randn(1, 1009, 2)
+    y = layer(x)
+    for size in sizes:
+        assert size >= 2 * 1009 - 1
+        for factor in (2, 3, 5):
+            while size % factor == 0:
+                size //= factor
+        assert size == 1
+    assert len(sizes) == 2
+    layer.mode = "scan"
+    assert torch.allclose(layer(x), y, atol=1e-5)
+
+
 def test_dropout_is_for_training_alone() -> None:
     layer, x = sl.S4D(4, 8, dropout=0.5), torch.randn(1, 50, 4)
     assert not torch.equal(layer(x), layer(x))

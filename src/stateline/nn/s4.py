@@ -25,6 +25,7 @@ from stateline import checks
 from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
 from stateline.nn.precision import keep_wide, wide
 from stateline.nn.s4_systems import RULES, DiagonalSystem, DPLRSystem, Start, System
+from stateline.ops.long_conv.spectrum import fast_length
 from stateline.ops.segments import build
 from stateline.theory import dplr, hippo
 
@@ -149,6 +150,7 @@ class _StateSpace(Mixer):
         where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
         if not reverse:
             return self._run(x, None, False, **where)[0]
+        check_input(self.op, x, "b t d_model", self.d_model, self._dtype())
         back = _backwards(self.op, x, lengths, cu_seqlens)
         y = self._run(x.gather(1, back), None, False, **where)[0]
         return y.gather(1, back[..., :1].expand(y.shape))
@@ -289,7 +291,8 @@ class S4D(_StateSpace):
         shape = Shape("S4D", d_model, d_state, channels, n_ssm, dt_min, dt_max, lr)
         checks.choice("S4D", "init", init, hippo.INITS)
         checks.choice("S4D", "discretization", discretization, RULES)
-        A = hippo.diagonal(init, d_state)
+        with torch.device("cpu"):  # whatever device a model is built under
+            A = hippo.diagonal(init, d_state)
         full: dict[str, Any] = {"device": device, "dtype": wide(dtype)}
         start = shape.start(A, torch.ones_like(A))
         kernel = DiagonalSystem(d_model, channels, shape.systems, start, lr, full, rule=discretization)
@@ -338,7 +341,8 @@ class S4(_StateSpace):
         checks.choice("S4", "init", init, MEASURES)
         if rank is not None:
             checks.number("S4", "rank", rank, low=2 if init == "legt" else 1, integer=True)
-        A, P, B, _ = dplr.nplr(init, d_state, rank)
+        with torch.device("cpu"):  # whatever device a model is built under
+            A, P, B, _ = dplr.nplr(init, d_state, rank)
         full: dict[str, Any] = {"device": device, "dtype": wide(dtype)}
         kernel = DPLRSystem(d_model, channels, shape.systems, shape.start(A, B, P), lr, full)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -370,7 +374,7 @@ def _backwards(op: str, x: Tensor, lengths: Lengths | None, cu_seqlens: Tensor |
 def _convolve(u: Tensor, taps: Tensor) -> Tensor:
     """u (b, t, h), taps (c, h, t) -> (b, t, c, h), y[t] = Σ_l taps[l] u[t − l], by Fourier transforms along time."""
     t = u.shape[1]
-    size = 2 * t
+    size = 2 * t if torch.compiler.is_compiling() else fast_length(2 * t)  # t may be a symbol in a graph
     spectrum = torch.fft.rfft(u.transpose(1, 2), n=size)[:, None] * torch.fft.rfft(taps, n=size)  # (b, c, h, f)
     return torch.fft.irfft(spectrum, n=size)[..., :t].permute(0, 3, 1, 2)
 

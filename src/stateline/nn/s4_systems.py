@@ -241,7 +241,9 @@ class DPLRSystem(System):
     ) -> tuple[Tensor, Tensor]:
         """u (b, t, h), initial (n_seq, h, n, 2) -> y (b, t, c, h), state (n_seq, h, n, 2)."""
         segments = build("S4", u, where["lengths"], "right", where["cu_seqlens"])
-        tables = self.tables(chunked.steps(u.shape[1]), rate, u.dtype, D)
+        q = chunked.steps(u.shape[1])
+        name = ("tables", q, rate, u.dtype, D is None)
+        tables = self.remembered(name, lambda: self.tables(q, rate, u.dtype, D), D)
         start = None if initial is None else initial.flatten(-2)
         y, state = chunked.run(tables, u, start, segments.table, padded=where["lengths"] is not None, free=free)
         return y, state.unflatten(-1, (-1, 2))
