@@ -139,6 +139,6 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
 def test_a_rate_is_checked_where_it_is_set() -> None:
     layer = sl.S5(8, 16)
     for wrong in (0.0, -2.0, "fast"):
-        with pytest.raises((ValueError, TypeError), match="^S5: rate is"):
+        with pytest.raises((ValueError, TypeError), match=r"^S5: rate is"):
             layer.rate = wrong  # type: ignore[assignment]
     assert layer.rate == 1
