@@ -31,9 +31,7 @@ def save(estimator: Sequences, directory: str | Path) -> None:
     Raises ValueError if the directory holds a model of another kind, or a parameter is no JSON value; OSError if the
     disk is full or not writable.
     """
-    target = Path(directory).expanduser()
-    if (target / WEIGHTS).exists() and _kind(target / WEIGHTS) != FORMAT:
-        raise checks.fail("save", f"{target} holds a model of another kind.", "Choose another directory.")
+    target = check_target(directory)
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -54,6 +52,16 @@ def save(estimator: Sequences, directory: str | Path) -> None:
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
     write_aside(target, write, [WEIGHTS, CONFIG])
+
+
+def check_target(directory: str | Path) -> Path:
+    """The directory, if `save` may write there; whoever trains for long asks before. Raises ValueError if not."""
+    target = Path(directory).expanduser()
+    if target.exists() and not target.is_dir():
+        raise checks.fail("save", f"{target} is a file, expected a directory.")
+    if (target / WEIGHTS).exists() and _kind(target / WEIGHTS) != FORMAT:
+        raise checks.fail("save", f"{target} holds a model of another kind.", "Choose another directory.")
+    return target
 
 
 def load(kind: type[E], directory: str | Path, device: str | None) -> E:
