@@ -15,6 +15,7 @@ import stateline
 from stateline import nn as sl
 from stateline.interop import exported_program
 from stateline.models import LanguageModel, ModelConfig
+from stateline.nn import s4
 from stateline.theory import dplr, hippo
 
 F64 = torch.float64
@@ -364,6 +365,17 @@ def test_convolutions_of_any_length_are_of_fast_transforms(monkeypatch: pytest.M
     assert len(sizes) == 2
     layer.mode = "scan"
     assert torch.allclose(layer(x), y, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [sl.S4, sl.S4D])
+def test_packed_sequences_compile_as_they_do_on_a_gpu(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = s4._mode
+    assert choose(True, False, True) == choose(True, False, False) == "convolution"
+    assert choose(True, True, False) == choose(False, False, False) == "scan"
+    monkeypatch.setattr(s4, "_mode", lambda gpu, *where: choose(True, *where))
+    layer, x, cu_seqlens = kind(4, 8).eval(), torch.randn(1, 9, 4), torch.tensor([0, 3, 3, 9])
+    whole = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(whole(x, cu_seqlens=cu_seqlens), layer(x, cu_seqlens=cu_seqlens), atol=1e-5)
 
 
 def test_dropout_is_for_training_alone() -> None:

@@ -175,7 +175,7 @@ class _StateSpace(Mixer):
         where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
         segments = build(self.op, x, lengths, "right", cu_seqlens)
         initial = None if state is None else self._initial(state, segments.count)
-        mode = self.mode or ("convolution" if x.is_cuda and not onward else "scan")
+        mode = self.mode or _mode(x.is_cuda, onward, cu_seqlens is not None)
         convolve = mode == "convolution" and x.numel() > 0
         with _without_autocast(x):
             u = zero_padding(x, lengths).to(wide(self.D.dtype))
@@ -254,8 +254,9 @@ class S4D(_StateSpace):
         dropout: share of the activations set to 0 in training mode.
         lr: learning rate of dt, A and B, which `param_groups` passes on; None for that of all others.
         mode: how sequences are computed, by numbers that agree: "scan", chunk by chunk as matrix products, or
-            "convolution", by Fourier transforms. None: the latter on a GPU where no state is wanted, else the former.
-            An attribute, set at will.
+            "convolution", by Fourier transforms. None: the latter on a GPU where no state is wanted (but for packed
+            sequences in a compiled graph, which must not ask how long they are), else the former. An attribute, set at
+            will.
         rate: samples of the training data a sample now: 2.0 runs a model trained at 16 kHz on 8 kHz. An attribute too.
 
     dt, A, B, C, D stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state.
@@ -347,6 +348,13 @@ class S4(_StateSpace):
         kernel = DPLRSystem(d_model, channels, shape.systems, shape.start(A, B, P), lr, full)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(shape, kernel, activation, final_act, dropout, mode, rate, made)
+
+
+def _mode(gpu: bool, onward: bool, packed: bool) -> str:
+    """How a sequence is computed where nothing says so."""
+    if packed and torch.compiler.is_compiling():
+        return "scan"  # a graph cannot unpack sequences whose lengths are known only when it runs
+    return "convolution" if gpu and not onward else "scan"
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
