@@ -248,6 +248,24 @@ def test_warm_start_goes_on(signals: Any) -> None:
         model.fit([x[:, :1] for x in X], y)
 
 
+def test_a_fit_that_fails_leaves_nothing_that_answers(signals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = signals
+    model = SequenceClassifier(**SMALL, max_epochs=1).fit(X, y)
+    with pytest.raises(ValueError, match="mixer is 'LSTM'"):
+        model.set_params(mixer="LSTM").fit(X, np.array(["a", "b", "c", "d"] * 10))
+    with pytest.raises(NotFittedError):
+        model.predict(X)  # of the first fit's two classes
+    model.set_params(mixer="S4D").fit(X, y).set_params(warm_start=True)
+    monkeypatch.setattr("stateline.training.series._Fit.epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, y)
+    assert len(model.predict(X)) == 40  # which went on from a fitted one
+    with pytest.raises(KeyboardInterrupt):
+        model.set_params(warm_start=False).fit(X, y)
+    with pytest.raises(NotFittedError):
+        model.stream()
+
+
 def test_ctrl_c_keeps_the_best_weights_and_says_so(signals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(self: Any, figures: dict[str, float], epochs: int) -> None:
         if figures["epoch"] == 4:

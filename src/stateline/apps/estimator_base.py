@@ -18,7 +18,7 @@ from stateline.apps.estimator_data import Floats, as_series, held_out, plain, st
 from stateline.apps.sklearn_names import BaseEstimator, check_is_fitted, check_random_state
 from stateline.models.sequence import SequenceConfig, SequenceModel
 from stateline.training.progress import EpochReporter
-from stateline.training.series import FitConfig, Series, answers, fit_series
+from stateline.training.series import FitConfig, Outcome, Series, answers, fit_series
 
 DEFAULT_MIXER = "S4D"
 #: Sizes that serve signals, unlike those of a layer in a language model.
@@ -174,6 +174,23 @@ class Sequences(BaseEstimator):
 
     def _fit(self, series: list[Floats], targets: Tensor, groups: NDArray[np.int64]) -> None:
         """Fit `model_` to signals and their targets; groups are those a held-out part is balanced over."""
+        goes_on = self.warm_start and hasattr(self, "model_")
+        try:
+            outcome = self._train(series, targets, groups)
+        except BaseException:
+            if not goes_on:  # a model that is not fitted to the end, or to other classes, must not answer
+                vars(self).pop("model_", None)
+            raise
+        self.history_, self.best_epoch_, self.interrupted_ = outcome.history, outcome.best, outcome.interrupted
+        if outcome.interrupted:
+            warnings.warn(
+                f"fit: interrupted after {len(outcome.history)} epochs; the weights of epoch {outcome.best} are kept."
+                " To go on, set warm_start=True and fit again.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _train(self, series: list[Floats], targets: Tensor, groups: NDArray[np.int64]) -> Outcome:
         random = check_random_state(self.random_state)
         chosen = self._chosen()
         fit = FitConfig(
@@ -195,7 +212,7 @@ class Sequences(BaseEstimator):
                 return Series([inputs[i] for i in at], targets[torch.from_numpy(at)])
 
             with EpochReporter(self.verbose) as report:
-                outcome = fit_series(
+                return fit_series(
                     self.model_,
                     part(~held),
                     part(held) if held.any() else None,
@@ -205,14 +222,6 @@ class Sequences(BaseEstimator):
                     generator=torch.Generator().manual_seed(seed),
                     report=report,
                 )
-        self.history_, self.best_epoch_, self.interrupted_ = outcome.history, outcome.best, outcome.interrupted
-        if outcome.interrupted:
-            warnings.warn(
-                f"fit: interrupted after {len(outcome.history)} epochs; the weights of epoch {outcome.best} are kept."
-                " To go on, set warm_start=True and fit again.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
 
     def _split(self, groups: NDArray[np.int64], random: np.random.RandomState) -> NDArray[np.bool_]:
         """Which series early stopping holds out."""
