@@ -335,6 +335,18 @@ def test_s4_samples_its_system_once_for_calls_of_one_size(monkeypatch: pytest.Mo
     assert len(kept) == 3
 
 
+@pytest.mark.parametrize("kind", [sl.S4, sl.S4D])
+def test_what_is_kept_is_bounded(kind: type) -> None:
+    layer, x = kind(4, 8).eval(), torch.randn(1, 70, 4)
+    with torch.no_grad():
+        for i in range(12):
+            layer.rate = 1 + i / 4
+            whole = layer(x)
+            first, state = layer.extend(x[:, :3])
+            assert torch.allclose(torch.cat([first, layer.extend(x[:, 3:], state)[0]], 1), whole, atol=1e-5)
+    assert 1 < len(layer.kernel._kept) <= layer.kernel.memories
+
+
 @pytest.mark.parametrize("kind", [sl.S4, sl.S4D, sl.S5])
 def test_layers_are_built_under_any_device(kind: type) -> None:
     with torch.device("meta"):
