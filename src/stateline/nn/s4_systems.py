@@ -95,8 +95,8 @@ class System(nn.Module, ABC):
             return cast(Made, kept[1])
         made = make()
         self._kept.pop(name, None)
-        while len(self._kept) >= self.memories:
-            self._kept.pop(list(self._kept)[0], None)  # a list: other threads may keep something meanwhile
+        for oldest in list(self._kept)[: 1 - self.memories]:
+            self._kept.pop(oldest, None)
         self._kept[name] = ([v.detach().clone() for v in values], made)
         return made
 
