@@ -179,7 +179,7 @@ class Sequences(BaseEstimator):
             outcome = self._train(series, targets, groups)
         except BaseException:
             if not goes_on:  # a model that is not fitted to the end, or to other classes, must not answer
-                vars(self).pop("model_", None)
+                self.__dict__.pop("model_", None)
             raise
         self.history_, self.best_epoch_, self.interrupted_ = outcome.history, outcome.best, outcome.interrupted
         if outcome.interrupted:
