@@ -118,11 +118,31 @@ def test_complaints_are_one_line(home: Path, tmp_path: Path, capsys: pytest.Capt
     assert "--test-share is 1.5" in complaint(capsys, "train", home / "waves.npz", "--out", out, "--test-share", 1.5)
     assert "No such file" in complaint(capsys, "train", home / "nothing.npz", "--out", out)
     assert "mixer is 'x'" in complaint(capsys, "train", home / "waves.npz", "--out", out, "--mixer", "x")
+    foreign = _language_model(tmp_path)
     assert "is missing" in complaint(capsys, "predict", out, home / "bare.npz")
-    assert "stateline.load reads others" in complaint(capsys, "predict", _language_model(tmp_path), home / "bare.npz")
+    assert "stateline.load reads others" in complaint(capsys, "predict", foreign, home / "bare.npz")
     (tmp_path / "bad.txt").write_text("1\nx\n")
     assert "line 2 is no sample" in complaint(capsys, "stream", home / "model", tmp_path / "bad.txt")
+    for y, message in (
+        (np.zeros((4, 2)), "has labels y (4, 2)"),
+        (np.array(["a", "", "b", "b"]), "no label for signal 1"),
+    ):
+        np.savez(tmp_path / "y.npz", X=np.zeros((4, 9)), y=y)
+        assert message in complaint(capsys, "train", tmp_path / "y.npz", "--out", out)
     assert not out.exists()
+
+
+def test_what_would_fail_after_training_fails_before(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SequenceClassifier, "fit", lambda *_: pytest.fail("it trained"))
+    foreign, file = _language_model(tmp_path), tmp_path / "file"
+    file.write_text("")
+    assert "holds a model of another kind" in complaint(capsys, "train", home / "waves.npz", "--out", foreign)
+    assert "is a file, expected a directory" in complaint(capsys, "train", home / "waves.npz", "--out", file)
+    np.savez(tmp_path / "two.npz", X=np.zeros((4, 9, 5)), y=[*"abab"])
+    got = complaint(capsys, "train", home / "waves.npz", "--out", tmp_path / "o", "--test", tmp_path / "two.npz")
+    assert "two.npz has 5 channels" in got
 
 
 def _language_model(tmp_path: Path) -> Path:

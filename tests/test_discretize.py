@@ -329,6 +329,8 @@ A, B = torch.zeros(4, 3), torch.zeros(4, 3)
         (lambda: d.zoh(torch.tensor(1.0), torch.tensor(1.0), 0.1), r"A has shape \(\)"),
         (lambda: d.zoh(A, B, 0.0), "dt is 0.0, expected a number above 0"),
         (lambda: d.zoh(A, B, torch.ones(1, dtype=torch.long)), "dt is int64"),
+        (lambda: d.zoh(A, B, torch.tensor([0.1, 0.1, -0.1, 0.1])), "dt has values that are not above 0"),
+        (lambda: d.zoh(A, B, torch.tensor([0.1, 0.1, 0.1, float("nan")])), "dt has values that are not above 0"),
         (
             lambda: d.generalized_bilinear(A, B, 0.1, alpha=1.5),
             "alpha is 1.5, expected a number at least 0 and at most",

@@ -100,6 +100,27 @@ def test_it_works_in_scikit_learns_tools(signals: Any) -> None:
     assert twin.get_params() == search.best_estimator_.get_params()
 
 
+def test_numbers_of_numpy_are_numbers(signals: Any, tmp_path: Path) -> None:
+    """As searches over arrays and distributions set them."""
+    X, y = np.stack([x[:20] for x in signals[0]]), signals[1]
+    few = {
+        "d_model": np.array([8]), "max_epochs": np.array([2]), "bidirectional": np.array([True]),
+        "learning_rate": np.float32([0.01]), "early_stopping": np.array([False]), "verbose": np.array([0]),
+    }  # fmt: skip
+    best = GridSearchCV(SequenceClassifier(n_layer=1), few, cv=2, error_score="raise").fit(X, y).best_estimator_
+    best.save(tmp_path)
+    assert SequenceClassifier.load(tmp_path).predict(X).tolist() == best.predict(X).tolist()
+
+
+def test_a_stream_refuses_what_would_stay_in_its_state(fitted: SequenceClassifier, signals: Any) -> None:
+    stream, same = fitted.stream(), fitted.stream()
+    for read in (stream, same):
+        read.extend(signals[0][0][:5])
+    with pytest.raises(ValueError, match=r"update: x has infinite values\. Make them NaN"):
+        stream.update([np.inf, 0])
+    assert stream.update([0, 0]).tolist() == same.update([0, 0]).tolist()
+
+
 # ---- what signals ask for --------------------------------------------------------------------------------------------
 
 
@@ -225,6 +246,24 @@ def test_warm_start_goes_on(signals: Any) -> None:
         model.fit(X, np.array(["slow", "other"] * 20))
     with pytest.raises(ValueError, match="X has 1 channels, but SequenceClassifier is expecting 2"):
         model.fit([x[:, :1] for x in X], y)
+
+
+def test_a_fit_that_fails_leaves_nothing_that_answers(signals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = signals
+    model = SequenceClassifier(**SMALL, max_epochs=1).fit(X, y)
+    with pytest.raises(ValueError, match="mixer is 'LSTM'"):
+        model.set_params(mixer="LSTM").fit(X, np.array(["a", "b", "c", "d"] * 10))
+    with pytest.raises(NotFittedError):
+        model.predict(X)  # of the first fit's two classes
+    model.set_params(mixer="S4D").fit(X, y).set_params(warm_start=True)
+    monkeypatch.setattr("stateline.training.series._Fit.epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, y)
+    assert len(model.predict(X)) == 40  # which went on from a fitted one
+    with pytest.raises(KeyboardInterrupt):
+        model.set_params(warm_start=False).fit(X, y)
+    with pytest.raises(NotFittedError):
+        model.stream()
 
 
 def test_ctrl_c_keeps_the_best_weights_and_says_so(signals: Any, monkeypatch: pytest.MonkeyPatch) -> None:

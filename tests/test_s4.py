@@ -15,6 +15,7 @@ import stateline
 from stateline import nn as sl
 from stateline.interop import exported_program
 from stateline.models import LanguageModel, ModelConfig
+from stateline.nn import s4
 from stateline.theory import dplr, hippo
 
 F64 = torch.float64
@@ -313,6 +314,80 @@ def test_language_models_are_exported_for_any_length_or_refused(layer: str, tmp_
             stateline.save(model, tmp_path / "x", format=form)
     stateline.save(model, tmp_path / "ours")
     assert stateline.load(tmp_path / "ours").config == model.config
+
+
+def test_s4_samples_its_system_once_for_calls_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = sl.S4(4, 8).eval(), torch.randn(2, 9, 4)
+    with torch.no_grad():
+        y, state = layer.extend(x[:, :5])
+        made, kept = type(layer.kernel).sampled, []
+        monkeypatch.setattr(type(layer.kernel), "sampled", lambda *a: kept.append(a) or made(*a))
+        again, same = layer.extend(x[:, :5])
+        assert torch.equal(again, y)
+        assert torch.equal(same.x, state.x)
+        assert len(kept) == 0
+        layer.kernel.C.data.mul_(2)
+        assert not torch.equal(layer.extend(x[:, :5])[0], y)
+        layer.rate = 2.0
+        layer.extend(x[:, :5])
+    assert len(kept) == 2
+    layer.extend(x[:, :5])  # with gradients nothing is kept
+    assert len(kept) == 3
+
+
+@pytest.mark.parametrize("kind", [sl.S4, sl.S4D])
+def test_what_is_kept_is_bounded(kind: type) -> None:
+    layer, x = kind(4, 8).eval(), torch.randn(1, 70, 4)
+    with torch.no_grad():
+        for i in range(12):
+            layer.rate = 1 + i / 4
+            whole = layer(x)
+            first, state = layer.extend(x[:, :3])
+            assert torch.allclose(torch.cat([first, layer.extend(x[:, 3:], state)[0]], 1), whole, atol=1e-5)
+    assert 1 < len(layer.kernel._kept) <= layer.kernel.memories
+
+
+@pytest.mark.parametrize("kind", [sl.S4, sl.S4D, sl.S5])
+def test_layers_are_built_under_any_device(kind: type) -> None:
+    with torch.device("meta"):
+        layer = kind(4, 8)
+    assert all(p.is_meta for p in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", [sl.S4, sl.S4D])
+def test_running_backwards_checks_its_input_first(kind: type) -> None:
+    for wrong in (torch.randn(5, 4), torch.randn(1, 5, 3), [1.0]):
+        with pytest.raises((ValueError, TypeError), match=f"^{kind.__name__}: x "):
+            kind(4, 8)(wrong, reverse=True)
+
+
+def test_convolutions_of_any_length_are_of_fast_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prime number of steps must not be transformed as twice that prime, which takes several times as long."""
+    sizes: list[int] = []
+    rfft = torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda *a, n, **k: sizes.append(n) or rfft(*a, n=n, **k))
+    layer, x = sl.S4D(2, 8, mode="convolution").eval(), torch.randn(1, 1009, 2)
+    y = layer(x)
+    for size in sizes:
+        assert size >= 2 * 1009 - 1
+        for factor in (2, 3, 5):
+            while size % factor == 0:
+                size //= factor
+        assert size == 1
+    assert len(sizes) == 2
+    layer.mode = "scan"
+    assert torch.allclose(layer(x), y, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [sl.S4, sl.S4D])
+def test_packed_sequences_compile_as_they_do_on_a_gpu(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = s4._mode
+    assert choose(True, False, True) == choose(True, False, False) == "convolution"
+    assert choose(True, True, False) == choose(False, False, False) == "scan"
+    monkeypatch.setattr(s4, "_mode", lambda gpu, *where: choose(True, *where))
+    layer, x, cu_seqlens = kind(4, 8).eval(), torch.randn(1, 9, 4), torch.tensor([0, 3, 3, 9])
+    whole = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(whole(x, cu_seqlens=cu_seqlens), layer(x, cu_seqlens=cu_seqlens), atol=1e-5)
 
 
 def test_dropout_is_for_training_alone() -> None:

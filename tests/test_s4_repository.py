@@ -135,6 +135,9 @@ def test_what_has_no_counterpart_is_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(CheckpointError, match=f"^s4_layer: .*{message}"):
             s4_layer(theirs | change)
+    for how, name in ((Kept(real="none"), "A_real"), (Kept(dt="none"), "inv_dt")):  # logarithms are below 0
+        with pytest.raises(CheckpointError, match=rf"^s4_layer: {name} by 'none' are not numbers above 0.*Give kept"):
+            s4_layer(theirs, kept=how)
     del theirs["layer.D"]
     with pytest.raises(CheckpointError, match="there is no D among"):
         s4_layer(theirs)

@@ -134,3 +134,21 @@ def test_a_language_model_of_s5() -> None:
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^S5: .*{message}"):
         sl.S5(**{"d_model": 8, "d_state": 16, **options})
+
+
+def test_states_of_any_strides_and_of_one_precision() -> None:
+    layer, x = sl.S5(8, 16).eval(), torch.randn(2, 5, 8)
+    _, state = layer.extend(x)
+    turned = sl.S5State(state.ssm.transpose(1, 2).contiguous().transpose(1, 2))
+    assert torch.equal(layer.extend(x, turned)[0], layer.extend(x, state)[0])
+    for call in (layer.extend, lambda x, s: layer.step_(x[:, 0], s)):
+        with pytest.raises(TypeError, match=r"^S5: initial_state is bfloat16, expected one of float32\. A state keeps"):
+            call(x, sl.S5State(state.ssm.bfloat16()))
+
+
+def test_a_rate_is_checked_where_it_is_set() -> None:
+    layer = sl.S5(8, 16)
+    for wrong in (0.0, -2.0, "fast"):
+        with pytest.raises((ValueError, TypeError), match=r"^S5: rate is"):
+            layer.rate = wrong  # type: ignore[assignment]
+    assert layer.rate == 1

@@ -202,6 +202,11 @@ def test_the_best_epoch_is_kept_and_patience_ends() -> None:
     assert not model.training
 
 
+def test_a_mixer_that_wants_a_gate_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"SequenceModel: mixer GatedSSM .* wants a gate, which signals do not bring"):
+        SequenceModel(SequenceConfig(3, 2, mixer="GatedSSM", mixer_args={"gate": "given"}))
+
+
 def test_a_loss_that_is_no_number_is_reported() -> None:
     model = make()
     data = Series([torch.full((5, 3), math.inf)], torch.zeros(1, dtype=torch.long))

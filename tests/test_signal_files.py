@@ -81,6 +81,8 @@ def test_npz(tmp_path: Path) -> None:
         ({"Z": [1]}, "has no array X"),
         ({"X": np.zeros(4)}, r"X has shape \(4,\)"),
         ({"X": np.zeros(4), "lengths": [2, 3]}, "lengths add up to 5"),
+        ({"X": np.zeros(4), "lengths": [2.0, 2.0]}, "lengths, float64, are expected whole numbers"),
+        ({"X": np.zeros(4), "lengths": [6, -2]}, "expected whole numbers of at least 1"),
         ({"X": np.zeros((2, 3)), "y": [1]}, "y has 1 labels for 2 signals"),
         ({"X": np.array([None])}, "cannot be read"),  # a pickle is not opened
     ]
@@ -140,6 +142,8 @@ def test_folders_of_sound(tmp_path: Path) -> None:
     assert [len(x) for x in read_signals(tmp_path, rate=4000).X] == [200] * 3
     np.testing.assert_allclose(read_signals(tmp_path, rate=4000).X[1][20:180, 0], tone[::2][20:180], atol=2e-2)
     assert read_signals(tmp_path / "int16").y is None
+    (tmp_path / "float" / "1.wav").rename(tmp_path / "float" / "1.WAV")  # as many recorders name them
+    assert read_signals(tmp_path).y.tolist() == sorted(forms)  # type: ignore[union-attr]
     wavfile.write(tmp_path / "int16" / "2.wav", 16000, forms["int16"](tone))
     with pytest.raises(ValueError, match=r"has sound at 8000, 16000 samples a second\. Name one"):
         read_signals(tmp_path)

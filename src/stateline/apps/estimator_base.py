@@ -14,11 +14,11 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.apps import estimator_files
-from stateline.apps.estimator_data import Floats, as_series, held_out, standard
+from stateline.apps.estimator_data import Floats, as_series, held_out, plain, standard
 from stateline.apps.sklearn_names import BaseEstimator, check_is_fitted, check_random_state
 from stateline.models.sequence import SequenceConfig, SequenceModel
 from stateline.training.progress import EpochReporter
-from stateline.training.series import FitConfig, Series, answers, fit_series
+from stateline.training.series import FitConfig, Outcome, Series, answers, fit_series
 
 DEFAULT_MIXER = "S4D"
 #: Sizes that serve signals, unlike those of a layer in a language model.
@@ -44,11 +44,14 @@ class SignalStream:
     def update(self, x: ArrayLike) -> Floats:
         """Read one sample, (channels) or a number for one channel, and return the answer to all read so far: a
         probability a class, (n_classes), or the targets, (n_targets)."""
-        sample = self._next("update", np.reshape(np.asarray(x, dtype=np.float64), (1, -1)))
+        given = np.reshape(np.asarray(x, dtype=np.float64), (1, -1))
+        if np.isinf(given).any():  # it would stay in the state for ever
+            raise checks.fail("update", "x has infinite values.", "Make them NaN, which is a missing value.")
+        sample = self._next("update", given)
         return self._answer(self._model.step_(sample[:, 0], self._state))
 
     def extend(self, X: ArrayLike) -> Floats:
-        """Read any number of samples at once, (time, channel) or (time), and return the answer after the last."""
+        """Read one sample or more at once, (time, channel) or (time), and return the answer after the last."""
         piece = self._next("extend", as_series("extend", [X])[0])
         with torch.no_grad():
             answer, self._state = self._model.extend(piece, self._state)
@@ -158,6 +161,10 @@ class Sequences(BaseEstimator):
             state["model_"] = copy.deepcopy(state["model_"]).to("cpu")
         return state
 
+    def _chosen(self) -> dict[str, Any]:
+        """The parameters, as Python's own numbers: searches over a grid set NumPy's."""
+        return {name: plain(value) for name, value in self.get_params(deep=False).items()}
+
     def _device(self) -> torch.device:
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -167,10 +174,29 @@ class Sequences(BaseEstimator):
 
     def _fit(self, series: list[Floats], targets: Tensor, groups: NDArray[np.int64]) -> None:
         """Fit `model_` to signals and their targets; groups are those a held-out part is balanced over."""
+        goes_on = self.warm_start and hasattr(self, "model_")
+        try:
+            outcome = self._train(series, targets, groups)
+        except BaseException:
+            if not goes_on:  # a model that is not fitted to the end, or to other classes, must not answer
+                self.__dict__.pop("model_", None)
+            raise
+        self.history_, self.best_epoch_, self.interrupted_ = outcome.history, outcome.best, outcome.interrupted
+        if outcome.interrupted:
+            warnings.warn(
+                f"fit: interrupted after {len(outcome.history)} epochs; the weights of epoch {outcome.best} are kept."
+                " To go on, set warm_start=True and fit again.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _train(self, series: list[Floats], targets: Tensor, groups: NDArray[np.int64]) -> Outcome:
         random = check_random_state(self.random_state)
+        chosen = self._chosen()
         fit = FitConfig(
-            self.max_epochs, self.batch_size, self.batch_tokens, self.learning_rate, self.weight_decay, self.patience
-        )
+            chosen["max_epochs"], chosen["batch_size"], chosen["batch_tokens"], chosen["learning_rate"],
+            chosen["weight_decay"], chosen["patience"],
+        )  # fmt: skip
         held = self._split(groups, random)
         seed = int(random.randint(2**31 - 1))
         device = self._device()
@@ -186,7 +212,7 @@ class Sequences(BaseEstimator):
                 return Series([inputs[i] for i in at], targets[torch.from_numpy(at)])
 
             with EpochReporter(self.verbose) as report:
-                outcome = fit_series(
+                return fit_series(
                     self.model_,
                     part(~held),
                     part(held) if held.any() else None,
@@ -196,27 +222,21 @@ class Sequences(BaseEstimator):
                     generator=torch.Generator().manual_seed(seed),
                     report=report,
                 )
-        self.history_, self.best_epoch_, self.interrupted_ = outcome.history, outcome.best, outcome.interrupted
-        if outcome.interrupted:
-            warnings.warn(
-                f"fit: interrupted after {len(outcome.history)} epochs; the weights of epoch {outcome.best} are kept."
-                " To go on, set warm_start=True and fit again.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
 
     def _split(self, groups: NDArray[np.int64], random: np.random.RandomState) -> NDArray[np.bool_]:
         """Which series early stopping holds out."""
-        checks.choice("fit", "early_stopping", self.early_stopping, (True, False, "auto"))
-        checks.number("fit", "validation_fraction", self.validation_fraction, low=0, high=0.5, open_low=True)
+        chosen = self._chosen()
+        stopping, fraction = chosen["early_stopping"], chosen["validation_fraction"]
+        checks.choice("fit", "early_stopping", stopping, (True, False, "auto"))
+        checks.number("fit", "validation_fraction", fraction, low=0, high=0.5, open_low=True)
         n = len(groups)
         needed = max(HELD_OUT, HELD_OUT_A_CLASS * len(np.unique(groups)))
-        enough = n * self.validation_fraction >= needed
-        if self.early_stopping is False or (self.early_stopping == "auto" and not enough):
+        enough = n * fraction >= needed
+        if stopping is False or (stopping == "auto" and not enough):
             return np.zeros(n, dtype=bool)
-        held = held_out(groups, self.validation_fraction, random)
+        held = held_out(groups, fraction, random)
         if not held.any():
-            problem = f"early_stopping=True holds {self.validation_fraction} of {n} series out, which is none."
+            problem = f"early_stopping=True holds {fraction} of {n} series out, which is none."
             raise checks.fail("fit", problem, "Hold out a larger validation_fraction.")
         return held
 
@@ -225,20 +245,14 @@ class Sequences(BaseEstimator):
         channels = series[0].shape[1]
         if self.warm_start and hasattr(self, "model_"):
             return
-        outputs = self._outputs_of(targets)
+        chosen = self._chosen()
+        shared = ("d_model", "n_layer", "mixer", "pool", "norm", "own_scale", "bidirectional", "dropout")
         made = SequenceConfig(
             channels,
-            outputs,
-            d_model=self.d_model,
-            n_layer=self.n_layer,
-            mixer=self.mixer,
+            self._outputs_of(targets),
             mixer_args=MIXER_ARGS.get(self.mixer, {}) if self.mixer_args is None else self.mixer_args,
-            pool=self.pool,
-            norm=self.norm,
-            own_scale=self.own_scale,
             missing=any(bool(np.isnan(x).any()) for x in series),
-            bidirectional=self.bidirectional,
-            dropout=self.dropout,
+            **{name: chosen[name] for name in shared},
         )
         self.model_ = self._make_model(made)
         self.n_features_in_, self.metadata_ = channels, {}

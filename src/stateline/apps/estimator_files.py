@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.torch import save_file
 
 from stateline import checks
+from stateline.apps.estimator_data import plain
 from stateline.files import share
 from stateline.models.checkpoint import CONFIG, HEADER, MISFIT, WEIGHTS, CheckpointError, read_safetensors, write_aside
 from stateline.models.sequence import SequenceConfig, SequenceModel
@@ -30,9 +31,7 @@ def save(estimator: Sequences, directory: str | Path) -> None:
     Raises ValueError if the directory holds a model of another kind, or a parameter is no JSON value; OSError if the
     disk is full or not writable.
     """
-    target = Path(directory).expanduser()
-    if (target / WEIGHTS).exists() and _kind(target / WEIGHTS) != FORMAT:
-        raise checks.fail("save", f"{target} holds a model of another kind.", "Choose another directory.")
+    target = check_target(directory)
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -53,6 +52,16 @@ def save(estimator: Sequences, directory: str | Path) -> None:
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
     write_aside(target, write, [WEIGHTS, CONFIG])
+
+
+def check_target(directory: str | Path) -> Path:
+    """The directory, if `save` may write there; whoever trains for long asks before. Raises ValueError if not."""
+    target = Path(directory).expanduser()
+    if target.exists() and not target.is_dir():
+        raise checks.fail("save", f"{target} is a file, expected a directory.")
+    if (target / WEIGHTS).exists() and _kind(target / WEIGHTS) != FORMAT:
+        raise checks.fail("save", f"{target} holds a model of another kind.", "Choose another directory.")
+    return target
 
 
 def load(kind: type[E], directory: str | Path, device: str | None) -> E:
@@ -97,10 +106,9 @@ def labels_from_json(record: dict[str, Any]) -> np.ndarray[Any, Any]:
 
 def _plain(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters for JSON, whose objects have only strings for keys; where it computes is no part of an estimator."""
-    params = {name: value for name, value in params.items() if name != "device"}
+    params = {name: plain(value) for name, value in params.items() if name != "device"}
     if isinstance(params.get("class_weight"), dict):
-        pairs = [[getattr(k, "item", lambda k=k: k)(), float(v)] for k, v in params["class_weight"].items()]
-        params["class_weight"] = pairs
+        params["class_weight"] = [[plain(k), float(v)] for k, v in params["class_weight"].items()]
     return params
 
 

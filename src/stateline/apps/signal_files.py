@@ -153,6 +153,8 @@ def _read_npz(path: Path) -> Signals:
         raise checks.fail(OP, f"{path} has no array X.", "Save it with numpy.savez(path, X=…, y=…).")
     X, lengths, y = arrays["X"], arrays.get("lengths"), arrays.get("y")
     if lengths is not None:
+        if lengths.dtype.kind not in "iu" or (lengths < 1).any():
+            raise checks.fail(OP, f"{path}: lengths, {lengths.dtype}, are expected whole numbers of at least 1.")
         if X.ndim not in (1, 2) or lengths.ndim != 1 or lengths.sum() != len(X):
             problem = (
                 f"{path}: X has shape {X.shape} and lengths add up to {lengths.sum()}, expected (samples, channel)."
@@ -238,7 +240,7 @@ def _long(path: Path, header: list[str], rows: Iterator[tuple[str, dict[str, str
 
 
 def _read_folder(folder: Path, rate: int | None) -> Signals:
-    files = sorted(folder.glob("*/*.wav")) or sorted(folder.glob("*.wav"))
+    files = _sounds(folder, "*/*") or _sounds(folder, "*")
     if not files:
         raise checks.fail(OP, f"{folder} holds no .wav files, itself or in sub-folders.", "A sub-folder is a class.")
     sounds, rates = zip(*(_read_wav(path, rate) for path in files), strict=True)
@@ -247,6 +249,10 @@ def _read_folder(folder: Path, rate: int | None) -> Signals:
         raise checks.fail(OP, f"{folder} has sound at {got} samples a second.", "Name one with --rate (rate=).")
     y = np.asarray([path.parent.name for path in files]) if files[0].parent != folder else None
     return Signals(list(sounds), y, [str(path.relative_to(folder)) for path in files], rates[0])
+
+
+def _sounds(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if path.suffix.lower() == ".wav")
 
 
 def _read_wav(path: Path, rate: int | None) -> tuple[Floats, int]:

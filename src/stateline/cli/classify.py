@@ -140,8 +140,10 @@ def run_train(options: argparse.Namespace) -> int:
     """Read, train, test, save."""
     import torch
 
+    from stateline.apps.estimator_files import check_target
     from stateline.apps.signal_files import read_signals
 
+    check_target(options.out)  # not after an hour of training
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.device is not None:
@@ -154,6 +156,8 @@ def run_train(options: argparse.Namespace) -> int:
     if options.test is not None:
         tested = read_signals(options.test, rate=signals.rate)
         test_X, test_y = tested.X, _labels(tested, options.test, options.regress)
+        if (one := test_X[0].shape[1]) != (other := X[0].shape[1]):
+            raise UsageError(f"{options.test} has {one} channels, {options.data} has {other}")
     else:
         X, y, test_X, test_y = _split(X, y, options)
     lengths = [len(x) for x in X]
@@ -199,6 +203,11 @@ def _labels(signals: Signals, path: str, regress: bool) -> Any:
     if signals.y is None:
         raise UsageError(f"{path} has no labels; stateline classify train --help says where they go")
     if not regress:
+        if signals.y.ndim != 1:
+            raise UsageError(f"{path} has labels y {signals.y.shape}, expected one a signal; --regress takes several")
+        if "" in signals.y.astype(str):
+            name = signals.names[signals.y.astype(str).tolist().index("")]
+            raise UsageError(f"{path} has no label for signal {name}; name its class, or leave it out")
         if signals.y.dtype.kind == "f" and len(set(signals.y.tolist())) > len(signals.y) // 2:
             raise UsageError(f"{path} has numbers for labels, hardly two alike; --regress estimates numbers")
         return signals.y.astype(str)

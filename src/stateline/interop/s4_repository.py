@@ -159,6 +159,10 @@ def _unified(values: dict[str, Tensor], kept: Kept, minimal: bool) -> dict[str, 
     if "B" not in full:
         one = torch.tensor([1.0, 0.0], dtype=torch.float64)
         full["B"] = one.expand(1, *full["A_real"].shape, 2)
+    for name, how in (("inv_dt", kept.dt), ("A_real", kept.real)):
+        if not full[name].isfinite().all():
+            problem = f"{name} by {how!r} are not numbers above 0, so it was kept otherwise."
+            raise CheckpointError(f"{OP}: {problem} Give kept=Kept({'dt' if name == 'inv_dt' else 'real'}=…).")
     for name, dims in (("D", 2), ("C", 4)):
         full[name] = full[name][None] if full[name].dim() == dims - 1 else full[name]
     full["weight"] = full["weight"].squeeze(-1) if full["weight"].dim() == 3 else full["weight"]

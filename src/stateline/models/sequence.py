@@ -93,6 +93,9 @@ class SequenceConfig:
     def make_mixer(self) -> Mixer:
         """One block's mixer."""
         mixer = MIXERS[self.mixer](self.d_model, **self.mixer_args)
+        if mixer.takes_gate:
+            problem = f"mixer {self.mixer} with {self.mixer_args} wants a gate, which signals do not bring."
+            raise checks.fail(OP, problem, "Let it learn its gate.")
         return Bidirectional(mixer) if self.bidirectional else mixer
 
 

@@ -25,6 +25,7 @@ from stateline import checks
 from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
 from stateline.nn.precision import keep_wide, wide
 from stateline.nn.s4_systems import RULES, DiagonalSystem, DPLRSystem, Start, System
+from stateline.ops.long_conv.spectrum import fast_length
 from stateline.ops.segments import build
 from stateline.theory import dplr, hippo
 
@@ -149,6 +150,7 @@ class _StateSpace(Mixer):
         where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
         if not reverse:
             return self._run(x, None, False, **where)[0]
+        check_input(self.op, x, "b t d_model", self.d_model, self._dtype())
         back = _backwards(self.op, x, lengths, cu_seqlens)
         y = self._run(x.gather(1, back), None, False, **where)[0]
         return y.gather(1, back[..., :1].expand(y.shape))
@@ -173,7 +175,7 @@ class _StateSpace(Mixer):
         where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
         segments = build(self.op, x, lengths, "right", cu_seqlens)
         initial = None if state is None else self._initial(state, segments.count)
-        mode = self.mode or ("convolution" if x.is_cuda and not onward else "scan")
+        mode = self.mode or _mode(x.is_cuda, onward, cu_seqlens is not None)
         convolve = mode == "convolution" and x.numel() > 0
         with _without_autocast(x):
             u = zero_padding(x, lengths).to(wide(self.D.dtype))
@@ -252,8 +254,9 @@ class S4D(_StateSpace):
         dropout: share of the activations set to 0 in training mode.
         lr: learning rate of dt, A and B, which `param_groups` passes on; None for that of all others.
         mode: how sequences are computed, by numbers that agree: "scan", chunk by chunk as matrix products, or
-            "convolution", by Fourier transforms. None: the latter on a GPU where no state is wanted, else the former.
-            An attribute, set at will.
+            "convolution", by Fourier transforms. None: the latter on a GPU where no state is wanted (but for packed
+            sequences in a compiled graph, which must not ask how long they are), else the former. An attribute, set at
+            will.
         rate: samples of the training data a sample now: 2.0 runs a model trained at 16 kHz on 8 kHz. An attribute too.
 
     dt, A, B, C, D stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state.
@@ -289,7 +292,8 @@ class S4D(_StateSpace):
         shape = Shape("S4D", d_model, d_state, channels, n_ssm, dt_min, dt_max, lr)
         checks.choice("S4D", "init", init, hippo.INITS)
         checks.choice("S4D", "discretization", discretization, RULES)
-        A = hippo.diagonal(init, d_state)
+        with torch.device("cpu"):  # whatever device a model is built under
+            A = hippo.diagonal(init, d_state)
         full: dict[str, Any] = {"device": device, "dtype": wide(dtype)}
         start = shape.start(A, torch.ones_like(A))
         kernel = DiagonalSystem(d_model, channels, shape.systems, start, lr, full, rule=discretization)
@@ -338,11 +342,19 @@ class S4(_StateSpace):
         checks.choice("S4", "init", init, MEASURES)
         if rank is not None:
             checks.number("S4", "rank", rank, low=2 if init == "legt" else 1, integer=True)
-        A, P, B, _ = dplr.nplr(init, d_state, rank)
+        with torch.device("cpu"):  # whatever device a model is built under
+            A, P, B, _ = dplr.nplr(init, d_state, rank)
         full: dict[str, Any] = {"device": device, "dtype": wide(dtype)}
         kernel = DPLRSystem(d_model, channels, shape.systems, shape.start(A, B, P), lr, full)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(shape, kernel, activation, final_act, dropout, mode, rate, made)
+
+
+def _mode(gpu: bool, onward: bool, packed: bool) -> str:
+    """How a sequence is computed where nothing says so."""
+    if packed and torch.compiler.is_compiling():
+        return "scan"  # a graph cannot unpack sequences whose lengths are known only when it runs
+    return "convolution" if gpu and not onward else "scan"
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -370,7 +382,7 @@ def _backwards(op: str, x: Tensor, lengths: Lengths | None, cu_seqlens: Tensor |
 def _convolve(u: Tensor, taps: Tensor) -> Tensor:
     """u (b, t, h), taps (c, h, t) -> (b, t, c, h), y[t] = Σ_l taps[l] u[t − l], by Fourier transforms along time."""
     t = u.shape[1]
-    size = 2 * t
+    size = 2 * t if torch.compiler.is_compiling() else fast_length(2 * t)  # t may be a symbol in a graph
     spectrum = torch.fft.rfft(u.transpose(1, 2), n=size)[:, None] * torch.fft.rfft(taps, n=size)  # (b, c, h, f)
     return torch.fft.irfft(spectrum, n=size)[..., :t].permute(0, 3, 1, 2)
 

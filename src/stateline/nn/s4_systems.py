@@ -54,6 +54,8 @@ class System(nn.Module, ABC):
 
     full_precision: tuple[str, ...] = ("C", "inv_dt", "A_real", "A_imag", "B")
     no_weight_decay: tuple[str, ...] = ("C", "inv_dt", "A_real", "A_imag", "B")
+    #: How many tables are kept at most: of pieces of several lengths, or at several rates.
+    memories = 8
     inv_dt: nn.Parameter
     A_real: nn.Parameter
     A_imag: nn.Parameter
@@ -82,7 +84,8 @@ class System(nn.Module, ABC):
     def remembered(self, name: tuple[Any, ...], make: Callable[[], Made], *more: Tensor | None) -> Made:
         """make(), or what it gave before if parameters and `more` have the same values still.
 
-        Only where no gradient is wanted, and on CPUs: elsewhere comparing costs more than it spares.
+        Only where no gradient is wanted, and on CPUs: elsewhere comparing costs more than it spares. What was made
+        last is kept, under `memories` names.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not checks.can_read(self.C):
             return make()
@@ -91,6 +94,9 @@ class System(nn.Module, ABC):
         if kept and len(kept[0]) == len(values) and all(map(torch.equal, kept[0], values)):
             return cast(Made, kept[1])
         made = make()
+        self._kept.pop(name, None)
+        for oldest in list(self._kept)[: 1 - self.memories]:
+            self._kept.pop(oldest, None)
         self._kept[name] = ([v.detach().clone() for v in values], made)
         return made
 
@@ -202,6 +208,7 @@ class DPLRSystem(System):
 
     full_precision = (*System.full_precision, "P")
     no_weight_decay = (*System.no_weight_decay, "P")
+    memories = 2  # powers of matrices: some ten megabytes each
     P: nn.Parameter
 
     def low_rank(self) -> Tensor:
@@ -241,7 +248,9 @@ class DPLRSystem(System):
     ) -> tuple[Tensor, Tensor]:
         """u (b, t, h), initial (n_seq, h, n, 2) -> y (b, t, c, h), state (n_seq, h, n, 2)."""
         segments = build("S4", u, where["lengths"], "right", where["cu_seqlens"])
-        tables = self.tables(chunked.steps(u.shape[1]), rate, u.dtype, D)
+        q = chunked.steps(u.shape[1])
+        name = ("tables", q, rate, u.dtype, D is None)
+        tables = self.remembered(name, lambda: self.tables(q, rate, u.dtype, D), D)
         start = None if initial is None else initial.flatten(-2)
         y, state = chunked.run(tables, u, start, segments.table, padded=where["lengths"] is not None, free=free)
         return y, state.unflatten(-1, (-1, 2))

@@ -92,7 +92,6 @@ class S5(Mixer):
             raise checks.fail(OP, problem, "States come in conjugate pairs.")
         checks.number(OP, "dt_min", dt_min, low=0, open_low=True)
         checks.number(OP, "dt_max", dt_max, low=dt_min)
-        checks.number(OP, "rate", rate, low=0, open_low=True)
         checks.choice(OP, "activation", activation, ACTIVATIONS)
         self.d_model, self.d_state, self.blocks, self.activation = d_model, d_state, blocks, activation
         self.rate = rate
@@ -105,7 +104,19 @@ class S5(Mixer):
         self.D = nn.Parameter(torch.empty(d_model, **full))
         self.gate = nn.Linear(d_model, d_model, **made) if activation == "gated" else None
         if self.D.device.type != "meta":  # where loaders build models: nothing to fill, whatever size a file claims
-            self._initialise(dt_min, dt_max)
+            with torch.device("cpu"):
+                self._initialise(dt_min, dt_max)
+
+    @property
+    def rate(self) -> float:
+        """Samples of the training data a sample now; dt is multiplied by it."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        """Set the rate; raises unless it is a number above 0."""
+        checks.number(OP, "rate", value, low=0, open_low=True)
+        self._rate = float(value)
 
     @torch.no_grad()
     def _initialise(self, dt_min: float, dt_max: float) -> None:
@@ -156,7 +167,7 @@ class S5(Mixer):
         self._check(x, "b t d_model")
         x = zero_padding(x, lengths)
         decay, gain = self._system()
-        start = None if state is None else torch.view_as_complex(state.ssm)
+        start = None if state is None else torch.view_as_complex(self._carried(state).contiguous())
         h, end = ops.linear_scan(decay, self._drive(x, gain), initial_state=start, lengths=lengths, **where)
         return zero_padding(self._read(h, x), lengths), S5State(torch.view_as_real(end))
 
@@ -165,13 +176,18 @@ class S5(Mixer):
         """x (b, d_model) -> y (b, d_model), writing into `state`; no gradient."""
         self._check(x, "b d_model")
         decay, gain = self._system()
-        h = ops.linear_scan_step_(torch.view_as_complex(state.ssm), decay, self._drive(x, gain))
+        h = ops.linear_scan_step_(torch.view_as_complex(self._carried(state)), decay, self._drive(x, gain))
         return self._read(h, x)
 
     def _check(self, x: Tensor, form: str) -> None:
         weight = getattr(self.B, "weight", None)  # an adapter has none, and judges by itself
         own = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else x.dtype
         check_input(OP, x, form, self.d_model, own)
+
+    def _carried(self, state: S5State) -> Tensor:
+        """The state's numbers (…, p, 2), of which `linear_scan` checks how many there are."""
+        checks.dtype(OP, "initial_state", state.ssm, (wide(self.D.dtype),), "A state keeps full precision.")
+        return state.ssm
 
     def _system(self) -> tuple[Tensor, Tensor]:
         """By zero-order hold: exp(A dt) and (exp(A dt) − 1) / A, complex (p)."""

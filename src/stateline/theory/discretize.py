@@ -296,6 +296,8 @@ def _step(op: str, A: Tensor, dt: float | Tensor) -> Tensor:
     real = A.real.dtype if A.is_complex() else A.dtype
     if isinstance(dt, Tensor):
         checks.dtype(op, "dt", dt, (torch.float64, torch.float32))
+        if checks.can_read(dt) and not (dt > 0).all():
+            raise checks.fail(op, "dt has values that are not above 0.", "A step takes time.")
         return dt
     checks.number(op, "dt", dt, low=0, open_low=True)
     return torch.tensor(dt, dtype=real, device=A.device)
