@@ -61,6 +61,15 @@ def test_train_keeps_a_fifth_and_reports_on_it(home: Path, tmp_path: Path, capsy
     assert "0 more for the test" in none
 
 
+def test_train_overwrites_if_asked(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    given = ("train", home / "waves.npz", "--out", tmp_path, "--overwrite", *FAST)
+    run(capsys, *given)
+    out, _ = run(capsys, *given)
+    assert "samples, 1 channel;" in out
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_predict_answers_as_the_estimator(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = run(capsys, "predict", home / "model", home / "waves.npz", "--probabilities")
     rows = list(csv.DictReader(io.StringIO(out)))
@@ -140,6 +149,19 @@ def test_what_would_fail_after_training_fails_before(
     file.write_text("")
     assert "holds a model of another kind" in complaint(capsys, "train", home / "waves.npz", "--out", foreign)
     assert "is a file, expected a directory" in complaint(capsys, "train", home / "waves.npz", "--out", file)
+    assert "holds a model. Choose another directory, or --overwrite" in complaint(
+        capsys, "train", home / "waves.npz", "--out", home / "model"
+    )
+    assert "holds other files" in complaint(capsys, "train", home / "waves.npz", "--out", home)
+    foreign_too = ("train", home / "waves.npz", "--out", foreign, "--overwrite")
+    assert "holds a model of another kind" in complaint(capsys, *foreign_too)
+    assert "proc/self/x" in complaint(capsys, "train", home / "waves.npz", "--out", "/proc/self/x")
+    assert "file/x: Not a directory" in complaint(capsys, "train", home / "waves.npz", "--out", file / "x")
+    np.savez(tmp_path / "gaps.npz", X=np.full((4, 9), np.nan), y=[*"abab"])
+    got = complaint(capsys, "train", home / "waves.npz", "--out", tmp_path / "o", "--test", tmp_path / "gaps.npz")
+    assert "gaps.npz has missing values for the test" in got
+    got = complaint(capsys, "train", home / "waves.npz", "--out", tmp_path / "o", "--test", tmp_path)
+    assert "is sound, and" in got
     np.savez(tmp_path / "two.npz", X=np.zeros((4, 9, 5)), y=[*"abab"])
     got = complaint(capsys, "train", home / "waves.npz", "--out", tmp_path / "o", "--test", tmp_path / "two.npz")
     assert "two.npz has 5 channels" in got

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -62,6 +63,24 @@ def check_target(directory: str | Path) -> Path:
     if (target / WEIGHTS).exists() and _kind(target / WEIGHTS) != FORMAT:
         raise checks.fail("save", f"{target} holds a model of another kind.", "Choose another directory.")
     return target
+
+
+def check_new(directory: str | Path, overwrite: bool) -> None:
+    """Raise unless a model may be saved there when it is trained: nothing lost, and the place writable.
+
+    Raises ValueError for a directory that is not empty unless `overwrite`, or a model of another kind; OSError if
+    nothing can be written.
+    """
+    target = check_target(directory)
+    if not overwrite and target.exists() and any(target.iterdir()):
+        what = "a model" if (target / WEIGHTS).exists() else "other files"
+        raise checks.fail("save", f"{target} holds {what}.", "Choose another directory, or --overwrite.")
+    place = next(path for path in (target, *target.absolute().parents) if path.exists())
+    try:
+        with TemporaryDirectory(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def load(kind: type[E], directory: str | Path, device: str | None) -> E:

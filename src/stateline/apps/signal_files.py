@@ -66,6 +66,12 @@ def read_signals(path: str | Path, *, rate: int | None = None) -> Signals:
     return signals
 
 
+def is_sound(path: str | Path) -> bool:
+    """Whether `read_signals` takes it for sound, of so many samples a second."""
+    source = Path(path).expanduser()
+    return source.is_dir() or source.suffix.lower() == ".wav"
+
+
 # ---- .ts -------------------------------------------------------------------------------------------------------------
 
 

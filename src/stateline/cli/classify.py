@@ -101,6 +101,7 @@ def _add_train(actions: argparse._SubParsersAction[Parser]) -> None:
     train.set_defaults(run=run_train)
     train.add_argument("data", metavar="DATA", help="labelled signals, see below")
     train.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
+    train.add_argument("--overwrite", action="store_true", help="replace the model that DIR holds; other files stay")
     train.add_argument("--test", metavar="DATA", help="signals to test on")
     share = "of the signals, kept for the test if there is no --test; 0: none (default: 0.2)"
     train.add_argument("--test-share", type=float, default=0.2, metavar="SHARE", help=share)
@@ -140,10 +141,10 @@ def run_train(options: argparse.Namespace) -> int:
     """Read, train, test, save."""
     import torch
 
-    from stateline.apps.estimator_files import check_target
+    from stateline.apps.estimator_files import check_new
     from stateline.apps.signal_files import read_signals
 
-    check_target(options.out)  # not after an hour of training
+    check_new(options.out, options.overwrite)  # not after an hour of training
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.device is not None:
@@ -154,15 +155,19 @@ def run_train(options: argparse.Namespace) -> int:
     X, y = signals.X, _labels(signals, options.data, options.regress)
     estimator = _estimator(options)
     if options.test is not None:
-        tested = read_signals(options.test, rate=signals.rate)
+        tested = _read_like(signals, options.data, options.test)
         test_X, test_y = tested.X, _labels(tested, options.test, options.regress)
-        if (one := test_X[0].shape[1]) != (other := X[0].shape[1]):
-            raise UsageError(f"{options.test} has {one} channels, {options.data} has {other}")
     else:
         X, y, test_X, test_y = _split(X, y, options)
+    if _gaps(test_X) and not _gaps(X):
+        problem = (
+            f"{options.test or options.data} has missing values for the test, and the signals to train on have none"
+        )
+        raise UsageError(problem + "; fill them, or train on some (another --seed splits otherwise)")
     lengths = [len(x) for x in X]
     span = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else f"{lengths[0]}"
-    print(f"{len(X)} signals of {span} samples, {X[0].shape[1]} channels; {len(test_X)} more for the test", flush=True)
+    channels = _several(X[0].shape[1], "channel")
+    print(f"{_several(len(X), 'signal')} of {span} samples, {channels}; {len(test_X)} more for the test", flush=True)
     estimator.fit(X, y)
     estimator.metadata_ = {"rate": signals.rate}
     estimator.save(options.out)
@@ -172,6 +177,30 @@ def run_train(options: argparse.Namespace) -> int:
         _report(options, test_y, estimator.predict(test_X))
     print(f"\nstateline classify predict {options.out} DATA   asks it about other signals")
     return 0
+
+
+def _read_like(signals: Signals, data: str, test: str) -> Signals:
+    """The signals of `test`, as those of `data`: sound of one rate, or no sound, and as many channels."""
+    from stateline.apps.signal_files import is_sound, read_signals
+
+    if Path(test).expanduser().exists() and is_sound(test) != (signals.rate is not None):
+        kinds = f"{test} is {'sound' if signals.rate is None else 'no sound'}, and {data} is "
+        raise UsageError(kinds + ("not" if signals.rate is None else "sound") + "; test on signals of one kind")
+    tested = read_signals(test, rate=signals.rate)
+    one, other = tested.X[0].shape[1], signals.X[0].shape[1]
+    if one != other:
+        raise UsageError(f"{test} has {_several(one, 'channel')}, {data} has {other}")
+    return tested
+
+
+def _gaps(X: list[Any]) -> bool:
+    import numpy as np
+
+    return any(bool(np.isnan(x).any()) for x in X)
+
+
+def _several(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _estimator(options: argparse.Namespace) -> Estimator:
