@@ -132,6 +132,10 @@ def test_complaints_are_one_line(home: Path, tmp_path: Path, capsys: pytest.Capt
     assert "stateline.load reads others" in complaint(capsys, "predict", foreign, home / "bare.npz")
     (tmp_path / "bad.txt").write_text("1\nx\n")
     assert "line 2 is no sample" in complaint(capsys, "stream", home / "model", tmp_path / "bad.txt")
+    (tmp_path / "bare.csv").write_text("class,t0\n0,1\n")
+    assert "no column `label`; its first line names class, t0" in complaint(
+        capsys, "train", tmp_path / "bare.csv", "--out", out
+    )
     for y, message in (
         (np.zeros((4, 2)), "has labels y (4, 2)"),
         (np.array(["a", "", "b", "b"]), "no label for signal 1"),

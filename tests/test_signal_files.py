@@ -57,6 +57,7 @@ def test_ts(tmp_path: Path) -> None:
         (("1,2,?:4,5,6:a", "1,2,?:4,5:a"), r"a\.ts:9 has dimensions of 2 and 3 samples"),
         (("1,2,?:4,5,6:a", "1,2,?:4,5,6:c"), r"a\.ts:9 ends in 'c', expected a class of @classLabel: a b"),
         (("1,2,?:4,5,6:a", "1,2,x:4,5,6:a"), r"a\.ts:9: 'x' is no number"),
+        (("1,2,?:4,5,6:a", "1,2,inf:4,5,6:a"), r"a\.ts:9: 'inf' is infinite"),
         (("1,2,?:4,5,6:a", "1,2,3:a"), r"a\.ts:9 has 1 dimensions, @dimensions says 2"),
         (("1,2,?:4,5,6:a", "(0,1),(1,2):(0,3),(1,2):a"), "has time stamps, which are not read"),
         (("@data\n", ""), r"a\.ts:8 has data before @data"),
@@ -84,13 +85,15 @@ def test_npz(tmp_path: Path) -> None:
         ({"X": np.zeros(4), "lengths": [2.0, 2.0]}, "lengths, float64, are expected whole numbers"),
         ({"X": np.zeros(4), "lengths": [6, -2]}, "expected whole numbers of at least 1"),
         ({"X": np.zeros((2, 3)), "y": [1]}, "y has 1 labels for 2 signals"),
-        ({"X": np.array([None])}, "cannot be read"),  # a pickle is not opened
+        ({"X": np.array([None])}, "cannot be read: it holds Python objects"),  # a pickle is not opened
+        ({"X": np.array([["a"]])}, "X holds <U1, expected numbers"),
+        ({"X": np.array([[0, 0], [0, np.inf]])}, r"\.npz: signal 1 is infinite at sample 1"),
     ]
     for i, (arrays, message) in enumerate(bad):
         np.savez(tmp_path / f"{i}.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             read_signals(tmp_path / f"{i}.npz")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be read: it is no \.npz archive"):
         read_signals(write(tmp_path, "text.npz", "no archive"))
 
 
@@ -111,7 +114,12 @@ def test_csv(tmp_path: Path) -> None:
         ("1,2\n3,4\n", "has numbers in its first line"),
         ("a,a\n1,2\n", "names a column twice"),
         ("a,b\n1,2,3\n", r"c\.csv:2 has 3 cells, the header names 2"),
-        ("a,b\n1,x\n", r"c\.csv:2: 'x' is no number"),
+        ("a,b\n1,x\n", r"c\.csv:2, column b: 'x' is no number\. No column is called `label`"),
+        ("a,b\n1,NA\n", r"'NA' is no number\. A missing value is an empty cell"),
+        ("label,b\n1,-Inf\n", r"c\.csv:2, column b: '-Inf' is infinite"),
+        ("a;b\n1;2\n", "separated by semicolons, expected commas"),
+        ("time,b\n1,2\n", "has a column `time` and no column `series`"),
+        ("a\0,b\n1,2\n", "no UTF-8 text: it holds bytes of 0"),
         ("label,b\na,\n", r"c\.csv:2 has no sample"),
         ("series,label\n1,2\n", "has no column beside series, label"),
         ("series,label,x\n1,a,2\n1,b,2\n", "series 1 is labelled 'b' here and 'a' before"),
@@ -121,6 +129,12 @@ def test_csv(tmp_path: Path) -> None:
 def test_damaged_csv(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_signals(write(tmp_path, "c.csv", text))
+
+
+def test_csv_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "w.csv").write_text("label,b\na,1\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"w\.csv is no UTF-8 text.* iconv -f UTF-16 -t UTF-8 w\.csv > new\.csv"):
+        read_signals(tmp_path / "w.csv")
 
 
 def test_folders_of_sound(tmp_path: Path) -> None:

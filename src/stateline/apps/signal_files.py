@@ -26,6 +26,7 @@ from stateline import checks
 from stateline.apps.estimator_data import Floats
 
 OP = "signals"
+SAVE_NPZ = "Save plain arrays of numbers with numpy.savez(path, X=…, y=…)."
 LABEL, SERIES, TIME = "label", "series", "time"
 
 
@@ -33,13 +34,14 @@ LABEL, SERIES, TIME = "label", "series", "time"
 class Signals:
     """Signals in order: X, each (time, channel); y, a label each, or None; names, what each is called.
 
-    rate: samples a second, of sound; None where a file does not say.
+    rate: samples a second, of sound; None where a file does not say.   columns: what a CSV's header names.
     """
 
     X: list[Floats]
     y: NDArray[Any] | None
     names: list[str]
     rate: int | None = None
+    columns: tuple[str, ...] = ()
 
 
 def read_signals(path: str | Path, *, rate: int | None = None) -> Signals:
@@ -130,34 +132,50 @@ def _ts_signal(place: str, text: str, header: dict[str, list[str]]) -> tuple[Flo
     dimensions = header.get("dimensions", header.get("dimension"))
     if dimensions and dimensions[0].isdigit() and len(parts) != int(dimensions[0]):
         raise checks.fail(OP, f"{place} has {len(parts)} dimensions, @dimensions says {dimensions[0]}.")
-    channels = [[_number(place, value) for value in part.split(",")] for part in parts]
+    channels = [[_number(place, value, "A missing value is ?.") for value in part.split(",")] for part in parts]
     if len(lengths := {len(channel) for channel in channels}) > 1:
         raise checks.fail(OP, f"{place} has dimensions of {' and '.join(map(str, sorted(lengths)))} samples.")
     return np.asarray(channels, dtype=np.float64).T.copy(), label
 
 
-def _number(place: str, text: str) -> float:
+def _number(place: str, text: str, remedy: str) -> float:
     text = text.strip()
     if text in ("?", ""):
         return math.nan
     try:
-        return float(text)
+        value = float(text)
     except ValueError as error:
-        raise checks.fail(OP, f"{place}: {text[:40]!r} is no number.") from error
+        raise checks.fail(OP, f"{place}: {text[:40]!r} is no number.", remedy) from error
+    if math.isinf(value):
+        raise checks.fail(OP, f"{place}: {text[:40]!r} is infinite, expected a finite number.", remedy)
+    return value
+
+
+def _finite(place: str, x: Floats) -> Floats:
+    """x (time, …), of which no sample is infinite."""
+    if np.isinf(x).any():
+        at = int(np.isinf(x).reshape(len(x), -1).any(1).argmax())
+        raise checks.fail(OP, f"{place} is infinite at sample {at}, expected finite numbers.", "A missing one is NaN.")
+    return x
 
 
 # ---- .npz ------------------------------------------------------------------------------------------------------------
 
 
 def _read_npz(path: Path) -> Signals:
+    if not zipfile.is_zipfile(path):
+        raise checks.fail(OP, f"{path} cannot be read: it is no .npz archive.", SAVE_NPZ)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name in ("X", "y", "lengths")}
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise checks.fail(OP, f"{path} cannot be read: {error}.", "Save plain arrays with numpy.savez.") from error
+        reason = "it holds Python objects, or is damaged"  # NumPy's own words recommend what runs a stranger's code
+        raise checks.fail(OP, f"{path} cannot be read: {reason}.", SAVE_NPZ) from error
     if "X" not in arrays:
-        raise checks.fail(OP, f"{path} has no array X.", "Save it with numpy.savez(path, X=…, y=…).")
+        raise checks.fail(OP, f"{path} has no array X.", SAVE_NPZ)
     X, lengths, y = arrays["X"], arrays.get("lengths"), arrays.get("y")
+    if X.dtype.kind not in "biuf":
+        raise checks.fail(OP, f"{path}: X holds {X.dtype}, expected numbers.", SAVE_NPZ)
     if lengths is not None:
         if lengths.dtype.kind not in "iu" or (lengths < 1).any():
             raise checks.fail(OP, f"{path}: lengths, {lengths.dtype}, are expected whole numbers of at least 1.")
@@ -174,6 +192,7 @@ def _read_npz(path: Path) -> Signals:
         raise checks.fail(OP, f"{path}: X has shape {X.shape}, expected (n, time) or (n, time, channel).")
     if y is not None and len(y) != len(found):
         raise checks.fail(OP, f"{path}: y has {len(y)} labels for {len(found)} signals.")
+    found = [_finite(f"{path}: signal {i}", x) for i, x in enumerate(found)]
     return Signals(found, y, [str(i) for i in range(len(found))])
 
 
@@ -181,16 +200,39 @@ def _read_npz(path: Path) -> Signals:
 
 
 def _read_csv(path: Path) -> Signals:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file)
-        header = [name.strip() for name in next(rows, [])]
-        if len(header) < 2:
-            raise checks.fail(OP, f"{path} has no header of two columns or more.", "Its first line names the columns.")
-        if _all_numbers(header):
-            raise checks.fail(OP, f"{path} has numbers in its first line.", "Its first line names the columns.")
-        if len(set(header)) < len(header):
-            raise checks.fail(OP, f"{path} names a column twice.")
-        return (_long if SERIES in header else _wide)(path, header, _complete(path, header, rows))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file)
+            header = [name.strip() for name in next(rows, [])]
+            _check_header(path, header)
+            return (_long if SERIES in header else _wide)(path, header, _complete(path, header, rows))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise checks.fail(OP, f"{path} is no UTF-8 text: {error}.", _converted(path)) from error
+
+
+def _converted(path: Path) -> str:
+    with path.open("rb") as file:
+        utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    return f"Convert it: iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 {path.name} > new.csv."
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    names = "Its first line names the columns."
+    if any("\0" in name for name in header):
+        raise checks.fail(OP, f"{path} is no UTF-8 text: it holds bytes of 0.", _converted(path))
+    if len(header) < 2:
+        for separator, called in ((";", "semicolons"), ("\t", "tabs")):
+            if header and separator in header[0]:
+                raise checks.fail(OP, f"{path} has cells separated by {called}, expected commas.", "Export it so.")
+        raise checks.fail(OP, f"{path} has no header of two columns or more.", names)
+    if _all_numbers(header):
+        raise checks.fail(OP, f"{path} has numbers in its first line.", f"{names} Is it data?")
+    twice = [name for i, name in enumerate(header) if name in header[:i]]
+    if twice:
+        raise checks.fail(OP, f"{path} names a column twice, {twice[0]!r}.", f"{names} Is it data?")
+    if TIME in header and SERIES not in header:
+        remedy = f"With a row a sample, `{SERIES}` says which signal it is of; with a row a signal, call no column so."
+        raise checks.fail(OP, f"{path} has a column `{TIME}` and no column `{SERIES}`.", remedy)
 
 
 def _all_numbers(cells: list[str]) -> bool:
@@ -210,18 +252,26 @@ def _complete(path: Path, header: list[str], rows: Any) -> Iterator[tuple[str, d
         yield f"{path}:{number}", dict(zip(header, row + [""] * (len(header) - len(row)), strict=True))
 
 
+def _cell(place: str, column: str, row: dict[str, str]) -> float:
+    remedy = "A missing value is an empty cell."
+    if LABEL not in row and row[column].strip().upper() not in ("NA", "N/A", "NULL", "NONE", "-"):
+        remedy = f"No column is called `{LABEL}`, so all are samples. Is this one the label, or the first line data?"
+    return _number(f"{place}, column {column}", row[column], remedy)
+
+
 def _wide(path: Path, header: list[str], rows: Iterator[tuple[str, dict[str, str]]]) -> Signals:
     columns = [name for name in header if name != LABEL]
     X, labels = [], []
     for place, row in rows:
-        values = [_number(place, row[name]) for name in columns]
+        values = [_cell(place, name, row) for name in columns]
         while values and math.isnan(values[-1]):
             values.pop()
         if not values:
             raise checks.fail(OP, f"{place} has no sample.")
         X.append(np.asarray(values)[:, None])
         labels.append(row.get(LABEL, "").strip())
-    return Signals(X, np.asarray(labels) if LABEL in header else None, [str(i) for i in range(len(X))])
+    names = [str(i) for i in range(len(X))]
+    return Signals(X, np.asarray(labels) if LABEL in header else None, names, columns=tuple(header))
 
 
 def _long(path: Path, header: list[str], rows: Iterator[tuple[str, dict[str, str]]]) -> Signals:
@@ -236,10 +286,11 @@ def _long(path: Path, header: list[str], rows: Iterator[tuple[str, dict[str, str
         if labels.setdefault(name, label) != label:
             raise checks.fail(OP, f"{place}: series {name} is labelled {label!r} here and {labels[name]!r} before.")
         series = samples.setdefault(name, [])
-        at = _number(place, row[TIME]) if TIME in header else float(len(series))
-        series.append((at, [_number(place, row[channel]) for channel in channels]))
+        at = _cell(place, TIME, row) if TIME in header else float(len(series))
+        series.append((at, [_cell(place, channel, row) for channel in channels]))
     X = [np.asarray([values for _, values in sorted(series, key=lambda s: s[0])]) for series in samples.values()]
-    return Signals(X, np.asarray(list(labels.values())) if LABEL in header else None, list(samples))
+    y = np.asarray(list(labels.values())) if LABEL in header else None
+    return Signals(X, y, list(samples), columns=tuple(header))
 
 
 # ---- sound -----------------------------------------------------------------------------------------------------------
@@ -280,4 +331,4 @@ def _read_wav(path: Path, rate: int | None) -> tuple[Floats, int]:
     if rate is not None and rate != own:
         shared = math.gcd(rate, own)
         sound = resample_poly(sound, rate // shared, own // shared, axis=0)
-    return sound, rate or own
+    return _finite(str(path), sound), rate or own

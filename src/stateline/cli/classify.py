@@ -229,6 +229,9 @@ def _estimator(options: argparse.Namespace) -> Estimator:
 
 
 def _labels(signals: Signals, path: str, regress: bool) -> Any:
+    if signals.y is None and signals.columns:
+        names = ", ".join(signals.columns[:20]) + (", …" if len(signals.columns) > 20 else "")
+        raise UsageError(f"{path} has no column `label`; its first line names {names}")
     if signals.y is None:
         raise UsageError(f"{path} has no labels; stateline classify train --help says where they go")
     if not regress:

@@ -137,7 +137,8 @@ def detect(path: str | Path) -> str:
         return "stateline"
     if config.get("format") == "stateline-sequence":  # apps/estimator_files.py
         name = config.get("estimator")
-        raise CheckpointError(f"{path} holds a model of signals. Load it with stateline.{name}.load.")
+        ask = f"Ask it with stateline classify predict, or load it with stateline.{name}.load."
+        raise CheckpointError(f"{path} holds a model of signals, no language model. {ask}")
     if "model_type" in config:
         return "huggingface"
     if {"d_model", "n_layer"} <= set(config):
