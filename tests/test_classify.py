@@ -106,6 +106,19 @@ def test_stream_of_a_file_is_the_prefixs_answer(home: Path, tmp_path: Path, caps
     assert float(rows[12]["fast"]) == pytest.approx(model.predict_proba([[0.5, 0.25]])[0, 0], abs=1e-5)
 
 
+def test_stream_of_a_csv_with_a_header(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "one.csv"
+    file.write_text("# volts\nx\n1\n2\n3\n\n4\n")
+    out, _ = run(capsys, "stream", home / "model", file, "--every", 2)
+    assert [line.split(",")[0] for line in out.splitlines()] == ["samples", "2", "3", "1"]
+    file.write_text("series,label,x\n1,a,2\n")
+    assert "names a column series" in complaint(capsys, "stream", home / "model", file)
+    file.write_text("1,\n")
+    assert "2 channels" in complaint(capsys, "stream", home / "model", file)
+    file.write_text("x\ny\n")
+    assert "line 2 is no sample" in complaint(capsys, "stream", home / "model", file)
+
+
 def test_regression(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run(capsys, "train", home / "numbers.npz", "--regress", "--out", tmp_path / "r", *FAST)
     assert "rms error" in out
@@ -128,7 +141,16 @@ def test_complaints_are_one_line(home: Path, tmp_path: Path, capsys: pytest.Capt
     assert "No such file" in complaint(capsys, "train", home / "nothing.npz", "--out", out)
     assert "mixer is 'x'" in complaint(capsys, "train", home / "waves.npz", "--out", out, "--mixer", "x")
     foreign = _language_model(tmp_path)
-    assert "is missing" in complaint(capsys, "predict", out, home / "bare.npz")
+    assert "x is no directory; DIR is what" in complaint(capsys, "predict", out, home / "bare.npz")
+    assert "holds no model of signals: what stateline classify train --out wrote" in complaint(capsys, "stream", home)
+    assert main(["info", str(home / "model")]) == 2
+    assert "Ask it with stateline classify predict" in capsys.readouterr().err
+    few = tmp_path / "few.csv"
+    few.write_text("label,t0\n0.5,1\n0.7,2\n0.9,3\n0.9,4\n")
+    assert "--regress estimates numbers" in complaint(capsys, "train", few, "--out", out)
+    few.write_text("label,t0\na,1\na,2\n")
+    assert "one class, 'a'" in complaint(capsys, "train", few, "--out", out, "--test-share", 0)
+    assert "of 2 signals is none; --test-share 0.5" in complaint(capsys, "train", few, "--out", out)
     assert "stateline.load reads others" in complaint(capsys, "predict", foreign, home / "bare.npz")
     (tmp_path / "bad.txt").write_text("1\nx\n")
     assert "line 2 is no sample" in complaint(capsys, "stream", home / "model", tmp_path / "bad.txt")

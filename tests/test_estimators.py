@@ -343,7 +343,7 @@ def test_files_of_others_are_refused(fitted: SequenceClassifier, tmp_path: Path)
     fitted.save(tmp_path / "c")
     with pytest.raises(CheckpointError, match="holds a SequenceClassifier, expected a SequenceRegressor"):
         SequenceRegressor.load(tmp_path / "c")
-    with pytest.raises(CheckpointError, match=r"Load it with stateline\.SequenceClassifier\.load"):
+    with pytest.raises(CheckpointError, match=r"load it with stateline\.SequenceClassifier\.load"):
         load(tmp_path / "c")
     save(LanguageModel(ModelConfig(d_model=8, n_layer=1, vocab_size=16)), tmp_path / "l")
     with pytest.raises(CheckpointError, match=r"stateline\.load reads others"):

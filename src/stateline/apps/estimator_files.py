@@ -110,6 +110,8 @@ def estimator_name(directory: str | Path) -> str:
     """The class of the estimator in a directory. Raises CheckpointError if there is none."""
     path = Path(directory).expanduser() / WEIGHTS
     record = _record(read_safetensors(path)[1], path)
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{path.parent} holds a model, not one of signals. stateline.load reads others.")
     return str(record.get("estimator"))
 
 
@@ -150,5 +152,5 @@ def _record(header: dict[str, str], path: Path) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise CheckpointError(f"{path} holds no estimator of signals. Was it written by its save()?")
+        raise CheckpointError(f"{path} holds no model of signals. Was it written by classify train --out, or save()?")
     return record

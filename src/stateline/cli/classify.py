@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,8 @@ examples:
 STREAM_EPILOG = """\
 Reads one sample a line, its channels separated by commas or blanks (nan or ? is missing), from a file or from stdin,
 and prints a CSV: samples read, what the model says by now, and the probability of each class. Lines that begin with #
-are passed over; an empty line starts a new signal.
+are passed over, and so is a first line of names; an empty line starts a new signal. With --every, the last sample of
+a signal is answered too.
 
 examples:
   tail -f sensor.log | stateline classify stream runs/gestures
@@ -240,13 +242,21 @@ def _labels(signals: Signals, path: str, regress: bool) -> Any:
         if "" in signals.y.astype(str):
             name = signals.names[signals.y.astype(str).tolist().index("")]
             raise UsageError(f"{path} has no label for signal {name}; name its class, or leave it out")
-        if signals.y.dtype.kind == "f" and len(set(signals.y.tolist())) > len(signals.y) // 2:
+        if _numbers(signals.y) and len(set(signals.y.tolist())) > max(2, len(signals.y) // 2):
             raise UsageError(f"{path} has numbers for labels, hardly two alike; --regress estimates numbers")
         return signals.y.astype(str)
     try:
         return signals.y.astype(float)
     except ValueError as error:
         raise UsageError(f"{path} has a label that is no number ({error}), and --regress is given") from error
+
+
+def _numbers(y: Any) -> bool:
+    try:
+        y.astype(float)
+    except ValueError:
+        return False
+    return True
 
 
 def _split(X: list[Any], y: Any, options: argparse.Namespace) -> tuple[list[Any], Any, list[Any], Any]:
@@ -260,7 +270,8 @@ def _split(X: list[Any], y: Any, options: argparse.Namespace) -> tuple[list[Any]
     groups = np.zeros(len(y), dtype=np.int64) if options.regress else np.unique(y, return_inverse=True)[1]
     test = held_out(groups, options.test_share, np.random.RandomState(options.seed))
     if not test.any():
-        raise UsageError(f"--test-share {options.test_share} of {len(y)} signals is none")
+        problem = f"--test-share {options.test_share} of {_several(len(y), 'signal')} is none"
+        raise UsageError(problem + "; --test-share 0.5 keeps more, 0 trains without a test")
     one, other = np.flatnonzero(~test), np.flatnonzero(test)
     return [X[i] for i in one], y[one], [X[i] for i in other], y[other]
 
@@ -287,9 +298,14 @@ def _report(options: argparse.Namespace, y: Any, predicted: Any) -> None:
 def _load(options: argparse.Namespace) -> Estimator:
     from stateline.apps import estimators
     from stateline.apps.estimator_files import estimator_name
+    from stateline.models.checkpoint import WEIGHTS
 
     if options.device is not None:
         check_device(options.device)
+    if not (home := Path(options.model).expanduser()).is_dir():
+        raise UsageError(f"{options.model} is no directory; DIR is what stateline classify train --out wrote")
+    if not (home / WEIGHTS).exists():
+        raise UsageError(f"{options.model} holds no model of signals: what stateline classify train --out wrote")
     regress = estimator_name(options.model) == "SequenceRegressor"
     kind: Any = estimators.SequenceRegressor if regress else estimators.SequenceClassifier
     return kind.load(options.model, device=options.device)
@@ -335,32 +351,57 @@ def _cells(values: Any) -> list[str]:
 
 
 def run_stream(options: argparse.Namespace) -> int:
-    """Print a line a sample, or every so many."""
+    """Print a line a sample, or every so many, and for the last one of a signal."""
     estimator = _load(options)
     classes = getattr(estimator, "classes_", None)
     out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["samples", *_columns(estimator), *([] if classes is None else classes)])
     stream = estimator.stream()
+    answer: Any = None  # not yet said
     with nullcontext(sys.stdin) if options.data == "-" else open(options.data, encoding="utf-8") as lines:
-        for sample in _samples(lines):
-            if sample is None:
-                stream = estimator.stream()
-                continue
-            answer = stream.update(sample)
-            if stream.count % options.every == 0:
+        for sample in chain(_samples(lines), [None]):
+            if sample is not None:
+                answer = stream.update(sample)
+            if answer is not None and (sample is None or stream.count % options.every == 0):
                 said = _cells(answer) if classes is None else [classes[answer.argmax()], *_cells(answer)]
                 out.writerow([stream.count, *said])
                 sys.stdout.flush()
+                answer = None
+            if sample is None:
+                stream = estimator.stream()
     return 0
 
 
 def _samples(lines: Iterable[str]) -> Iterator[list[float] | None]:
     """The numbers of each line; None for an empty one."""
+    first = True
     for number, line in enumerate(lines, 1):
         if line.lstrip().startswith("#"):
             continue
+        cells = [cell.strip() for cell in line.split(",")] if "," in line else line.split()
         try:
-            cells = line.replace(",", " ").split()
-            yield [float("nan") if cell == "?" else float(cell) for cell in cells] or None
+            sample = [float("nan") if cell in ("?", "") else float(cell) for cell in cells]
         except ValueError as error:
-            raise UsageError(f"line {number} is no sample: {error}") from error
+            if not (first and _is_header(cells)):
+                raise UsageError(f"line {number} is no sample: {error}") from error
+            first = False
+            continue
+        first = first and not cells
+        yield sample or None
+
+
+def _is_header(cells: list[str]) -> bool:
+    """Whether cells, not all of them numbers, name channels. Raises UsageError if they name more than channels."""
+    other = [name for name in cells if name in ("series", "label", "time")]
+    if other:
+        problem = f"the first line names a column {other[0]}, expected channels alone, a sample a line"
+        raise UsageError(f"{problem}; cut -d, -f3- FILE, say, keeps the columns from the third on")
+    return not any(_is_number(cell) for cell in cells)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
