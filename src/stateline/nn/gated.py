@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from stateline import checks, ops
-from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
+from stateline.nn.mixer import Lengths, Mixer, check_input, check_state, zero_padding
 from stateline.nn.precision import keep_wide, wide
 from stateline.ops.gated_scan import ACTIVATIONS
 
@@ -176,6 +176,8 @@ class GatedSSM(Mixer):
     ) -> tuple[Tensor, GatedSSMState]:
         check_input(OP, x, "b t d_model", self.d_model, self.anchor.dtype)
         x = zero_padding(x, lengths)
+        if state is not None:
+            check_state(OP, state, GatedSSMState)
         start = None if state is None else state.h
         v, g, A = self._system(x, gate)
         options: dict[str, Any] = {"activation": self.activation, "initial_state": start, "lengths": lengths}
@@ -186,6 +188,7 @@ class GatedSSM(Mixer):
     def step_(self, x: Tensor, state: GatedSSMState, *, gate: Tensor | None = None) -> Tensor:
         """x (b, d_model) -> y (b, d_model), writing into `state`; gate (b) or (b, n). No gradient."""
         check_input(OP, x, "b d_model", self.d_model, self.anchor.dtype)
+        check_state(OP, state, GatedSSMState)
         h = ops.gated_scan_step_(state.h, *self._system(x, gate), activation=self.activation)
         return self._read(h, x)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateline import checks, ops
-from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
+from stateline.nn.mixer import Lengths, Mixer, check_input, check_state, zero_padding
 from stateline.nn.precision import keep_wide, wide
 from stateline.ops.causal_conv1d import conv_halves
 
@@ -200,6 +200,8 @@ class Mamba(Mixer):
         self, x: Tensor, state: MambaState | None, *, lengths: Lengths | None, **where: Any
     ) -> tuple[Tensor, MambaState]:
         self._check(x, "b t d_model")
+        if state is not None:
+            check_state(OP, state, MambaState)
         where["lengths"] = lengths
         xz = self.in_proj(zero_padding(x, lengths))
         taps = self._taps()
@@ -215,6 +217,7 @@ class Mamba(Mixer):
     def step_(self, x: Tensor, state: MambaState) -> Tensor:
         """x (b, d_model) -> y (b, d_model), writing into `state`; no gradient."""
         self._check(x, "b d_model")
+        check_state(OP, state, MambaState)
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = ops.causal_conv1d_step_(state.conv, u, *self._taps(), activation="silu")
         dt, B, C = self._select(u)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stateline import checks, ops
 from stateline.nn.mamba import check_step_range, initial_bias
-from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
+from stateline.nn.mixer import Lengths, Mixer, check_input, check_state, zero_padding
 from stateline.nn.norm import GatedRMSNorm
 from stateline.nn.precision import keep_wide, wide
 from stateline.ops.ssd import Limit, check_limit
@@ -193,6 +193,8 @@ class Mamba2(Mixer):
     ) -> tuple[Tensor, Mamba2State]:
         """x (b, t, d_model) -> y (b, t, d_model), state; see Mixer."""
         check_input(OP, x, "b t d_model", self.d_model, self.conv1d.weight.dtype)
+        if state is not None:
+            check_state(OP, state, Mamba2State)
         where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
         beside, z, u, dt = self._split(self.in_proj(zero_padding(x, lengths)))
         u, conv = ops.causal_conv1d(
@@ -209,6 +211,7 @@ class Mamba2(Mixer):
     def step_(self, x: Tensor, state: Mamba2State) -> Tensor:
         """x (b, d_model) -> y (b, d_model), writing into `state`; no gradient."""
         check_input(OP, x, "b d_model", self.d_model, self.conv1d.weight.dtype)
+        check_state(OP, state, Mamba2State)
         beside, z, u, dt = self._split(self.in_proj(x))
         u = ops.causal_conv1d_step_(state.conv, u, *self._taps(), activation="silu")
         x, A, B, C = self._system(u)

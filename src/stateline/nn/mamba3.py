@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from stateline import checks, ops
 from stateline.nn.mamba import check_step_range, initial_bias
-from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
+from stateline.nn.mixer import Lengths, Mixer, check_input, check_state, zero_padding
 from stateline.nn.norm import GatedRMSNorm, RMSNorm
 from stateline.nn.precision import keep_wide, wide
 
@@ -261,6 +261,7 @@ class Mamba3(Mixer):
 
 
 def _parts(state: Mamba3State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_state(OP, state, Mamba3State)
     return state.angle, state.ssm, state.k, state.v
 
 

@@ -74,6 +74,13 @@ def check_input(op: str, x: Tensor, form: str, d_model: int, own: torch.dtype) -
         checks.dtype(op, "x", x, (own,), "Convert x, or the layer, with .to(dtype).")
 
 
+def check_state(op: str, state: Any, kind: type) -> None:
+    """Raise TypeError unless a state is of the layer's own kind."""
+    if not isinstance(state, kind):
+        problem = f"initial_state is a {type(state).__name__}, expected {kind.__name__}."
+        raise fail(op, problem, "layer.init_state(b) makes one.", error=TypeError)
+
+
 def padding(x: Tensor, lengths: Lengths) -> Tensor:
     """(b, t) bool, True at the padding that follows `lengths` (b) valid tokens of x (b, t, …)."""
     lengths = torch.as_tensor(lengths, device=x.device)

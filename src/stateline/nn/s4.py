@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateline import checks
-from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
+from stateline.nn.mixer import Lengths, Mixer, check_input, check_state, zero_padding
 from stateline.nn.precision import keep_wide, wide
 from stateline.nn.s4_systems import RULES, DiagonalSystem, DPLRSystem, Start, System
 from stateline.ops.long_conv.spectrum import fast_length
@@ -211,6 +211,7 @@ class _StateSpace(Mixer):
 
     def _initial(self, state: S4State, rows: int) -> Tensor:
         """The state's numbers (rows, h, n, 2), checked."""
+        check_state(self.op, state, S4State)
         sizes = checks.Sizes(self.op)
         sizes.bind("n_seq", rows, "the number of sequences")
         sizes.bind("d_model", self.d_model, "the layer")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateline import checks, ops
-from stateline.nn.mixer import Lengths, Mixer, check_input, zero_padding
+from stateline.nn.mixer import Lengths, Mixer, check_input, check_state, zero_padding
 from stateline.nn.precision import keep_wide, wide
 from stateline.theory.dplr import nplr
 
@@ -186,6 +186,7 @@ class S5(Mixer):
 
     def _carried(self, state: S5State) -> Tensor:
         """The state's numbers (…, p, 2), of which `linear_scan` checks how many there are."""
+        check_state(OP, state, S5State)
         checks.dtype(OP, "initial_state", state.ssm, (wide(self.D.dtype),), "A state keeps full precision.")
         return state.ssm
 

@@ -205,6 +205,7 @@ def extend(memory: Memory, signal: Tensor) -> Memory:
     Raises ValueError, TypeError for a signal of another batch shape.
     """
     op = "hippo.extend"
+    _check_memory(op, memory)
     _check_signal(op, signal)
     if signal.shape[:-1] != memory.last.shape:
         expected = f"expected {(*memory.last.shape, 't')} as the signal before"
@@ -229,6 +230,12 @@ def extend(memory: Memory, signal: Tensor) -> Memory:
     return replace(memory, state=state, last=last, samples=memory.samples + u.shape[-1])
 
 
+def _check_memory(op: str, memory: Memory) -> None:
+    if not isinstance(memory, Memory):
+        problem = f"memory is a {type(memory).__name__}, expected a Memory."
+        raise checks.fail(op, problem, "hippo.project(signal, …) makes one.", error=TypeError)
+
+
 def _check_signal(op: str, signal: Tensor) -> None:
     if not isinstance(signal, Tensor):
         raise checks.fail(op, f"signal is a {type(signal).__name__}, expected a tensor (…, t).", error=TypeError)
@@ -248,9 +255,12 @@ def reconstruct(memory: Memory, ages: Tensor) -> Tensor:
         ValueError: for ages below 0 or beyond `memory.span`, or a system that is no projection (legsd, foud).
     """
     op = "hippo.reconstruct"
+    _check_memory(op, memory)
     row = _orthonormal(op, memory.measure)
     assert row.basis is not None
     ages = torch.as_tensor(ages, dtype=torch.float64, device=memory.state.device)
+    if ages.dim() != 1:
+        raise checks.fail(op, f"ages has shape {tuple(ages.shape)}, expected (k).", "Give a tensor of one dimension.")
     if memory.samples == 0:
         raise checks.fail(op, "the memory is empty.", "Project a signal of at least one sample.")
     if ages.numel() and not (float(ages.min()) >= 0 and float(ages.max()) <= memory.span):
