@@ -119,7 +119,7 @@ def test_csv(tmp_path: Path) -> None:
         ("label,b\n1,-Inf\n", r"c\.csv:2, column b: '-Inf' is infinite"),
         ("a;b\n1;2\n", "separated by semicolons, expected commas"),
         ("time,b\n1,2\n", "has a column `time` and no column `series`"),
-        ("a\0,b\n1,2\n", "no UTF-8 text: it holds bytes of 0"),
+        ("a\0,b\n1,2\n", "no CSV in UTF-8. It holds no text at all"),
         ("label,b\na,\n", r"c\.csv:2 has no sample"),
         ("series,label\n1,2\n", "has no column beside series, label"),
         ("series,label,x\n1,a,2\n1,b,2\n", "series 1 is labelled 'b' here and 'a' before"),
@@ -133,7 +133,9 @@ def test_damaged_csv(tmp_path: Path, text: str, message: str) -> None:
 
 def test_csv_in_another_encoding(tmp_path: Path) -> None:
     (tmp_path / "w.csv").write_text("label,b\na,1\n", encoding="utf-16")
-    with pytest.raises(ValueError, match=r"w\.csv is no UTF-8 text.* iconv -f UTF-16 -t UTF-8 w\.csv > new\.csv"):
+    with pytest.raises(
+        ValueError, match=r"w\.csv is no CSV in UTF-8\. Convert it: iconv -f UTF-16 -t UTF-8 w\.csv > new\.csv"
+    ):
         read_signals(tmp_path / "w.csv")
 
 

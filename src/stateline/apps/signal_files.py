@@ -207,19 +207,23 @@ def _read_csv(path: Path) -> Signals:
             _check_header(path, header)
             return (_long if SERIES in header else _wide)(path, header, _complete(path, header, rows))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise checks.fail(OP, f"{path} is no UTF-8 text: {error}.", _converted(path)) from error
+        raise checks.fail(OP, f"{path} is no CSV in UTF-8.", _converted(path)) from error
 
 
 def _converted(path: Path) -> str:
+    """What to do about a file that is not UTF-8."""
     with path.open("rb") as file:
-        utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+        start = file.read(4096)
+    utf16 = start[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if b"\0" in start and not utf16:
+        return "It holds no text at all: is it another kind of file?"
     return f"Convert it: iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 {path.name} > new.csv."
 
 
 def _check_header(path: Path, header: list[str]) -> None:
     names = "Its first line names the columns."
     if any("\0" in name for name in header):
-        raise checks.fail(OP, f"{path} is no UTF-8 text: it holds bytes of 0.", _converted(path))
+        raise checks.fail(OP, f"{path} is no CSV in UTF-8.", _converted(path))
     if len(header) < 2:
         for separator, called in ((";", "semicolons"), ("\t", "tabs")):
             if header and separator in header[0]:
