@@ -79,8 +79,8 @@ FLAGS = {
 CLASSIFY_FLAGS = {
     "train": [
         "--batch-size", "--bidirectional", "--class-weight", "--debug", "--device", "--dropout", "--early-stopping",
-        "--epochs", "--help", "--layers", "--learning-rate", "--mixer", "--out", "--pool", "--quiet", "--rate",
-        "--regress", "--seed", "--test", "--test-share", "--threads", "--width", "-h",
+        "--epochs", "--help", "--layers", "--learning-rate", "--mixer", "--out", "--overwrite", "--pool", "--quiet",
+        "--rate", "--regress", "--seed", "--test", "--test-share", "--threads", "--width", "-h",
     ],
     "predict": ["--debug", "--device", "--help", "--probabilities", "-h"],
     "stream": ["--debug", "--device", "--every", "--help", "-h"],

@@ -244,7 +244,7 @@ def test_warm_start_goes_on(signals: Any) -> None:
     assert not torch.equal(model.model_.head.weight, weights)
     with pytest.raises(ValueError, match="y has classes that the first fit did not"):
         model.fit(X, np.array(["slow", "other"] * 20))
-    with pytest.raises(ValueError, match="X has 1 channels, but SequenceClassifier is expecting 2"):
+    with pytest.raises(ValueError, match="X has 1 channel, but SequenceClassifier is expecting 2"):
         model.fit([x[:, :1] for x in X], y)
 
 

@@ -98,9 +98,8 @@ def prepare(request: Request, folder: Path, *, progress: str = "auto", replace: 
 def summary(index: Index) -> str:
     """The sizes of a data set, in words."""
     ratio = f", {index.bytes / index.tokens:.2f} bytes a token" if index.tokenizer != "bytes" and index.tokens else ""
-    return (
-        f"{quantity(index.documents)} documents, {quantity(index.bytes)} bytes, {quantity(index.tokens)} tokens{ratio}"
-    )
+    documents = f"{quantity(index.documents)} document{'' if index.documents == 1 else 's'}"
+    return f"{documents}, {quantity(index.bytes)} bytes, {quantity(index.tokens)} tokens{ratio}"
 
 
 def _there(folder: Path) -> Index | None:
