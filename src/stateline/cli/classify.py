@@ -243,7 +243,8 @@ def _labels(signals: Signals, path: str, regress: bool) -> Any:
             name = signals.names[signals.y.astype(str).tolist().index("")]
             raise UsageError(f"{path} has no label for signal {name}; name its class, or leave it out")
         if _numbers(signals.y) and len(set(signals.y.tolist())) > max(2, len(signals.y) // 2):
-            raise UsageError(f"{path} has numbers for labels, hardly two alike; --regress estimates numbers")
+            remedy = "--regress estimates numbers; if they are classes, give them names, as c1 for 1"
+            raise UsageError(f"{path} has numbers for labels, hardly two alike; {remedy}")
         return signals.y.astype(str)
     try:
         return signals.y.astype(float)
