@@ -181,7 +181,7 @@ def _made(full: dict[str, Tensor], kept: Kept, activation: str | None, final_act
     options = {"channels": channels, "n_ssm": n_ssm, "activation": activation, "final_act": final_act}
     if "P" in full:
         return _with_rank(S4(d_model, 2 * states, **options), full["P"])  # type: ignore[arg-type]  # checked there
-    return S4D(d_model, 2 * states, discretization=kept.discretization, **options)  # type: ignore[arg-type]
+    return S4D(d_model, 2 * states, discretization=kept.discretization, **options)  # type: ignore[arg-type]  # checked too
 
 
 def _with_rank(layer: S4, P: Tensor) -> S4:

@@ -174,7 +174,7 @@ def _passed_on(given: Inputs, wanted: tuple[Tensor | None, ...], call: _Call) ->
     """Copies of `wanted` (angle, k, x of every sequence), zeros where there is none: what an empty sequence returns."""
     shapes = ((call.h, call.pairs), (call.h, 1, call.n), (call.h, call.p))
     if call.segments is None and call.t and call.works():  # all of it will be written
-        return tuple(call.empty(call.sequences, *shape) for shape in shapes)  # type: ignore[return-value]
+        return tuple(call.empty(call.sequences, *shape) for shape in shapes)  # type: ignore[return-value]  # three of them
     return tuple(  # type: ignore[return-value]  # three of them
         call.like.new_zeros(call.sequences, *shape) if v is None else v.clone(memory_format=torch.contiguous_format)
         for v, shape in zip(wanted, shapes, strict=True)
