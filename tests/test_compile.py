@@ -14,7 +14,8 @@ from test_layers import close
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from stateline import LanguageModel
+from stateline import LanguageModel, ops
+from stateline.ops import library
 
 SIZES = [(2, 9), (3, 5), (2, 14), (5, 3)]  # above 1 each: PyTorch makes a graph of its own for sizes of 1
 
@@ -126,3 +127,29 @@ def test_inductor_trains() -> None:
     batches = [ids(2, 8), ids(2, 8)]
     got = train(model, torch.compile(model.loss, fullgraph=True), batches)
     assert got == pytest.approx(train(twin, twin.loss, batches), rel=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("old", [True, False])
+def test_a_compiler_that_writes_out_what_it_does_not_know_knows_our_ops(
+    old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to torch 2.12, an unknown op behind a dozen layers kept inductor writing for ever."""
+    from torch._inductor import config, graph, lowering
+
+    for op in library.DEFINED:
+        monkeypatch.delitem(lowering.lowerings, op, raising=False)
+    unknown: list[Any] = []
+    fallback = lowering.make_fallback
+    monkeypatch.setattr(graph, "make_fallback", lambda op, **how: (unknown.append(op), fallback(op, **how)))
+    monkeypatch.setattr(library, "WRITES_OUT", old)
+    scale = torch.rand(4)
+
+    def twice(x: Tensor) -> Tensor:
+        return ops.rms_norm(ops.rms_norm(x, scale)[0], scale)[0]
+
+    x = torch.rand(3, 4)
+    with config.patch(force_disable_caches=True):
+        torch.testing.assert_close(torch.compile(twice, fullgraph=True)(x), twice(x))
+    assert bool(unknown) is not old
+    assert (torch.ops.stateline.ssd.default in lowering.lowerings) is old

@@ -19,6 +19,12 @@ from stateline.checks import fail
 LIBRARY = torch.library.Library("stateline", "DEF")
 #: Types of arguments that have no way of their own to run an op: of tensors, and of what else an op takes.
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype})
+#: The raw ops, every one.
+DEFINED: list[Any] = []
+#: Whether this torch's compiler, meeting an op that it has not heard of, writes out for a log everything that the op's
+#: arguments were computed from: one string for every way back through the graph, so that it never comes to an end with
+#: a loss behind a dozen layers. Seen in 2.11, mended in 2.13.
+WRITES_OUT = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13)
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,6 +37,7 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
         LIBRARY.impl(name, quiet, key)
     torch.library.register_fake(f"stateline::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.stateline, name).default
+    DEFINED.append(op)
     if not mutable:
         torch.library.register_vmap(f"stateline::{name}", lambda info, dims, *args: _one_by_one(op, info, dims, args))
     return _direct(op, quiet)
@@ -41,6 +48,8 @@ def _direct(op: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., An
 
     @functools.wraps(run)
     def direct(*args: Any) -> Any:
+        if WRITES_OUT and torch.compiler.is_dynamo_compiling():
+            _announce()
         if (
             torch.compiler.is_compiling()
             or not _plain(args)
@@ -53,6 +62,17 @@ def _direct(op: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., An
         return run(*args)
 
     return direct
+
+
+@torch.compiler.assume_constant_result  # so that it runs while a graph is traced, before the compiler gets it
+def _announce() -> bool:
+    """Make the ops known to inductor, as opaque nodes that keep their strides: what it makes of an unknown one."""
+    from torch._inductor import lowering  # takes a second, and whoever compiles needs it anyway
+
+    for op in DEFINED:
+        if op not in lowering.lowerings:
+            lowering.make_fallback(op, layout_constraint=lowering.constrain_to_fx_strides)
+    return True
 
 
 def _plain(args: Sequence[Any]) -> bool:
