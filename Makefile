@@ -18,13 +18,14 @@ $(VENV)/core: $(SOURCES)
 	@$(PIP) -e .
 	@touch $@
 
+# By name, not `-e .`: what is installed is kept, and its C++ is not built again for each extra.
 $(VENV)/dev: $(VENV)/core
 	@echo "adding what tests and checks need"
-	@$(PIP) -e ".[test,train,lora,check,hf,onnx,gguf,bench,sklearn]"
+	@$(PIP) "stateline[test,train,lora,check,hf,onnx,gguf,bench,sklearn]"
 	@touch $@
 
 $(VENV)/docs: $(VENV)/dev
-	@$(PIP) -e ".[docs,plot]"
+	@$(PIP) "stateline[docs,plot]"
 	@touch $@
 
 demo: $(VENV)/core  ## set up, generate from the bundled model, train a small one and sample from it
@@ -46,7 +47,7 @@ bench: $(VENV)/dev  ## measure this machine: one JSON line a case
 	@$(BIN)/python -m benchmarks.run
 
 performance: $(VENV)/dev  ## measure beside the peers (llama.cpp is built: minutes) and write docs/performance.md
-	@$(PIP) -e ".[peers]"
+	@$(PIP) "stateline[peers]"
 	@rm -f build/performance.jsonl && mkdir -p build
 	@$(BIN)/python -m benchmarks.run --peers --out build/performance.jsonl
 	@$(BIN)/python -m benchmarks.report build/performance.jsonl
