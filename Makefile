@@ -20,7 +20,7 @@ $(VENV)/core: $(SOURCES)
 
 $(VENV)/dev: $(VENV)/core
 	@echo "adding what tests and checks need"
-	@$(PIP) -e ".[test,train,lora,check,hf,onnx,gguf,bench,sklearn]"
+	@$(PIP) -e ".[test,train,lora,check,hf,onnx,gguf,bench,sklearn,classical]"
 	@touch $@
 
 $(VENV)/docs: $(VENV)/dev
