@@ -73,12 +73,12 @@ def check(
     sizes = Sizes(op)
     given = {name: x for name, x in model._asdict().items() if x is not None}
     for name, x in given.items():
-        _match(sizes, name, x, FORM[name])
+        match(sizes, name, x, FORM[name])
     if "p" not in sizes.bound:
         sizes.bind("p", 0, "a model with neither B nor D")
     series = {name: x for name, x in {"y": y, "u": u}.items() if x is not None}
     for name, x in series.items():
-        _match(sizes, name, x, {"y": "T m", "u": "T p"}[name])
+        match(sizes, name, x, {"y": "T m", "u": "T p"}[name])
     if sizes["p"] and u is None and (y is not None or steps is not None):
         expected = f"(…, T, p) with p = {sizes['p']} (set by {sizes.bound['p'][1]})"
         raise checks.fail(op, f"u is None, expected {expected}.", "Zeros are given as zeros.")
@@ -89,7 +89,8 @@ def check(
     return Frame(sizes["n"], sizes["m"], sizes["p"], batch, length)
 
 
-def _match(sizes: Sizes, name: str, x: Tensor, form: str) -> None:
+def match(sizes: Sizes, name: str, x: Tensor, form: str) -> None:
+    """Check the last sizes of x against a form such as "n p", binding its letters; anything may stand in front."""
     letters = form.split()
     if not isinstance(x, Tensor):
         raise checks.fail(
@@ -157,8 +158,8 @@ def validate(model: StateSpace, op: str = "validate") -> Frame:
     return frame
 
 
-def covariance(op: str, name: str, x: Tensor) -> Tensor:
-    """Eigenvalues (…, n) of a covariance. Raises ValueError unless it is symmetric and positive semidefinite."""
+def covariance(op: str, name: str, x: Tensor) -> None:
+    """Raise ValueError unless x (…, n, n) is symmetric and positive semidefinite, up to rounding."""
     scale = x.abs().amax((-1, -2), keepdim=True) if x.shape[-1] else x.new_zeros(())
     if ((x - x.mT).abs() > ROUNDING[x.dtype] * scale).any():
         worst = float((x - x.mT).abs().max())
@@ -167,4 +168,114 @@ def covariance(op: str, name: str, x: Tensor) -> Tensor:
     if (values < -ROUNDING[x.dtype] * scale[..., 0]).any():
         least = float(values.min())
         raise checks.fail(op, f"{name} has the eigenvalue {least:.3g}, expected none below 0: it is a covariance.")
-    return values
+
+
+def simulate(
+    model: StateSpace,
+    steps: int,
+    u: Tensor | None = None,
+    *,
+    noise: bool = True,
+    batch: int | tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """States h (…, T, n) and observations y (…, T, m) that the model makes in T `steps`.
+
+    Args:
+        u: (…, T, p) inputs, for a model that has any.
+        noise: False leaves out v, n and the uncertainty of h[0]: what comes is the mean of all series.
+        batch: how many series to draw; with what the model and u bring, it broadcasts to (…).
+        generator: where the noise comes from; one seed on one machine gives the same series again.
+
+    Differentiable in A, B, C, D, m0 and u; a draw has no gradient with respect to Q, R and P0.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    >>> one = torch.ones(1, 1)
+    >>> model = StateSpace(A=0.5 * one, B=None, C=one, D=None, Q=one, R=one, m0=torch.tensor([8.0]), P0=one)
+    >>> h, y = simulate(model, 4, noise=False)
+    >>> y[:, 0].tolist()
+    [8.0, 4.0, 2.0, 1.0]
+    >>> simulate(model, 4, batch=1000)[1].shape
+    torch.Size([1000, 4, 1])
+    """
+    op = "simulate"
+    checks.number(op, "steps", steps, low=0, integer=True)
+    frame = check(op, model, u=u, steps=steps)
+    wanted = (batch,) if isinstance(batch, int) else tuple(batch)
+    try:
+        shape = tuple(torch.broadcast_shapes(wanted, frame.batch))
+    except RuntimeError:
+        have = f"the {frame.batch} of the model and the inputs"
+        raise checks.fail(op, f"batch is {batch!r}, which does not broadcast with {have}.") from None
+    h = model.m0.expand(*shape, frame.n)
+    drive, seen = h.new_zeros(*shape, steps, frame.n), h.new_zeros(*shape, steps, frame.m)
+    if noise:
+        h = h + _draw(op, "P0", model.P0, (*shape, frame.n), generator)
+        drive = drive + _draw(op, "Q", model.Q, drive.shape, generator)
+        seen = seen + _draw(op, "R", model.R, seen.shape, generator)
+    if u is not None and model.B is not None:
+        drive = drive + times(model.B, u)
+    if u is not None and model.D is not None:
+        seen = seen + times(model.D, u)
+    A = model.A.expand(*model.A.shape[:-3], steps, frame.n, frame.n) if model.A.dim() > 2 else model.A
+    states = []
+    for t in range(steps):
+        states.append(h)
+        h = times(A[..., t, :, :] if A.dim() > 2 else A, h) + drive[..., t, :]
+    made = torch.stack(states, -2) if steps else drive
+    return made, seen + times(model.C, made)
+
+
+def times(matrix: Tensor, x: Tensor) -> Tensor:
+    """Matrices (…, m, n) times vectors (…, n)."""
+    return (matrix @ x[..., None])[..., 0]
+
+
+def _draw(op: str, name: str, cov: Tensor, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Samples of N(0, cov); a semidefinite covariance has no Cholesky factor, but always a spectral one."""
+    with torch.no_grad():
+        covariance(op, name, cov)
+        values, vectors = torch.linalg.eigh(cov)
+        white = torch.randn(shape, dtype=cov.dtype, device=cov.device, generator=generator)
+        return times(vectors * values.clamp(min=0).sqrt()[..., None, :], white)
+
+
+def from_scan(A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B, C, D of this module's indexing, from those of h[t] = A h[t-1] + B u[t], y[t] = C h[t] + D u[t].
+
+    The state at time t becomes what the recurrence knew before u[t]: C' = C A, D' = D + C B. Matrices (…, n, n),
+    (…, n, p), (…, m, n) and (…, m, p), constant or varying, real or complex; D may be None. Exact for every system.
+
+    >>> A, B, C, D = from_scan(torch.tensor([[0.5]]), torch.tensor([[1.0]]), torch.tensor([[2.0]]))
+    >>> C.item(), D.item()
+    (1.0, 2.0)
+    """
+    _check_four("from_scan", A, B, C, D)
+    feed = C @ B
+    return A, B, C @ A, feed if D is None else D + feed
+
+
+def to_scan(A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The inverse of `from_scan`: C' = C A⁻¹, D' = D - C A⁻¹ B.
+
+    Raises:
+        ValueError: if A is singular to working precision: what A forgets at once cannot be seen a step later. Feed the
+            recurrence u[t-1] instead: its h[t] is then the state of here, with the same C, and D u[t] is added.
+    """
+    _check_four("to_scan", A, B, C, D)
+    sizes = torch.linalg.svdvals(A)
+    if (sizes[..., -1] <= 1e3 * torch.finfo(A.dtype).eps * sizes[..., 0]).any():
+        remedy = "Feed the recurrence u[t-1] in place of u[t] and keep C: its h[t] is then this model's."
+        raise checks.fail("to_scan", "A is singular to working precision, expected one with an inverse.", remedy)
+    moved = torch.linalg.solve(A, C, left=False)
+    feed = moved @ B
+    return A, B, moved, -feed if D is None else D - feed
+
+
+def _check_four(op: str, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> None:
+    sizes = Sizes(op)
+    for name, x in {"A": A, "B": B, "C": C, "D": D}.items():
+        if x is not None:
+            match(sizes, name, x, FORM[name])
