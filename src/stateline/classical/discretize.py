@@ -2,7 +2,7 @@
 
 The input enters as a state that stands still within a step: [[A, B], [0, 0]] is discretised in one piece, by the rules
 of `stateline.theory.discretize`. The noise of a step is the integral of exp(A s) Q exp(A s)ᵀ over it, for all rules.
-Van Loan (1978) reads it off the exponential of [[-A, Q], [0, Aᵀ]], which overflows where A decays fast; here the step is
+Van Loan (1978) reads it off exp of [[-A, Q], [0, Aᵀ]], which overflows where A decays fast; here the step is
 halved until the integral's own series converges at once, then doubled again. No inverse of A is taken.
 """
 
