@@ -27,7 +27,7 @@ from stateline.classical.riccati import wide
 
 Bound = float | Tensor
 #: Tolerance of OSQP, whose polishing then solves for the limits that are touched, nearly exactly.
-PRECISION = 1e-7
+PRECISION = 1e-6
 ITERATIONS = 50_000
 SOLVED, IMPOSSIBLE = 1, (3, 4)
 
@@ -134,13 +134,12 @@ class RecedingHorizon:
             free = sparse.eye(n * T)
             parts.append(2 * self.limits.soft * free)
             at = self._at["states"]
-            slack = sparse.csr_matrix(
-                (free.data, (np.arange(at.start, at.stop), np.arange(n * T))), (len(self._low), n * T)
-            )
+            place = (np.arange(at.start, at.stop), np.arange(n * T))
+            slack = sparse.csr_matrix((np.ones(n * T), place), (len(self._low), n * T))
             below = sparse.hstack([sparse.csr_matrix((n * T, (n + p) * T)), free])
             rows = sparse.vstack([sparse.hstack([rows, slack]), sparse.hstack([rows.tocsr()[at], -free]), below])
             never = np.full(n * T, np.inf)
-            self._low = np.concatenate([self._low, -never, 0 * np.ones(n * T)])
+            self._low = np.concatenate([self._low, -never, np.zeros(n * T)])
             self._high = np.concatenate([self._high, self._high[at], never])
             self._high[at] = never
             self._linear = np.concatenate([self._linear, np.full(n * T, self.limits.soft)])
@@ -271,7 +270,7 @@ class RecedingHorizon:
             if found.info.status_val in IMPOSSIBLE:
                 remedy = "Widen them, start nearer, or make those of states soft: Limits(…, soft=1000)."
                 raise checks.fail(self.op, "no inputs within the limits keep the states within theirs.", remedy)
-            remedy = "Scale states and inputs to about one."
+            remedy = "Scale states and inputs to about one; a smaller `soft` helps too."
             raise checks.fail(self.op, f"OSQP gave up ({found.info.status}).", remedy)
         self._last = found.x, found.y
         u = torch.from_numpy(found.x[self.n * self.T : (self.n + self.p) * self.T].reshape(self.T, self.p)).to(h)
