@@ -48,12 +48,11 @@ class Steady(NamedTuple):
 
 
 class SteadyFiltered(NamedTuple):
-    """mean, predicted_mean (…, T, n), loglik (…, T), and state (…, n), the mean predicted for the step to come."""
+    """mean, predicted_mean (…, T, n) and loglik (…, T)."""
 
     mean: Tensor
     predicted_mean: Tensor
     loglik: Tensor
-    state: Tensor
 
 
 def steady_state(model: StateSpace) -> Steady:
@@ -122,11 +121,12 @@ def steady_filter(
     initial_state: Tensor | None = None,
     form: str | None = None,
     backend: str | None = None,
-) -> SteadyFiltered:
-    """Filtered and predicted means and the likelihood, by a filter of constant gain, all steps at once.
+) -> tuple[SteadyFiltered, Tensor]:
+    """Filtered and predicted means and the likelihood, by a filter of constant gain, all steps at once; and the state.
 
-    What `kalman_filter` gives once its covariances have settled; before that, the gain is the settled one. Continued
-    from `state`, the outputs are those of the whole series, within rounding.
+    What `kalman_filter` gives once its covariances have settled; before that, the gain is the settled one. The state
+    (…, n) is the mean predicted for the step to come: continued from it, outputs are those of the whole series, within
+    rounding.
 
     Args:
         steady: of `steady_state`.   y: (…, T, m), without gaps.   u: (…, T, p).
@@ -162,12 +162,12 @@ def steady_filter(
     if model.D is not None and u is not None:
         residual = residual - w[..., m:] @ model.D.mT
     loglik = _log_density(residual, steady.innovation_cov)
-    return SteadyFiltered(
+    out = SteadyFiltered(
         mean.reshape(*batch, steps, n),
         predicted.reshape(*batch, steps, n),
         loglik.reshape(*batch, steps),
-        state.reshape(*batch, n),
     )
+    return out, state.reshape(*batch, n)
 
 
 def form_of(steady: Steady) -> tuple[str, str]:
