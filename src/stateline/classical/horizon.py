@@ -26,9 +26,11 @@ from stateline.classical.model import StateSpace, covariance, times
 from stateline.classical.riccati import wide
 
 Bound = float | Tensor
-#: Tolerance of OSQP, whose polishing then solves for the limits that are touched, nearly exactly.
-PRECISION = 1e-6
-ITERATIONS = 50_000
+#: Tolerance of OSQP, absolute and relative; polishing then solves for the limits that it found touched, to rounding.
+PRECISION = 1e-4
+ITERATIONS = 20_000
+#: How surely a program without an answer must show it; OSQP's own 1e-4 despairs of unstable plants too soon.
+IMPOSSIBILITY = 1e-9
 SOLVED, IMPOSSIBLE = 1, (3, 4)
 
 
@@ -66,6 +68,8 @@ class RecedingHorizon:
         rate: S (p, p), what a change of the input costs; nothing if None.
         final: (n, n), what a distance of the last state from rest costs; P of `lqr` with Cᵀ Q C and R if None.
         limits: boxes.
+
+    Inputs and their rates are within their limits exactly, states within the solver's tolerance (`PRECISION`).
 
     One plant an object: it keeps the last solution to start from. Nothing else is kept, and the answer is the same
     without it, within the precision of the solver.
@@ -127,22 +131,28 @@ class RecedingHorizon:
         spent = sparse.kron(sparse.eye(T), self.R.numpy())
         varied = change.T @ sparse.kron(sparse.eye(T), self.S.numpy()) @ change
         parts = [2 * (seen + end), 2 * (spent + varied)]
-        rows, self._low, self._high, self._at = self._boxes(sparse, change)
-        soft = self.limits.soft is not None and "states" in self._at
+        self._at: dict[str, slice]
+        self._sizes: dict[str, int]
+        self._kept: dict[str, np.ndarray]
+        self._low: np.ndarray
+        self._high: np.ndarray
+        rows = self._boxes(sparse, change)
         self._linear = np.zeros((n + p) * T)
-        if soft and self.limits.soft is not None:
-            free = sparse.eye(n * T)
-            parts.append(2 * self.limits.soft * free)
-            at = self._at["states"]
-            place = (np.arange(at.start, at.stop), np.arange(n * T))
-            slack = sparse.csr_matrix((np.ones(n * T), place), (len(self._low), n * T))
-            below = sparse.hstack([sparse.csr_matrix((n * T, (n + p) * T)), free])
-            rows = sparse.vstack([sparse.hstack([rows, slack]), sparse.hstack([rows.tocsr()[at], -free]), below])
-            never = np.full(n * T, np.inf)
-            self._low = np.concatenate([self._low, -never, np.zeros(n * T)])
+        self._widths = [n, p], [n, *self._sizes.values()]  # of a step's variables, and of its rows
+        if self.limits.soft is not None and "states" in self._at:
+            size, at = self._sizes["states"], self._at["states"]
+            count, free = len(self._low), sparse.eye(size * T)
+            place = (np.arange(at.start, at.stop), np.arange(size * T))
+            slack = sparse.csr_matrix((np.ones(size * T), place), (count, size * T))
+            below = sparse.hstack([sparse.csr_matrix((size * T, (n + p) * T)), free])
+            rows = sparse.vstack([sparse.hstack([rows, slack]), sparse.hstack([rows[at], -free]), below])
+            never = np.full(size * T, np.inf)
+            self._low = np.concatenate([self._low, -never, np.zeros(size * T)])
             self._high = np.concatenate([self._high, self._high[at], never])
             self._high[at] = never
-            self._linear = np.concatenate([self._linear, np.full(n * T, self.limits.soft)])
+            parts.append(2 * self.limits.soft * free)
+            self._linear = np.concatenate([self._linear, np.full(size * T, self.limits.soft)])
+            self._widths = [n, p, size], [n, *self._sizes.values(), size, size]
         self._solver = osqp.OSQP()
         self._solver.setup(
             P=sparse.triu(sparse.block_diag(parts), format="csc"),
@@ -153,34 +163,37 @@ class RecedingHorizon:
             verbose=False,
             eps_abs=PRECISION,
             eps_rel=PRECISION,
+            eps_prim_inf=IMPOSSIBILITY,
             max_iter=ITERATIONS,
             polishing=True,
         )
         self._last: tuple[np.ndarray, np.ndarray] | None = None
 
-    def _boxes(self, sparse: Any, change: Any) -> tuple[Any, np.ndarray, np.ndarray, dict[str, slice]]:
-        """Rows of the dynamics and of every box, their bounds, and where each box lies."""
+    def _boxes(self, sparse: Any, change: Any) -> Any:
+        """Rows of the dynamics and of every box; notes their bounds, and where each box lies."""
         n, p, T = self.n, self.p, self.T
         assert self.model.B is not None
         steps = sparse.eye(n * T) - sparse.kron(sparse.eye(T, k=-1), wide(self.model.A).numpy())
         rows = [sparse.hstack([steps, -sparse.kron(sparse.eye(T), wide(self.model.B).numpy())])]
-        low, high, at = [np.zeros(n * T)], [np.zeros(n * T)], {}
-        nothing, none_of = sparse.csr_matrix((p * T, n * T)), sparse.csr_matrix((n * T, p * T))
+        low, high = [np.zeros(n * T)], [np.zeros(n * T)]
+        self._at, self._sizes, self._kept = {}, {}, {}
         for name, size, columns in (
-            ("inputs", p, (nothing, sparse.eye(p * T))),
-            ("rates", p, (nothing, change)),
-            ("states", n, (sparse.eye(n * T), none_of)),
+            ("inputs", p, (sparse.csr_matrix((p * T, n * T)), sparse.eye(p * T))),
+            ("rates", p, (sparse.csr_matrix((p * T, n * T)), change)),
+            ("states", n, (sparse.eye(n * T), sparse.csr_matrix((n * T, p * T)))),
         ):
             box = getattr(self.limits, name)
-            if box is None:
-                continue
-            least, most = self._box(name, box, size)
-            start = sum(map(len, low))
-            at[name] = slice(start, start + size * T)
-            rows.append(sparse.hstack(columns))
-            low.append(np.tile(least, T))
-            high.append(np.tile(most, T))
-        return sparse.vstack(rows).tocsr(), np.concatenate(low), np.concatenate(high), at
+            least, most = (np.full(size, -np.inf), np.full(size, np.inf)) if box is None else self._box(name, box, size)
+            kept = np.flatnonzero(np.isfinite(least) | np.isfinite(most))
+            if len(kept):
+                start = sum(map(len, low))
+                self._at[name] = slice(start, start + len(kept) * T)
+                self._sizes[name], self._kept[name] = len(kept), kept
+                rows.append(sparse.kron(sparse.eye(T), np.eye(size)[kept]) @ sparse.hstack(columns))
+                low.append(np.tile(least[kept], T))
+                high.append(np.tile(most[kept], T))
+        self._low, self._high = np.concatenate(low), np.concatenate(high)
+        return sparse.vstack(rows).tocsr()
 
     def _box(self, name: str, box: tuple[Bound, Bound], size: int) -> list[np.ndarray]:
         ends = []
@@ -202,9 +215,9 @@ class RecedingHorizon:
         first = wide(self.model.A) @ h
         low[:n] = high[:n] = first
         if "rates" in self._at:
-            start = self._at["rates"].start
-            low[start : start + p] += before.numpy()
-            high[start : start + p] += before.numpy()
+            start, last = self._at["rates"].start, before.numpy()[self._kept["rates"]]
+            low[start : start + len(last)] += last
+            high[start : start + len(last)] += last
         pull = wanted @ self.Q @ wide(self.model.C)
         pull[-1] = self.P @ rest.h[-1]
         push = rest.u @ self.R
@@ -215,14 +228,21 @@ class RecedingHorizon:
 
     def _shifted(self, x: np.ndarray) -> np.ndarray:
         """A solution, or its multipliers, a step later: the first step left out, the last twice."""
-        n, p, T = self.n, self.p, self.T
-        soft = [n] if len(self._linear) > (n + p) * T else []
-        widths = [n, p, *soft]
-        if len(x) == len(self._low):
-            sizes = {"inputs": p, "rates": p, "states": n}
-            widths = [n, *(sizes[name] for name in self._at), *soft, *soft]
-        moved = [part.reshape(T, -1) for part in np.split(x, T * np.cumsum(widths)[:-1])]
+        widths = self._widths[0 if len(x) == len(self._linear) else 1]
+        moved = [part.reshape(self.T, -1) for part in np.split(x, self.T * np.cumsum(widths)[:-1])]
         return np.concatenate([np.concatenate([part[1:], part[-1:]]).ravel() for part in moved])
+
+    def _kept_within(self, u: Tensor, before: Tensor) -> Tensor:
+        """Inputs with what the solver's tolerance lets them exceed their limits by taken off."""
+        free = (-torch.inf, torch.inf)
+        (low, high), (down, up) = (
+            [torch.as_tensor(end).to(u) for end in box or free] for box in (self.limits.inputs, self.limits.rates)
+        )
+        made = []
+        for step in u:
+            before = step.maximum(before + down).minimum(before + up).maximum(low).minimum(high)
+            made.append(before)
+        return torch.stack(made)
 
     def _follow(self, h: Tensor, u: Tensor, iterations: int) -> Plan:
         assert self.model.B is not None
@@ -274,7 +294,7 @@ class RecedingHorizon:
             raise checks.fail(self.op, f"OSQP gave up ({found.info.status}).", remedy)
         self._last = found.x, found.y
         u = torch.from_numpy(found.x[self.n * self.T : (self.n + self.p) * self.T].reshape(self.T, self.p)).to(h)
-        return self._follow(h, u, int(found.info.iter))
+        return self._follow(h, self._kept_within(u, last), int(found.info.iter))
 
     def control(self, h: Tensor, reference: Tensor | None = None, before: Tensor | None = None) -> Tensor:
         """The input (p) to apply now: the first of `plan`."""
