@@ -236,7 +236,8 @@ class RecedingHorizon:
         """Inputs with what the solver's tolerance lets them exceed their limits by taken off."""
         free = (-torch.inf, torch.inf)
         (low, high), (down, up) = (
-            [torch.as_tensor(end).to(u) for end in box or free] for box in (self.limits.inputs, self.limits.rates)
+            [torch.as_tensor(end, dtype=u.dtype, device=u.device) for end in box or free]
+            for box in (self.limits.inputs, self.limits.rates)
         )
         made = []
         for step in u:
