@@ -66,6 +66,10 @@ def test_irregular_moving_points() -> None:
 def test_seasons_repeat_and_sum_to_zero(period: int, form: str, n: int) -> None:
     x = seasonal(period, 0.1, form=form)
     assert validate(x)[:2] == (n, 1)
+    moved = (
+        torch.eye(n, dtype=F64) if form == "trigonometric" else torch.eye(n, 1, dtype=F64) @ torch.eye(1, n, dtype=F64)
+    )
+    close(x.Q, 0.1 * moved, 0)  # a dummy season's new value is all that is uncertain
     _, y = simulate(x._replace(m0=torch.randn(n, dtype=F64)), 3 * period, noise=False)
     close(y[:period], y[period : 2 * period], 1e-11)
     close(y[:period].sum(), 0.0, 1e-11)
