@@ -1,0 +1,237 @@
+"""kalman in PyTorch: the definition, a loop over time that reads like its equations, batched over series.
+
+    h[t+1] = A[t] h[t] + b[t] + v[t], v ~ N(0, Q[t]);    y[t] = C[t] h[t] + d[t] + n[t], n ~ N(0, R[t])
+
+Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n state, m observation.
+Sources: Anderson & Moore 1979, "Optimal Filtering", sections 3.1 and 6.5; Bucy & Joseph 1968, the form that stays
+semidefinite; Kaminski, Bryson & Schmidt 1971, the square root by orthogonal transformations.
+
+What every back end takes. y (N, T, m), NaN where an entry is missing. The first two dimensions of A (·, ·, n, n),
+C (·, ·, m, n), Q (·, ·, n, n), R (·, ·, m, m), b (·, ·, n) and d (·, ·, m) are N or 1, and T or 1; b, d may be None.
+mean0 (N, n), cov0 (N, n, n): the prior at the first observation. `shared` promises that A, C, Q, R and cov0 have one
+series, (1, …), and that all rows of y miss the same entries: covariances are then those of one series, (1, T, n, n).
+
+form="joseph": Q, R, cov0 and all results are covariances.
+form="sqrt":   Q, R, cov0 are square roots F of theirs, Q = F Fᵀ, and so are the results, lower triangular with a
+diagonal ≥ 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+#: What `forward` returns before the status, in order, and what each `keep` leaves out (None).
+RESULTS = ("mean", "cov", "predicted_mean", "predicted_cov", "loglik", "mean_next", "cov_next")
+DROPPED = {"all": (), "filtered": RESULTS[2:4], "loglik": RESULTS[:4]}
+
+
+def forward(
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    Q: Tensor,
+    R: Tensor,
+    b: Tensor | None,
+    d: Tensor | None,
+    mean0: Tensor,
+    cov0: Tensor,
+    *,
+    form: str,
+    keep: str,
+    shared: bool,
+) -> tuple[Tensor | None, ...]:
+    """mean (N, T, n), cov (s, T, n, n), predicted_mean, predicted_cov, loglik (N, T), mean_next (N, n), cov_next
+    (s, n, n), info; None for what `keep` leaves out.
+
+    info: int64 (2), the series and step of the first innovation covariance (by step, then series) that is not positive
+    definite, or (−1, −1). What comes after a failure has no meaning.
+    """
+    correct, predict = (joseph_correct, joseph_predict) if form == "joseph" else (sqrt_correct, sqrt_predict)
+    (N, T, _), n, s = y.shape, mean0.shape[1], 1 if shared else y.shape[0]
+    m, P, failure = mean0, (cov0 if form == "sqrt" else symmetric(cov0)).expand(s, n, n), (-1, -1)
+    steps: list[tuple[Tensor, ...]] = []
+    for t in range(T):
+        seen = ~torch.isnan(y[:, t])
+        e = residual(y[:, t], at(C, t), at(d, t), m, seen)
+        m_filtered, P_filtered, loglik, failed = correct(m, P, e, at(C, t), at(R, t), seen)
+        steps.append((m_filtered, P_filtered, m, P, loglik))
+        if failure[1] < 0 and failed.any():
+            failure = (int(failed.nonzero()[0, 0]), t)
+        m = moved(at(A, t), at(b, t), m_filtered)
+        P = predict(P_filtered, at(A, t), at(Q, t)).expand(s, n, n)
+    shapes = ((N, 0, n), (s, 0, n, n), (N, 0, n), (s, 0, n, n), (N, 0))
+    columns = [torch.stack(c, 1) for c in zip(*steps, strict=True)] if steps else [y.new_empty(x) for x in shapes]
+    kept = (None if name in DROPPED[keep] else c for name, c in zip(RESULTS, columns, strict=False))
+    return (*kept, m.clone(), P.clone(memory_format=torch.contiguous_format), torch.tensor(failure))
+
+
+def backward(
+    grads: tuple[Tensor | None, ...],
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    Q: Tensor,
+    R: Tensor,
+    b: Tensor | None,
+    d: Tensor | None,
+    mean0: Tensor,
+    cov0: Tensor,
+    predicted_mean: Tensor,
+    predicted_cov: Tensor,
+    *,
+    shared: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of y, A, C, Q, R, b, d, mean0, cov0 in their own shapes, None where there was no b or d.
+
+    grads: those of the seven results of `forward`, in their shapes; None counts as zero. Whatever the form, Q, R, cov0
+    and grads are here those of covariances (the forms are one function), and so is predicted_cov (s, T, n, n), which
+    with predicted_mean (N, T, n) spares back ends a second forward pass. Gradients of Q, R and cov0 are symmetric.
+    """
+    given = (y, A, C, Q, R, b, d, mean0, cov0)
+    with torch.enable_grad():
+        leaves = [None if v is None else v.detach().requires_grad_() for v in given]
+        results = forward(*leaves, form="joseph", keep="all", shared=shared)  # type: ignore[arg-type]  # nine in order
+        pairs = [(v, g) for v, g in zip(results, grads, strict=False) if g is not None and v.requires_grad]  # type: ignore[union-attr]  # all kept
+        wanted = [v for v in leaves if v is not None]
+        found = iter(_gradients(pairs, wanted))
+    return tuple(None if v is None else next(found) for v in leaves)
+
+
+def _gradients(pairs: list[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> tuple[Tensor, ...]:
+    if not pairs:
+        return tuple(torch.zeros_like(v) for v in wanted)
+    outputs, grads = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, wanted, grads, materialize_grads=True)
+
+
+def step(
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    Q: Tensor,
+    R: Tensor,
+    b: Tensor | None,
+    d: Tensor | None,
+    mean: Tensor,
+    cov: Tensor,
+    index: Tensor | None,
+    *,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One observation y (b, m), in place: filtered mean (b, n), cov (b, n, n), loglik (b), and info as of `forward`.
+
+    A (·, n, n), C (·, m, n), Q, R, b (·, n), d (·, m): the first dimension is that of y or 1. mean (slots, n) and cov
+    (slots, n, n) hold predicted moments, those at the next observation afterwards; index (b) picks their rows, a
+    negative one skips: its results are 0 and no slot is touched.
+    """
+    keep = torch.arange(len(y), device=y.device) if index is None else (index >= 0).nonzero()[:, 0]
+    rows = keep if index is None else index[keep].long()
+
+    def picked(v: Tensor | None) -> Tensor | None:
+        return None if v is None else (v if v.shape[0] == 1 else v[keep])[:, None]
+
+    system = (picked(v) for v in (A, C, Q, R, b, d))
+    results = forward(picked(y), *system, mean[rows], cov[rows], form=form, keep="filtered", shared=False)  # type: ignore[arg-type]  # six in order
+    filtered_mean, filtered_cov, _, _, loglik, mean_next, cov_next, info = results
+    assert filtered_mean is not None and filtered_cov is not None and loglik is not None
+    assert mean_next is not None and cov_next is not None and info is not None
+    mean[rows], cov[rows] = mean_next, cov_next
+    out = (y.new_zeros(len(y), *mean.shape[1:]), y.new_zeros(len(y), *cov.shape[1:]), y.new_zeros(len(y)))
+    for whole, part in zip(out, (filtered_mean, filtered_cov, loglik), strict=True):
+        whole[keep] = part[:, 0]
+    return (*out, torch.stack([keep[info[0]] if info[1] >= 0 else info[0], info[1]]))
+
+
+# ---- the equations ---------------------------------------------------------------------------------------------------
+
+
+def at(v: Tensor | None, t: int) -> Tensor:
+    """What holds at step t of a tensor that is constant or varies in time; 0 where there is none."""
+    return torch.zeros(()) if v is None else v[:, t if v.shape[1] > 1 else 0]
+
+
+def residual(y: Tensor, C: Tensor, d: Tensor, m: Tensor, seen: Tensor) -> Tensor:
+    """e = y − C m − d, 0 at missing entries."""
+    return torch.where(seen, y - (C @ m[..., None])[..., 0] - d.to(m), 0.0)
+
+
+def moved(A: Tensor, b: Tensor, m: Tensor) -> Tensor:
+    """A m + b, the mean one step on."""
+    return (A @ m[..., None])[..., 0] + b.to(m)
+
+
+def joseph_correct(
+    m: Tensor, P: Tensor, e: Tensor, C: Tensor, R: Tensor, seen: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Filtered mean and covariance, loglik, whether S failed.
+
+    S = C P Cᵀ + R,  K = P Cᵀ S⁻¹,  P ← (I − K C) P (I − K C)ᵀ + K R Kᵀ. A missing entry has a row of zeros in C and in
+    R, but for a unit diagonal: exact, since nothing then depends on it.
+    """
+    hole = seen[: P.shape[0]]  # one row where covariances are shared
+    C = torch.where(hole[..., None], C, 0.0)
+    R = torch.where(hole[..., None] & hole[..., None, :], R, torch.eye(C.shape[-2]).to(P))
+    CP = C @ P
+    L, problem = torch.linalg.cholesky_ex(symmetric(CP @ C.mT + R))
+    K = torch.cholesky_solve(CP, L).mT
+    rest = torch.eye(P.shape[-1]).to(P) - K @ C
+    loglik = normal(e, L, seen)
+    return m + (K @ e[..., None])[..., 0], symmetric(rest @ P @ rest.mT + K @ R @ K.mT), loglik, problem != 0
+
+
+def joseph_predict(P: Tensor, A: Tensor, Q: Tensor) -> Tensor:
+    """A P Aᵀ + Q."""
+    return symmetric(A @ P @ A.mT + Q)
+
+
+def sqrt_correct(
+    m: Tensor, G: Tensor, e: Tensor, C: Tensor, F: Tensor, seen: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `joseph_correct`, with P = G Gᵀ and R = F Fᵀ: an orthogonal U makes
+
+        [F  C G]  U = [S½      0   ]
+        [0    G]      [P Cᵀ S⁻½  G']
+
+    lower triangular, where G' is the filtered factor. A missing entry has a row of zeros and, in a column of its own, 1.
+    """
+    hole = seen[: G.shape[0], :, None]
+    n, p = G.shape[-1], C.shape[-2]
+    lead = torch.broadcast_shapes(G.shape[:-2], C.shape[:-2], F.shape[:-2], hole.shape[:-2])
+    F, CG = (torch.where(hole, v, 0.0).expand(*lead, *v.shape[-2:]) for v in (F, C @ G))
+    holes = (torch.eye(p) * ~hole).to(G).expand(*lead, p, p)
+    above = torch.cat([F, holes, CG], -1)
+    below = torch.cat([G.new_zeros(*lead, n, F.shape[-1] + p), G.expand(*lead, n, n)], -1)
+    whole = lower(torch.cat([above, below], -2))
+    L, gain, G = whole[..., :p, :p], whole[..., p:, :p], whole[..., p:, p:]
+    failed = ~(L.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+    white = torch.linalg.solve_triangular(L, e[..., None], upper=False)
+    return m + (gain @ white)[..., 0], G, normal(e, L, seen), failed
+
+
+def sqrt_predict(G: Tensor, A: Tensor, F: Tensor) -> Tensor:
+    """The triangular factor of A P Aᵀ + Q, from P = G Gᵀ and Q = F Fᵀ."""
+    AG = A @ G
+    lead = torch.broadcast_shapes(AG.shape[:-2], F.shape[:-2])
+    return lower(torch.cat([v.expand(*lead, *v.shape[-2:]) for v in (AG, F)], -1))
+
+
+def normal(e: Tensor, L: Tensor, seen: Tensor) -> Tensor:
+    """log N(e; 0, L Lᵀ) of the entries seen; the others have e = 0 and a unit diagonal in L."""
+    white = torch.linalg.solve_triangular(L, e[..., None], upper=False)[..., 0]
+    logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return -0.5 * ((white * white).sum(-1) + logdet + seen.sum(-1) * math.log(2 * math.pi))
+
+
+def lower(M: Tensor) -> Tensor:
+    """L (r, r), lower triangular with a diagonal ≥ 0, such that L Lᵀ = M Mᵀ; M (r, c), c ≥ r."""
+    L = torch.linalg.qr(M.mT, mode="r").R.mT
+    sign = torch.where(L.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(M)
+    return (L * sign[..., None, :]).tril()
+
+
+def symmetric(P: Tensor) -> Tensor:
+    """(P + Pᵀ)/2."""
+    return (P + P.mT) / 2
