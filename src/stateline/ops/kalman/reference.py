@@ -19,6 +19,7 @@ diagonal ≥ 0.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,8 +94,8 @@ def backward(
     given = (y, A, C, Q, R, b, d, mean0, cov0)
     with torch.enable_grad():
         leaves = [None if v is None else v.detach().requires_grad_() for v in given]
-        results = forward(*leaves, form="joseph", keep="all", shared=shared)  # type: ignore[arg-type]  # nine in order
-        pairs = [(v, g) for v, g in zip(results, grads, strict=False) if g is not None and v.requires_grad]  # type: ignore[union-attr]  # all kept
+        results: Any = forward(*leaves, form="joseph", keep="all", shared=shared)  # type: ignore[arg-type]  # nine
+        pairs = [(v, g) for v, g in zip(results, grads, strict=False) if g is not None and v.requires_grad]
         wanted = [v for v in leaves if v is not None]
         found = iter(_gradients(pairs, wanted))
     return tuple(None if v is None else next(found) for v in leaves)
@@ -131,14 +132,11 @@ def step(
     rows = keep if index is None else index[keep].long()
 
     def picked(v: Tensor | None) -> Tensor | None:
-        return None if v is None else (v if v.shape[0] == 1 else v[keep])[:, None]
+        return None if v is None else (v if v.shape[0] == 1 < len(y) else v[keep])[:, None]
 
-    system = (picked(v) for v in (A, C, Q, R, b, d))
-    results = forward(picked(y), *system, mean[rows], cov[rows], form=form, keep="filtered", shared=False)  # type: ignore[arg-type]  # six in order
-    filtered_mean, filtered_cov, _, _, loglik, mean_next, cov_next, info = results
-    assert filtered_mean is not None and filtered_cov is not None and loglik is not None
-    assert mean_next is not None and cov_next is not None and info is not None
-    mean[rows], cov[rows] = mean_next, cov_next
+    inputs: Any = (*map(picked, (y, A, C, Q, R, b, d)), mean[rows], cov[rows])
+    results: Any = forward(*inputs, form=form, keep="filtered", shared=False)
+    filtered_mean, filtered_cov, _, _, loglik, mean[rows], cov[rows], info = results
     out = (y.new_zeros(len(y), *mean.shape[1:]), y.new_zeros(len(y), *cov.shape[1:]), y.new_zeros(len(y)))
     for whole, part in zip(out, (filtered_mean, filtered_cov, loglik), strict=True):
         whole[keep] = part[:, 0]
@@ -195,7 +193,8 @@ def sqrt_correct(
         [F  C G]  U = [S½      0   ]
         [0    G]      [P Cᵀ S⁻½  G']
 
-    lower triangular, where G' is the filtered factor. A missing entry has a row of zeros and, in a column of its own, 1.
+    lower triangular, where G' is the filtered factor. A missing entry has a row of zeros and a 1
+    in a column of its own.
     """
     hole = seen[: G.shape[0], :, None]
     n, p = G.shape[-1], C.shape[-2]
