@@ -13,7 +13,8 @@ series, (1, …), and that all rows of y miss the same entries: covariances are 
 
 form="joseph": Q, R, cov0 and all results are covariances.
 form="sqrt":   Q, R, cov0 are square roots F of theirs, Q = F Fᵀ, and so are the results, lower triangular with a
-diagonal ≥ 0.
+diagonal ≥ 0. Float32 data is computed in float64 from the first step of a call to its last: a triangularisation in
+float32 loses what nearly collinear sensors tell apart. Results and state are float32 all the same.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def forward(
     definite, or (−1, −1). What comes after a failure has no meaning.
     """
     correct, predict = (joseph_correct, joseph_predict) if form == "joseph" else (sqrt_correct, sqrt_predict)
-    (N, T, _), n, s = y.shape, mean0.shape[1], 1 if shared else y.shape[0]
+    (N, T, _), n, s, dtype = y.shape, mean0.shape[1], 1 if shared else y.shape[0], y.dtype
+    if form == "sqrt":
+        y, A, C, Q, R, mean0, cov0 = (v.double() for v in (y, A, C, Q, R, mean0, cov0))
     m, P, failure = mean0, (cov0 if form == "sqrt" else symmetric(cov0)).expand(s, n, n), (-1, -1)
     steps: list[tuple[Tensor, ...]] = []
     for t in range(T):
@@ -65,8 +68,9 @@ def forward(
         P = predict(P_filtered, at(A, t), at(Q, t)).expand(s, n, n)
     shapes = ((N, 0, n), (s, 0, n, n), (N, 0, n), (s, 0, n, n), (N, 0))
     columns = [torch.stack(c, 1) for c in zip(*steps, strict=True)] if steps else [y.new_empty(x) for x in shapes]
-    kept = (None if name in DROPPED[keep] else c for name, c in zip(RESULTS, columns, strict=False))
-    return (*kept, m.clone(), P.clone(memory_format=torch.contiguous_format), torch.tensor(failure))
+    kept = (None if name in DROPPED[keep] else c.to(dtype) for name, c in zip(RESULTS, columns, strict=False))
+    last = (v.to(dtype).clone(memory_format=torch.contiguous_format) for v in (m, P))
+    return (*kept, *last, torch.tensor(failure))
 
 
 def backward(
@@ -190,8 +194,8 @@ def sqrt_correct(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `joseph_correct`, with P = G Gᵀ and R = F Fᵀ: an orthogonal U makes
 
-        [F  C G]  U = [S½      0   ]
-        [0    G]      [P Cᵀ S⁻½  G']
+        [C G  F]  U = [S½        0 ]
+        [G    0]      [P Cᵀ S⁻ᵀ½ G']
 
     lower triangular, where G' is the filtered factor. A missing entry has a row of zeros and a 1
     in a column of its own.
@@ -201,8 +205,8 @@ def sqrt_correct(
     lead = torch.broadcast_shapes(G.shape[:-2], C.shape[:-2], F.shape[:-2], hole.shape[:-2])
     F, CG = (torch.where(hole, v, 0.0).expand(*lead, *v.shape[-2:]) for v in (F, C @ G))
     holes = (torch.eye(p) * ~hole).to(G).expand(*lead, p, p)
-    above = torch.cat([F, holes, CG], -1)
-    below = torch.cat([G.new_zeros(*lead, n, F.shape[-1] + p), G.expand(*lead, n, n)], -1)
+    above = torch.cat([CG, F, holes], -1)
+    below = torch.cat([G.expand(*lead, n, n), G.new_zeros(*lead, n, 2 * p)], -1)
     whole = lower(torch.cat([above, below], -2))
     L, gain, G = whole[..., :p, :p], whole[..., p:, :p], whole[..., p:, p:]
     failed = ~(L.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
@@ -221,7 +225,7 @@ def normal(e: Tensor, L: Tensor, seen: Tensor) -> Tensor:
     """log N(e; 0, L Lᵀ) of the entries seen; the others have e = 0 and a unit diagonal in L."""
     white = torch.linalg.solve_triangular(L, e[..., None], upper=False)[..., 0]
     logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return -0.5 * ((white * white).sum(-1) + logdet + seen.sum(-1) * math.log(2 * math.pi))
+    return -0.5 * ((white * white).sum(-1) + logdet + seen.sum(-1).to(e) * math.log(2 * math.pi))
 
 
 def lower(M: Tensor) -> Tensor:
