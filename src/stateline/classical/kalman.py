@@ -140,7 +140,7 @@ def flatten(op: str, model: StateSpace, y: Tensor, u: Tensor | None, initial_sta
             b, d = (None if M is None else drive(M, u) for M in (model.B, model.D))
     N = torch.Size(batch).numel()
 
-    def lead(v: Tensor | None, own: int) -> Tensor | None:
+    def lead(v: Tensor | None, own: int) -> Any:
         """(…, T or 1, own dimensions) to (N or 1, T or 1, …)."""
         if v is None:
             return None
@@ -152,8 +152,8 @@ def flatten(op: str, model: StateSpace, y: Tensor, u: Tensor | None, initial_sta
 
     state = initial_state or KalmanState(model.m0, model.P0)
     whole = y.expand(*batch, *y.shape[-2:]).reshape(N, *y.shape[-2:])
-    matrices: Any = [lead(v, 2) for v in (model.A, model.C, model.Q, model.R)]
-    return Flat(whole, *matrices, lead(b, 1), lead(d, 1), _rows(state, batch), batch)
+    A, C, Q, R = (lead(v, 2) for v in (model.A, model.C, model.Q, model.R))
+    return Flat(whole, A, C, Q, R, lead(b, 1), lead(d, 1), _rows(state, batch), batch)
 
 
 def drive(M: Tensor, u: Tensor) -> Tensor:
