@@ -17,7 +17,7 @@ from stateline import checks
 from stateline.classical.kalman import Flat, exact, flatten, run
 from stateline.classical.model import StateSpace, simulate, times
 from stateline.ops.kalman import FORMS, Filtered, State, square_root
-from stateline.ops.kalman.reference import lower, residual, symmetric
+from stateline.ops.kalman.reference import lower, masked, residual, symmetric
 
 
 class Smoothed(NamedTuple):
@@ -125,8 +125,7 @@ def _bryson_frazier(flat: Flat, out: Filtered) -> tuple[Tensor, Tensor, Tensor]:
         holes = seen
     d = y.new_zeros(()) if flat.observation_offset is None else flat.observation_offset
     e = residual(y, C, d, m_before, seen)
-    C = torch.where(holes[..., None], C, 0.0)
-    R = torch.where(holes[..., None] & holes[..., None, :], R, torch.eye(C.shape[-2]).to(R))
+    C, R = masked(C, R, holes)
     CP = C @ P_before
     S = torch.linalg.cholesky(symmetric(CP @ C.mT + R))
     eye = torch.eye(A.shape[-1]).to(A)

@@ -95,21 +95,62 @@ def backward(
     and grads are here those of covariances (the forms are one function), and so is predicted_cov (s, T, n, n), which
     with predicted_mean (N, T, n) spares back ends a second forward pass. Gradients of Q, R and cov0 are symmetric.
     """
-    given = (y, A, C, Q, R, b, d, mean0, cov0)
-    with torch.enable_grad():
-        leaves = [None if v is None else v.detach().requires_grad_() for v in given]
-        results: Any = forward(*leaves, form="joseph", keep="all", shared=shared)  # type: ignore[arg-type]  # nine
-        pairs = [(v, g) for v, g in zip(results, grads, strict=False) if g is not None and v.requires_grad]
-        wanted = [v for v in leaves if v is not None]
-        found = iter(_gradients(pairs, wanted))
-    return tuple(None if v is None else next(found) for v in leaves)
+    dmean, dcov, dpredicted_mean, dpredicted_cov, dloglik, dm, dP = grads
+    (N, T, _), n, s = y.shape, mean0.shape[1], 1 if shared else y.shape[0]
+    sums = [None if v is None else torch.zeros_like(v) for v in (y, A, C, Q, R, b, d)]
+    dm = y.new_zeros(N, n) if dm is None else dm
+    dP = y.new_zeros(s, n, n) if dP is None else symmetric(dP)
+    for t in reversed(range(T)):
+        system = (at(A, t), at(C, t), at(R, t), at(d, t))
+        given = tuple(None if v is None else v[:, t] for v in (dmean, dcov, dloglik))
+        parts, dm, dP = step_backward(y[:, t], system, (predicted_mean[:, t], predicted_cov[:, t]), given, dm, dP)
+        for total, found in zip(sums, parts, strict=True):
+            if total is not None:
+                row = total[:, t if total.shape[1] > 1 else 0]
+                for v in found:
+                    row += v.sum_to_size(row.shape)
+        dm = dm if dpredicted_mean is None else dm + dpredicted_mean[:, t]
+        dP = dP if dpredicted_cov is None else dP + symmetric(dpredicted_cov[:, t])
+    return (*sums, dm, dP.sum_to_size(cov0.shape))
 
 
-def _gradients(pairs: list[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> tuple[Tensor, ...]:
-    if not pairs:
-        return tuple(torch.zeros_like(v) for v in wanted)
-    outputs, grads = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, wanted, grads, materialize_grads=True)
+def step_backward(
+    y: Tensor,
+    system: tuple[Tensor, Tensor, Tensor, Tensor],
+    before: tuple[Tensor, Tensor],
+    given: tuple[Tensor | None, ...],
+    dm: Tensor,
+    dP: Tensor,
+) -> tuple[tuple[tuple[Tensor, ...], ...], Tensor, Tensor]:
+    """What one step adds to the gradients of y, A, C, Q, R, b, d, and the gradients of its predicted moments.
+
+    system: A, C, R, d.   before: predicted moments.   given: gradients of filtered mean, cov and loglik.   dm, dP: of
+    the moments predicted for the next step. Parts with a row for each series stand beside those of the covariances,
+    which may have one for all. The gain K makes the filtered covariance smallest, so its slope in K is zero.
+    """
+    (A, C, R, d), (m, P) = system, before
+    seen = ~torch.isnan(y)
+    e = residual(y, C, d, m, seen)
+    hole = seen[: P.shape[0]]
+    C, R = masked(C, R, hole)
+    L = torch.linalg.cholesky_ex(symmetric(C @ P @ C.mT + R)).L
+    K, inverse = torch.cholesky_solve(C @ P, L).mT, torch.cholesky_inverse(L)
+    rest = torch.eye(P.shape[-1]).to(P) - K @ C
+    m_filtered, P_filtered = m + times(K, e), symmetric(rest @ P @ rest.mT + K @ R @ K.mT)
+    dA = (outer(dm, m_filtered), 2 * dP @ A @ P_filtered)
+    g, W = times(A.mT, dm), symmetric(A.mT @ dP @ A)  # of the filtered moments
+    g = g if given[0] is None else g + given[0]
+    W = W if given[1] is None else W + symmetric(given[1])
+    slope = torch.zeros_like(y[:, 0]) if given[2] is None else given[2]
+    w, z = times(inverse, e), times(K.mT, g)  # the mean is m + P Cᵀ w
+    de = z - slope[:, None] * w
+    dS = slope[:, None, None] / 2 * (outer(w, w) - inverse) - symmetric(outer(z, w))
+    dC = (outer(w, times(P, g)) + 2 * dS @ C @ P - outer(de, m), -2 * K.mT @ W @ rest @ P)
+    both = hole[..., None] & hole[..., None, :]
+    dR = (torch.where(both, dS, 0.0), K.mT @ W @ K)
+    through_mean = symmetric(outer(g, times(C.mT, w))) + C.mT @ dS @ C
+    before_P = symmetric(rest.mT @ W @ rest) + through_mean.sum_to_size(P.shape)
+    return ((de,), dA, dC, (dP,), dR, (dm,), (-de,)), g - times(C.mT, de), before_P
 
 
 def step(
@@ -157,12 +198,18 @@ def at(v: Tensor | None, t: int) -> Tensor:
 
 def residual(y: Tensor, C: Tensor, d: Tensor, m: Tensor, seen: Tensor) -> Tensor:
     """e = y − C m − d, 0 at missing entries."""
-    return torch.where(seen, y - (C @ m[..., None])[..., 0] - d.to(m), 0.0)
+    return torch.where(seen, y - times(C, m) - d.to(m), 0.0)
+
+
+def masked(C: Tensor, R: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """C and R as they are where entries (…, m) are missing; one row of `seen` where covariances are shared."""
+    both = seen[..., None] & seen[..., None, :]
+    return torch.where(seen[..., None], C, 0.0), torch.where(both, R, torch.eye(C.shape[-2]).to(R))
 
 
 def moved(A: Tensor, b: Tensor, m: Tensor) -> Tensor:
     """A m + b, the mean one step on."""
-    return (A @ m[..., None])[..., 0] + b.to(m)
+    return times(A, m) + b.to(m)
 
 
 def joseph_correct(
@@ -173,15 +220,13 @@ def joseph_correct(
     S = C P Cᵀ + R,  K = P Cᵀ S⁻¹,  P ← (I − K C) P (I − K C)ᵀ + K R Kᵀ. A missing entry has a row of zeros in C and in
     R, but for a unit diagonal: exact, since nothing then depends on it.
     """
-    hole = seen[: P.shape[0]]  # one row where covariances are shared
-    C = torch.where(hole[..., None], C, 0.0)
-    R = torch.where(hole[..., None] & hole[..., None, :], R, torch.eye(C.shape[-2]).to(P))
+    C, R = masked(C, R, seen[: P.shape[0]])
     CP = C @ P
     L, problem = torch.linalg.cholesky_ex(symmetric(CP @ C.mT + R))
     K = torch.cholesky_solve(CP, L).mT
     rest = torch.eye(P.shape[-1]).to(P) - K @ C
     loglik = normal(e, L, seen)
-    return m + (K @ e[..., None])[..., 0], symmetric(rest @ P @ rest.mT + K @ R @ K.mT), loglik, problem != 0
+    return m + times(K, e), symmetric(rest @ P @ rest.mT + K @ R @ K.mT), loglik, problem != 0
 
 
 def joseph_predict(P: Tensor, A: Tensor, Q: Tensor) -> Tensor:
@@ -233,6 +278,16 @@ def lower(M: Tensor) -> Tensor:
     L = torch.linalg.qr(M.mT, mode="r").R.mT
     sign = torch.where(L.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(M)
     return (L * sign[..., None, :]).tril()
+
+
+def times(M: Tensor, x: Tensor) -> Tensor:
+    """M x, matrices (…, m, n) and vectors (…, n)."""
+    return (M @ x[..., None])[..., 0]
+
+
+def outer(x: Tensor, y: Tensor) -> Tensor:
+    """x yᵀ, vectors (…, m) and (…, n)."""
+    return x[..., :, None] * y[..., None, :]
 
 
 def symmetric(P: Tensor) -> Tensor:
