@@ -357,7 +357,7 @@ def test_errors_name_the_argument() -> None:
     for run, message in [
         (lambda: kalman_filter(model, y[:, :1]), r"^kalman_filter: y has shape \(100, 1\)"),
         (lambda: kalman_filter(model, y, form="ud"), r"form is 'ud'"),
-        (lambda: kalman_filter(model, y.expand(3, 100, 2), initial_state=two), r"the state has series \(2,\), y and the"),
+        (lambda: kalman_filter(model, y.expand(3, 100, 2), initial_state=two), r"the state has series \(2,\), y"),
         (lambda: kalman_filter(model, y, initial_state=narrow), r"the state's mean has"),
         (lambda: forecast(model, state, -1), r"^forecast: steps is -1"),
         (lambda: kalman_smoother(model, y[0]), r"^kalman_smoother: y has shape \(2,\)"),
