@@ -158,7 +158,7 @@ def validate(model: StateSpace, op: str = "validate") -> Frame:
     return frame
 
 
-def covariance(op: str, name: str, x: Tensor) -> None:
+def covariance(op: str, name: str, x: Tensor, kind: str = "covariance") -> None:
     """Raise ValueError unless x (…, n, n) is symmetric and positive semidefinite, up to rounding."""
     scale = x.abs().amax((-1, -2), keepdim=True) if x.shape[-1] else x.new_zeros(())
     if ((x - x.mT).abs() > ROUNDING[x.dtype] * scale).any():
@@ -167,7 +167,7 @@ def covariance(op: str, name: str, x: Tensor) -> None:
     values = torch.linalg.eigvalsh(x)
     if (values < -ROUNDING[x.dtype] * scale[..., 0]).any():
         least = float(values.min())
-        raise checks.fail(op, f"{name} has the eigenvalue {least:.3g}, expected none below 0: it is a covariance.")
+        raise checks.fail(op, f"{name} has the eigenvalue {least:.3g}, expected none below 0: it is a {kind}.")
 
 
 def simulate(
