@@ -9,9 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from stateline import checks, state
-from stateline.classical.kalman import drive, exact, kalman_filter
+from stateline.checks import Sizes
+from stateline.classical.kalman import exact, kalman_filter
 from stateline.classical.model import StateSpace, validate
-from stateline.ops.kalman import FORMS, Filtered, KalmanState, SquareRootState, State, kalman_step_, square_root
+from stateline.ops.kalman import (
+    FORMS,
+    Filtered,
+    KalmanState,
+    SquareRootState,
+    State,
+    advance,
+    check_state,
+    square_root,
+)
 
 OP = "KalmanFilter"
 
@@ -105,39 +115,44 @@ class KalmanFilter(nn.Module):
         state = _copy(state)
         return self.update_(y, state, u), state
 
-    @torch.no_grad()
     def update_(self, y: Tensor, state: State, u: Tensor | None = None, *, index: Tensor | None = None) -> Filtered:
-        """`update` in place, without gradient, for streams: a few microseconds a call.
+        """`update` in place, without gradient, for streams: some microseconds a call.
 
         state: any number of rows. index (b): the row of each y, negative to skip it; None: row i.
         """
-        (A, C, Q, R), factors = self._system()
-        b, d = (None if u is None or M is None else self._driven(M, u) for M in (self.B, self.D))
-        if u is None and (self.B is not None or self.D is not None):
-            raise checks.fail(OP, "u is None, the model has inputs.", "Zeros are given as zeros.")
-        options: Any = {"transition_offset": b, "observation_offset": d, "factors": factors, "index": index}
-        return kalman_step_(state, y, A, C, Q, R, **options)
+        sizes = Sizes(OP)
+        sizes.bind("n", self.m0.shape[0], "the model")
+        sizes.bind("m", self.C.shape[0], "the model")
+        sizes.match("y", y, "b m")
+        checks.dtype(OP, "y", y, (self.m0.dtype,), "Observations and model share one dtype.")
+        check_state(OP, sizes, y, state, self.form, "slots")
+        checks.same_device(OP, {"the model": self.m0, "y": y, "state": state.mean, "u": u, "index": index})
+        A, C, Q, R, B, D = self._system(isinstance(state, SquareRootState))
+        if u is not None or B is not None or D is not None:
+            sizes.bind("p", (B if B is not None else D).shape[1] if B is not None or D is not None else 0, "the model")
+            sizes.match("u", u, "b p", "Zeros are given as zeros.")  # type: ignore[arg-type]  # None is refused there
+        with exact(y):
+            b, d = (None if u is None or M is None else u @ M.mT for M in (B, D))
+        return advance(sizes, state, y, (A, C, Q, R, b, d), index, None)
 
     def extra_repr(self) -> str:
         m, n = self.C.shape
         return f"n={n}, m={m}, p={0 if self.B is None else self.B.shape[1]}, form={self.form!r}"
 
-    def _driven(self, M: Tensor, u: Tensor) -> Tensor:
-        with exact(u):
-            return drive(M, u)
-
     def _inputs(self, y: Tensor, u: Tensor | None, state: State) -> list[Tensor]:
         second = state.factor if isinstance(state, SquareRootState) else state.cov
         return [*self.parameters(), y, state.mean, second, *([] if u is None else [u])]
 
-    def _system(self) -> tuple[Any, ...]:
-        """A, C, Q, R as the step takes them, and factors of Q and R; kept until a parameter changes."""
-        key = [(p.data_ptr(), p._version) for p in self.parameters()]
-        if self._kept is None or self._kept[0] != key or torch.is_inference_mode_enabled():
-            model = self.model()
-            system = tuple(v.detach()[None] for v in (model.A, model.C, model.Q, model.R))
-            factors = tuple(square_root(v, OP) for v in system[2:]) if self.form == "sqrt" else None
-            self._kept = (key, (system, factors))
+    def _system(self, roots: bool) -> tuple[Any, ...]:
+        """A, C, Q, R (or square roots of Q and R), B and D as the step takes them; kept until a parameter changes."""
+        key = [(p.data_ptr(), p._version) for p in self._parameters.values() if p is not None]
+        if self._kept is None or self._kept[0] != (key, roots):
+            with torch.no_grad():
+                model = self.model()
+                noise = (square_root(v, OP) for v in (model.Q, model.R)) if roots else (model.Q, model.R)
+                system = tuple(v.detach()[None] for v in (model.A, model.C, *noise))
+                inputs = tuple(None if v is None else v.detach() for v in (model.B, model.D))
+            self._kept = ((key, roots), (*system, *inputs))
         return self._kept[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KalmanFilter:

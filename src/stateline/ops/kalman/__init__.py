@@ -121,7 +121,7 @@ def kalman(
     offsets = {"transition_offset": transition_offset, "observation_offset": observation_offset}
     _check_system(OP, sizes, y, A, C, Q, R, offsets, form, factors)
     checks.choice(OP, "keep", keep, KEEPS)
-    _check_state(OP, sizes, y, initial_state, form, "N")
+    check_state(OP, sizes, y, initial_state, form, "N")
     given = {"y": y, "A": A, "C": C, "Q": Q, "R": R, "initial_state": initial_state.mean}
     checks.same_device(OP, given | offsets)
     shared = _shared(y, (A, C, Q, R), initial_state)
@@ -181,19 +181,25 @@ def kalman_step_(
     form = "sqrt" if isinstance(state, SquareRootState) else "joseph"
     offsets = {"transition_offset": transition_offset, "observation_offset": observation_offset}
     _check_system(STEP, sizes, y, A, C, Q, R, offsets, form, factors)
-    _check_state(STEP, sizes, y, state, form, "slots")
+    check_state(STEP, sizes, y, state, form, "slots")
     checks.same_device(STEP, {"y": y, "A": A, "C": C, "Q": Q, "R": R, "state": state.mean, "index": index} | offsets)
+    with torch.no_grad():
+        if form == "sqrt" and factors is None:
+            factors = square_root(Q, STEP, "Q"), square_root(R, STEP, "R")
+        noise = factors or (Q, R)
+        return advance(sizes, state, y, (A, C, *noise, transition_offset, observation_offset), index, backend)
+
+
+def advance(
+    sizes: Sizes, state: State, y: Tensor, system: tuple[Tensor | None, ...], index: Tensor | None, backend: str | None
+) -> Filtered:
+    """`kalman_step_` with a system that is known to fit y and state: A, C, Q, R (or their roots), b, d."""
+    root = isinstance(state, SquareRootState)
     second = state.factor if isinstance(state, SquareRootState) else state.cov
     check_slots(STEP, sizes, state.mean, index)
     check_slots(STEP, sizes, second, index)
-    with torch.no_grad():
-        if form == "sqrt":
-            Q, R = factors or (square_root(Q, STEP, "Q"), square_root(R, STEP, "R"))
-        args = (y, A, C, Q, R, transition_offset, observation_offset, index, form, backend)
-        mean, cov, loglik = _step(state.mean, second, *args)
-        if form == "sqrt":
-            return Filtered(mean, cov @ cov.mT, None, None, loglik, cov)
-    return Filtered(mean, cov, None, None, loglik)
+    mean, cov, loglik = _step(state.mean, second, y, *system, index, "sqrt" if root else "joseph", backend)
+    return Filtered(mean, cov @ cov.mT if root else cov, None, None, loglik, cov if root else None)
 
 
 def square_root(S: Tensor, op: str = "square_root", name: str = "S") -> Tensor:
@@ -263,7 +269,7 @@ def _check_system(
         raise checks.fail(op, f"there are {sizes['n']} states and {sizes['m']} observed values, expected at least one.")
 
 
-def _check_state(op: str, sizes: Sizes, y: Tensor, state: State, form: str, rows: str) -> None:
+def check_state(op: str, sizes: Sizes, y: Tensor, state: State, form: str, rows: str) -> None:
     if not isinstance(state, KalmanState | SquareRootState):
         kinds = "KalmanState(mean, cov) or SquareRootState(mean, factor)"
         raise checks.fail(op, f"the state is a {type(state).__name__}, expected {kinds}", error=TypeError)

@@ -1,0 +1,1 @@
+from stateline.ops.kalman.reference import backward, forward, step  # noqa
