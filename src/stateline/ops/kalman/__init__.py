@@ -270,6 +270,7 @@ def _check_system(
 
 
 def check_state(op: str, sizes: Sizes, y: Tensor, state: State, form: str, rows: str) -> None:
+    """Raise unless `state` is of the kind of `form`, with `rows` rows (a letter of `sizes`) and the dtype of y."""
     if not isinstance(state, KalmanState | SquareRootState):
         kinds = "KalmanState(mean, cov) or SquareRootState(mean, factor)"
         raise checks.fail(op, f"the state is a {type(state).__name__}, expected {kinds}", error=TypeError)
