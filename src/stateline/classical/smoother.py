@@ -8,7 +8,7 @@ smoother". Suffixes: N series (s: N, or 1 where covariances are shared), T time 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,23 +153,26 @@ def _through_factors(flat: Flat, out: Filtered) -> tuple[Tensor, Tensor, Tensor]
         [A G  F]  U = [X  0]
         [G    0]      [Y  Z]        J = Y X⁻¹,   mean = m + J (mean[t+1] − m'[t+1]),   G ← [Z  J G[t+1]]
 
-    the last made triangular again; Cov(h[t], h[t+1]) = J P[t+1]. X is singular where A P Aᵀ + Q is: then any
-    generalised inverse does, since the differences lie in its range.
+    the last made triangular again; Cov(h[t], h[t+1]) = J P[t+1]. X is singular where A P Aᵀ + Q is: a generalised
+    inverse then serves, since the differences lie in its range, and Y (I − X⁻¹ X) joins Z.
     """
-    m, m_before, G, F = out.mean, out.predicted_mean, out.factor, square_root(flat.Q, "kalman_smoother", "Q")
-    assert m is not None
-    assert m_before is not None
-    assert G is not None
-    (_, T, n), A = m.shape, flat.A
-    G = G[:1] if G.stride(0) == 0 else G
+    dtype, F = flat.y.dtype, square_root(flat.Q, "kalman_smoother", "Q").double()
+    moments: Any = (out.mean, out.predicted_mean, out.factor, out.predicted_factor)
+    m, m_before, G, G_before = (v.double() for v in moments)
+    (_, T, n), A = m.shape, flat.A.double()
+    if moments[2].stride(0) == 0:
+        G, G_before = G[:1], G_before[:1]
     if T == 0:
-        return m, G @ G.mT, G
+        return moments[0], moments[2], moments[2]
     A, F = (v if v.shape[1] == 1 else v[:, :-1] for v in (A, F))
     first = G[:, :-1]
-    AG = A @ first
-    above = torch.cat([AG, F.expand_as(AG)], -1)
+    above = torch.cat([A @ first, F.expand_as(first)], -1)
     whole = lower(torch.cat([above, torch.cat([first, torch.zeros_like(first)], -1)], -2))
-    J, Z = whole[..., n:, :n] @ _inverse(whole[..., :n, :n]), whole[..., n:, n:]
+    # What a state's deviation can be by rounding alone, where nothing is left of it.
+    rounding = times(A.abs(), G_before[:, :-1].norm(dim=-1)) + F.norm(dim=-1)
+    inverse, null = _inverse(whole[..., :n, :n], rounding, dtype)
+    Y = whole[..., n:, :n]
+    J, Z = Y @ inverse, torch.cat([whole[..., n:, n:], Y @ null], -1)
     mean, factor = m[:, -1], G[:, -1]
     means, factors = [mean], [factor]
     for t in reversed(range(T - 1)):
@@ -179,18 +182,21 @@ def _through_factors(flat: Flat, out: Filtered) -> tuple[Tensor, Tensor, Tensor]
         factors.append(factor)
     mean, factor = torch.stack(means[::-1], 1), torch.stack(factors[::-1], 1)
     cov = factor @ factor.mT
-    return mean, cov, J @ cov[:, 1:]
+    return mean.to(dtype), cov.to(dtype), (J @ cov[:, 1:]).to(dtype)
 
 
-def _inverse(X: Tensor) -> Tensor:
-    """The inverse of lower triangular matrices (…, n, n), or the pseudo-inverse if one is singular.
+def _inverse(X: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """X⁻¹ of lower triangular matrices (…, n, n), a generalised inverse where they are singular, and I − X⁻¹ X.
 
-    Rows are scaled to 1 first: a small variance beside large ones is no singularity.
+    Rows are scaled to 1 first: a small deviation beside large ones is no singularity. What is no more than rounding
+    of `scale` (…, n) counts as zero; `dtype`: to how many digits X is known otherwise.
     """
-    scale = X.norm(dim=-1)
-    unit = X * torch.where(scale > 0, 1 / scale, 0.0)[..., None]
-    tolerance = 8 * X.shape[-1] * torch.finfo(X.dtype).eps
+    size = X.norm(dim=-1)
+    shrink = torch.where(size > 8 * X.shape[-1] * torch.finfo(X.dtype).eps * scale, 1 / size, 0.0)
+    unit = X * shrink[..., None]
+    tolerance = 8 * X.shape[-1] * torch.finfo(dtype).eps
     eye = torch.eye(X.shape[-1]).to(X).expand_as(X)
     if bool((unit.diagonal(dim1=-2, dim2=-1) > tolerance).all()):
-        return torch.linalg.solve_triangular(X, eye, upper=False)
-    return torch.linalg.pinv(unit, rtol=tolerance) * torch.where(scale > 0, 1 / scale, 0.0)[..., None, :]
+        return torch.linalg.solve_triangular(X, eye, upper=False), torch.zeros_like(X)
+    inverse = torch.linalg.pinv(unit, rtol=tolerance)
+    return inverse * shrink[..., None, :], eye - inverse @ unit
