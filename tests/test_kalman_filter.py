@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -370,3 +372,12 @@ def test_errors_name_the_argument() -> None:
     _, roots = kalman_filter(model, y, form="sqrt")
     with pytest.raises(TypeError, match=r'initial_state holds factors. Give form="sqrt"'):
         kalman_filter(model, y, initial_state=roots)
+
+
+def test_examples_in_docstrings() -> None:
+    for name in ("ops.kalman", "classical.kalman", "classical.smoother", "classical.layer", "classical.nonlinear"):
+        module = importlib.import_module(f"stateline.{name}")
+        names = {"torch": torch, "StateSpace": StateSpace, "kalman_filter": kalman_filter}
+        failed, tried = doctest.testmod(module, extraglobs=names)
+        assert tried
+        assert not failed, name

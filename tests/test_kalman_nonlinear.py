@@ -78,6 +78,17 @@ def test_a_curved_sensor_against_integration_on_a_grid(run: Filter) -> None:
 
 
 @pytest.mark.parametrize("run", FILTERS)
+def test_float32_stays_float32(run: Filter) -> None:
+    model = NonlinearModel(
+        lambda h: torch.stack([h[0] + 0.1 * h[1], h[1] - 0.1 * torch.sin(h[0])]), lambda h: torch.sin(h[:1]),
+        0.01 * torch.eye(2), 0.1 * torch.eye(1), torch.tensor([1.0, 0.0]), torch.eye(2),
+    )  # fmt: skip
+    out, state = run(model, torch.rand(2, 9, 1))
+    assert {v.dtype for v in (*out[:5], state.mean, state.cov)} == {torch.float32}
+    assert torch.isfinite(out.loglik).all()
+
+
+@pytest.mark.parametrize("run", FILTERS)
 def test_derivatives_and_errors(run: Filter) -> None:
     _, same, y, u = linear()
     scale = torch.tensor(0.3, dtype=F64, requires_grad=True)
@@ -92,12 +103,16 @@ def test_derivatives_and_errors(run: Filter) -> None:
         (dict(R=same.R[:2, :2]), r"y has shape \(4, 12, 3\), expected \(…, T, 2\)"),
         (dict(Q=same.Q.expand(5, 2, 2)), r"Q has shape \(5, 2, 2\)"),
         (dict(observation=lambda h, u: h), r"observation returns \(2,\), expected \(3,\)"),
+        (dict(transition=lambda h, u: h[:1]), r"transition returns \(1,\), expected \(2,\)"),
         (dict(m0=same.m0.expand(3, 2)), "do not broadcast"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(dataclasses.replace(same, **wrong), y, u)
     with pytest.raises(TypeError, match=r"y is float32, expected one of float64"):
         run(same, y.float(), u)
+    if run is extended_kalman_filter:
+        with pytest.raises(TypeError, match=r"what observation returns is float32, expected one of float64"):
+            run(dataclasses.replace(same, observation=lambda h, u: torch.ones(3)), y, u)
     if run is unscented_kalman_filter:
         with pytest.raises(ValueError, match="series 0 is singular"):
             run(same, y, u, initial_state=KalmanState(same.m0, 0 * same.P0))

@@ -83,7 +83,7 @@ def kalman_filter(
     >>> level = StateSpace(one, None, one, None, 0.1 * one, one, m0=one[0], P0=one)
     >>> out, state = kalman_filter(level, torch.tensor([[1.0], [1.2], [float("nan")], [1.1]], dtype=torch.float64))
     >>> [round(m, 3) for m in out.mean[:, 0].tolist()]
-    [1.0, 1.075, 1.075, 1.083]
+    [1.0, 1.075, 1.075, 1.084]
     """
     checks.choice("kalman_filter", "form", form, FORMS)
     flat = flatten("kalman_filter", model, y, u, initial_state, form)

@@ -113,9 +113,7 @@ def _filter(
             now = () if flat_u is None else (flat_u[:, t],)
             seen = ~torch.isnan(flat_y[:, t])
             look = linearise(model.observation, m, P, now)
-            if look.mean.shape != seen.shape:
-                got, wanted = tuple(look.mean.shape[1:]), tuple(seen.shape[1:])
-                raise checks.fail(op, f"observation returns {got}, expected {wanted} as the rows of y.")
+            _check_result(op, "observation", look, seen.shape, y)
             e = torch.where(seen, flat_y[:, t] - look.mean, 0.0)
             m_new, P_new, loglik, failed = joseph_correct(m, P, e, look.slope, R[:, t] + look.rest, seen)
             if checks.can_read(failed) and bool(failed.any()):
@@ -124,6 +122,7 @@ def _filter(
                 raise checks.fail(op, problem, "Are R and P0 covariances, and the functions finite there?")
             steps.append((m_new, P_new, m, P, loglik))
             move = linearise(model.transition, m_new, P_new, now)
+            _check_result(op, "transition", move, m.shape, y)
             m, P = move.mean, joseph_predict(P_new, move.slope, Q[:, t] + move.rest)
     n = m.shape[-1]
     empty = [m.new_empty(N, 0, *tail) for tail in ((n,), (n, n), (n,), (n, n), ())]
@@ -131,6 +130,12 @@ def _filter(
     return Filtered(*(v.reshape(*batch, *v.shape[1:]) for v in columns)), KalmanState(
         m.reshape(*batch, n), P.reshape(*batch, n, n)
     )
+
+
+def _check_result(op: str, name: str, line: Line, shape: torch.Size, y: Tensor) -> None:
+    if line.mean.shape != shape:
+        raise checks.fail(op, f"{name} returns {tuple(line.mean.shape[1:])}, expected {tuple(shape[1:])}.")
+    checks.dtype(op, f"what {name} returns", line.mean, (y.dtype,), "Constants in it have the dtype of y, too.")
 
 
 def _prepare(
@@ -168,7 +173,7 @@ def _tangent(function: Function, m: Tensor, P: Tensor, u: tuple[Tensor, ...]) ->
         return value, value
 
     slope, value = torch.func.vmap(torch.func.jacfwd(twice, has_aux=True))(m, *u)
-    return Line(value, slope, m.new_zeros(()))
+    return Line(value, slope.to(m), m.new_zeros(()))  # a number times one entry of h has a tangent in float64
 
 
 def _fitted(function: Function, m: Tensor, P: Tensor, u: tuple[Tensor, ...], kappa: float) -> Line:

@@ -54,7 +54,7 @@ def kalman_smoother(
     >>> level = StateSpace(one, None, one, None, 0.1 * one, one, m0=one[0], P0=one)
     >>> smoothed = kalman_smoother(level, torch.tensor([[1.0], [1.2], [float("nan")], [1.1]], dtype=torch.float64))
     >>> [round(m, 3) for m in smoothed.mean[:, 0].tolist()], smoothed.lag_cov.shape
-    ([1.063, 1.07, 1.076, 1.083], torch.Size([3, 1, 1]))
+    ([1.067, 1.081, 1.083, 1.084], torch.Size([3, 1, 1]))
     """
     op = "kalman_smoother"
     checks.choice(op, "form", form, FORMS)
