@@ -101,7 +101,7 @@ def kalman(
     Returns:
         `Filtered`, and the state at the observation that would come next, of the kind of `form`: give it as
         `initial_state` to go on, with equal results. Series that share all matrices and miss the same entries share
-        covariances, which are then computed once and expanded.
+        covariances, which on the CPU are then computed once and expanded.
 
     Differentiable in every tensor, NaN entries of y having zero, and out of every result; first derivatives only. No
     jitter is added anywhere: Q, R = 0 or P = 0 are used as they are.

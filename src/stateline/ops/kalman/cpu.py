@@ -1,1 +1,0 @@
-from stateline.ops.kalman.reference import backward, forward, step  # noqa
