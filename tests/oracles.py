@@ -136,6 +136,66 @@ def long_conv(u: Tensor, k: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
+class JointGaussian:
+    """All states h[0 … T] of one series and all its observations as a single Gaussian, to be conditioned.
+
+    A, C, Q, R (T, …), m0 (n), P0 (n, n), b (T, n), d (T, m), y (T, m) with NaN where missing; float64.
+    """
+
+    mean: Tensor  # (T+1)·n states, then the observed entries
+    cov: Tensor
+    y: Tensor  # the observed entries, in order of time
+    time: Tensor  # of each
+    n: int
+
+    @staticmethod
+    def of(
+        y: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor, m0: Tensor, P0: Tensor, b: Tensor, d: Tensor
+    ) -> JointGaussian:  # fmt: skip
+        (T, m), n = y.shape, m0.shape[0]
+        rows, mean = [torch.eye(n, n * (T + 1), dtype=y.dtype)], [m0]  # states in terms of h[0] and all noises
+        for t in range(T):
+            fresh = torch.zeros(n, n * (T + 1), dtype=y.dtype)
+            fresh[:, n * (t + 1) : n * (t + 2)] = torch.eye(n, dtype=y.dtype)
+            rows.append(A[t] @ rows[-1] + fresh)
+            mean.append(A[t] @ mean[-1] + b[t])
+        M, noise = torch.cat(rows), torch.block_diag(P0, *Q)
+        states = torch.cat(mean)
+        if T == 0:
+            return JointGaussian(states, M @ noise @ M.mT, y.reshape(0), torch.zeros(0, dtype=torch.long), n)
+        seen = ~torch.isnan(y).flatten()
+        look = torch.cat([torch.block_diag(*C), torch.zeros(T * m, n, dtype=y.dtype)], 1)[seen]
+        see = torch.block_diag(*R)[seen][:, seen]
+        full = torch.cat([M, look @ M])
+        cov = full @ noise @ full.mT + torch.block_diag(torch.zeros(n * (T + 1), n * (T + 1), dtype=y.dtype), see)
+        return JointGaussian(
+            torch.cat([states, look @ states + d.flatten()[seen]]), cov, y.flatten()[seen],
+            torch.arange(T).repeat_interleave(m)[seen], n,
+        )  # fmt: skip
+
+    def given(self, times: int) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of all states given what was observed before step `times`."""
+        size = len(self.mean) - len(self.y)
+        keep = torch.cat([torch.ones(size, dtype=torch.bool), self.time < times])
+        mean, cov, y = self.mean[keep], self.cov[keep][:, keep], self.y[self.time < times]
+        gain = torch.linalg.solve(cov[size:, size:], cov[size:, :size]).mT
+        return mean[:size] + gain @ (y - mean[size:]), cov[:size, :size] - gain @ cov[size:, :size]
+
+    def state(self, t: int, times: int) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of h[t] given what was observed before step `times`."""
+        mean, cov = self.given(times)
+        span = slice(t * self.n, (t + 1) * self.n)
+        return mean[span], cov[span, span]
+
+    def loglik(self, times: int) -> Tensor:
+        """log p of what was observed before step `times`."""
+        size = len(self.mean) - len(self.y)
+        keep = torch.cat([torch.zeros(size, dtype=torch.bool), self.time < times])
+        cov, e = self.cov[keep][:, keep], self.y[self.time < times] - self.mean[keep]
+        return -0.5 * (e @ torch.linalg.solve(cov, e) + torch.linalg.slogdet(2 * torch.pi * cov)[1])
+
+
+@dataclass
 class Layout:
     """Sequences of a batch, as a test writes them down: (batch row, first token, past the last token)."""
 

@@ -28,8 +28,8 @@ from stateline.checks import fail
 BACKENDS = ("gpu", "cpu", "chunked", "reference")
 #: Operations that have back ends: the folders of `ops`.
 OPS = (
-    "causal_conv1d", "cross_entropy", "decode_token", "gated_scan", "linear_scan", "long_conv", "packed_linear",
-    "rms_norm", "s4_kernel", "s4_scan", "selective_scan", "ssd", "trapezoid_ssd",
+    "causal_conv1d", "cross_entropy", "decode_token", "gated_scan", "kalman", "linear_scan", "long_conv",
+    "packed_linear", "rms_norm", "s4_kernel", "s4_scan", "selective_scan", "ssd", "trapezoid_ssd",
 )  # fmt: skip
 #: Operations that live in another's folder, and those of its back ends that they have.
 BESIDE = {"gated_rms_norm": ("rms_norm", ("gpu", "reference")), "s4_cauchy": ("s4_kernel", ("gpu", "cpu", "reference"))}

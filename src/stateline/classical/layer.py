@@ -1,0 +1,174 @@
+"""The Kalman filter as a module: it learns its matrices, carries a state and takes observations as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stateline import checks, state
+from stateline.checks import Sizes
+from stateline.classical.kalman import exact, kalman_filter
+from stateline.classical.model import StateSpace, validate
+from stateline.ops.kalman import (
+    FORMS,
+    Filtered,
+    KalmanState,
+    SquareRootState,
+    State,
+    advance,
+    check_state,
+    square_root,
+)
+
+OP = "KalmanFilter"
+
+
+class KalmanFilter(nn.Module):
+    """Filters series (b, T, m) with one constant model, whose parts are its parameters.
+
+    A (n, n), C (m, n), m0 (n), and B (n, p), D (m, p) if the model has them, are parameters as they are. Q, R and P0
+    stay covariances while they are learned: the parameters are their Cholesky factors, Q_factor, R_factor, P0_factor.
+    What must not be learned is frozen with `requires_grad_(False)`. Parameters and state stay float32 or float64 in
+    casts to less, and under autocast.
+
+        out, state = layer.extend(y, state)              # any number of observations; its input state is not changed
+        out, state = layer.update(y[:, t], state)        # one
+
+    A series may be cut anywhere: what comes is what the whole series gives. `stateline.state` saves and loads states.
+
+    Args:
+        model: constant parts only; all are copied.
+        form: "joseph" or "sqrt", as in `kalman_filter`; the state holds a covariance or a factor accordingly.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    >>> one = torch.ones(1, 1, dtype=torch.float64)
+    >>> layer = KalmanFilter(StateSpace(one, None, one, None, one, one, m0=one[0], P0=one))
+    >>> (-layer(torch.randn(8, 100, 1, dtype=torch.float64)).loglik.sum()).backward()
+    >>> layer.Q_factor.grad.shape
+    torch.Size([1, 1])
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter | None
+    C: nn.Parameter
+    D: nn.Parameter | None
+    Q_factor: nn.Parameter
+    R_factor: nn.Parameter
+    m0: nn.Parameter
+    P0_factor: nn.Parameter
+
+    def __init__(self, model: StateSpace, *, form: str = "joseph") -> None:
+        super().__init__()
+        checks.choice(OP, "form", form, FORMS)
+        validate(model, OP)
+        for name, v in model._asdict().items():
+            if v is not None and v.dim() > (1 if name == "m0" else 2):
+                remedy = "kalman_filter takes models that vary in time or from series to series."
+                raise checks.fail(OP, f"{name} has shape {tuple(v.shape)}, expected one matrix for all.", remedy)
+        self.form = form
+        self.A, self.C, self.m0 = (nn.Parameter(v.detach().clone()) for v in (model.A, model.C, model.m0))
+        for name in ("B", "D"):
+            v = getattr(model, name)
+            self.register_parameter(name, None if v is None else nn.Parameter(v.detach().clone()))
+        for name in ("Q", "R", "P0"):
+            root = square_root(getattr(model, name), OP, name)
+            self.register_parameter(f"{name}_factor", nn.Parameter(root))
+        self._kept: tuple[Any, tuple[Any, ...]] | None = None
+
+    def model(self) -> StateSpace:
+        """The model as it is now, differentiable."""
+        with exact(self.A):
+            Q, R, P0 = (F.tril() @ F.tril().mT for F in (self.Q_factor, self.R_factor, self.P0_factor))
+        return StateSpace(self.A, self.B, self.C, self.D, Q, R, self.m0, P0)
+
+    def init_state(self, batch: int, *, device: torch.device | str | None = None) -> State:
+        """What is known before the first observation, one row a series."""
+        with torch.no_grad():
+            P0 = self.P0_factor.tril()
+            second = square_root(P0 @ P0.mT, OP, "P0") if self.form == "sqrt" else P0 @ P0.mT
+            n = len(self.m0)
+            parts = (self.m0.expand(batch, n).clone(), second.expand(batch, n, n).contiguous())
+        kind = SquareRootState if self.form == "sqrt" else KalmanState
+        return kind(*(v.to(device) if device is not None else v for v in parts))
+
+    def forward(self, y: Tensor, u: Tensor | None = None) -> Filtered:
+        """Moments of each series y (b, T, m) from its first observation on; u (b, T, p). As of `kalman_filter`."""
+        return kalman_filter(self.model(), y, u, form=self.form)[0]
+
+    def extend(self, y: Tensor, state: State, u: Tensor | None = None) -> tuple[Filtered, State]:
+        """Go on from `state` (b rows) with observations y (b, T, m), inputs u (b, T, p); moments and the new state."""
+        return kalman_filter(self.model(), y, u, initial_state=state, form=self.form)
+
+    def update(self, y: Tensor, state: State, u: Tensor | None = None) -> tuple[Filtered, State]:
+        """Go on by one observation y (b, m), input u (b, p): mean (b, n), cov (b, n, n), loglik (b), and the new state.
+
+        As `extend` of one step, with a gradient where one is wanted; without, as `update_` of a copy.
+        """
+        if torch.is_grad_enabled() and any(v.requires_grad for v in self._inputs(y, u, state)):
+            out, state = self.extend(y[:, None], state, None if u is None else u[:, None])
+            return Filtered(*(None if v is None else v[:, 0] for v in out)), state  # type: ignore[arg-type]  # loglik is
+        state = _copy(state)
+        return self.update_(y, state, u), state
+
+    def update_(self, y: Tensor, state: State, u: Tensor | None = None, *, index: Tensor | None = None) -> Filtered:
+        """`update` in place, without gradient, for streams: some microseconds a call.
+
+        state: any number of rows. index (b): the row of each y, negative to skip it; None: row i.
+        """
+        sizes = Sizes(OP)
+        sizes.bind("n", self.m0.shape[0], "the model")
+        sizes.bind("m", self.C.shape[0], "the model")
+        sizes.match("y", y, "b m")
+        checks.dtype(OP, "y", y, (self.m0.dtype,), "Observations and model share one dtype.")
+        check_state(OP, sizes, y, state, self.form, "slots")
+        checks.same_device(OP, {"the model": self.m0, "y": y, "state": state.mean, "u": u, "index": index})
+        A, C, Q, R, B, D = self._system(isinstance(state, SquareRootState))
+        if u is not None or B is not None or D is not None:
+            sizes.bind("p", (B if B is not None else D).shape[1] if B is not None or D is not None else 0, "the model")
+            sizes.match("u", u, "b p", "Zeros are given as zeros.")  # type: ignore[arg-type]  # None is refused there
+        with exact(y):
+            b, d = (None if u is None or M is None else u @ M.mT for M in (B, D))
+        return advance(sizes, state, y, (A, C, Q, R, b, d), index, None)
+
+    def extra_repr(self) -> str:
+        m, n = self.C.shape
+        return f"n={n}, m={m}, p={0 if self.B is None else self.B.shape[1]}, form={self.form!r}"
+
+    def _inputs(self, y: Tensor, u: Tensor | None, state: State) -> list[Tensor]:
+        second = state.factor if isinstance(state, SquareRootState) else state.cov
+        return [*self.parameters(), y, state.mean, second, *([] if u is None else [u])]
+
+    def _system(self, roots: bool) -> tuple[Any, ...]:
+        """A, C, Q, R (or square roots of Q and R), B and D as the step takes them; kept until a parameter changes."""
+        key = [(p.data_ptr(), p._version) for p in self._parameters.values() if p is not None]
+        if self._kept is None or self._kept[0] != (key, roots):
+            with torch.no_grad():
+                model = self.model()
+                noise = (square_root(v, OP) for v in (model.Q, model.R)) if roots else (model.Q, model.R)
+                system = tuple(v.detach()[None] for v in (model.A, model.C, *noise))
+                inputs = tuple(None if v is None else v.detach() for v in (model.B, model.D))
+            self._kept = ((key, roots), (*system, *inputs))
+        return self._kept[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KalmanFilter:
+        """What `.to`, `.half()` and the like do, except that nothing falls below float32."""
+        self._kept = None
+
+        def careful(v: Tensor) -> Tensor:
+            moved = fn(v)
+            if moved.is_floating_point() and moved.dtype.itemsize < 4:
+                return v.to(device=moved.device, dtype=torch.float32)
+            return moved
+
+        return super()._apply(careful, recurse)
+
+
+def _copy(given: State) -> State:
+    """A copy in memory of its own, each row apart."""
+    copied: State = state.clone(given)
+    return copied

@@ -1,0 +1,202 @@
+"""Estimate the states of a series from all of its observations, past and future, and draw from their distribution.
+
+In covariance form by Bryson and Frazier: one pass backwards that inverts innovation covariances only, so that singular
+Q, R and predicted covariances are nothing special. In square-root form by Rauch, Tung and Striebel, on factors.
+Sources: Bryson & Frazier 1963; Rauch, Tung & Striebel 1965; Durbin & Koopman 2002, "A simple and efficient simulation
+smoother". Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n state, m observation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stateline import checks
+from stateline.classical.kalman import Flat, exact, flatten, run
+from stateline.classical.model import StateSpace, simulate, times
+from stateline.ops.kalman import FORMS, Filtered, State, square_root
+from stateline.ops.kalman.reference import lower, masked, residual, symmetric
+
+
+class Smoothed(NamedTuple):
+    """Moments of the state given all observations, T steps, n states.
+
+    mean (…, T, n), cov (…, T, n, n).   lag_cov (…, T−1, n, n): entry t is Cov(h[t], h[t+1]).
+    loglik (…, T): log p(y[t] | y[0 … t−1]), the filter's.
+    """
+
+    mean: Tensor
+    cov: Tensor
+    lag_cov: Tensor
+    loglik: Tensor
+
+
+def kalman_smoother(
+    model: StateSpace,
+    y: Tensor,
+    u: Tensor | None = None,
+    *,
+    initial_state: State | None = None,
+    form: str = "joseph",
+    backend: str | None = None,
+) -> Smoothed:
+    """Estimate the state at each step from the whole series; arguments as in `kalman_filter`.
+
+    Differentiable in every part of the model, y, u and the state in form="joseph", which also takes singular
+    covariances as they are.
+
+    Raises:
+        ValueError, TypeError: as `kalman_filter`; and for form="sqrt" where a derivative is wanted, which it lacks.
+
+    >>> one = torch.ones(1, 1, dtype=torch.float64)
+    >>> level = StateSpace(one, None, one, None, 0.1 * one, one, m0=one[0], P0=one)
+    >>> smoothed = kalman_smoother(level, torch.tensor([[1.0], [1.2], [float("nan")], [1.1]], dtype=torch.float64))
+    >>> [round(m, 3) for m in smoothed.mean[:, 0].tolist()], smoothed.lag_cov.shape
+    ([1.067, 1.081, 1.083, 1.084], torch.Size([3, 1, 1]))
+    """
+    op = "kalman_smoother"
+    checks.choice(op, "form", form, FORMS)
+    flat = flatten(op, model, y, u, initial_state, form)
+    out, _ = run(flat, form, "all", backend)
+    with exact(y):
+        if form == "sqrt":
+            if torch.is_grad_enabled() and out.loglik.requires_grad:
+                remedy = 'Use form="joseph", or torch.no_grad().'
+                raise checks.fail(op, 'a derivative is wanted, which form="sqrt" does not have here.', remedy)
+            mean, cov, lag = _through_factors(flat, out)
+        else:
+            mean, cov, lag = _bryson_frazier(flat, out)
+    N = flat.y.shape[0]
+    parts = (v.expand(N, *v.shape[1:]).reshape(*flat.batch, *v.shape[1:]) for v in (mean, cov, lag, out.loglik))
+    return Smoothed(*parts)
+
+
+def posterior_sample(
+    model: StateSpace,
+    y: Tensor,
+    u: Tensor | None = None,
+    *,
+    samples: int = 1,
+    form: str = "joseph",
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Whole paths of the state (samples, …, T, n) drawn from their distribution given all observations. No gradient.
+
+    A path of the model is drawn first, then moved by what the smoother makes of the difference between its observations
+    and y; singular covariances are nothing special. `generator`: one seed on one machine gives the same paths again.
+
+    Raises:
+        ValueError, TypeError: as `kalman_smoother`.
+    """
+    op = "posterior_sample"
+    checks.number(op, "samples", samples, low=1, integer=True)
+    with torch.no_grad(), exact(y):
+        batch = flatten(op, model, y, u, None, form).batch
+        h, drawn = simulate(model, y.shape[-2], u, batch=(samples, *batch), generator=generator)
+        # The smoother is affine in y: for the difference of two series, means and inputs cancel.
+        centred = model._replace(B=None, D=None, m0=torch.zeros_like(model.m0))
+        return h + kalman_smoother(centred, y - drawn, form=form, backend=backend).mean
+
+
+# ---- covariance form -------------------------------------------------------------------------------------------------
+
+
+def _bryson_frazier(flat: Flat, out: Filtered) -> tuple[Tensor, Tensor, Tensor]:
+    """Smoothed mean (N, T, n), cov (s, T, n, n) and lag covariance (s, T−1, n, n).
+
+        r[t−1] = Cᵀ S⁻¹ e + Lᵀ r[t],   W[t−1] = Cᵀ S⁻¹ C + Lᵀ W[t] L,   L = A (I − K C)
+        mean = m + P Aᵀ r[t],   cov = P − P Aᵀ W[t] A P,   Cov(h[t], h[t+1]) = P Aᵀ (I − W[t] P'[t+1])
+
+    with m, P filtered and P' predicted moments: from the filtered side, a precise sensor costs no digits.
+    """
+    y, A, C, R = flat.y, flat.A, flat.C, flat.R
+    m, P, m_before, P_before = out.mean, out.cov, out.predicted_mean, out.predicted_cov
+    assert m is not None
+    assert P is not None
+    assert m_before is not None
+    assert P_before is not None
+    seen = ~torch.isnan(y)
+    if P.stride(0) == 0:  # one recursion of covariances serves all series: they miss the same entries
+        P, P_before, holes = P[:1], P_before[:1], seen[:1]
+    else:
+        holes = seen
+    d = y.new_zeros(()) if flat.observation_offset is None else flat.observation_offset
+    e = residual(y, C, d, m_before, seen)
+    C, R = masked(C, R, holes)
+    CP = C @ P_before
+    S = torch.linalg.cholesky(symmetric(CP @ C.mT + R))
+    eye = torch.eye(A.shape[-1]).to(A)
+    L = A @ (eye - torch.cholesky_solve(CP, S).mT @ C)
+    g = times(torch.cholesky_solve(C, S).mT, e)
+    H = C.mT @ torch.cholesky_solve(C, S)
+    r, W = torch.zeros_like(g[:, :0].sum(1)), torch.zeros_like(H[:, :0].sum(1))
+    after_r, after_W = [], []
+    for g_t, H_t, L_t in zip(reversed(g.unbind(1)), reversed(H.unbind(1)), reversed(L.unbind(1)), strict=True):
+        after_r.append(r)
+        after_W.append(W)
+        r, W = g_t + times(L_t.mT, r), symmetric(H_t + L_t.mT @ W @ L_t)
+    r, W = (torch.stack(v[::-1], 1) if v else like for v, like in ((after_r, g), (after_W, H)))
+    PA = P @ A.mT
+    lag = PA[:, :-1] @ (eye - W[:, :-1] @ P_before[:, 1:])
+    return m + times(PA, r), symmetric(P - PA @ W @ PA.mT), lag
+
+
+# ---- square-root form ------------------------------------------------------------------------------------------------
+
+
+def _through_factors(flat: Flat, out: Filtered) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_bryson_frazier`, from the filter's factors G (P = G Gᵀ) and F (Q = F Fᵀ).
+
+        [A G  F]  U = [X  0]
+        [G    0]      [Y  Z]        J = Y X⁻¹,   mean = m + J (mean[t+1] − m'[t+1]),   G ← [Z  J G[t+1]]
+
+    the last made triangular again; Cov(h[t], h[t+1]) = J P[t+1]. X is singular where A P Aᵀ + Q is: a generalised
+    inverse then serves, since the differences lie in its range, and Y (I − X⁻¹ X) joins Z.
+    """
+    dtype, F = flat.y.dtype, square_root(flat.Q, "kalman_smoother", "Q").double()
+    moments: Any = (out.mean, out.predicted_mean, out.factor, out.predicted_factor)
+    m, m_before, G, G_before = (v.double() for v in moments)
+    (_, T, n), A = m.shape, flat.A.double()
+    if moments[2].stride(0) == 0:
+        G, G_before = G[:1], G_before[:1]
+    if T == 0:
+        return moments[0], moments[2], moments[2]
+    A, F = (v if v.shape[1] == 1 else v[:, :-1] for v in (A, F))
+    first = G[:, :-1]
+    above = torch.cat([A @ first, F.expand_as(first)], -1)
+    whole = lower(torch.cat([above, torch.cat([first, torch.zeros_like(first)], -1)], -2))
+    # What a state's deviation can be by rounding alone, where nothing is left of it.
+    rounding = times(A.abs(), G_before[:, :-1].norm(dim=-1)) + F.norm(dim=-1)
+    inverse, null = _inverse(whole[..., :n, :n], rounding, dtype)
+    Y = whole[..., n:, :n]
+    J, Z = Y @ inverse, torch.cat([whole[..., n:, n:], Y @ null], -1)
+    mean, factor = m[:, -1], G[:, -1]
+    means, factors = [mean], [factor]
+    for t in reversed(range(T - 1)):
+        mean = m[:, t] + times(J[:, t], mean - m_before[:, t + 1])
+        factor = lower(torch.cat([Z[:, t], J[:, t] @ factor], -1))
+        means.append(mean)
+        factors.append(factor)
+    mean, factor = torch.stack(means[::-1], 1), torch.stack(factors[::-1], 1)
+    cov = factor @ factor.mT
+    return mean.to(dtype), cov.to(dtype), (J @ cov[:, 1:]).to(dtype)
+
+
+def _inverse(X: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """X⁻¹ of lower triangular matrices (…, n, n), a generalised inverse where they are singular, and I − X⁻¹ X.
+
+    Rows are scaled to 1 first: a small deviation beside large ones is no singularity. What is no more than rounding
+    of `scale` (…, n) counts as zero; `dtype`: to how many digits X is known otherwise.
+    """
+    size = X.norm(dim=-1)
+    shrink = torch.where(size > 8 * X.shape[-1] * torch.finfo(X.dtype).eps * scale, 1 / size, 0.0)
+    unit = X * shrink[..., None]
+    tolerance = 8 * X.shape[-1] * torch.finfo(dtype).eps
+    eye = torch.eye(X.shape[-1]).to(X).expand_as(X)
+    if bool((unit.diagonal(dim1=-2, dim2=-1) > tolerance).all()):
+        return torch.linalg.solve_triangular(X, eye, upper=False), torch.zeros_like(X)
+    inverse = torch.linalg.pinv(unit, rtol=tolerance)
+    return inverse * shrink[..., None, :], eye - inverse @ unit

@@ -1,0 +1,383 @@
+"""The classical filter, smoother and forecast against values of 60 digits and one Gaussian of a whole series."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import JointGaussian
+from torch import Tensor
+
+from stateline import state as states
+from stateline.classical import (
+    KalmanFilter,
+    KalmanState,
+    SquareRootState,
+    StateSpace,
+    forecast,
+    kalman_filter,
+    kalman_smoother,
+    posterior_sample,
+    simulate,
+)  # fmt: skip
+
+REFERENCE = json.loads((Path(__file__).parent / "data" / "kalman_reference.json").read_text())
+CASES, STRESS = REFERENCE["cases"], REFERENCE["stress"]
+FORMS = ["joseph", "sqrt"]
+F64 = torch.float64
+
+
+def tensor(values: Any, dtype: torch.dtype = F64) -> Tensor:
+    """A tensor of nested lists, None being NaN."""
+    return torch.tensor(np.array(values, dtype=float), dtype=dtype)
+
+
+def load(case: dict[str, Any], dtype: torch.dtype = F64) -> tuple[StateSpace, Tensor, Tensor | None]:
+    parts = [tensor(case[k], dtype) if k in case else None for k in StateSpace._fields]
+    return StateSpace(*parts), tensor(case["y"], dtype), tensor(case["u"], dtype) if "u" in case else None  # type: ignore[arg-type]  # only B and D are absent
+
+
+def agrees(name: str, got: Tensor, wanted: Any, bound: float = 1e-10) -> None:
+    wanted = tensor(wanted)
+    assert got.shape == wanted.shape, name
+    error = float((got.detach() - wanted).abs().max() / wanted.abs().max())
+    assert error <= bound, f"{name}: error {error:.1e}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", list(CASES))
+def test_reference_values(name: str, form: str) -> None:
+    case = CASES[name]
+    model, y, u = load(case)
+    out, state = kalman_filter(model, y, u, form=form)
+    smoothed = kalman_smoother(model, y, u, form=form)
+    at, lag = case["cov_steps"], case["lag_one_steps"]
+    assert isinstance(state, SquareRootState if form == "sqrt" else KalmanState)
+    assert out.cov is not None
+    assert out.predicted_cov is not None
+    found = {
+        "loglik": out.loglik.sum(), "loglik_per_step": out.loglik, "filtered_mean": out.mean,
+        "predicted_mean": out.predicted_mean, "filtered_cov": out.cov[at], "predicted_cov": out.predicted_cov[at],
+        "smoothed_mean": smoothed.mean, "smoothed_cov": smoothed.cov[at], "lag_one_cov": smoothed.lag_cov[lag],
+    }  # fmt: skip
+    if "forecast_mean" in case:
+        ahead = forecast(model, state, 10)
+        found |= {"forecast_mean": ahead.mean, "forecast_cov": ahead.cov}
+        found |= {"forecast_state_mean": ahead.state_mean, "forecast_state_cov": ahead.state_cov}
+    for key, value in found.items():
+        assert value is not None
+        agrees(key, value, case[key])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "gradient" in case])
+def test_reference_gradients(name: str, form: str) -> None:
+    case = CASES[name]
+    model, y, u = load(case)
+    model = StateSpace(*(None if v is None else v.requires_grad_() for v in model))  # type: ignore[arg-type]  # B, D
+    loglik = kalman_filter(model, y, u, form=form, keep="loglik")[0].loglik.sum()
+    for key, wanted in case["gradient"].items():
+        part = key.split()[-1]
+        if "mpmath" in key:
+            continue
+        (slope,) = torch.autograd.grad(loglik, getattr(model, part), retain_graph=True)
+        scaled = key.startswith("d loglik / d log scale")
+        agrees(key, (slope * getattr(model, part)).sum() if scaled else slope, wanted, 1e-9)
+
+
+def test_float32_keeps_the_variance_of_a_precise_sensor() -> None:
+    for form in FORMS:
+        case = STRESS["cv_precise_sensor_float32"]
+        model, y, _ = load(case, torch.float32)
+        out, _ = kalman_filter(model, y, form=form)
+        assert out.cov is not None
+        for t, name in ((0, "first"), (-1, "last")):
+            got, wanted = out.cov[t].diagonal().double(), tensor(case[f"filtered_var_{name}"])
+            assert ((got - wanted).abs() / wanted).max() <= (1e-3 if form == "joseph" else 1e-5)
+        assert abs(out.loglik.double().sum() - case["loglik"]) <= 0.01
+
+
+def test_float32_tells_nearly_collinear_sensors_apart() -> None:
+    case = STRESS["near_collinear_float32"]
+    model, y, _ = load(case, torch.float32)
+    with pytest.raises(ValueError, match=r"of series 0 at step 0 is not positive definite.*form=\"sqrt\""):
+        kalman_filter(model, y)
+    out, _ = kalman_filter(model, y, form="sqrt")
+    assert out.cov is not None
+    for t, name in ((0, "first"), (-1, "last")):
+        got, wanted = out.cov[t].diagonal().double(), tensor(case[f"filtered_var_{name}"])
+        assert ((got - wanted).abs() / wanted).max() <= 1e-5
+    assert abs(out.loglik.double().sum() - case["loglik"]) <= 0.01
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float32_likelihood_of_a_long_track(form: str) -> None:
+    model, _, _ = load(CASES["track2d"])
+    _, y = simulate(model, 400, batch=3)
+    small = StateSpace(*(None if v is None else v.float() for v in model))  # type: ignore[arg-type]  # B, D
+    wanted = kalman_filter(StateSpace(*(None if v is None else v.double() for v in small)), y.float().double())[0]  # type: ignore[arg-type]  # B, D
+    got = kalman_filter(small, y.float(), form=form)[0]
+    assert (got.loglik.double().sum(-1) - wanted.loglik.sum(-1)).abs().max() <= 0.01
+
+
+# ---- any shapes, any gaps --------------------------------------------------------------------------------------------
+
+
+def varied(gaps: bool = True) -> tuple[StateSpace, Tensor, Tensor]:
+    """A model with parts of every kind of shape beside series (2, 3, 7, 2) and inputs (3, 7, 1)."""
+    draw = lambda *shape: torch.randn(*shape, dtype=F64)  # noqa: E731  # one line
+    square = lambda v: v @ v.mT + 0.2 * torch.eye(v.shape[-1], dtype=F64)  # noqa: E731  # one line
+    model = StateSpace(
+        A=0.5 * draw(7, 3, 3), B=draw(3, 1), C=draw(2, 1, 1, 2, 3), D=draw(3, 1, 2, 1), Q=square(draw(3, 1, 3, 3)),
+        R=square(draw(2, 3, 7, 2, 2)), m0=draw(3, 3), P0=square(draw(3, 3)),
+    )  # fmt: skip
+    y = draw(2, 3, 7, 2)
+    return model, torch.where(torch.rand(y.shape) < 0.3, torch.nan, y) if gaps else y, draw(3, 7, 1)
+
+
+def joint(model: StateSpace, y: Tensor, u: Tensor, i: int, j: int) -> JointGaussian:
+    """One of the series of `varied` as a Gaussian."""
+    A, B, C, D, Q, R, m0, P0 = model
+    assert B is not None
+    assert D is not None
+    t, n = y.shape[2], 3
+    whole = [v.expand(2, 3, t, *v.shape[-2:])[i, j] for v in (A, C, Q, R)]
+    b, d = (u[j] @ B.mT), (u[j] @ D[j, 0].mT)
+    return JointGaussian.of(y[i, j], *whole, m0.expand(2, 3, n)[i, j], P0, b, d)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes_broadcast_and_smoothing_conditions_on_everything(form: str) -> None:
+    model, y, u = varied()
+    out, state = kalman_filter(model, y, u, form=form)
+    smoothed = kalman_smoother(model, y, u, form=form)
+    assert state.mean.shape == (2, 3, 3)
+    assert state.cov.shape == (2, 3, 3, 3)
+    assert out.cov is not None
+    for i in range(2):
+        for j in range(3):
+            exact = joint(model, y, u, i, j)
+            mean, cov = exact.given(8)
+            blocks = cov.reshape(8, 3, 8, 3).transpose(1, 2)
+            pairs = [(smoothed.mean[i, j], mean.reshape(8, 3)[:7])]
+            pairs += [(smoothed.cov[i, j, t], blocks[t, t]) for t in range(7)]
+            pairs += [(smoothed.lag_cov[i, j, t], blocks[t, t + 1]) for t in range(6)]
+            pairs += [(out.cov[i, j, t], exact.state(t, t + 1)[1]) for t in range(7)]
+            pairs += [(out.loglik[i, j].sum(), exact.loglik(8))]
+            for got, wanted in pairs:
+                torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_series_may_be_cut_anywhere(form: str) -> None:
+    model, y, u = varied()
+    whole, last = kalman_filter(model, y, u, form=form)
+    for at in (0, 1, 4, 7):
+        halves, state = [], None
+        for span in (slice(at), slice(at, None)):
+            part = model._replace(A=model.A[span], R=model.R[:, :, span])
+            out, state = kalman_filter(part, y[:, :, span], u[:, span], initial_state=state, form=form)
+            halves.append(out)
+        for name, a, b, wanted in zip(whole._fields[:5], *halves, whole, strict=False):
+            torch.testing.assert_close(torch.cat([a, b], 2), wanted, rtol=1e-12, atol=1e-12, msg=name)
+        assert state is not None
+        torch.testing.assert_close(state.cov, last.cov, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_smoothed_moments_have_derivatives_or_say_that_they_do_not(form: str) -> None:
+    model, y, u = varied()
+    leaves = [v.requires_grad_() for v in (model.A, model.R, model.P0)]
+    if form == "sqrt":
+        with pytest.raises(ValueError, match="a derivative is wanted"):
+            kalman_smoother(model, y, u, form=form)
+        return
+    smoothed = kalman_smoother(model, y, u)
+    got = torch.autograd.grad(smoothed.mean.square().sum() + smoothed.lag_cov.sum() + smoothed.cov.sum(), leaves)
+    total = torch.zeros((), dtype=F64)
+    for i in range(2):
+        for j in range(3):
+            mean, cov = joint(model, y, u, i, j).given(8)
+            blocks = cov.reshape(8, 3, 8, 3).transpose(1, 2)
+            total = total + mean[:21].square().sum() + sum(blocks[t, t].sum() for t in range(7))
+            total = total + sum(blocks[t, t + 1].sum() for t in range(6))
+    for a, b in zip(got, torch.autograd.grad(total, leaves), strict=True):
+        b = (b + b.mT) / 2 if b.shape != model.A.shape else b
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", [0, 1, 5])
+def test_degenerate_models_are_ordinary(form: str, T: int) -> None:
+    """Singular Q, R = 0, P0 = 0, nothing observed, no steps: exactly what conditioning says."""
+    model, _, _ = load(CASES["ar2_singular_Q_noise"])
+    y = simulate(model, T, batch=2)[1]
+    zero = torch.zeros(2, 2, dtype=F64)
+    settings: list[tuple[StateSpace, Tensor]] = [
+        (model._replace(R=0 * model.R), y), (model._replace(P0=zero), y), (model._replace(Q=zero), y),
+        (model, torch.full_like(y, torch.nan)), (model._replace(Q=zero, P0=zero), y),
+    ]  # fmt: skip
+    for case, series in settings:
+        out, state = kalman_filter(case, series, form=form)
+        smoothed = kalman_smoother(case, series, form=form)
+        assert smoothed.mean.shape == (2, T, 2)
+        assert smoothed.lag_cov.shape == (2, max(T - 1, 0), 2, 2)
+        parts = [v.expand(T, *v.shape) for v in (case.A, case.C, case.Q, case.R)]
+        for i in range(2):
+            nothing = torch.zeros(T, 2, dtype=F64), torch.zeros(T, 1, dtype=F64)
+            exact = JointGaussian.of(series[i], *parts, case.m0, case.P0, *nothing)
+            mean, cov = exact.given(T)
+            wanted = [(state.mean[i], mean[2 * T :]), (state.cov[i], cov[2 * T :, 2 * T :])]
+            wanted += [(smoothed.mean[i], mean[: 2 * T].reshape(T, 2)), (out.loglik[i].sum(), exact.loglik(T))]
+            wanted += [(smoothed.cov[i, t], cov[2 * t : 2 * t + 2, 2 * t : 2 * t + 2]) for t in range(T)]
+            for a, b in wanted:
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_forecasts_cover_what_comes() -> None:
+    model, _, _ = load(CASES["track2d"])
+    model = model._replace(D=torch.ones(2, 1, dtype=F64), B=torch.ones(4, 1, dtype=F64))
+    u = torch.randn(60, 1, dtype=F64)
+    _, y = simulate(model, 60, u, batch=2000)
+    _, state = kalman_filter(model, y[:, :50], u[:50])
+    ahead = forecast(model, state, 10, u[50:])
+    low, high = ahead.interval(0.9)
+    inside = ((low <= y[:, 50:]) & (y[:, 50:] <= high)).double().mean()
+    assert ahead.cov.shape == (2000, 10, 2, 2)
+    assert abs(inside - 0.9) < 0.006  # four deviations of what 2,000 series tell
+    with pytest.raises(ValueError, match="level"):
+        ahead.interval(1.5)
+    with pytest.raises(ValueError, match=r"^forecast: u is None"):
+        forecast(model, state, 10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_paths_have_the_moments_of_the_posterior(form: str) -> None:
+    model, y, u = varied()
+    smoothed = kalman_smoother(model, y, u, form=form)
+    generator = torch.Generator().manual_seed(3)
+    paths = posterior_sample(model, y, u, samples=2000, form=form, generator=generator)
+    assert paths.shape == (2000, 2, 3, 7, 3)
+    deviation = smoothed.cov.diagonal(dim1=-2, dim2=-1).sqrt()
+    assert ((paths.mean(0) - smoothed.mean).abs() / deviation).max() < 5 / 2000**0.5
+    lag = ((paths - paths.mean(0))[..., :-1, :, None] * (paths - paths.mean(0))[..., 1:, None, :]).mean(0)
+    scale = deviation[..., :-1, :, None] * deviation[..., 1:, None, :]
+    assert ((lag - smoothed.lag_cov).abs() / scale).max() < 7 / 2000**0.5
+    generator.manual_seed(3)
+    assert torch.equal(paths, posterior_sample(model, y, u, samples=2000, form=form, generator=generator))
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_the_law(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Pieces and single observations give what the whole gives; a saved state goes on in bits."""
+    model, y, u = load(CASES["track2d_inputs"], dtype)
+    assert u is not None
+    y, u = torch.stack([y, y.flip(0)]), torch.stack([u, -u])
+    y[1, 4, 0] = torch.nan
+    layer = KalmanFilter(model, form=form)
+    bound = 1e-11 if dtype == F64 else 1e-4
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            whole, start = layer(y, u), layer.init_state(2)
+            first, state = layer.extend(y[:, :90], start, u[:, :90])
+            parts = [first.mean]
+            for t in range(90, 100):
+                out, state = layer.update(y[:, t], state, u[:, t])
+                assert out.mean is not None
+                parts.append(out.mean[:, None])
+            torch.testing.assert_close(torch.cat(parts, 1), whole.mean, rtol=bound, atol=bound)
+            assert torch.equal(start.mean, layer.init_state(2).mean)
+    states.save(state, tmp_path / "state.safetensors", layer)
+    again = states.load(tmp_path / "state.safetensors", layer)
+    _, a = layer.update(y[:, 0], state, u[:, 0])
+    _, b = layer.update(y[:, 0], again, u[:, 0])
+    assert torch.equal(a.mean, b.mean)
+    assert type(a) is type(b)
+    with torch.no_grad():
+        layer.C.mul_(2)
+    with pytest.raises(ValueError, match="made by another model or other weights"):
+        states.load(tmp_path / "state.safetensors", layer)
+
+
+def test_the_module_learns_and_keeps_its_digits() -> None:
+    model, y, _ = load(CASES["nile_local_level"])
+    layer = KalmanFilter(model._replace(R=2 * model.R))
+    for p in (layer.A, layer.C, layer.m0, layer.P0_factor):
+        p.requires_grad_(False)
+    optimizer = torch.optim.LBFGS([layer.R_factor, layer.Q_factor], line_search_fn="strong_wolfe", max_iter=40)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -layer(y[None]).loglik.sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]  # torch's
+    best = CASES["nile_local_level"]["mle"]["known start m0=1000,P0=1e5"]
+    assert abs(-loss().item() - best["loglik"]) < 1e-5
+    learned = layer.model()
+    assert abs(learned.R.item() - best["R"]) / best["R"] < 1e-2
+    assert layer.half().A.dtype == torch.float32
+    assert layer.to(torch.float64).Q_factor.dtype == F64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = layer(y[None]).loglik
+    assert torch.equal(inside, layer(y[None]).loglik)
+    one = learned.A.detach()
+    with pytest.raises(ValueError, match=r"^KalmanFilter: A has shape \(2, 1, 1\), expected one matrix for all"):
+        KalmanFilter(model._replace(A=one.expand(2, 1, 1)))
+
+
+def test_updates_follow_the_parameters() -> None:
+    """The step keeps matrices between calls; whatever changes a parameter is seen."""
+    model, y, _ = load(CASES["track2d"])
+    for form in FORMS:
+        layer = KalmanFilter(model, form=form)
+        start = layer.init_state(1)
+        with torch.no_grad():
+            before, _ = layer.update(y[None, 0], start)
+            layer.R_factor.mul_(3)
+            after, _ = layer.update(y[None, 0], start)
+            fresh, _ = layer.extend(y[None, :1], start)
+        assert before.loglik != after.loglik
+        torch.testing.assert_close(after.loglik, fresh.loglik[:, 0])
+
+
+def test_errors_name_the_argument() -> None:
+    model, y, _ = load(CASES["track2d"])
+    _, state = kalman_filter(model, y)
+    two, narrow = KalmanState(state.mean.expand(2, 4), state.cov), KalmanState(state.mean[:3], state.cov)
+    for run, message in [
+        (lambda: kalman_filter(model, y[:, :1]), r"^kalman_filter: y has shape \(100, 1\)"),
+        (lambda: kalman_filter(model, y, form="ud"), r"form is 'ud'"),
+        (lambda: kalman_filter(model, y.expand(3, 100, 2), initial_state=two), r"the state has series \(2,\), y"),
+        (lambda: kalman_filter(model, y, initial_state=narrow), r"the state's mean has"),
+        (lambda: forecast(model, state, -1), r"^forecast: steps is -1"),
+        (lambda: kalman_smoother(model, y[0]), r"^kalman_smoother: y has shape \(2,\)"),
+        (lambda: posterior_sample(model, y, samples=0), r"^posterior_sample: samples is 0"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run()
+    with pytest.raises(TypeError, match=r"^kalman_filter: y is float32, expected one of float64"):
+        kalman_filter(model, y.float())
+    _, roots = kalman_filter(model, y, form="sqrt")
+    with pytest.raises(TypeError, match=r'initial_state holds factors. Give form="sqrt"'):
+        kalman_filter(model, y, initial_state=roots)
+
+
+def test_examples_in_docstrings() -> None:
+    for name in ("ops.kalman", "classical.kalman", "classical.smoother", "classical.layer", "classical.nonlinear"):
+        module = importlib.import_module(f"stateline.{name}")
+        names = {"torch": torch, "StateSpace": StateSpace, "kalman_filter": kalman_filter}
+        failed, tried = doctest.testmod(module, extraglobs=names)
+        assert tried
+        assert not failed, name
