@@ -13,9 +13,9 @@ struct Job {
 };
 
 // One group from the first step to the last.
-template <class L, int N, int M>
+template <class L>
 void run_group(const Args& a, int64_t first, int count, Arena arena) {
-    Filter<L, N, M> f(a, arena);
+    Filter<L> f(a, arena);
     f.begin(first, count);
     f.load_start();
     for (int64_t t = 0; t < a.steps; t++) {
@@ -36,17 +36,17 @@ void run_group(const Args& a, int64_t first, int count, Arena arena) {
     f.save_cov(f.P, a.cov_next, 1, 0, true);
 }
 
-template <class L, int N, int M>
+template <class L>
 size_t bytes(const Args& a) {
     Arena arena = {nullptr};
-    Filter<L, N, M> f(a, arena);
+    Filter<L> f(a, arena);
     return arena.used + 64;
 }
 
-template <class L, int N, int M>
+template <class L>
 void task(void* context, int64_t number) {
     Job& job = *(Job*)context;
-    const size_t needed = bytes<L, N, M>(job.a);
+    const size_t needed = bytes<L>(job.a);
     Arena arena = {(char*)sl_scratch(needed)};
     if (!arena.memory) {
         job.failed = SL_NO_MEMORY;
@@ -54,7 +54,7 @@ void task(void* context, int64_t number) {
     }
     __builtin_memset(arena.memory, 0, needed);
     const int64_t first = number * job.width, rest = job.a.series - first;
-    run_group<L, N, M>(job.a, first, int(rest < job.width ? rest : job.width), arena);
+    run_group<L>(job.a, first, int(rest < job.width ? rest : job.width), arena);
 }
 
 // ---- one covariance recursion for all series
@@ -81,7 +81,7 @@ struct SharedJob {
 template <class L>
 struct SharedCovariance {
     typedef typename L::R R;
-    Filter<L, 0, 0> f;
+    Filter<L> f;
     const SharedJob<R>* job = nullptr;
     bool fine = true;
     SharedCovariance(const Args& a, Arena& arena) : f(a, arena) {
@@ -122,13 +122,13 @@ void shared_means(void* context, int64_t number) {
     typedef Lanes<R> L;
     SharedJob<R>& job = *(SharedJob<R>*)context;
     const Args& a = job.a;
-    const size_t needed = bytes<L, 0, 0>(a);
+    const size_t needed = bytes<L>(a);
     Arena arena = {(char*)sl_scratch(needed)};
     if (!arena.memory) {
         job.failed = SL_NO_MEMORY;
         return;
     }
-    Filter<L, 0, 0> f(a, arena);
+    Filter<L> f(a, arena);
     const int64_t first = number * L::SERIES, rest = a.series - first;
     f.begin(first, int(rest < L::SERIES ? rest : L::SERIES));
     const int n = f.n(), m = f.m();
@@ -136,7 +136,7 @@ void shared_means(void* context, int64_t number) {
     f.load(f.mean, 1, n, start, 0);
     for (int64_t t = job.from; t < job.to; t++) {
         const Record<R> r(a, job.records + (t - job.from) * Record<R>::size(a), job.constant);
-        const typename Filter<L, 0, 0>::Gains gains = {{r.Ct, m}, {r.U, m}, {r.gain, n}, {r.At, n}, r.inverse};
+        const typename Filter<L>::Gains gains = {{r.Ct, m}, {r.U, m}, {r.gain, n}, {r.At, n}, r.inverse};
         f.read_observation(t);
         f.save(f.mean, 1, n, a.predicted_mean, a.steps * n, t * n);
         f.template correct_mean<Shared<R>>(gains);
@@ -152,7 +152,7 @@ int run_shared(const Args& a) {
     typedef typename L::R R;
     const size_t size = Record<R>::size(a), stretch = 1 + (size_t(1) << 18) / size;
     const int64_t block = int64_t(stretch) < a.steps ? int64_t(stretch) : a.steps;
-    const size_t needed = bytes<L, 0, 0>(a), numbers = size * block + a.n * a.n + a.series * a.n;
+    const size_t needed = bytes<L>(a), numbers = size * block + a.n * a.n + a.series * a.n;
     char* memory = (char*)aligned_alloc(64, (needed + numbers * sizeof(R) + 127) / 64 * 64);
     if (!memory) return SL_NO_MEMORY;
     __builtin_memset(memory, 0, needed);
@@ -175,7 +175,7 @@ int run_shared(const Args& a) {
 
 // ---- which layout
 
-template <class L, int N, int M>
+template <class L>
 int run_all(const Args& a) {
     if (a.shared && a.series > 1) {
         if constexpr (L::SERIES == 1) return run_shared<L>(a);
@@ -183,25 +183,23 @@ int run_all(const Args& a) {
     Job job = {a, L::SERIES, SL_OK};
     const double flops = 5.0 * double(a.n + a.m) * double(a.n + a.m) * double(a.n);
     sl_parallel((a.series + job.width - 1) / job.width, a.threads, 2e-4 * double(a.series) * double(a.steps) * flops,
-                task<L, N, M>, &job);
+                task<L>, &job);
     return int(job.failed);
 }
 
 template <class R>
 int dispatch(const Args& a) {
-    constexpr int S = sizeof(R);
     const int64_t most = a.n > a.m ? a.n : a.m;
-    if (most <= WIDEST_IN_LANES && a.series > 2 && !a.shared) return run_all<Lanes<R>, 0, 0>(a);
-    if (SL_BYTES >= 32 && most * S > 16) {
-        if (SL_BYTES >= 64 && most * S > 32) return run_all<Row<R, SL_BYTES>, 0, 0>(a);
-        return run_all<Row<R, SL_BYTES < 32 ? SL_BYTES : 32>, 0, 0>(a);
-    }
-    return run_all<Row<R, 16>, 0, 0>(a);
+    if (most <= WIDEST_IN_LANES && a.series > 2 && !a.shared) return run_all<Lanes<R>>(a);
+    if (SL_BYTES > 32 && most * int64_t(sizeof(R)) <= 32) return run_all<Row<R, SL_BYTES < 32 ? SL_BYTES : 32>>(a);
+    return run_all<Row<R, SL_BYTES>>(a);
 }
 
 int filter(const Args& a) {
-    *a.info = -1;
-    return a.is_double ? dispatch<double>(a) : dispatch<float>(a);
+    a.info[0] = a.info[1] = -1;
+    const int status = a.is_double ? dispatch<double>(a) : dispatch<float>(a);
+    if (a.info[0] >= 0) a.info[1] = a.info[0] / a.series, a.info[0] = a.at(a.info[0] % a.series);
+    return status;
 }
 
 }  // namespace
@@ -222,8 +220,7 @@ static int one_step(const Args& given) {
         count += row >= 0;
     }
     a.place = place, a.slot = slot, a.series = count;
-    const int status = count ? filter(a) : (*a.info = -1, int(SL_OK));
-    if (*a.info >= 0) *a.info = place[*a.info];
+    const int status = filter(a);
     free(memory);
     return status;
 }

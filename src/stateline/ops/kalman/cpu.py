@@ -12,6 +12,9 @@ from stateline.ops import native
 from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 ABSENT3 = (0, 0, 0)
+_DIMS = (1, 2, 2, 2, 2, 1, 1, 1, 2)  # adjacent dimensions of y, A, C, Q, R, b, d, mean0, cov0
+#: Numbers from which a result is much.
+LARGE = 1 << 19
 _NO_GRADIENTS = (*ABSENT3 * 7, *(0,) * 9)
 
 
@@ -31,13 +34,15 @@ def forward(
     shared: bool,
 ) -> tuple[Tensor | None, ...]:
     """mean (N, T, n), cov (s, T, n, n), predicted_mean, predicted_cov, loglik (N, T), mean_next (N, n), cov_next
-    (s, n, n), info; None for what `keep` leaves out."""
+    (s, n, n), info; None for what `keep` leaves out. Square roots of float32 data are computed in float64."""
+    if form == "sqrt" and y.dtype is torch.float32:
+        given = (None if v is None else v.double() for v in (y, A, C, Q, R, b, d, mean0, cov0))
+        *wide, info = forward(*given, form=form, keep=keep, shared=shared)  # type: ignore[arg-type]  # nine in order
+        return (*(None if v is None else v.float() for v in wide), info)
     (N, T, _), n, s = y.shape, mean0.shape[1], 1 if shared else y.shape[0]
     shapes = ((N, T, n), (s, T, n, n), (N, T, n), (s, T, n, n), (N, T), (N, n), (s, n, n))
-    dropped = DROPPED[keep] if keep != "loglik" else RESULTS[:4]
-    results = [
-        None if name in dropped else _empty(shape, y.dtype) for name, shape in zip(RESULTS, shapes, strict=True)
-    ]
+    dropped = DROPPED[keep]
+    results = [None if name in dropped else _empty(shape, y.dtype) for name, shape in zip(RESULTS, shapes, strict=True)]
     info = torch.empty(2, dtype=torch.int64)
     system, fields = _system(y, A, C, Q, R, b, d, mean0, cov0)
     native.call(
@@ -48,7 +53,7 @@ def forward(
         ),
     )  # fmt: skip
     del system
-    return (*results, _failure(info, N))
+    return (*results, info)
 
 
 def backward(
@@ -123,29 +128,40 @@ def step(
     """One observation y (b, m), in place: filtered mean (b, n), cov (b, n, n), loglik (b), and info as of `forward`.
 
     A (·, n, n), C (·, m, n), Q, R, b (·, n), d (·, m): the first dimension is that of y or 1. index (b) picks rows of
-    mean and cov, a negative one skips. After a failure the state of the series that failed is as before.
+    mean and cov, a negative one skips. A series that fails keeps its state; others may not.
     """
+    if form == "sqrt" and y.dtype is torch.float32:
+        state = mean.double(), cov.double()
+        given = (None if v is None else v.double() for v in (y, A, C, Q, R, b, d))
+        *wide, info = step(*given, *state, index, form=form)  # type: ignore[arg-type]  # seven in order
+        mean.copy_(state[0]), cov.copy_(state[1])
+        return (*(v.float() for v in wide), info)  # type: ignore[return-value]  # three and info
     rows, n, make = y.shape[0], mean.shape[1], torch.empty if index is None else torch.zeros
     out = make(rows, n, dtype=y.dtype), make(rows, n, n, dtype=y.dtype), make(rows, dtype=y.dtype)
     means, covs = native.parameter(mean, y.dtype), native.parameter(cov, y.dtype)
     index, info = native.slots(index), torch.empty(2, dtype=torch.int64)
-    system, fields = _system(y[:, None], *(None if v is None else v[:, None] for v in (A, C, Q, R, b, d)), means, covs)
+    system, fields = _system(y, A, C, Q, R, b, d, means, covs)
     native.call(
         "kalman_step",
         (
-            *_sizes(y[:, None], n, form, False), *fields, out[0].data_ptr(), out[1].data_ptr(), 0, 0, out[2].data_ptr(),
-            means.data_ptr(), covs.data_ptr(), info.data_ptr(), 0, native.pointer(index), len(means), *_NO_GRADIENTS,
+            rows, 1, n, y.shape[1], torch.get_num_threads(), y.dtype == torch.float64, form == "sqrt", False, *fields,
+            out[0].data_ptr(), out[1].data_ptr(), 0, 0, out[2].data_ptr(), means.data_ptr(), covs.data_ptr(),
+            info.data_ptr(), 0, native.pointer(index), means.shape[0], *_NO_GRADIENTS,
         ),
     )  # fmt: skip
     del system
     for state, used in ((mean, means), (cov, covs)):
         if state is not used:
             state.copy_(used)
-    return (*out, _failure(info, rows))
+    return (*out, info)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
+    """Memory for a result, in large pages where there is much: finding pages else takes longer than the filter."""
+    result = torch.empty(shape, dtype=dtype)
+    if result.numel() > LARGE:
+        native.large_pages(result)
+    return result
 
 
 def _sizes(y: Tensor, n: int, form: str, shared: bool) -> tuple[int, ...]:
@@ -159,27 +175,23 @@ def _operand(v: Tensor | None, dtype: torch.dtype, dims: int) -> tuple[Tensor | 
         return None, ABSENT3
     if v.dtype is not dtype:
         v = v.to(dtype)
-    inner = v.shape[v.dim() - dims :]
-    adjacent = v.stride()[v.dim() - dims :] == (inner[1], 1) if dims == 2 else dims == 0 or v.shape[-1] <= 1 or v.stride(-1) == 1
-    if not adjacent or v.is_neg():
+    shape, strides = v.shape, v.stride()
+    inner = len(shape) - dims
+    if (dims and shape[-1] > 1 and strides[-1] != 1) or (dims == 2 and strides[-2] != shape[-1]) or v.is_neg():
         v = v.resolve_neg().contiguous()
-    batch = v.stride(0) if v.shape[0] > 1 else 0
-    time = v.stride(1) if v.dim() > dims + 1 and v.shape[1] > 1 else 0
-    return v, (v.data_ptr(), batch, time)
+        strides = v.stride()
+    time = strides[1] if inner > 1 and shape[1] > 1 else 0
+    return v, (v.data_ptr(), strides[0] if shape[0] > 1 else 0, time)
 
 
 def _system(
-    y: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor, b: Tensor | None, d: Tensor | None, mean0: Tensor, cov0: Tensor
+    y: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor, b: Tensor | None, d: Tensor | None, mean0: Tensor,
+    cov0: Tensor,
 ) -> tuple[list[Tensor | None], tuple[int, ...]]:  # fmt: skip
     """What the kernels read, to be kept alive, and its fields."""
-    pairs = [
-        _operand(v, y.dtype, dims)
-        for v, dims in zip((y, A, C, Q, R, b, d, mean0, cov0), (1, 2, 2, 2, 2, 1, 1, 1, 2), strict=True)
-    ]
-    return [v for v, _ in pairs], tuple(x for _, fields in pairs for x in fields)
-
-
-def _failure(info: Tensor, series: int) -> Tensor:
-    """Series and step of the first failure, or (−1, −1)."""
-    first = int(info[0])
-    return info.fill_(-1) if first < 0 else torch.tensor((first % series, first // series))
+    dtype, alive, fields = y.dtype, [], []
+    for v, dims in zip((y, A, C, Q, R, b, d, mean0, cov0), _DIMS, strict=True):
+        used, where = _operand(v, dtype, dims)
+        alive.append(used)
+        fields += where
+    return alive, tuple(fields)

@@ -26,9 +26,9 @@ struct Plan {
     Sum A, C, Q, R, b, d, cov0;
 };
 
-template <class L, int N, int M_>
-struct Adjoint : Filter<L, N, M_> {
-    typedef Filter<L, N, M_> F0;
+template <class L>
+struct Adjoint : Filter<L> {
+    typedef Filter<L> F0;
     typedef typename F0::M M;
     typedef typename F0::R R;
     typedef typename F0::E E;
@@ -242,18 +242,18 @@ struct Adjoint : Filter<L, N, M_> {
     }
 };
 
-template <class L, int N, int M>
+template <class L>
 void task(void* context, int64_t number) {
     Plan& plan = *(Plan*)context;
     Arena measure = {nullptr};
-    Adjoint<L, N, M> sizes(plan, measure);
+    Adjoint<L> sizes(plan, measure);
     Arena arena = {(char*)sl_scratch(measure.used + 64)};
     if (!arena.memory) {
         plan.failed = SL_NO_MEMORY;
         return;
     }
     __builtin_memset(arena.memory, 0, measure.used + 64);
-    Adjoint<L, N, M> adjoint(plan, arena);
+    Adjoint<L> adjoint(plan, arena);
     const int64_t first = number * plan.width, rest = plan.a.series - first;
     adjoint.run(number, first, int(rest < plan.width ? rest : plan.width));
 }
@@ -269,7 +269,7 @@ void add_up(const Sum& sum, char* to, int64_t groups, int64_t numbers) {
     }
 }
 
-template <class L, int N, int M>
+template <class L>
 int run_all(const Args& a) {
     typedef typename L::R R;
     const int64_t width = L::SERIES, groups = (a.series + width - 1) / width, n = a.n, m = a.m;
@@ -294,7 +294,7 @@ int run_all(const Args& a) {
         next += shared(i) ? groups * i.size * steps(i) : 0;
     }
     const double flops = 15.0 * double(n + m) * double(n + m) * double(n);
-    sl_parallel(groups, a.threads, 2e-4 * double(a.series) * double(a.steps) * flops, task<L, N, M>, &plan);
+    sl_parallel(groups, a.threads, 2e-4 * double(a.series) * double(a.steps) * flops, task<L>, &plan);
     for (const Item& i : items)
         if (shared(i)) add_up<R>(*i.sum, i.to, groups, i.size * steps(i));
     free(memory);
@@ -303,14 +303,10 @@ int run_all(const Args& a) {
 
 template <class R>
 int dispatch(const Args& a) {
-    constexpr int S = sizeof(R);
     const int64_t most = a.n > a.m ? a.n : a.m;
-    if (most <= WIDEST_IN_LANES && a.series > 2) return run_all<Lanes<R>, 0, 0>(a);
-    if (SL_BYTES >= 32 && most * S > 16) {
-        if (SL_BYTES >= 64 && most * S > 32) return run_all<Row<R, SL_BYTES>, 0, 0>(a);
-        return run_all<Row<R, SL_BYTES < 32 ? SL_BYTES : 32>, 0, 0>(a);
-    }
-    return run_all<Row<R, 16>, 0, 0>(a);
+    if (most <= WIDEST_IN_LANES && a.series > 2) return run_all<Lanes<R>>(a);
+    if (SL_BYTES > 32 && most * int64_t(sizeof(R)) <= 32) return run_all<Row<R, SL_BYTES < 32 ? SL_BYTES : 32>>(a);
+    return run_all<Row<R, SL_BYTES>>(a);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ struct Args {
     int64_t series, steps, n, m, threads, is_double, factors, shared;  // factors: Q, R and covariances are square roots
     Operand y, A, C, Q, R, b, d, mean0, cov0;
     char *mean, *cov, *predicted_mean, *predicted_cov, *loglik, *mean_next, *cov_next;
-    int64_t* info;
+    int64_t* info;  // two: series and step of the first failure, or −1; meanwhile their rank in the first
     const int64_t *place, *slot;  // the step: rows of y and of the state of each series; at first, of each row of y
     int64_t slots;
     // gradients: of the seven results, then of y, A, C, Q, R, b, d, mean0, cov0
@@ -40,9 +40,9 @@ struct Args {
 constexpr int LITERAL = 8;           // states up to which Joseph's form is computed as it is written
 constexpr int WIDEST_IN_LANES = 16;  // states or observations up to which series lie side by side
 
-template <class L, int N, int M_>
-struct Filter : Algebra<L, N != 0> {
-    typedef Algebra<L, N != 0> Base;
+template <class L>
+struct Filter : Algebra<L> {
+    typedef Algebra<L> Base;
     typedef typename Base::M M;
     typedef typename Base::R R;
     typedef typename Base::E E;
@@ -62,8 +62,8 @@ struct Filter : Algebra<L, N != 0> {
     R* inverse;
     E entries, logdet, quadratic, least;
 
-    int n() const { return N ? N : n_; }
-    int m() const { return M_ ? M_ : m_; }
+    int n() const { return n_; }
+    int m() const { return m_; }
 
     static int padded(int columns) { return (columns + CW - 1) / CW * CW; }
     M take(Arena& arena, int rows, int columns) { return {arena.take<R>(size_t(rows) * padded(columns) * ES), padded(columns)}; }
@@ -92,16 +92,19 @@ struct Filter : Algebra<L, N != 0> {
     // ---- between memory and the layout
 
     int64_t lane(int i) const { return first + (i < count ? i : count - 1); }
+    static void move_rows(R* to, int to_row, const R* from, int from_row, int rows, int columns) {
+        if (to_row == from_row) columns *= rows, rows = 1;
+        for (int r = 0; r < rows; r++) __builtin_memcpy(to + r * to_row, from + r * from_row, sizeof(R) * columns);
+    }
     void load(M to, int rows, int columns, const Operand& o, int64_t t, bool state = false) const {
         const R* from[SERIES];
         for (int i = 0; i < SERIES; i++) from[i] = (const R*)o.data + (state ? a.row(lane(i)) : a.at(lane(i))) * o.batch + t * o.time;
-        const bool same = SERIES > 1 && from[0] == from[SERIES - 1];
+        if constexpr (SERIES == 1) return move_rows(to.p, to.ld, from[0], columns, rows, columns);
+        const bool same = from[0] == from[SERIES - 1];
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < columns; c++) {
                 R* p = at(to, r, c);
-                if constexpr (SERIES == 1)
-                    *p = from[0][r * columns + c];
-                else if (same)
+                if (same)
                     store(p, splat(from[0][r * columns + c]));
                 else
                     for (int i = 0; i < SERIES; i++) p[i] = from[i][r * columns + c];
@@ -111,8 +114,11 @@ struct Filter : Algebra<L, N != 0> {
         if (!data) return;
         for (int i = 0; i < count; i++) {
             R* to = (R*)data + (state ? a.row(first + i) : a.at(first + i)) * batch + offset;
-            for (int r = 0; r < rows; r++)
-                for (int c = 0; c < columns; c++) to[r * columns + c] = at(from, r, c)[SERIES > 1 ? i : 0];
+            if constexpr (SERIES == 1)
+                move_rows(to, columns, from.p, from.ld, rows, columns);
+            else
+                for (int r = 0; r < rows; r++)
+                    for (int c = 0; c < columns; c++) to[r * columns + c] = at(from, r, c)[i];
         }
     }
     void save_cov(M from, char* data, int64_t steps, int64_t t, bool state = false) const {
@@ -265,7 +271,7 @@ struct Filter : Algebra<L, N != 0> {
             least = where(pivot, least, least, pivot);
             determinant.times(pivot * pivot);
             L::set(inverse + i * ES, one / pivot);
-            for (int j = 0; j < m; j++) L::set(at(U, i, j), L::one(at(stack, i, j)));
+            for (int j = 0; j < m; j++) L::set(at(U, i, j), j < i ? zero : L::one(at(stack, i, j)));
             for (int j = 0; j < n; j++) L::set(at(gain, i, j), L::one(at(stack, i, m + j)));
         }
         logdet = determinant.log();

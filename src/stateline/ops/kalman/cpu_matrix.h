@@ -54,6 +54,21 @@ SL_INLINE VF root(VF x) {
 #endif
 }
 
+// A number in every place of a vector. (GCC makes a masked move a place of a loop over them.)
+template <class V, class R>
+SL_INLINE V broadcast(R x) {
+#if defined(__AVX__)
+    constexpr bool wide = sizeof(R) == 8;
+    if constexpr (sizeof(V) == 16 && wide) return (V)_mm_set1_pd(x);
+    else if constexpr (sizeof(V) == 16) return (V)_mm_set1_ps(x);
+    else if constexpr (sizeof(V) == 32 && wide) return (V)_mm256_set1_pd(x);
+    else if constexpr (sizeof(V) == 32) return (V)_mm256_set1_ps(x);
+    else return splat(x);
+#else
+    return splat(x);
+#endif
+}
+
 template <class R_>
 struct Lanes {
     typedef R_ R;
@@ -76,12 +91,7 @@ struct Row {
     static constexpr int ES = 1, CW = BYTES / int(sizeof(R)), SERIES = 1;
     SL_INLINE C get(const R* p) { return load_as<C>(p); }
     SL_INLINE void put(R* p, C x) { store(p, x); }
-    SL_INLINE C spread(R x) {
-        C c;
-#pragma GCC unroll 16
-        for (int i = 0; i < CW; i++) c[i] = x;
-        return c;
-    }
+    SL_INLINE C spread(R x) { return broadcast<C>(x); }
     SL_INLINE C all(const R* p) { return spread(*p); }
     SL_INLINE E one(const R* p) { return *p; }
     SL_INLINE void set(R* p, E x) { *p = x; }
@@ -153,32 +163,18 @@ SL_INLINE void row_block(Matrix<typename L::R> out, Matrix<typename L::R> base, 
     int c = first;
     for (; c + WIDE <= chunks; c += WIDE)
         block<L, Y, RB, WIDE, MINUS>(at(out, c, S), at(base, c, S), x, at(y, c, L::CW * Y::ES), depth);
-    if (WIDE > 2 && c + 2 <= chunks) {
-        block<L, Y, RB, 2, MINUS>(at(out, c, S), at(base, c, S), x, at(y, c, L::CW * Y::ES), depth);
-        c += 2;
-    }
-    if (c < chunks) block<L, Y, RB, 1, MINUS>(at(out, c, S), at(base, c, S), x, at(y, c, L::CW * Y::ES), depth);
+    for (; c < chunks; c++) block<L, Y, RB, 1, MINUS>(at(out, c, S), at(base, c, S), x, at(y, c, L::CW * Y::ES), depth);
 }
 
 // out = base ± x·y (rows × columns; base.p null: zero). UPPER: only what lies in or above the diagonal's vectors.
 template <class L, class Y, bool MINUS, bool UPPER>
-SL_INLINE void multiply_here(Matrix<typename L::R> out, int rows, int columns, Matrix<typename L::R> base, Left<typename L::R> x,
+__attribute__((noinline)) void multiply_rows(Matrix<typename L::R> out, int rows, int columns, Matrix<typename L::R> base, Left<typename L::R> x,
                              Matrix<typename L::R> y, int depth) {
     const int chunks = (columns + L::CW - 1) / L::CW;
     int r = 0;
     for (; r + 4 <= rows; r += 4) row_block<L, Y, 4, MINUS>(out, base, x, y, depth, UPPER ? r / L::CW : 0, chunks, r);
-    if (r + 2 <= rows) {
-        row_block<L, Y, 2, MINUS>(out, base, x, y, depth, UPPER ? r / L::CW : 0, chunks, r);
-        r += 2;
-    }
-    if (r < rows) row_block<L, Y, 1, MINUS>(out, base, x, y, depth, UPPER ? r / L::CW : 0, chunks, r);
+    for (; r < rows; r++) row_block<L, Y, 1, MINUS>(out, base, x, y, depth, UPPER ? r / L::CW : 0, chunks, r);
 }
-template <class L, class Y, bool MINUS, bool UPPER>
-__attribute__((noinline)) void multiply_there(Matrix<typename L::R> out, int rows, int columns, Matrix<typename L::R> base,
-                                              Left<typename L::R> x, Matrix<typename L::R> y, int depth) {
-    multiply_here<L, Y, MINUS, UPPER>(out, rows, columns, base, x, y, depth);
-}
-
 // Mantissas multiplied and exponents added, so that a product of many numbers > 0 neither overflows nor costs a logarithm each.
 template <class E, class R>
 struct LogProduct {
@@ -218,8 +214,8 @@ SL_INLINE E where(E condition_left, E condition_right, E yes, E no) {  // left >
     return condition_left > condition_right ? yes : no;
 }
 
-// The algebra of one layout. INLINE: sizes are known where it is used, and loops unroll.
-template <class L, bool INLINE>
+// The algebra of one layout.
+template <class L>
 struct Algebra {
     typedef typename L::R R;
     typedef typename L::E E;
@@ -232,10 +228,7 @@ struct Algebra {
 
     template <bool MINUS = false, bool UPPER = false, class Y = L>
     SL_INLINE void multiply(M out, int rows, int columns, M base, Left<R> x, M y, int depth) {
-        if constexpr (INLINE)
-            multiply_here<L, Y, MINUS, UPPER>(out, rows, columns, base, x, y, depth);
-        else
-            multiply_there<L, Y, MINUS, UPPER>(out, rows, columns, base, x, y, depth);
+        multiply_rows<L, Y, MINUS, UPPER>(out, rows, columns, base, x, y, depth);
     }
     // The upper triangle over the lower one.
     SL_INLINE void mirror(M m, int n) {
@@ -260,9 +253,9 @@ struct Algebra {
             L::put(at(m, to, c * CW), madd(factor, L::get(at(m, from, c * CW)), L::get(at(m, to, c * CW))));
     }
 
-    // U in the upper triangle of S = Uᵀ U, whose diagonal's reciprocals go to `inverse`; what lies below is spoiled.
+    // U over S = Uᵀ U, zero below the diagonal, whose reciprocals go to `inverse`.
     // least: the least pivot, not above zero where S is not positive definite.
-    static LogProduct<E, R> cholesky(M S, R* inverse, int m, E& least) {
+    __attribute__((noinline)) static LogProduct<E, R> cholesky(M S, R* inverse, int m, E& least) {
         LogProduct<E, R> determinant = {L::number(R(1)), L::number(R(0))};
         for (int j = 0; j < m; j++) {
             const E pivot = L::one(at(S, j, j));
@@ -273,10 +266,12 @@ struct Algebra {
             for (int c = j / CW; c < chunks(m); c++) L::put(at(S, j, c * CW), L::get(at(S, j, c * CW)) * L::spread(by));
             for (int i = j + 1; i < m; i++) subtract(S, i, j, L::one(at(S, j, i)), i, m);
         }
+        for (int i = 1; i < m; i++)
+            for (int j = 0; j < i; j++) L::set(at(S, i, j), L::number(R(0)));
         return determinant;
     }
     // U⁻ᵀ X over X (m, columns).
-    static void forward_solve(M U, const R* inverse, int m, M X, int columns) {
+    __attribute__((noinline)) static void forward_solve(M U, const R* inverse, int m, M X, int columns) {
         for (int first = 0; first < m; first += 4) {
             const int here = m - first < 4 ? m - first : 4;
             const M rows = {at(X, first, 0), X.ld};
@@ -288,7 +283,7 @@ struct Algebra {
         }
     }
     // U⁻¹ X over X (m, columns).
-    static void backward_solve(M U, const R* inverse, int m, M X, int columns) {
+    __attribute__((noinline)) static void backward_solve(M U, const R* inverse, int m, M X, int columns) {
         for (int first = (m - 1) / 4 * 4; first >= 0; first -= 4) {
             const int here = m - first < 4 ? m - first : 4, after = first + here;
             const M rows = {at(X, first, 0), X.ld};
@@ -301,7 +296,7 @@ struct Algebra {
     }
     // Upper triangular U (columns, columns) over the first rows of B (rows, columns), Uᵀ U = Bᵀ B, diagonal ≥ 0, by Householder's
     // reflections; what lies below the diagonal is spoiled. `sums`: a row of scratch.
-    static void triangle(M B, int rows, int columns, R* sums) {
+    __attribute__((noinline)) static void triangle(M B, int rows, int columns, R* sums) {
         for (int k = 0; k < columns && k < rows; k++) {
             E below = L::number(R(0));
             for (int i = k + 1; i < rows; i++) below = madd(L::one(at(B, i, k)), L::one(at(B, i, k)), below);
