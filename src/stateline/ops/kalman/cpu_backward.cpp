@@ -140,11 +140,11 @@ struct Adjoint : Filter<L> {
         if (n > LITERAL) {
             this->template multiply<true>(this->F, n, n, I, plain(K), now.C, m);
         }
-        // v = U⁻¹ w
+        // v = U⁻¹ D⁻¹ w
         for (int j = m - 1; j >= 0; j--) {
-            E sum = L::one(at(this->w, 0, j));
+            E sum = L::one(at(this->w, 0, j)) * L::one(this->inverse + j * ES);
             for (int k = j + 1; k < m; k++) sum = madd(-L::one(at(this->U, j, k)), L::one(at(v, 0, k)), sum);
-            L::set(at(v, 0, j), sum * L::one(this->inverse + j * ES));
+            L::set(at(v, 0, j), sum);
         }
     }
     void step(int64_t t) {
@@ -222,8 +222,7 @@ struct Adjoint : Filter<L> {
         const int m = this->m();
         for (int i = 0; i < m; i++)
             for (int j = 0; j < m; j++) L::set(at(Sinv, i, j), L::number(R(i == j ? 1 : 0)));
-        this->forward_solve(this->U, this->inverse, m, Sinv, m);
-        this->backward_solve(this->U, this->inverse, m, Sinv, m);
+        this->solve(this->U, this->pivots, m, Sinv, m);
         const E by = l * L::number(R(0.5)), zero = L::number(R(0));
         for (int i = 0; i < m; i++)
             for (int j = 0; j < m; j++) {

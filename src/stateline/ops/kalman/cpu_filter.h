@@ -59,7 +59,7 @@ struct Filter : Algebra<L> {
     } given, masked, now;
     M At, Q, P, Pf, Zt, U, gain, F, Ft, T, KR, I, stack;
     M mean, filtered, e, w, seen, sums;
-    R* inverse;
+    R *pivots, *inverse;
     E entries, logdet, quadratic, least;
 
     int n() const { return n_; }
@@ -81,7 +81,7 @@ struct Filter : Algebra<L> {
         U = take(arena, m, m), KR = take(arena, n, m), sums = take(arena, 1, n + m);
         const bool one = 2 * n > 2 * m + n;
         stack = args.factors ? take(arena, one ? 2 * n : 2 * m + n, n + m) : M{nullptr, 0};
-        inverse = arena.take<R>(size_t(m) * ES);
+        pivots = arena.take<R>(size_t(m) * ES), inverse = arena.take<R>(size_t(m) * ES);
         now = given;
     }
     void begin(int64_t first_series, int series) {
@@ -215,7 +215,7 @@ struct Filter : Algebra<L> {
 
     // ---- the equations
 
-    // From P, C, R: U, inverse, gain, Pf, logdet; least ≤ 0 or NaN where there is no filtered covariance.
+    // From P, C, R: U, pivots, inverse, gain, Pf, logdet; least ≤ 0 or NaN where there is no filtered covariance.
     void correct_cov() {
         least = L::number(R(INFINITY));
         a.factors ? correct_factor() : correct_joseph();
@@ -224,10 +224,9 @@ struct Filter : Algebra<L> {
         const int n = this->n(), m = this->m();
         multiply(Zt, m, n, {}, turned(now.Ct), P, n);
         this->template multiply<false, true>(U, m, m, now.R, plain(Zt), now.Ct, n);
-        logdet = Base::cholesky(U, inverse, m, least).log();
+        logdet = Base::factorise(U, pivots, inverse, m, least).log();
         copy(gain, Zt, m, n);
-        Base::forward_solve(U, inverse, m, gain, n);
-        Base::backward_solve(U, inverse, m, gain, n);
+        Base::solve(U, pivots, m, gain, n);
         filtered_cov();
     }
     // (I − K C) P (I − K C)ᵀ + K R Kᵀ. For more states M − (M Cᵀ − K R) Kᵀ with M = P − K C P: the same with fewer operations.
@@ -270,9 +269,9 @@ struct Filter : Algebra<L> {
             const E pivot = L::one(at(stack, i, i));
             least = where(pivot, least, least, pivot);
             determinant.times(pivot * pivot);
-            L::set(inverse + i * ES, one / pivot);
-            for (int j = 0; j < m; j++) L::set(at(U, i, j), j < i ? zero : L::one(at(stack, i, j)));
-            for (int j = 0; j < n; j++) L::set(at(gain, i, j), L::one(at(stack, i, m + j)));
+            L::set(inverse + i * ES, one / (pivot * pivot));
+            for (int j = 0; j < m; j++) L::set(at(U, i, j), j < i ? zero : L::one(at(stack, i, j)) / pivot);
+            for (int j = 0; j < n; j++) L::set(at(gain, i, j), L::one(at(stack, i, m + j)) / pivot);
         }
         logdet = determinant.log();
         take_triangle(Pf, m);
@@ -307,7 +306,7 @@ struct Filter : Algebra<L> {
     };
     Gains gains() const { return {now.Ct, U, gain, At, inverse}; }
 
-    // e ← e − C mean, w ← U⁻ᵀ e, filtered ← mean + K e (in square roots: + S^-½ C P with w), quadratic = |w|².
+    // e ← e − C mean, w ← U⁻ᵀ e, filtered ← mean + K e (in square roots: + w times its gain), quadratic = wᵀ D⁻¹ w.
     template <class Y>
     void correct_mean(const Gains& g) {
         const int n = this->n(), m = this->m();
@@ -315,12 +314,12 @@ struct Filter : Algebra<L> {
         copy(w, e, 1, m);
         quadratic = L::number(R(0));
         for (int j = 0; j < m; j++) {
-            const E mine = L::one(at(w, 0, j)) * Y::one(g.inverse + j * Y::ES);
+            const E mine = L::one(at(w, 0, j));
             const auto minus = -L::spread(mine);
             for (int c = (j + 1) / CW; c < chunks(m); c++)
                 L::put(at(w, 0, c * CW), madd(minus, Y::get(g.U.p + (j * g.U.ld + c * CW) * Y::ES), L::get(at(w, 0, c * CW))));
             L::set(at(w, 0, j), mine);
-            quadratic = madd(mine, mine, quadratic);
+            quadratic = madd(mine * Y::one(g.inverse + j * Y::ES), mine, quadratic);
         }
         this->template multiply<false, false, Y>(filtered, 1, n, mean, plain(a.factors ? w : e), g.gain, m);
     }

@@ -243,9 +243,6 @@ struct Algebra {
         for (int i = 0; i < rows; i++)
             for (int c = 0; c < chunks(columns); c++) L::put(at(to, i, c * CW), L::get(at(from, i, c * CW)));
     }
-    SL_INLINE void scale(M m, int row, int columns, E by) {
-        for (int c = 0; c < chunks(columns); c++) L::put(at(m, row, c * CW), L::get(at(m, row, c * CW)) * L::spread(by));
-    }
     // row `to` of m minus by · row `from`, from column `first` on (down to the start of its vector).
     SL_INLINE void subtract(M m, int to, int from, E by, int first, int columns) {
         const C factor = -L::spread(by);
@@ -253,45 +250,43 @@ struct Algebra {
             L::put(at(m, to, c * CW), madd(factor, L::get(at(m, from, c * CW)), L::get(at(m, to, c * CW))));
     }
 
-    // U over S = Uᵀ U, zero below the diagonal, whose reciprocals go to `inverse`.
+    // U over S = Uᵀ D U, with ones on the diagonal and zeros below; D to `pivots`, its reciprocals to `inverse`. One precise
+    // sensor's gain is then one division, so that 1 − K C is exact where it vanishes: no square root, which would round twice.
     // least: the least pivot, not above zero where S is not positive definite.
-    __attribute__((noinline)) static LogProduct<E, R> cholesky(M S, R* inverse, int m, E& least) {
-        LogProduct<E, R> determinant = {L::number(R(1)), L::number(R(0))};
+    __attribute__((noinline)) static LogProduct<E, R> factorise(M S, R* pivots, R* inverse, int m, E& least) {
+        const E zero = L::number(R(0)), one = L::number(R(1));
+        LogProduct<E, R> determinant = {one, zero};
         for (int j = 0; j < m; j++) {
             const E pivot = L::one(at(S, j, j));
             least = where(pivot, least, least, pivot);  // a NaN stays: it is above nothing
             determinant.times(pivot);
-            const E by = L::number(R(1)) / root(pivot);
-            L::set(inverse + j * ES, by);
-            for (int c = j / CW; c < chunks(m); c++) L::put(at(S, j, c * CW), L::get(at(S, j, c * CW)) * L::spread(by));
-            for (int i = j + 1; i < m; i++) subtract(S, i, j, L::one(at(S, j, i)), i, m);
+            L::set(pivots + j * ES, pivot);
+            L::set(inverse + j * ES, one / pivot);
+            for (int i = j + 1; i < m; i++) subtract(S, i, j, L::one(at(S, j, i)) / pivot, i, m);
+            for (int c = j / CW; c < chunks(m); c++) L::put(at(S, j, c * CW), L::get(at(S, j, c * CW)) / L::spread(pivot));
+            for (int i = 0; i < j; i++) L::set(at(S, j, i), zero);
+            L::set(at(S, j, j), one);
         }
-        for (int i = 1; i < m; i++)
-            for (int j = 0; j < i; j++) L::set(at(S, i, j), L::number(R(0)));
         return determinant;
     }
-    // U⁻ᵀ X over X (m, columns).
-    __attribute__((noinline)) static void forward_solve(M U, const R* inverse, int m, M X, int columns) {
+    // S⁻¹ X over X (m, columns), in two halves: D⁻¹ U⁻ᵀ X, then U⁻¹ of that.
+    __attribute__((noinline)) static void solve(M U, const R* pivots, int m, M X, int columns) {
         for (int first = 0; first < m; first += 4) {
             const int here = m - first < 4 ? m - first : 4;
             const M rows = {at(X, first, 0), X.ld};
             if (first) multiply<true>(rows, here, columns, rows, {at(U, 0, first), 1, U.ld}, X, first);
-            for (int j = first; j < first + here; j++) {
+            for (int j = first; j < first + here; j++)
                 for (int k = first; k < j; k++) subtract(X, j, k, L::one(at(U, k, j)), 0, columns);
-                scale(X, j, columns, L::one(inverse + j * ES));
-            }
         }
-    }
-    // U⁻¹ X over X (m, columns).
-    __attribute__((noinline)) static void backward_solve(M U, const R* inverse, int m, M X, int columns) {
+        for (int j = 0; j < m; j++)
+            for (int c = 0; c < chunks(columns); c++)
+                L::put(at(X, j, c * CW), L::get(at(X, j, c * CW)) / L::all(pivots + j * ES));
         for (int first = (m - 1) / 4 * 4; first >= 0; first -= 4) {
             const int here = m - first < 4 ? m - first : 4, after = first + here;
             const M rows = {at(X, first, 0), X.ld};
             if (after < m) multiply<true>(rows, here, columns, rows, {at(U, first, after), U.ld, 1}, {at(X, after, 0), X.ld}, m - after);
-            for (int j = after - 1; j >= first; j--) {
+            for (int j = after - 1; j >= first; j--)
                 for (int k = j + 1; k < after; k++) subtract(X, j, k, L::one(at(U, j, k)), 0, columns);
-                scale(X, j, columns, L::one(inverse + j * ES));
-            }
         }
     }
     // Upper triangular U (columns, columns) over the first rows of B (rows, columns), Uᵀ U = Bᵀ B, diagonal ≥ 0, by Householder's
