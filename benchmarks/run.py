@@ -25,6 +25,7 @@ from benchmarks import (
     cases_130m,
     cases_accelerate,
     cases_gated,
+    cases_kalman,
     cases_linear,
     cases_ops,
     cases_s4,
@@ -64,6 +65,7 @@ def everything() -> Iterator[cases.Case]:
     yield from cases_accelerate.accelerated()
     yield from cases_gated.gated()
     yield from cases_linear.linear()
+    yield from cases_kalman.kalman()
     yield from cases_s4.structured()
     yield from operations()
 

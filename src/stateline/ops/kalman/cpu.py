@@ -1,0 +1,197 @@
+"""kalman in C++: the same functions as reference.py, over the kernels of cpu.cpp and cpu_backward.cpp.
+
+Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n state, m observation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stateline.ops import native
+from stateline.ops.kalman.reference import DROPPED, RESULTS
+
+ABSENT3 = (0, 0, 0)
+_DIMS = (1, 2, 2, 2, 2, 1, 1, 1, 2)  # adjacent dimensions of y, A, C, Q, R, b, d, mean0, cov0
+#: Numbers from which a result is much.
+LARGE = 1 << 19
+_NO_GRADIENTS = (*ABSENT3 * 7, *(0,) * 9)
+
+
+def forward(
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    Q: Tensor,
+    R: Tensor,
+    b: Tensor | None,
+    d: Tensor | None,
+    mean0: Tensor,
+    cov0: Tensor,
+    *,
+    form: str,
+    keep: str,
+    shared: bool,
+) -> tuple[Tensor | None, ...]:
+    """mean (N, T, n), cov (s, T, n, n), predicted_mean, predicted_cov, loglik (N, T), mean_next (N, n), cov_next
+    (s, n, n), info; None for what `keep` leaves out. Square roots of float32 data are computed in float64."""
+    if form == "sqrt" and y.dtype is torch.float32:
+        given = (None if v is None else v.double() for v in (y, A, C, Q, R, b, d, mean0, cov0))
+        *wide, info = forward(*given, form=form, keep=keep, shared=shared)  # type: ignore[arg-type]  # nine in order
+        return (*(None if v is None else v.float() for v in wide), info)
+    (N, T, _), n, s = y.shape, mean0.shape[1], 1 if shared else y.shape[0]
+    shapes = ((N, T, n), (s, T, n, n), (N, T, n), (s, T, n, n), (N, T), (N, n), (s, n, n))
+    dropped = DROPPED[keep]
+    results = [None if name in dropped else _empty(shape, y.dtype) for name, shape in zip(RESULTS, shapes, strict=True)]
+    info = torch.empty(2, dtype=torch.int64)
+    system, fields = _system(y, A, C, Q, R, b, d, mean0, cov0)
+    native.call(
+        "kalman_forward",
+        (
+            *_sizes(y, n, form, shared), *fields, *(native.pointer(v) for v in results), info.data_ptr(), 0, 0, 0,
+            *_NO_GRADIENTS,
+        ),
+    )  # fmt: skip
+    del system
+    return (*results, info)
+
+
+def backward(
+    grads: tuple[Tensor | None, ...],
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    Q: Tensor,
+    R: Tensor,
+    b: Tensor | None,
+    d: Tensor | None,
+    mean0: Tensor,
+    cov0: Tensor,
+    predicted_mean: Tensor,
+    predicted_cov: Tensor,
+    *,
+    shared: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of y, A, C, Q, R, b, d, mean0, cov0 in their own shapes, None where there was no b or d, from those of
+    the seven results of `forward` (None: zero). All covariances are covariances here, whatever the form was."""
+    given, dtype, n = (y, A, C, Q, R, b, d, mean0, cov0), y.dtype, mean0.shape[1]
+    if y.numel() == 0:
+        return _unseen(grads, given)
+    results = [None if v is None else _empty(v.shape, dtype) for v in given]
+    system, fields = _system(*(None if v is None else _spread(v) for v in given[:7]), predicted_mean, predicted_cov)  # type: ignore[arg-type]  # nine in order
+    slopes = [
+        _operand(None if g is None else _spread(g), dtype, dims)
+        for g, dims in zip(grads, (1, 2, 1, 2, 0, 1, 2), strict=True)
+    ]
+    native.call(
+        "kalman_backward",
+        (
+            *_sizes(y, n, "joseph", shared), *fields, *(0,) * 11, *(x for _, f in slopes for x in f),
+            *(native.pointer(v) for v in results),
+        ),
+    )  # fmt: skip
+    del system, slopes
+    dR = results[4]
+    assert dR is not None
+    results[4] = (dR + dR.mT) / 2
+    return tuple(results)
+
+
+def _unseen(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients where no observation came: the state passed as it was, its covariance symmetric."""
+    results = [None if v is None else torch.zeros_like(v) for v in given]
+    for i, g in ((7, grads[5]), (8, grads[6])):
+        if g is not None:
+            results[i] = g if i == 7 else (g + g.mT) / 2
+    return tuple(results)
+
+
+def _spread(v: Tensor) -> Tensor:
+    """`v` without dimensions that are one in memory and more in its shape, whose gradients are apart."""
+    return v.contiguous() if any(k > 1 and s == 0 for k, s in zip(v.shape, v.stride(), strict=True)) else v
+
+
+def step(
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    Q: Tensor,
+    R: Tensor,
+    b: Tensor | None,
+    d: Tensor | None,
+    mean: Tensor,
+    cov: Tensor,
+    index: Tensor | None,
+    *,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One observation y (b, m), in place: filtered mean (b, n), cov (b, n, n), loglik (b), and info as of `forward`.
+
+    A (·, n, n), C (·, m, n), Q, R, b (·, n), d (·, m): the first dimension is that of y or 1. index (b) picks rows of
+    mean and cov, a negative one skips. A series that fails keeps its state; others may not.
+    """
+    if form == "sqrt" and y.dtype is torch.float32:
+        state = mean.double(), cov.double()
+        given = (None if v is None else v.double() for v in (y, A, C, Q, R, b, d))
+        *wide, info = step(*given, *state, index, form=form)  # type: ignore[arg-type]  # seven in order
+        mean.copy_(state[0]), cov.copy_(state[1])
+        return (*(v.float() for v in wide), info)  # type: ignore[return-value]  # three and info
+    rows, n, make = y.shape[0], mean.shape[1], torch.empty if index is None else torch.zeros
+    out = make(rows, n, dtype=y.dtype), make(rows, n, n, dtype=y.dtype), make(rows, dtype=y.dtype)
+    means, covs = native.parameter(mean, y.dtype), native.parameter(cov, y.dtype)
+    index, info = native.slots(index), torch.empty(2, dtype=torch.int64)
+    system, fields = _system(y, A, C, Q, R, b, d, means, covs)
+    native.call(
+        "kalman_step",
+        (
+            rows, 1, n, y.shape[1], torch.get_num_threads(), y.dtype == torch.float64, form == "sqrt", False, *fields,
+            out[0].data_ptr(), out[1].data_ptr(), 0, 0, out[2].data_ptr(), means.data_ptr(), covs.data_ptr(),
+            info.data_ptr(), 0, native.pointer(index), means.shape[0], *_NO_GRADIENTS,
+        ),
+    )  # fmt: skip
+    del system
+    for state, used in ((mean, means), (cov, covs)):
+        if state is not used:
+            state.copy_(used)
+    return (*out, info)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a result, in large pages where there is much: finding pages else takes longer than the filter."""
+    result = torch.empty(shape, dtype=dtype)
+    if result.numel() > LARGE:
+        native.large_pages(result)
+    return result
+
+
+def _sizes(y: Tensor, n: int, form: str, shared: bool) -> tuple[int, ...]:
+    N, T, m = y.shape
+    return N, T, n, m, torch.get_num_threads(), y.dtype == torch.float64, form == "sqrt", shared
+
+
+def _operand(v: Tensor | None, dtype: torch.dtype, dims: int) -> tuple[Tensor | None, tuple[int, int, int]]:
+    """`v` (·, ·, …) as kernels read it, to be kept alive, and its fields; `dims` trailing dimensions are adjacent."""
+    if v is None:
+        return None, ABSENT3
+    if v.dtype is not dtype:
+        v = v.to(dtype)
+    shape, strides = v.shape, v.stride()
+    inner = len(shape) - dims
+    if (dims and shape[-1] > 1 and strides[-1] != 1) or (dims == 2 and strides[-2] != shape[-1]) or v.is_neg():
+        v = v.resolve_neg().contiguous()
+        strides = v.stride()
+    time = strides[1] if inner > 1 and shape[1] > 1 else 0
+    return v, (v.data_ptr(), strides[0] if shape[0] > 1 else 0, time)
+
+
+def _system(
+    y: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor, b: Tensor | None, d: Tensor | None, mean0: Tensor,
+    cov0: Tensor,
+) -> tuple[list[Tensor | None], tuple[int, ...]]:  # fmt: skip
+    """What the kernels read, to be kept alive, and its fields."""
+    dtype, alive, fields = y.dtype, [], []
+    for v, dims in zip((y, A, C, Q, R, b, d, mean0, cov0), _DIMS, strict=True):
+        used, where = _operand(v, dtype, dims)
+        alive.append(used)
+        fields += where
+    return alive, tuple(fields)
