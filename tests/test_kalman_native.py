@@ -50,7 +50,7 @@ def problem(
     if gaps:
         holes = torch.rand(1 if shared else N, T, m, generator=make) < 0.3
         y = torch.where(holes.expand_as(y), float("nan"), y)
-    b, d = (normal(N, 1, n), normal(1, T, m)) if offsets else (None, None)
+    b, d = (normal(N, lead[1], n), normal(1, T, m)) if offsets else (None, None)
     system = (normal(*lead, n, n) * 0.6 / n**0.5, normal(*lead, m, n), covariance(n, *lead), covariance(m, *lead))
     return [y, *system, b, d, normal(N, n), covariance(n, 1 if shared else N)]
 
