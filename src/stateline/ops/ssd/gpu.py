@@ -65,9 +65,13 @@ def plan(t: int, h: int, p: int, n: int, half: bool, memory: int) -> Plan:
     channels = max(16, min(most, cuda.power_of_2(p)))
     programs = h * cuda.ceil_div(p, channels)
     run = next((r for r in (1024, 512) if t * programs >= 128 * r), 256)
-    if half and memory >= 200 * 1024:
-        return Plan(64, run, channels, states, 16, (4, 4, 4, 8), (3, 2, 3, 3))
-    return Plan(32, run, channels, states, 16, (4, 4, 4, 8) if half else (2, 2, 4, 4), (1, 1, 1, 1))
+    tile = 64 if half and memory >= 200 * 1024 else 32
+    # a share in which 128 programs take a sequence: fewer sums to add, where it is long
+    shares = min(cuda.ceil_div(programs, 16), cuda.ceil_div(128 * tile, max(t, 1)))
+    share = cuda.ceil_div(programs, max(shares, 1))
+    if tile == 64:
+        return Plan(tile, run, channels, states, share, (4, 4, 4, 8), (3, 2, 3, 3))
+    return Plan(tile, run, channels, states, share, (4, 4, 4, 8) if half else (2, 2, 4, 4), (1, 1, 1, 1))
 
 
 def halves(x: Tensor, B: Tensor, C: Tensor) -> bool:
@@ -344,9 +348,11 @@ class _Gradient:
         width = call.parts * (plan.channels if _wide(call.D) else 1)
         dD = None if call.D is None else call.sums(width)
         pairs = call.empty(count, call.g, shares, 2, plan.tile, plan.tile, dtype=_kind(call.half))
-        dB, dC = (call.empty(shares, *self.dB.shape) for _ in "BC")
-        if call.segments is not None:
-            dB.zero_(), dC.zero_()
+        dB, dC = self.dB, self.dC
+        if shares > 1:
+            dB, dC = (call.empty(shares, *self.dB.shape) for _ in "BC")
+            if call.segments is not None:
+                dB.zero_(), dC.zero_()
         where, strides = (clock, call.tiles.table, call.tiles.tiles), (*self.dy.stride()[:3], *call.x_at, *call.w_at)
         data = (self.dy, call.x, call.B, call.C)
         sizes = (call.h, call.g, call.p, call.n)
@@ -356,7 +362,7 @@ class _Gradient:
         _inputs(grid, (*arguments, *strides), (*sizes, _wide(call.D), *how, plan.stages[2]), plan.warps[2])
         inputs = (*data, *where, before, after, pairs, dB, dC, pieces, crossing, call.t, call.tiles.each, size)
         _projections(grid, (*inputs, *strides), (*sizes, *how, plan.stages[3]), plan.warps[3])
-        if size:
+        if size and shares > 1:
             _add((cuda.ceil_div(size, 1024), 1, 1), (dB, dC, self.dB, self.dC, size), (shares, 1024), 4)
         if dD is not None and self.dD is not None:
             total = call.empty(width, 1)
