@@ -164,7 +164,6 @@ class Call:
         self.sequences = self.b if segments is None else segments.shape[0]
         self.parts = self.h * cuda.ceil_div(self.p, self.plan.channels)
         self.precision = PRECISION
-        self.B_rest: Tensor | None = None  # what bfloat16 left out of B, as it lies, where B was made here
         self.like = self.A
 
     def works(self) -> bool:
@@ -207,9 +206,8 @@ class Call:
         plan = self.plan
         terms = 2 if self.half and not adjoint and not mark else 1
         w, (z, z_at) = self.C if adjoint else self.B, _gate(self.z if gated else None)
-        rest = None if adjoint or mark else self.B_rest
         arguments = (
-            u, z, w, rest, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t,
+            u, z, w, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t,
             self.runs.each, self.tiles.each, *u_at, *z_at, *self.w_at,
         )  # fmt: skip
         constants = (
@@ -294,6 +292,13 @@ def kept_shape(x: Tensor, B: Tensor, C: Tensor, segments: Tensor | None) -> tupl
     run = plan(t, h, p, n, halves(x, B, C), _memory(x.get_device())).run
     sequences = b if segments is None else segments.shape[0]
     return cuda.run_count(b, t, run, None if segments is None else sequences), h, p, n
+
+
+def tiles_of(x: Tensor, B: Tensor, C: Tensor, segments: Tensor | None) -> tuple[int, int]:
+    """Steps of a tile, and how many tiles there are."""
+    (b, t, h, p), n = x.shape, B.shape[3]
+    tile = plan(t, h, p, n, halves(x, B, C), _memory(x.get_device())).tile
+    return tile, cuda.run_count(b, t, tile, None if segments is None else segments.shape[0])
 
 
 def _kind(half: bool) -> torch.dtype:
