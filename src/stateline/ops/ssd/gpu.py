@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stateline.ops import cuda
+from stateline.ops import cuda, parts
 from stateline.ops import gpu_kernels as shared
 from stateline.ops.ssd import gpu_backward_kernels as backward_kernels
 from stateline.ops.ssd import gpu_kernels as kernels
@@ -23,6 +23,8 @@ from stateline.ops.ssd import gpu_kernels as kernels
 DTYPES = frozenset({torch.float32})
 #: Its step reads and writes states of bfloat16 as they are.
 NARROW = True
+#: Its gradients can be written into parts of wider rows.
+ROOMS = True
 #: States that a tile's registers hold, and those of a step.
 MOST_STATES, MOST_STATES_OF_STEP = 128, 4096
 
@@ -313,11 +315,12 @@ def _wide(D: Tensor | None) -> bool:
 class _Gradient:
     """What the gradient's kernels write, and their launches."""
 
-    def __init__(self, call: Call, dy: Tensor, dstate: Tensor, ddecay: Tensor) -> None:
+    def __init__(self, call: Call, dy: Tensor, dstate: Tensor, ddecay: Tensor, in_room: bool) -> None:
         self.call, self.dy = call, rows_of(dy, call.half)
         self.dstate, self.ddecay = dstate.contiguous(), ddecay.contiguous()
         segments = call.segments
-        self.dx, self.ddt = cuda.tokens(call.x, segments), cuda.tokens(call.dt, segments)
+        self.dx = parts.gradients([call.x], segments)[0] if in_room else cuda.tokens(call.x, segments)
+        self.ddt = cuda.tokens(call.dt, segments)
         self.dz = None if call.z is None else cuda.tokens(call.z, segments)
         self.dB, self.dC = cuda.tokens(call.B, segments), cuda.tokens(call.C, segments)
         self.dinitial = None if call.initial is None else call.empty(*call.initial.shape)
@@ -364,7 +367,12 @@ class _Gradient:
         how = (call.reverse, call.half, call.precision, shares, plan.share, plan.tile, plan.channels, plan.states)
         grid = (count * call.g * shares, 1, 1)
         arguments = (*data, call.D, *where, after, self.dx, pairs, pieces, crossing, dD, call.t, call.tiles.each)
-        _inputs(grid, (*arguments, *strides), (*sizes, _wide(call.D), *how, plan.stages[2]), plan.warps[2])
+        _inputs(
+            grid,
+            (*arguments, self.dx.stride(1), *strides),
+            (*sizes, _wide(call.D), *how, plan.stages[2]),
+            plan.warps[2],
+        )
         inputs = (*data, *where, before, after, pairs, dB, dC, pieces, crossing, call.t, call.tiles.each, size)
         _projections(grid, (*inputs, *strides), (*sizes, *how, plan.stages[3]), plan.warps[3])
         if size and shares > 1:
@@ -395,14 +403,16 @@ def backward(
     dy: Tensor, dstate: Tensor, ddecay: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, dt_low: float, dt_high: float,
     initial_state: Tensor | None, segments: Tensor | None, reverse: bool, kept: Tensor | None = None,
+    in_room: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; None where the input was None.
 
     kept: the last result of `forward_kept` for the same inputs; without it a sweep makes it again.
+    in_room: see ops/parts.py.
     """
     options = (dt_softplus, dt_low, dt_high)
     call = Call(x, dt, A, B, C, D, z, dt_bias, options, initial_state, segments, reverse)
-    grad = _Gradient(call, dy, dstate, ddecay)
+    grad = _Gradient(call, dy, dstate, ddecay, in_room)
     if call.works():
         grad.run(kept)
     dbias = None if dt_bias is None else grad.dbias

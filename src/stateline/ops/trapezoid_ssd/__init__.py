@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
+from stateline.ops import parts
 from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.segments import build
 from stateline.ops.selective_scan import check_slots
@@ -225,10 +227,13 @@ def _run_kept(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return (*module.forward(x, *rest), x.new_empty(0), x.new_empty(0))
 
 
-def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _run_backward(dy: Tensor, *args: Any, in_room: bool = False) -> tuple[Tensor, ...]:
     *rest, backend, kept = args
-    more = {"kept": tuple(kept)} if kept and kept[0].numel() else {}
-    return tuple(or_empty(g, dy) for g in _kernel(backend, rest[4:14]).backward(dy, *rest, **more))
+    module = _kernel(backend, rest[4:14])
+    more: dict[str, Any] = parts.within(module) if in_room else {}
+    if kept and kept[0].numel():
+        more["kept"] = tuple(kept)
+    return tuple(or_empty(g, dy) for g in module.backward(dy, *rest, **more))
 
 
 def _run_step(angle: Tensor, *args: Any) -> Tensor:
@@ -278,6 +283,7 @@ _backward = define(
     f"({', '.join(['Tensor'] * 18)})",
     _run_backward,
     _fake_backward,
+    partial(_run_backward, in_room=True),
 )
 _STATE = "Tensor(a!) angle, Tensor(b!) ssm, Tensor(c!) k, Tensor(d!) v"
 _step = define(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stateline.ops import cuda
+from stateline.ops import cuda, parts
 from stateline.ops import gpu_kernels as shared
 from stateline.ops.ssd import gpu as ssd
 from stateline.ops.trapezoid_ssd import gpu_backward_kernels as backward_kernels
@@ -23,6 +23,8 @@ from stateline.ops.trapezoid_ssd.reference import Inputs
 
 #: Precision of A that the kernels compute in.
 DTYPES = frozenset({torch.float32})
+#: Its gradients can be written into parts of wider rows.
+ROOMS = True
 
 _prepare, _spans, _wind, _follow, _turn, _gather, _step = map(
     cuda.Kernel,
@@ -231,14 +233,16 @@ def kept_shapes(given: Inputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
 class _Gradient:
     """What the gradient's kernels write, and their launches."""
 
-    def __init__(self, call: _Call, dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor) -> None:
+    def __init__(self, call: _Call, ends: tuple[Tensor, ...], in_room: bool) -> None:
+        dy, dangle, dssm, dk, dv = ends
         self.call, given, segments = call, call.given, call.segments
         dy = dy[:, :, :, 0]
         self.dy = ssd.rows_of(dy, call.half)
         self.dangle, self.dv, self.dk = dangle.contiguous(), dv.contiguous(), call.paired(dk)
         self.dssm = call.paired(dssm)
-        self.dx = cuda.tokens(call.x, segments)
-        self.dz = None if call.z is None else cuda.tokens(call.z, segments)
+        read = [v for v in (call.x, call.z) if v is not None]
+        made = parts.gradients(read, segments) if in_room else [cuda.tokens(v, segments) for v in read]
+        self.dx, self.dz = made[0], None if call.z is None else made[1]
         self.ddt, self.dA, self.dblend = (cuda.tokens(call.dt_full, segments) for _ in range(3))
         self.dB, self.dC = (cuda.tokens(v, segments) for v in (call.raw_B, call.raw_C))
         self.drates = None if call.rates is None else cuda.tokens(call.rates, segments)
@@ -308,10 +312,11 @@ class _Gradient:
         products = call.empty(count, call.h, plan.tile, plan.tile, dtype=call.B.dtype)
         data, where = (self.dy, call.x, call.z, call.B, call.C), (*call.where, before, after)
         strides = (*self.dy.stride()[:3], *call.x_at, *call.z_at)
+        out_at = (self.dx.stride(1), 0 if self.dz is None else self.dz.stride(1))
         how = (call.reverse, call.half, call.precision, plan.tile, plan.channels, plan.states)
         grid, sizes = (count * call.h, 1, 1), (call.h, call.p, call.n)
         arguments = (*data, call.D, clock, own, *where, self.dv, self.dx, self.dz, products, slopes, dD, call.t)
-        _inputs(grid, (*arguments, call.tiles.each, *strides), (*sizes, *how), WARPS[0])
+        _inputs(grid, (*arguments, call.tiles.each, *out_at, *strides), (*sizes, *how), WARPS[0])
         more = (*data, clock, *where, self.dk, products, dk, dq, turns, carries, crossing, call.t)
         _projections(grid, (*more, call.tiles.each, *strides), (*sizes, call.pairs, *how), WARPS[1])
         if dD is not None:
@@ -361,15 +366,17 @@ class _Gradient:
 
 @cuda.side_by_side
 def backward(
-    dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *args: Any, kept: tuple[Tensor, ...] | None = None
-) -> tuple[Tensor | None, ...]:
+    dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *args: Any,
+    kept: tuple[Tensor, ...] | None = None, in_room: bool = False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of the first fourteen fields of `Inputs` and of the state's four; None where the input was.
 
     kept: what `forward_kept` kept, and the ssm and k that it returned, for the same inputs.
+    in_room: see ops/parts.py.
     """
     given = Inputs(*args)
     call = _Call(given)
-    grad = _Gradient(call, dy, dangle, dssm, dk, dv)
+    grad = _Gradient(call, (dy, dangle, dssm, dk, dv), in_room)
     first: tuple[Tensor | None, ...] = (None,) * 4
     if call.works():
         grad.run(kept)
