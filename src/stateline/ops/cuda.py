@@ -114,12 +114,14 @@ def _compile(launches: Callable[[], object]) -> None:
 
     with ThreadPoolExecutor() as pool:
         _launching.jobs = []
-        try:
-            with triton.AsyncCompileMode(pool, ignore_errors=True):
+        with triton.AsyncCompileMode(pool, ignore_errors=True):
+            try:
                 launches()
-        finally:
-            jobs, _launching.jobs = _launching.jobs, None
-        list(pool.map(_load, jobs))
+            finally:
+                jobs, _launching.jobs = _launching.jobs, None
+            loads = [pool.submit(_load, job) for job in jobs]  # each when it is compiled, behind all that compile
+        for load in loads:
+            load.result()
 
 
 def _load(job: tuple[int, Any]) -> None:

@@ -324,9 +324,9 @@ class _Gradient:
         self.dz = None if call.z is None else cuda.tokens(call.z, segments)
         self.dB, self.dC = cuda.tokens(call.B, segments), cuda.tokens(call.C, segments)
         self.dinitial = None if call.initial is None else call.empty(*call.initial.shape)
-        self.dA = torch.zeros_like(call.A)
-        self.dD = None if call.D is None else torch.zeros_like(call.D)
-        self.dbias = torch.zeros_like(call.A)
+        make = call.empty if call.works() else call.A.new_zeros
+        self.dA, self.dbias = make(call.h), make(call.h)
+        self.dD = None if call.D is None else make(*call.D.shape)
 
     def run(self, starts: Tensor | None) -> None:
         """starts: what `forward_kept` kept, or None."""
@@ -378,10 +378,11 @@ class _Gradient:
         if size and shares > 1:
             _add((cuda.ceil_div(size, 1024), 1, 1), (dB, dC, self.dB, self.dC, size), (shares, 1024), 4)
         if dD is not None and self.dD is not None:
-            total = call.empty(width, 1)
+            total = self.dD if width == self.dD.numel() else call.empty(width)
             _reduce((cuda.ceil_div(width, 32), 1, 1), (dD, total, None, count, width), (1, 1, 32, 32), 4)
-            each = total.view(call.h, -1)
-            self.dD.copy_(each[:, : call.p] if _wide(call.D) else each.sum(1))
+            if total is not self.dD:  # channels that do not exist, or several parts of a head
+                each = total.view(call.h, -1)
+                self.dD.copy_(each[:, : call.p] if _wide(call.D) else each.sum(1))
         return pieces, crossing
 
     def steps(self, clock: Tensor, pieces: Tensor, crossing: Tensor, decay: Tensor) -> None:

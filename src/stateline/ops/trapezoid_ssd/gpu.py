@@ -40,7 +40,7 @@ SHARE, ROWS = 8, 32
 #: Warps of `inputs` and `projections`.
 WARPS = (4, 4)
 #: Loads of `unturn` on their way; warps and loads of `gather`.
-STAGES, GATHER = 3, (8, 2)
+STAGES, GATHER = 3, (8, 3)
 
 
 def problem(*args: Any) -> str | None:
