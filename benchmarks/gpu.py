@@ -35,7 +35,7 @@ from benchmarks import (
 from benchmarks.cases_gpu import Case
 from benchmarks.measure import Work
 
-CYCLES = 2_000_000  # about a millisecond, in which the host queues a call
+CYCLES = 8_000_000  # four to five milliseconds, in which the host queues a call
 
 
 def milliseconds(run: Work, turns: int, hidden: bool) -> list[float]:
