@@ -78,10 +78,11 @@ def _fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
-        raw = torch.full((2 * GUARD + size,), PATTERN, dtype=torch.uint8, device=like.device)
+        edge = GUARD // dtype.itemsize
+        raw = like.new_empty(2 * edge + count, dtype=dtype)  # of this dtype, as memory without a fence would be
         nothing = float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max
-        inner = raw[GUARD : GUARD + size].view(dtype).fill_(nothing)
-        buffers.append((raw, size))
+        buffers.append((raw.view(torch.uint8).fill_(PATTERN), size))
+        inner = raw[edge : edge + count].fill_(nothing)
         return inner.view(shape)
 
     monkeypatch.setattr(cuda, "empty", empty)

@@ -25,6 +25,7 @@ from stateline.nn.mamba import check_step_range, initial_bias
 from stateline.nn.mixer import Lengths, Mixer, check_input, check_state, zero_padding
 from stateline.nn.norm import GatedRMSNorm
 from stateline.nn.precision import keep_wide, wide
+from stateline.ops.parts import split
 from stateline.ops.ssd import Limit, check_limit
 
 OP = "Mamba2"
@@ -223,7 +224,7 @@ class Mamba2(Mixer):
         return [self.d_mlp, self.d_mlp, self.d_ssm, self.conv_dim, self.nheads]
 
     def _split(self, projected: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        gate, value, z, u, dt = projected.split(self._widths(), dim=-1)
+        gate, value, z, u, dt = split(projected, self._widths())
         return (F.silu(gate) * value if self.d_mlp else None), z, u, dt
 
     def _taps(self) -> tuple[Tensor, Tensor | None]:
@@ -232,7 +233,7 @@ class Mamba2(Mixer):
     def _system(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u (…, conv_dim) -> x (…, h, p), log(−A) (h), B, C (…, g, n)."""
         shared = self.ngroups * self.d_state
-        x, B, C = u.split([self.d_ssm, shared, shared], dim=-1)
+        x, B, C = split(u, [self.d_ssm, shared, shared])
         B, C = (v.unflatten(-1, (self.ngroups, self.d_state)) for v in (B, C))
         return x.unflatten(-1, (self.nheads, self.headdim)), self.A_log.to(wide(u.dtype)), B, C
 

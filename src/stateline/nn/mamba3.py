@@ -27,6 +27,7 @@ from stateline.nn.mamba import check_step_range, initial_bias
 from stateline.nn.mixer import Lengths, Mixer, check_input, check_state, zero_padding
 from stateline.nn.norm import GatedRMSNorm, RMSNorm
 from stateline.nn.precision import keep_wide, wide
+from stateline.ops.parts import split
 
 OP = "Mamba3"
 System = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # x, dt, A, blend, B, C
@@ -222,7 +223,7 @@ class Mamba3(Mixer):
     def _system(self, projected: Tensor) -> tuple[Tensor, System, dict[str, Any]]:
         """z (…, h, p), the system's tensors, and its other arguments."""
         full, widths = wide(projected.dtype), self._widths()
-        z, x, B, C, narrow = projected.split([*widths[:4], sum(widths[4:])], dim=-1)
+        z, x, B, C, narrow = split(projected, [*widths[:4], sum(widths[4:])])
         dt, A, trap, angles = narrow.to(full).split(widths[4:], dim=-1)
         dt = softplus(dt + self.dt_bias.to(full))
         A = -A_ACTIVATIONS[self.A_activation](A).clamp(min=self.A_floor)

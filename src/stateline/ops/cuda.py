@@ -44,6 +44,15 @@ def tokens(x: Tensor, segments: Tensor | None) -> Tensor:
     return y if segments is None else y.zero_()
 
 
+def paste(place: Tensor, x: Tensor) -> None:
+    """Copy x into a part of wider rows, in pieces of eight bytes where they fit, which is twice as fast."""
+    numbers = 8 // x.element_size()
+    fits = x.is_contiguous() and not any(n % numbers for n in (x.shape[-1], x.storage_offset(), place.storage_offset()))
+    if x.dtype == place.dtype and fits and not any(n % numbers for n in place.stride()[:-1]):
+        place, x = place.view(torch.int64), x.view(torch.int64)
+    place.copy_(x)
+
+
 @contextmanager
 def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> Iterator[None]:
     """Record what is launched inside as `graph`, on `stream` and with the memory of `pool`, as `torch.cuda.graph` does.
@@ -105,12 +114,14 @@ def _compile(launches: Callable[[], object]) -> None:
 
     with ThreadPoolExecutor() as pool:
         _launching.jobs = []
-        try:
-            with triton.AsyncCompileMode(pool, ignore_errors=True):
+        with triton.AsyncCompileMode(pool, ignore_errors=True):
+            try:
                 launches()
-        finally:
-            jobs, _launching.jobs = _launching.jobs, None
-        list(pool.map(_load, jobs))
+            finally:
+                jobs, _launching.jobs = _launching.jobs, None
+            loads = [pool.submit(_load, job) for job in jobs]  # each when it is compiled, behind all that compile
+        for load in loads:
+            load.result()
 
 
 def _load(job: tuple[int, Any]) -> None:

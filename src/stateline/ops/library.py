@@ -27,8 +27,13 @@ DEFINED: list[Any] = []
 WRITES_OUT = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13)
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define `stateline::<schema>`, run by `run` on CPU and CUDA tensors and by `fake` on shapes alone."""
+def define(
+    schema: str, run: Callable[..., Any], fake: Callable[..., Any], direct: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Define `stateline::<schema>`, run by `run` on CPU and CUDA tensors and by `fake` on shapes alone.
+
+    direct: in `run`'s place where nothing but autograd sees the results, whose strides may be others than `fake` says.
+    """
     mutable = schema.count("!)")  # the step forms, which write into their first arguments
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     # No gradient: an exported graph calls the raw op with parameters that want one, outside the Function.
@@ -40,7 +45,7 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     DEFINED.append(op)
     if not mutable:
         torch.library.register_vmap(f"stateline::{name}", lambda info, dims, *args: _one_by_one(op, info, dims, args))
-    return _direct(op, quiet)
+    return _direct(op, quiet if direct is None else _without_grad(direct))
 
 
 def _direct(op: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
+from stateline.ops import parts
 from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.segments import Segments, build
 from stateline.ops.selective_scan import check_slots
@@ -162,9 +164,10 @@ def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return backends.kernel(OP, x.device.type, backend, x.dtype).forward(x, *rest)
 
 
-def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _run_backward(dy: Tensor, *args: Any, in_room: bool = False) -> tuple[Tensor, ...]:
     *rest, backend = args
-    grads = backends.kernel(OP, dy.device.type, backend, rest[1].dtype).backward(dy, *rest)
+    module = backends.kernel(OP, dy.device.type, backend, rest[1].dtype)
+    grads = module.backward(dy, *rest, **(parts.within(module) if in_room else {}))
     return tuple(or_empty(g, dy) for g in grads)
 
 
@@ -211,6 +214,7 @@ _backward = define(
     f"{OP}_backward(Tensor dy, Tensor dstate, {_ARGS}, {_WHERE}) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
+    partial(_run_backward, in_room=True),
 )
 _backward_halves = define(
     f"{OP}_halves_backward(Tensor dy, Tensor more, Tensor dz, Tensor dstate, Tensor xz, Tensor weight, Tensor? bias, "

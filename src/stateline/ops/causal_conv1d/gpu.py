@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stateline.ops import cuda
+from stateline.ops import cuda, parts
 from stateline.ops import gpu_kernels as shared
 from stateline.ops.causal_conv1d import gpu_kernels as kernels
 
 DTYPES = cuda.DTYPES
+#: Its gradient can be written into a part of wider rows.
+ROOMS = True
 _forward, _backward, _step = map(cuda.Kernel, (kernels.forward, kernels.backward, kernels.step))
 _reduce = cuda.Kernel(shared.reduce)
 
@@ -79,10 +81,11 @@ def backward(
     segments: Tensor | None,
     reverse: bool,
     plan: Plan | None = None,
+    in_room: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, weight, bias, initial_state; None where the input was None."""
-    dx = cuda.tokens(x, segments)
+    """Gradients of x, weight, bias, initial_state; None where the input was None. in_room: see ops/parts.py."""
     inputs = (x, weight, bias, silu, initial_state, segments, reverse)
+    dx = parts.gradients([x], segments)[0] if in_room else cuda.tokens(x, segments)
     return dx, *_gradients(dx, dy, None, dstate, *inputs, plan)
 
 
@@ -103,24 +106,16 @@ def backward_halves(
     """`backward` of dy + more for the first half of xz (b, t, 2d), whose second half has the gradient dz."""
     d = weight.shape[0]
     dxz = cuda.tokens(xz, segments)
-    _paste(dxz[..., d:], dz)
+    cuda.paste(dxz[..., d:], dz)
     inputs = (xz[..., :d], weight, bias, silu, initial_state, segments, reverse)
     return dxz, *_gradients(dxz, dy, more, dstate, *inputs, None)
-
-
-def _paste(place: Tensor, x: Tensor) -> None:
-    """Copy x into a part of wider rows, in pieces of eight bytes where they fit, which is twice as fast."""
-    numbers = 8 // x.element_size()
-    if x.dtype == place.dtype and x.is_contiguous() and not (x.shape[-1] % numbers or x.storage_offset() % numbers):
-        place, x = place.view(torch.int64), x.view(torch.int64)
-    place.copy_(x)
 
 
 def _gradients(
     dx: Tensor, dy: Tensor, more: Tensor | None, dstate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     silu: bool, initial_state: Tensor | None, segments: Tensor | None, reverse: bool, plan: Plan | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of weight, bias and initial_state; that of x is written into the first channels of dx, contiguous."""
+    """Gradients of weight, bias and initial_state; that of x is written into the first channels of dx."""
     (b, t, d), k = x.shape, weight.shape[1]
     plan = plan or plan_backward(d, k, x.dtype)
     x, dy, dstate = cuda.data(x), cuda.data(dy), dstate.contiguous()
@@ -139,7 +134,7 @@ def _gradients(
             (runs.count * blocks, 1, 1),
             (x, taps, shift, start, runs.table, runs.tiles, dy, more, dstate, dx, dinitial, partial, t, blocks,
              runs.each, x.stride(0), dy.stride(0), more_b),
-            (d, x.stride(1), dy.stride(1), more_t, dx.shape[2], k, silu, reverse, plan.tile, plan.run, plan.channels),
+            (d, x.stride(1), dy.stride(1), more_t, dx.stride(1), k, silu, reverse, plan.tile, plan.run, plan.channels),
             plan.warps,
         )  # fmt: skip
     if d:

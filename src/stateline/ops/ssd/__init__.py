@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
+from stateline.ops import parts
 from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.segments import build
 from stateline.ops.selective_scan import check_slots
@@ -207,10 +209,11 @@ def _run_kept(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*module.forward(x, *rest), x.new_empty(0))
 
 
-def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _run_backward(dy: Tensor, *args: Any, in_room: bool = False) -> tuple[Tensor, ...]:
     *rest, backend, kept = args
     more = (kept,) if kept is not None and kept.numel() else ()
-    grads = _kernel(dy.device.type, backend, rest[2:7]).backward(dy, *rest, *more)
+    module = _kernel(dy.device.type, backend, rest[2:7])
+    grads = module.backward(dy, *rest, *more, **(parts.within(module) if in_room else {}))
     return tuple(or_empty(g, dy) for g in grads)
 
 
@@ -265,6 +268,7 @@ _backward = define(
     f"({', '.join(['Tensor'] * 9)})",
     _run_backward,
     _fake_backward,
+    partial(_run_backward, in_room=True),
 )
 _step = define(
     f"{STEP}(Tensor(a!) state, {_ARGS}, Tensor? index, bool log_A, str? backend) -> Tensor", _run_step, _fake_step

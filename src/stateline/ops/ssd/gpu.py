@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stateline.ops import cuda
+from stateline.ops import cuda, parts
 from stateline.ops import gpu_kernels as shared
 from stateline.ops.ssd import gpu_backward_kernels as backward_kernels
 from stateline.ops.ssd import gpu_kernels as kernels
@@ -23,6 +23,8 @@ from stateline.ops.ssd import gpu_kernels as kernels
 DTYPES = frozenset({torch.float32})
 #: Its step reads and writes states of bfloat16 as they are.
 NARROW = True
+#: Its gradients can be written into parts of wider rows.
+ROOMS = True
 #: States that a tile's registers hold, and those of a step.
 MOST_STATES, MOST_STATES_OF_STEP = 128, 4096
 
@@ -65,9 +67,13 @@ def plan(t: int, h: int, p: int, n: int, half: bool, memory: int) -> Plan:
     channels = max(16, min(most, cuda.power_of_2(p)))
     programs = h * cuda.ceil_div(p, channels)
     run = next((r for r in (1024, 512) if t * programs >= 128 * r), 256)
-    if half and memory >= 200 * 1024:
-        return Plan(64, run, channels, states, 16, (4, 4, 4, 8), (3, 2, 3, 3))
-    return Plan(32, run, channels, states, 16, (4, 4, 4, 8) if half else (2, 2, 4, 4), (1, 1, 1, 1))
+    tile = 64 if half and memory >= 200 * 1024 else 32
+    # a share in which 128 programs take a sequence: fewer sums to add, where it is long
+    shares = min(cuda.ceil_div(programs, 16), cuda.ceil_div(128 * tile, max(t, 1)))
+    share = cuda.ceil_div(programs, max(shares, 1))
+    if tile == 64:
+        return Plan(tile, run, channels, states, share, (4, 4, 4, 8), (3, 2, 3, 3))
+    return Plan(tile, run, channels, states, share, (4, 4, 4, 8) if half else (2, 2, 4, 4), (1, 1, 1, 1))
 
 
 def halves(x: Tensor, B: Tensor, C: Tensor) -> bool:
@@ -160,7 +166,6 @@ class Call:
         self.sequences = self.b if segments is None else segments.shape[0]
         self.parts = self.h * cuda.ceil_div(self.p, self.plan.channels)
         self.precision = PRECISION
-        self.B_rest: Tensor | None = None  # what bfloat16 left out of B, as it lies, where B was made here
         self.like = self.A
 
     def works(self) -> bool:
@@ -203,9 +208,8 @@ class Call:
         plan = self.plan
         terms = 2 if self.half and not adjoint and not mark else 1
         w, (z, z_at) = self.C if adjoint else self.B, _gate(self.z if gated else None)
-        rest = None if adjoint or mark else self.B_rest
         arguments = (
-            u, z, w, rest, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t,
+            u, z, w, clock, self.runs.table, self.runs.tiles, self.tiles.firsts, ends, made, self.t,
             self.runs.each, self.tiles.each, *u_at, *z_at, *self.w_at,
         )  # fmt: skip
         constants = (
@@ -292,6 +296,13 @@ def kept_shape(x: Tensor, B: Tensor, C: Tensor, segments: Tensor | None) -> tupl
     return cuda.run_count(b, t, run, None if segments is None else sequences), h, p, n
 
 
+def tiles_of(x: Tensor, B: Tensor, C: Tensor, segments: Tensor | None) -> tuple[int, int]:
+    """Steps of a tile, and how many tiles there are."""
+    (b, t, h, p), n = x.shape, B.shape[3]
+    tile = plan(t, h, p, n, halves(x, B, C), _memory(x.get_device())).tile
+    return tile, cuda.run_count(b, t, tile, None if segments is None else segments.shape[0])
+
+
 def _kind(half: bool) -> torch.dtype:
     """What matrix products take."""
     return torch.bfloat16 if half else torch.float32
@@ -304,17 +315,18 @@ def _wide(D: Tensor | None) -> bool:
 class _Gradient:
     """What the gradient's kernels write, and their launches."""
 
-    def __init__(self, call: Call, dy: Tensor, dstate: Tensor, ddecay: Tensor) -> None:
+    def __init__(self, call: Call, dy: Tensor, dstate: Tensor, ddecay: Tensor, in_room: bool) -> None:
         self.call, self.dy = call, rows_of(dy, call.half)
         self.dstate, self.ddecay = dstate.contiguous(), ddecay.contiguous()
         segments = call.segments
-        self.dx, self.ddt = cuda.tokens(call.x, segments), cuda.tokens(call.dt, segments)
+        self.dx = parts.gradients([call.x], segments)[0] if in_room else cuda.tokens(call.x, segments)
+        self.ddt = cuda.tokens(call.dt, segments)
         self.dz = None if call.z is None else cuda.tokens(call.z, segments)
         self.dB, self.dC = cuda.tokens(call.B, segments), cuda.tokens(call.C, segments)
         self.dinitial = None if call.initial is None else call.empty(*call.initial.shape)
-        self.dA = torch.zeros_like(call.A)
-        self.dD = None if call.D is None else torch.zeros_like(call.D)
-        self.dbias = torch.zeros_like(call.A)
+        make = call.empty if call.works() else call.A.new_zeros
+        self.dA, self.dbias = make(call.h), make(call.h)
+        self.dD = None if call.D is None else make(*call.D.shape)
 
     def run(self, starts: Tensor | None) -> None:
         """starts: what `forward_kept` kept, or None."""
@@ -344,25 +356,33 @@ class _Gradient:
         width = call.parts * (plan.channels if _wide(call.D) else 1)
         dD = None if call.D is None else call.sums(width)
         pairs = call.empty(count, call.g, shares, 2, plan.tile, plan.tile, dtype=_kind(call.half))
-        dB, dC = (call.empty(shares, *self.dB.shape) for _ in "BC")
-        if call.segments is not None:
-            dB.zero_(), dC.zero_()
+        dB, dC = self.dB, self.dC
+        if shares > 1:
+            dB, dC = (call.empty(shares, *self.dB.shape) for _ in "BC")
+            if call.segments is not None:
+                dB.zero_(), dC.zero_()
         where, strides = (clock, call.tiles.table, call.tiles.tiles), (*self.dy.stride()[:3], *call.x_at, *call.w_at)
         data = (self.dy, call.x, call.B, call.C)
         sizes = (call.h, call.g, call.p, call.n)
         how = (call.reverse, call.half, call.precision, shares, plan.share, plan.tile, plan.channels, plan.states)
         grid = (count * call.g * shares, 1, 1)
         arguments = (*data, call.D, *where, after, self.dx, pairs, pieces, crossing, dD, call.t, call.tiles.each)
-        _inputs(grid, (*arguments, *strides), (*sizes, _wide(call.D), *how, plan.stages[2]), plan.warps[2])
+        _inputs(
+            grid,
+            (*arguments, self.dx.stride(1), *strides),
+            (*sizes, _wide(call.D), *how, plan.stages[2]),
+            plan.warps[2],
+        )
         inputs = (*data, *where, before, after, pairs, dB, dC, pieces, crossing, call.t, call.tiles.each, size)
         _projections(grid, (*inputs, *strides), (*sizes, *how, plan.stages[3]), plan.warps[3])
-        if size:
+        if size and shares > 1:
             _add((cuda.ceil_div(size, 1024), 1, 1), (dB, dC, self.dB, self.dC, size), (shares, 1024), 4)
         if dD is not None and self.dD is not None:
-            total = call.empty(width, 1)
+            total = self.dD if width == self.dD.numel() else call.empty(width)
             _reduce((cuda.ceil_div(width, 32), 1, 1), (dD, total, None, count, width), (1, 1, 32, 32), 4)
-            each = total.view(call.h, -1)
-            self.dD.copy_(each[:, : call.p] if _wide(call.D) else each.sum(1))
+            if total is not self.dD:  # channels that do not exist, or several parts of a head
+                each = total.view(call.h, -1)
+                self.dD.copy_(each[:, : call.p] if _wide(call.D) else each.sum(1))
         return pieces, crossing
 
     def steps(self, clock: Tensor, pieces: Tensor, crossing: Tensor, decay: Tensor) -> None:
@@ -384,14 +404,16 @@ def backward(
     dy: Tensor, dstate: Tensor, ddecay: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, dt_low: float, dt_high: float,
     initial_state: Tensor | None, segments: Tensor | None, reverse: bool, kept: Tensor | None = None,
+    in_room: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_state; None where the input was None.
 
     kept: the last result of `forward_kept` for the same inputs; without it a sweep makes it again.
+    in_room: see ops/parts.py.
     """
     options = (dt_softplus, dt_low, dt_high)
     call = Call(x, dt, A, B, C, D, z, dt_bias, options, initial_state, segments, reverse)
-    grad = _Gradient(call, dy, dstate, ddecay)
+    grad = _Gradient(call, dy, dstate, ddecay, in_room)
     if call.works():
         grad.run(kept)
     dbias = None if dt_bias is None else grad.dbias

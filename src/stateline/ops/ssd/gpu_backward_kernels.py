@@ -33,7 +33,7 @@ def between(pairs, s, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=("t", "each"))
 def inputs(
-    dy, x, B, Cs, D, clock, table, tiles, after, dx, pairs, pieces, crossing, dD, t, each,
+    dy, x, B, Cs, D, clock, table, tiles, after, dx, pairs, pieces, crossing, dD, t, each, dx_t,
     dy_b, dy_t, dy_h, x_b, x_t, x_h, w_b, w_t, w_g,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, D_WIDE: tl.constexpr,
     REVERSE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, TAKEN: tl.constexpr,
@@ -105,8 +105,8 @@ def inputs(
                 du += skip(D, head, p, P, D_WIDE)[None, :] * wide
                 if D_WIDE:
                     tl.store(dD + (tile * (heads * PARTS) + part) * PB + p - p0, tl.sum(wide * value.to(tl.float32), 0))
-            put(at(dx + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, du,
-                Q, PB)  # fmt: skip
+            dx_at = at(dx + head * P, row * t, dx_t, dx_t, origin, first, Q, REVERSE)
+            put(dx_at, p, P, first, length, du, Q, PB)
         where = pairs + (tile * (groups * SHARES) + rest) * (2 * Q * Q) + s[:, None] * Q + s[None, :]
         most = operand(dproduct, HALF)
         tl.store(where, most)

@@ -162,7 +162,7 @@ def prepare(
 
 @triton.jit(do_not_specialize=("t", "runs", "each"))
 def sweep(
-    u, z, W, V, clock, table, tiles, firsts, ends, marks, t, runs, each, u_b, u_t, u_h, z_b, z_t, z_h, w_b, w_t, w_g,
+    u, z, W, clock, table, tiles, firsts, ends, marks, t, runs, each, u_b, u_t, u_h, z_b, z_t, z_h, w_b, w_t, w_g,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, ADJOINT: tl.constexpr,
     MARK: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, RUN: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
@@ -171,7 +171,6 @@ def sweep(
 
     MARK: start from `ends` and leave what is before (ADJOINT: after) each tile in `marks`; otherwise start from 0 and
     leave the sum in `ends`, float32. TERMS: bfloat16 numbers that the scaled u is cut into. z: u counts times silu(z).
-    V: what bfloat16 left out of W, if not nothing.
     """
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
@@ -208,10 +207,6 @@ def sweep(
             S = tl.dot(tl.trans(w), most, S, input_precision=PRECISION)
             if TERMS == 2:
                 S = tl.dot(tl.trans(w), operand(value - most.to(tl.float32), HALF), S, input_precision=PRECISION)
-            if V is not None:
-                v_at = at(V + group_of(head, heads, groups) * w_g, row, w_b, w_t, origin, s0, Q, REVERSE)
-                v = operand(rows(v_at, n, N, s0, length, Q, NB), HALF)
-                S = tl.dot(tl.trans(v), most, S, input_precision=PRECISION)
         if not MARK:
             tl.store(ends + own, S, mask=exist)
 

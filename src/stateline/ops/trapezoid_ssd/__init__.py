@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
+from stateline.ops import parts
 from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.segments import build
 from stateline.ops.selective_scan import check_slots
+from stateline.ops.trapezoid_ssd.reference import Inputs
 
 OP = "trapezoid_ssd"
 STEP = "trapezoid_ssd_step_"
@@ -92,7 +95,9 @@ def trapezoid_ssd(
         sizes.bind("n_seq", segments.count, "the number of sequences")
         state = _check_state(OP, sizes, "initial_state", "n_seq", initial_state, A)
     checks.same_device(OP, dict(zip(NAMES, (*inputs, *state), strict=True)))
-    y, *end = call(_TrapezoidSSD, *inputs, *state, bool(interleaved), segments.table, bool(reverse), backend)
+    keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (*inputs, *state))
+    how = (bool(interleaved), segments.table, bool(reverse), keep, backend)
+    y, *end = call(_TrapezoidSSD, *inputs, *state, *how)[:5]
     return (y if ranked else y.squeeze(3)), tuple(end)
 
 
@@ -214,9 +219,21 @@ def _run(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _kernel(backend, (x, *rest[:9])).forward(x, *rest)
 
 
-def _run_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _run_kept(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rest, backend = args
-    return tuple(or_empty(g, dy) for g in _kernel(backend, rest[4:14]).backward(dy, *rest))
+    module = _kernel(backend, (x, *rest[:9]))
+    if hasattr(module, "forward_kept"):
+        return module.forward_kept(x, *rest)
+    return (*module.forward(x, *rest), x.new_empty(0), x.new_empty(0))
+
+
+def _run_backward(dy: Tensor, *args: Any, in_room: bool = False) -> tuple[Tensor, ...]:
+    *rest, backend, kept = args
+    module = _kernel(backend, rest[4:14])
+    more: dict[str, Any] = parts.within(module) if in_room else {}
+    if kept and kept[0].numel():
+        more["kept"] = tuple(kept)
+    return tuple(or_empty(g, dy) for g in module.backward(dy, *rest, **more))
 
 
 def _run_step(angle: Tensor, *args: Any) -> Tensor:
@@ -224,13 +241,23 @@ def _run_step(angle: Tensor, *args: Any) -> Tensor:
     return _kernel(backend, rest[3:13]).step(angle, *rest)
 
 
+def _shapes(x: Tensor, B: Tensor, rates: Tensor | None, gated: bool, segments: Tensor | None) -> list[tuple[int, ...]]:
+    """Of y and the state's four."""
+    (b, t, h, p), r, n, s = x.shape, B.shape[2], B.shape[4], 0 if rates is None else rates.shape[2]
+    rows = b if segments is None else segments.shape[0]
+    return [(b, t, h, 1 if gated else r, p), (rows, h, s), (rows, h, p, n), (rows, h, r, n), (rows, h, p)]
+
+
 def _fake(x: Tensor, dt: Tensor, A: Tensor, blend: Tensor, B: Tensor, C: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    rates, z, segments = args[0], args[5], args[-3]
-    rows = x.shape[0] if segments is None else segments.shape[0]
-    b, t, h, p = x.shape
-    r, n, s = B.shape[2], B.shape[4], 0 if rates is None else rates.shape[2]
-    shapes = ((h, s), (h, p, n), (h, r, n), (h, p))
-    return (x.new_empty((b, t, h, r if z is None else 1, p)), *(A.new_empty((rows, *shape)) for shape in shapes))
+    first, *state = _shapes(x, B, args[0], args[5] is not None, args[-3])
+    return (x.new_empty(first), *(A.new_empty(shape) for shape in state))
+
+
+def _fake_kept(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *rest, backend = args
+    shapes = getattr(_kernel(backend, (x, *rest[:9])), "kept_shapes", None)
+    made = ((0,), (0,)) if shapes is None else shapes(Inputs(x, *rest))
+    return (*_fake(x, *args), *(x.new_empty(shape, dtype=torch.float32) for shape in made))
 
 
 def _fake_backward(dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -249,11 +276,14 @@ _ARGS = (
 )
 _WHERE = "Tensor? angle, Tensor? ssm, Tensor? k, Tensor? v, Tensor? segments, bool reverse, str? backend"
 _forward = define(f"{OP}({_ARGS}, {_WHERE}) -> ({', '.join(['Tensor'] * 5)})", _run, _fake)
+# The last two results spare the gradient work; their shapes are the back end's own, and they are empty if it has none.
+_forward_kept = define(f"{OP}_kept({_ARGS}, {_WHERE}) -> ({', '.join(['Tensor'] * 7)})", _run_kept, _fake_kept)
 _backward = define(
-    f"{OP}_backward(Tensor dy, Tensor dangle, Tensor dssm, Tensor dk, Tensor dv, {_ARGS}, {_WHERE}) -> "
+    f"{OP}_backward(Tensor dy, Tensor dangle, Tensor dssm, Tensor dk, Tensor dv, {_ARGS}, {_WHERE}, Tensor[] kept) -> "
     f"({', '.join(['Tensor'] * 18)})",
     _run_backward,
     _fake_backward,
+    partial(_run_backward, in_room=True),
 )
 _STATE = "Tensor(a!) angle, Tensor(b!) ssm, Tensor(c!) k, Tensor(d!) v"
 _step = define(
@@ -271,22 +301,29 @@ class _TrapezoidSSD(Function):
         x: Tensor, dt: Tensor, A: Tensor, blend: Tensor, B: Tensor, C: Tensor, rates: Tensor | None,
         B_bias: Tensor | None, C_bias: Tensor | None, mix: Tensor | None, D: Tensor | None, z: Tensor | None,
         z_mix: Tensor | None, y_mix: Tensor | None, angle: Tensor | None, ssm: Tensor | None, k: Tensor | None,
-        v: Tensor | None, interleaved: bool, table: Tensor | None, reverse: bool, backend: str | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        v: Tensor | None, interleaved: bool, table: Tensor | None, reverse: bool, keep: bool, backend: str | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         inputs = (x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D, z, z_mix, y_mix)
-        return _forward(*inputs, interleaved, angle, ssm, k, v, table, reverse, backend)
+        args = (*inputs, interleaved, angle, ssm, k, v, table, reverse, backend)
+        return _forward_kept(*args) if keep else (*_forward(*args), None, None)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:18], inputs[19])
-        ctx.options = (inputs[18], *inputs[20:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        kept = output[5:] if output[5] is not None else ()
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # no zeros for what is kept
+        ctx.save_for_backward(*inputs[:18], inputs[19], *kept, *(output[2:4] if kept else ()))
+        ctx.options = (inputs[18], inputs[20], inputs[22])
 
     @staticmethod
-    def backward(
-        ctx: Any, dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        *given, table = ctx.saved_tensors
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, table = ctx.saved_tensors[:19]
         interleaved, reverse, backend = ctx.options
-        incoming = (dy, dangle, dssm, dk, dv)
-        grads = _backward(*incoming, *given[:14], interleaved, *given[14:], table, reverse, backend)
-        return (*first_only_of(OP, given, grads, *incoming), *[None] * 4)
+        like = (inputs[0], *[inputs[2]] * 4)
+        shapes = _shapes(inputs[0], inputs[4], inputs[6], inputs[11] is not None, table)
+        incoming = [
+            v.new_zeros(shape) if grad is None else grad for v, shape, grad in zip(like, shapes, given[:5], strict=True)
+        ]
+        where = (*inputs[14:], table, reverse, backend, list(ctx.saved_tensors[19:]))
+        grads = _backward(*incoming, *inputs[:14], interleaved, *where)
+        return (*first_only_of(OP, inputs, grads, *incoming), *[None] * 5)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stateline.ops import cuda
+from stateline.ops import cuda, parts
 from stateline.ops import gpu_kernels as shared
 from stateline.ops.ssd import gpu as ssd
 from stateline.ops.trapezoid_ssd import gpu_backward_kernels as backward_kernels
@@ -23,9 +23,12 @@ from stateline.ops.trapezoid_ssd.reference import Inputs
 
 #: Precision of A that the kernels compute in.
 DTYPES = frozenset({torch.float32})
+#: Its gradients can be written into parts of wider rows.
+ROOMS = True
 
-_prepare, _spans, _wind, _follow, _turn, _step = map(
-    cuda.Kernel, (kernels.prepare, kernels.spans, kernels.wind, kernels.follow, kernels.turn, kernels.step)
+_prepare, _spans, _wind, _follow, _turn, _gather, _step = map(
+    cuda.Kernel,
+    (kernels.prepare, kernels.spans, kernels.wind, kernels.follow, kernels.turn, kernels.gather, kernels.step),
 )
 _inputs, _projections = map(cuda.Kernel, (backward_kernels.inputs, backward_kernels.projections))
 _unmoved, _unturn, _finish = map(
@@ -36,8 +39,8 @@ _reduce = cuda.Kernel(shared.reduce)
 SHARE, ROWS = 8, 32
 #: Warps of `inputs` and `projections`.
 WARPS = (4, 4)
-#: Loads of `unturn` on their way.
-STAGES = 3
+#: Loads of `unturn` on their way; warps and loads of `gather`.
+STAGES, GATHER = 3, (8, 3)
 
 
 def problem(*args: Any) -> str | None:
@@ -84,6 +87,8 @@ class _Call(ssd.Call):
         self.pairs = 0 if self.rates is None else self.rates.shape[2]
         self.biases = tuple(cuda.plain(v) for v in (given.B_bias, given.C_bias))
         self.where = (self.tiles.table, self.tiles.tiles)
+        self.steps = (*self.raw_B.stride()[:3], *self.raw_C.stride()[:3], *self.x_at)
+        self.sizes = (self.h, self.raw_g, self.p, self.n, self.pairs, given.interleaved, given.reverse)
         self.firsts = self._firsts()
         if given.ssm is not None:  # what the token before adds, when the first one comes
             self.older = self._older()
@@ -129,28 +134,42 @@ class _Call(ssd.Call):
         _prepare((self.tiles.count, cuda.ceil_div(self.h, ssd.HEADS), 1), arguments, constants, 4)
         return clock, own
 
-    def turn(self, state: tuple[Tensor, Tensor, Tensor]) -> Tensor | None:
-        """Write k and q, and the last token's angle, k and x into `state`; the angles, (tiles, h, Q, s), if any."""
-        plan, given, count = self.plan, self.given, self.tiles.count
-        angles = self._angles(state[0]) if self.pairs else None
-        B, C, rows = self.raw_B, self.raw_C, min(ROWS, plan.tile)
+    def turn(self, angles: Tensor, state: tuple[Tensor | None, Tensor | None]) -> None:
+        """Write k and q, and the last token's k and x into `state`, if given."""
+        plan, count = self.plan, self.tiles.count
+        rows = min(ROWS, plan.tile)
         arguments = (
-            B, C, *self.biases, self.x, angles, *self.where, self.B, self.B_rest, self.C, *state[1:], self.t,
-            self.tiles.each,
-            *B.stride()[:3], *C.stride()[:3], *self.x_at,
+            self.raw_B, self.raw_C, *self.biases, self.x, angles, *self.where, self.B, self.C, *state, self.t,
+            self.tiles.each, *self.steps,
         )  # fmt: skip
-        constants = (
-            self.h, self.raw_g, self.p, self.n, self.pairs, given.interleaved, self.reverse, plan.tile, rows,
-            cuda.power_of_2(self.p), plan.states,
-        )  # fmt: skip
+        constants = (*self.sizes, plan.tile, rows, cuda.power_of_2(self.p), plan.states)
         _turn((count * (plan.tile // rows) * self.h, 1, 1), arguments, constants, 4)
-        return angles
 
-    def _angles(self, last: Tensor) -> Tensor:
-        """The angles of all steps, (tiles, h, Q, s); the last one of each sequence into `last`."""
+    def gather(
+        self, angles: Tensor, state: tuple[Tensor | None, Tensor | None], clock: Tensor, ends: Tensor,
+        mark: bool = False,
+    ) -> Tensor | None:  # fmt: skip
+        """`turn` and `sweep`, which with bfloat16 are one kernel."""
+        if not self.half:
+            self.turn(angles, state)
+            return self.sweep(clock, ends, mark=mark)
+        plan, made = self.plan, None
+        if mark:
+            made = self.empty(self.tiles.count, self.h, self.p, self.n, dtype=torch.bfloat16)
+        arguments = (
+            self.raw_B, self.raw_C, *self.biases, self.x, angles, clock, self.runs.table, self.runs.tiles,
+            self.tiles.firsts, self.B, self.C, ends, made, *state, self.t, self.runs.each, self.tiles.each, *self.steps,
+        )  # fmt: skip
+        constants = (*self.sizes, plan.tile, plan.run, plan.channels, cuda.power_of_2(self.p), plan.states, GATHER[1])
+        _gather((self.runs.count * self.parts, 1, 1), arguments, constants, GATHER[0])
+        return made
+
+    def angles(self, last: Tensor, angles: Tensor) -> None:
+        """Write `angles` of all steps, (tiles, h, Q, s), and the last one of each sequence, into `last`."""
+        if not self.pairs:
+            return
         tile, count, size = self.plan.tile, self.tiles.count, self.h * self.pairs
         before = self.empty(count, self.h, self.pairs, dtype=torch.float64)
-        angles = self.empty(count, self.h, tile, self.pairs)
         wide = cuda.power_of_2(self.pairs)
         some = max(1, min(4, 128 // wide))
         steps, about = (self.dt_full, self.rates), (self.t, self.tiles.each)
@@ -161,7 +180,6 @@ class _Call(ssd.Call):
         arguments = (before, first, last, self.tiles.table, self.tiles.firsts, *about, size)
         _wind((self.sequences, cuda.ceil_div(size, 32), 1), arguments, (tile, 32, 32), 4)
         _follow((count * self.h, 1, 1), (*steps, before, *self.where, angles, *about), constants, 4)
-        return angles
 
 
 def _contiguous(v: Tensor) -> Tensor:
@@ -181,36 +199,50 @@ def _passed_on(given: Inputs, wanted: tuple[Tensor | None, ...], call: _Call) ->
     )
 
 
-@cuda.side_by_side
 def forward(*args: Any) -> tuple[Tensor, ...]:
     """Arguments: the fields of `Inputs` -> y (b, t, h, 1, p), angle, ssm, k, v."""
+    return forward_kept(*args)[:5]
+
+
+@cuda.side_by_side
+def forward_kept(*args: Any) -> tuple[Tensor, ...]:
+    """As `forward`, and last what spares `backward` a sweep: states before runs, and angles."""
     given = Inputs(*args)
     call = _Call(given)
     y = cuda.tokens(call.x, call.segments)
     angle, k, v = _passed_on(given, (given.angle, None if given.k is None else call.paired(given.k), given.v), call)
     state = call.empty(call.sequences, call.h, call.p, call.n)
+    starts, angles = (call.empty(*shape) for shape in kept_shapes(given))
     if call.works():
-        if call.half:  # a returned state keeps float32's bound
-            call.B_rest = cuda.empty(call.B.shape, call.B.dtype, call.B)
-        call.turn((angle, k, v))
         clock, own = call.clocks()
-        starts = call.empty(call.runs.count, call.h, call.p, call.n)
-        call.states(clock, starts, state, None)
+        call.angles(angle, angles)
+        call.gather(angles, (k, v), clock, starts)
+        call.combine(clock, starts, call.initial, state, None)
         call.outputs(clock, starts, y, own=own)
-    return y.unsqueeze(3), angle, call.paired(state, back=True), call.paired(k, back=True), v
+    return y.unsqueeze(3), angle, call.paired(state, back=True), call.paired(k, back=True), v, starts, angles
+
+
+def kept_shapes(given: Inputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what `forward_kept` keeps for `backward`, float32."""
+    x, B, C = given.x, given.B[:, :, 0], given.C[:, :, 0]
+    starts = ssd.kept_shape(x, B, C, given.segments)
+    tile, count = ssd.tiles_of(x, B, C, given.segments)
+    return starts, (count, x.shape[2], tile, 0 if given.rates is None else given.rates.shape[2])
 
 
 class _Gradient:
     """What the gradient's kernels write, and their launches."""
 
-    def __init__(self, call: _Call, dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor) -> None:
+    def __init__(self, call: _Call, ends: tuple[Tensor, ...], in_room: bool) -> None:
+        dy, dangle, dssm, dk, dv = ends
         self.call, given, segments = call, call.given, call.segments
         dy = dy[:, :, :, 0]
         self.dy = ssd.rows_of(dy, call.half)
         self.dangle, self.dv, self.dk = dangle.contiguous(), dv.contiguous(), call.paired(dk)
         self.dssm = call.paired(dssm)
-        self.dx = cuda.tokens(call.x, segments)
-        self.dz = None if call.z is None else cuda.tokens(call.z, segments)
+        read = [v for v in (call.x, call.z) if v is not None]
+        made = parts.gradients(read, segments) if in_room else [cuda.tokens(v, segments) for v in read]
+        self.dx, self.dz = made[0], None if call.z is None else made[1]
         self.ddt, self.dA, self.dblend = (cuda.tokens(call.dt_full, segments) for _ in range(3))
         self.dB, self.dC = (cuda.tokens(v, segments) for v in (call.raw_B, call.raw_C))
         self.drates = None if call.rates is None else cuda.tokens(call.rates, segments)
@@ -219,16 +251,21 @@ class _Gradient:
         self.start: Tensor | None = None if given.angle is None else dangle.clone(memory_format=torch.contiguous_format)
         self.dinitial = None if call.initial is None else call.empty(*call.initial.shape)
 
-    def run(self) -> None:
+    def run(self, kept: tuple[Tensor, ...] | None) -> None:
+        """kept: states before runs, angles, the last state and k, as the forward pass found them, or None."""
         call = self.call
-        passed = tuple(call.empty(*v.shape) for v in (self.dangle, self.dk, self.dv))
-        angles = call.turn(passed)  # type: ignore[arg-type]  # three of them
         clock, own = call.clocks()
-        starts = call.empty(call.runs.count, call.h, call.p, call.n)
-        last = call.empty(*self.dssm.shape)
-        call.states(clock, starts, last, None)
-        self._unmoved(last, passed[1])
-        before = call.sweep(clock, starts, mark=True)
+        if kept is None:
+            starts, angles = (call.empty(*shape) for shape in kept_shapes(call.given))
+            last, last_k, last_x = (call.empty(*v.shape) for v in (self.dssm, self.dk, self.dv))
+            call.angles(call.empty(*self.dangle.shape), angles)
+            call.gather(angles, (last_k, last_x), clock, starts)
+            call.combine(clock, starts, call.initial, last, None)
+            before = call.sweep(clock, starts, mark=True)
+        else:
+            starts, angles, last, last_k = *kept[:2], *map(call.paired, kept[2:])
+            before = call.gather(angles, (None, None), clock, starts, mark=True)
+        self._unmoved(last, last_k)
         ends = call.empty(*starts.shape)
         gated = call.z is not None
         call.sweep(clock, ends, self.dy, gated=gated)
@@ -275,10 +312,11 @@ class _Gradient:
         products = call.empty(count, call.h, plan.tile, plan.tile, dtype=call.B.dtype)
         data, where = (self.dy, call.x, call.z, call.B, call.C), (*call.where, before, after)
         strides = (*self.dy.stride()[:3], *call.x_at, *call.z_at)
+        out_at = (self.dx.stride(1), 0 if self.dz is None else self.dz.stride(1))
         how = (call.reverse, call.half, call.precision, plan.tile, plan.channels, plan.states)
         grid, sizes = (count * call.h, 1, 1), (call.h, call.p, call.n)
         arguments = (*data, call.D, clock, own, *where, self.dv, self.dx, self.dz, products, slopes, dD, call.t)
-        _inputs(grid, (*arguments, call.tiles.each, *strides), (*sizes, *how), WARPS[0])
+        _inputs(grid, (*arguments, call.tiles.each, *out_at, *strides), (*sizes, *how), WARPS[0])
         more = (*data, clock, *where, self.dk, products, dk, dq, turns, carries, crossing, call.t)
         _projections(grid, (*more, call.tiles.each, *strides), (*sizes, call.pairs, *how), WARPS[1])
         if dD is not None:
@@ -287,7 +325,7 @@ class _Gradient:
             self.dD = total.view(call.h)
         return (slopes, crossing, turns, carries), dk, dq
 
-    def _unturn(self, angles: Tensor | None, dk: Tensor, dq: Tensor) -> None:
+    def _unturn(self, angles: Tensor, dk: Tensor, dq: Tensor) -> None:
         """dB, dC and the gradients of their biases."""
         call, tile, count = self.call, self.call.plan.tile, self.call.tiles.count
         rows = min(ROWS, tile)
@@ -327,14 +365,21 @@ class _Gradient:
 
 
 @cuda.side_by_side
-def backward(dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of the first fourteen fields of `Inputs` and of the state's four; None where the input was."""
+def backward(
+    dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *args: Any,
+    kept: tuple[Tensor, ...] | None = None, in_room: bool = False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of the first fourteen fields of `Inputs` and of the state's four; None where the input was.
+
+    kept: what `forward_kept` kept, and the ssm and k that it returned, for the same inputs.
+    in_room: see ops/parts.py.
+    """
     given = Inputs(*args)
     call = _Call(given)
-    grad = _Gradient(call, dy, dangle, dssm, dk, dv)
+    grad = _Gradient(call, (dy, dangle, dssm, dk, dv), in_room)
     first: tuple[Tensor | None, ...] = (None,) * 4
     if call.works():
-        grad.run()
+        grad.run(kept)
         if grad.dinitial is not None:
             first = (grad.start, grad.dinitial, *_of_empty(call, dk, dv, grad))
     else:

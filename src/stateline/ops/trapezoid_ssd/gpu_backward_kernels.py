@@ -55,7 +55,7 @@ def crossed(x, grad, R: tl.constexpr, NB: tl.constexpr):
 @triton.jit(do_not_specialize=("t", "each"))
 def inputs(
     dy, x, z, k, q, D, clock, own, table, tiles, before, after, last_dx, dx, dz, products, slopes, dD, t, each,
-    dy_b, dy_t, dy_h, x_b, x_t, x_h, z_b, z_t, z_h,
+    dx_t, dz_t, dy_b, dy_t, dy_h, x_b, x_t, x_h, z_b, z_t, z_h,
     heads: tl.constexpr, P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
@@ -117,8 +117,8 @@ def inputs(
                 if D is not None:
                     y += tl.load(D + head) * value
                 y *= slope * slope_of_silu(gate)
-                put(at(dz + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, y,
-                    Q, PB)  # fmt: skip
+                dz_at = at(dz + head * P, row * t, dz_t, dz_t, origin, first, Q, REVERSE)
+                put(dz_at, p, P, first, length, y, Q, PB)
                 slope *= silu(gate)
             du = tl.dot(b, tl.trans(reach), input_precision=PRECISION) * leave[:, None]
             reach = part_of(after, part + 1, P, N, PB, NB)
@@ -129,8 +129,8 @@ def inputs(
             if last_dx is not None:
                 more = tl.load(last_dx + (sequence * heads + head) * P + p, mask=p < P, other=0.0)
                 du += tl.where((first + s + 1 == length)[:, None], more[None, :], 0.0)
-            put(at(dx + head * P, row * t, heads * P, heads * P, origin, first, Q, REVERSE), p, P, first, length, du,
-                Q, PB)  # fmt: skip
+            dx_at = at(dx + head * P, row * t, dx_t, dx_t, origin, first, Q, REVERSE)
+            put(dx_at, p, P, first, length, du, Q, PB)
         timed(direct + into, across, into * size, size, later, slopes + mine * (3 * Q), HALF, Q)
 
 

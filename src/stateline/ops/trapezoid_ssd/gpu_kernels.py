@@ -3,7 +3,7 @@
 A token's input counts in later outputs with its own end of its trapezoid and the next one's other end, which is what
 ssd calls its size; in its own output with the former alone. `prepare` writes both, so that ssd's `sweep`, `combine`
 and `outputs` run this recurrence. `spans` and `wind` find the angle before each tile, `follow` those in it, `turn`
-writes k and q.
+writes k and q; `gather` does so on the way of ssd's `sweep`.
 
 Suffixes and names: as in ssd's gpu_kernels.py; i pair of states. k and q are (b, t, h, n), *paired*: the two states of
 pair i are neighbours, whichever they are in B and C. Angles are turns, summed in float64.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from stateline.ops.gpu_kernels import place
-from stateline.ops.ssd.gpu_kernels import at, group_of, put, rows, tile_of
+from stateline.ops.ssd.gpu_kernels import at, clock_of, group_of, put, rows, sheet, tile_of
 
 
 @triton.jit
@@ -164,18 +164,48 @@ def follow(
         tl.store(angles + where, angle.to(tl.float32), mask=live & (i < S)[None, :])
 
 
+@triton.jit
+def bias_of(bias, head, N: tl.constexpr, NB: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A head's bias of B or C, as `pairs` has them; 0 if there is none."""
+    first, second = tl.zeros((NB // 2,), tl.float32), tl.zeros((NB // 2,), tl.float32)
+    if bias is not None:
+        one, two = pair_of(N, NB, INTERLEAVED)
+        first = tl.load(bias + head * N + one, mask=one < N, other=0.0)
+        second = tl.load(bias + head * N + two, mask=two < N, other=0.0)
+    return first, second
+
+
+@triton.jit
+def turned(pair, bias, cosine, sine, R: tl.constexpr, NB: tl.constexpr):
+    """Pairs, biased and turned, (R, NB)."""
+    a, b = pair[0] + bias[0][None, :], pair[1] + bias[1][None, :]
+    return tl.reshape(tl.join(a * cosine - b * sine, a * sine + b * cosine), (R, NB))
+
+
+@triton.jit
+def pass_on(
+    k, x, last_k, last_x, sequence, head, heads: tl.constexpr, row, origin, first, length, x_b, x_t, x_h,
+    P: tl.constexpr, N: tl.constexpr, R: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Write k (R, NB) and x of a sequence's last token, if it is one of R steps from `first`."""
+    if (first < length) & (first + R >= length):
+        s, n, p = tl.arange(0, R), tl.arange(0, NB), tl.arange(0, PB)
+        state = last_k + (sequence * heads + head) * N + n[None, :] + s[:, None] * 0
+        tl.store(state, k, mask=(first + s + 1 == length)[:, None] & (n < N)[None, :])
+        time = (origin - (length - 1) if REVERSE else origin + (length - 1)).to(tl.int64)
+        value = tl.load(x + row * x_b + time * x_t + head * x_h + p, mask=p < P, other=0.0)
+        tl.store(last_x + (sequence * heads + head) * P + p, value.to(tl.float32), mask=p < P)
+
+
 @triton.jit(do_not_specialize=("t", "each"))
 def turn(
-    B, Cs, B_bias, C_bias, x, angles, table, tiles, k, k_rest, q, last_k, last_x, t, each,
+    B, Cs, B_bias, C_bias, x, angles, table, tiles, k, q, last_k, last_x, t, each,
     B_b, B_t, B_g, C_b, C_t, C_g, x_b, x_t, x_h,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
     INTERLEAVED: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, PB: tl.constexpr,
     NB: tl.constexpr,
 ):  # fmt: skip
-    """k and q of R steps of a tile and a head, and of each sequence's last token k and x, float32.
-
-    k_rest: what k's dtype leaves out of k.
-    """
+    """k and q of R steps of a tile and a head, and of each sequence's last token k and x, float32."""
     rest, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     number, cut = rest // (Q // R), rest % (Q // R)
     sequence, row, first, length, origin, exists = place(table, tiles, number, t, each, Q, REVERSE)
@@ -183,36 +213,88 @@ def turn(
         first += cut * R
         s, n, i = tl.arange(0, R), tl.arange(0, NB), tl.arange(0, NB // 2)
         live, group = first + s < length, group_of(head, heads, groups)
-        a, b = pairs(at(B + group * B_g, row, B_b, B_t, origin, first, R, REVERSE), live, N, R, NB, INTERLEAVED)
-        c, d = pairs(at(Cs + group * C_g, row, C_b, C_t, origin, first, R, REVERSE), live, N, R, NB, INTERLEAVED)
-        one, two = pair_of(N, NB, INTERLEAVED)
-        if B_bias is not None:
-            a += tl.load(B_bias + head * N + one, mask=one < N, other=0.0)[None, :]
-            b += tl.load(B_bias + head * N + two, mask=two < N, other=0.0)[None, :]
-        if C_bias is not None:
-            c += tl.load(C_bias + head * N + one, mask=one < N, other=0.0)[None, :]
-            d += tl.load(C_bias + head * N + two, mask=two < N, other=0.0)[None, :]
+        B_at = at(B + group * B_g, row, B_b, B_t, origin, first, R, REVERSE)
+        C_at = at(Cs + group * C_g, row, C_b, C_t, origin, first, R, REVERSE)
+        key = pairs(B_at, live, N, R, NB, INTERLEAVED)
+        query = pairs(C_at, live, N, R, NB, INTERLEAVED)
+        cosine, sine = tl.full((R, NB // 2), 1.0, tl.float32), tl.zeros((R, NB // 2), tl.float32)
         if S > 0:
             where = ((number.to(tl.int64) * heads + head) * Q + cut * R + s)[:, None] * S + i[None, :]
             cosine, sine = circle(tl.load(angles + where, mask=live[:, None] & (i < S)[None, :], other=0.0))
-            a, b = a * cosine - b * sine, a * sine + b * cosine
-            c, d = c * cosine - d * sine, c * sine + d * cosine
-        turned_k, turned_q = tl.reshape(tl.join(a, b), (R, NB)), tl.reshape(tl.join(c, d), (R, NB))
+        turned_k = turned(key, bias_of(B_bias, head, N, NB, INTERLEAVED), cosine, sine, R, NB)
+        turned_q = turned(query, bias_of(C_bias, head, N, NB, INTERLEAVED), cosine, sine, R, NB)
         put(at(k + head * N, row * t, heads * N, heads * N, origin, first, R, REVERSE), n, N, first, length, turned_k,
             R, NB)  # fmt: skip
         put(at(q + head * N, row * t, heads * N, heads * N, origin, first, R, REVERSE), n, N, first, length, turned_q,
             R, NB)  # fmt: skip
-        if k_rest is not None:
-            rest_at = at(k_rest + head * N, row * t, heads * N, heads * N, origin, first, R, REVERSE)
-            left = turned_k - turned_k.to(k.dtype.element_ty).to(tl.float32)
-            put(rest_at, n, N, first, length, left, R, NB)
-        if (first < length) & (first + R >= length):  # the last token is one of these
-            state = last_k + (sequence * heads + head) * N + n[None, :] + s[:, None] * 0
-            tl.store(state, turned_k, mask=(first + s + 1 == length)[:, None] & (n < N)[None, :])
-            p = tl.arange(0, PB)
-            time = (origin - (length - 1) if REVERSE else origin + (length - 1)).to(tl.int64)
-            value = tl.load(x + row * x_b + time * x_t + head * x_h + p, mask=p < P, other=0.0)
-            tl.store(last_x + (sequence * heads + head) * P + p, value.to(tl.float32), mask=p < P)
+        if last_k is not None:
+            pass_on(turned_k, x, last_k, last_x, sequence, head, heads, row, origin, first, length, x_b, x_t, x_h,
+                    P, N, R, PB, NB, REVERSE)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("t", "runs", "each"))
+def gather(
+    B, Cs, B_bias, C_bias, x, angles, clock, table, tiles, firsts, k, q, ends, marks, last_k, last_x, t, runs, each,
+    B_b, B_t, B_g, C_b, C_t, C_g, x_b, x_t, x_h,
+    heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
+    INTERLEAVED: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr, RUN: tl.constexpr, PB: tl.constexpr,
+    XB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`turn` and ssd's `sweep` at once, of a run and a part: k is read by nobody before it is counted. bfloat16.
+
+    marks: if there are any, start from `ends` and leave what is before each tile there; otherwise start from 0 and
+    leave the sum in `ends`, for which both factors are two numbers of bfloat16.
+    """
+    PARTS: tl.constexpr = (P + PB - 1) // PB
+    program = tl.program_id(0)
+    run, part = program // (heads * PARTS), program % (heads * PARTS)
+    sequence, row, begin, length, origin, exists = place(table, tiles, run, t, runs, RUN, REVERSE)
+    if exists:
+        head, p0 = (part // PARTS).to(tl.int64), part % PARTS * PB
+        p, n, s, i = p0 + tl.arange(0, PB), tl.arange(0, NB), tl.arange(0, Q), tl.arange(0, NB // 2)
+        own, exist = sheet(p0, P, N, PB, NB)
+        ends += (run.to(tl.int64) * heads + head) * (P * N)
+        first_tile = tile_of(firsts, sequence, begin, each, Q)
+        count = (tl.minimum(length - begin, RUN) + Q - 1) // Q
+        group = group_of(head, heads, groups)
+        B_shift = bias_of(B_bias, head, N, NB, INTERLEAVED)
+        C_shift = bias_of(C_bias, head, N, NB, INTERLEAVED)
+        state = tl.zeros((NB, PB), tl.float32)
+        if marks is not None:
+            state = tl.load(ends + own, mask=exist, other=0.0)
+        for done in tl.range(0, count, num_stages=STAGES):
+            first = begin + done * Q
+            mine = (first_tile + done).to(tl.int64) * heads + head
+            live = first + s < length
+            value = rows(at(x + head * x_h, row, x_b, x_t, origin, first, Q, REVERSE), p, P, first, length, Q, PB)
+            cosine, sine = tl.full((Q, NB // 2), 1.0, tl.float32), tl.zeros((Q, NB // 2), tl.float32)
+            if S > 0:
+                where = (mine * Q + s)[:, None] * S + i[None, :]
+                cosine, sine = circle(tl.load(angles + where, mask=live[:, None] & (i < S)[None, :], other=0.0))
+            C_at = at(Cs + group * C_g, row, C_b, C_t, origin, first, Q, REVERSE)
+            query = turned(pairs(C_at, live, N, Q, NB, INTERLEAVED), C_shift, cosine, sine, Q, NB)
+            q_at = at(q + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
+            put(q_at, n, N, first, length, query, Q, NB)
+            B_at = at(B + group * B_g, row, B_b, B_t, origin, first, Q, REVERSE)
+            key = turned(pairs(B_at, live, N, Q, NB, INTERLEAVED), B_shift, cosine, sine, Q, NB)
+            most_k = key.to(tl.bfloat16)
+            k_at = at(k + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
+            put(k_at, n, N, first, length, most_k, Q, NB)
+            if last_k is not None:
+                pass_on(key, x, last_k, last_x, sequence, head, heads, row, origin, first, length, x_b, x_t, x_h,
+                        P, N, Q, XB, NB, REVERSE)  # fmt: skip
+            if marks is not None:
+                tl.store(marks + mine * (P * N) + own, state.to(marks.dtype.element_ty), mask=exist)
+            size, _enter, leave, _exponent, _rest, whole_tile = clock_of(clock, first_tile + done, head, heads, Q, True)
+            value = value.to(tl.float32) * (leave * size)[:, None]
+            state *= whole_tile
+            most = value.to(tl.bfloat16)
+            state = tl.dot(tl.trans(most_k), most, state)
+            if marks is None:
+                state = tl.dot(tl.trans(most_k), (value - most.to(tl.float32)).to(tl.bfloat16), state)
+                state = tl.dot(tl.trans((key - most_k.to(tl.float32)).to(tl.bfloat16)), most, state)
+        if marks is None:
+            tl.store(ends + own, state, mask=exist)
 
 
 @triton.jit
