@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stateline import backends, ops
 from stateline.ops.long_conv import chunked, spectrum
+from stateline.ops.segments import gathered
 
 OPS = torch.ops.stateline
 FORMS = [*BACKENDS, "chunked"]
@@ -156,9 +157,9 @@ def test_what_a_gpu_does_without_reading_lengths(side: str, reverse: bool) -> No
     start = torch.zeros(4, dtype=torch.int64) if side == "right" else 9 - lengths
     table = torch.stack([torch.arange(4), start, start + lengths], 1)
     there = chunked._aligned(x, table, reverse)
-    assert torch.equal(chunked.gathered(x, table, reverse, back=False), there)
+    assert torch.equal(gathered(x, table, reverse, back=False), there)
     assert torch.equal(
-        chunked.gathered(there, table, reverse, back=True), chunked._back_in_place(there, table, reverse)
+        gathered(there, table, reverse, back=True), chunked._back_in_place(there, table, reverse)
     )
     for given in (None, past):
         want = chunked._state(there, k, given, lengths[:, None])
