@@ -26,6 +26,7 @@ from stateline.nn.precision import keep_wide
 from stateline.ops.s4_kernel import angles
 from stateline.ops.s4_scan import choice, chunked, prepared, run, steps, system_tables, tables_for
 from stateline.ops.segments import build
+from stateline.theory.discretize import phi1
 
 Made = TypeVar("Made")
 RULES = ("zoh", "bilinear")
@@ -159,9 +160,7 @@ class DiagonalSystem(System):
         if self.rule == "bilinear":
             A_bar = (1 + z / 2) / (1 - z / 2)
             return torch.where(A_bar == 0, 1e-300, A_bar).log(), A_bar, dt * B / (1 - z / 2), C
-        tiny = z.abs() < 1e-8  # where (e^z − 1) / z is 1 + z/2 to the last digit
-        ratio = torch.where(tiny, 1 + z / 2, torch.expm1(z) / torch.where(tiny, 1, z))
-        return z, torch.exp(z), dt * B * ratio, C
+        return z, torch.exp(z), dt * B * phi1(z), C
 
     def scan(
         self, u: Tensor, initial: Tensor | None, rate: float, D: Tensor | None, free: bool, where: dict[str, Any]
@@ -191,7 +190,8 @@ class DiagonalSystem(System):
 
         def make() -> chunked.Tables:
             wide = None if D is None else D.double()
-            return prepared(tables_for("cpu", u, *self.sampled(rate)[1:], wide))
+            made = tables_for("cpu", u, *self.sampled(rate)[1:], wide)
+            return made if torch.compiler.is_compiling() else prepared(made)  # a graph keeps nothing
 
         return self.remembered(("tables", steps("cpu", u.shape[1]), rate, u.dtype, D is None), make, D)
 

@@ -140,7 +140,7 @@ def system_backward(
     shapes = (inv_dt.shape, (h, n), (h, n), (h, n, 2))
     made = [cuda.empty(shape, torch.float32, dA) for shape in shapes]
     if h:
-        arguments = (*given, dA, dB, *made, float(rate), h, n, systems)
+        arguments = (*given, dA, dB, *made, *_parts(rate), h, n, systems)
         _sample_back((h, 1, 1), arguments, (bilinear, cuda.power_of_2(n)), 1)
     if systems < h:
         made[1:] = [x.view(-1, systems, *x.shape[1:]).sum(0) for x in made[1:]]
@@ -152,8 +152,14 @@ def _sampled(given: list[Tensor], rate: float, bilinear: bool) -> tuple[Tensor, 
     h, (systems, n) = given[0].shape[0], given[1].shape
     A_bar, B_bar = (cuda.empty((h, n, 2), torch.float64, given[0]) for _ in range(2))
     if h:
-        _sample((h, 1, 1), (*given, A_bar, B_bar, float(rate), h, n, systems), (bilinear, cuda.power_of_2(n)), 1)
+        _sample((h, 1, 1), (*given, A_bar, B_bar, *_parts(rate), h, n, systems), (bilinear, cuda.power_of_2(n)), 1)
     return A_bar, B_bar
+
+
+def _parts(rate: float) -> tuple[float, float]:
+    """The rate in float32, as Triton takes numbers, and what that leaves of it: phases of many turns show the difference."""
+    near = float(torch.tensor(rate, dtype=torch.float32))
+    return near, rate - near
 
 
 def _tabulated(A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

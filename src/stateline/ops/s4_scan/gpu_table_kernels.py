@@ -80,15 +80,18 @@ def _sampled(zx, zy, BILINEAR: tl.constexpr):
     return ax, ay, sx, sy, wx, wy, vx, vy
 
 
-@triton.jit(do_not_specialize=("h", "n", "systems", "rate"))
+@triton.jit(do_not_specialize=("h", "n", "systems"))
 def sample(
-    inv_dt, A_real, A_imag, B, A_bar, B_bar, rate, h, n, systems, BILINEAR: tl.constexpr, N: tl.constexpr
+    inv_dt, A_real, A_imag, B, A_bar, B_bar, rate, rest, h, n, systems, BILINEAR: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
-    """Ā and B̄ (h, n, 2) float64 from what S4D learns. A program: a channel; its A and B are those of channel mod systems."""
+    """Ā and B̄ (h, n, 2) float64 from what S4D learns. A program: a channel; its A and B are those of channel mod systems.
+
+    rate, rest: the rate in float32, which is how numbers come, and what that leaves of it."""
     channel, i = tl.program_id(0), tl.arange(0, N)
     live = i < n
     own = (channel % systems).to(tl.int64) * n + i
-    dt = tl.exp(tl.load(inv_dt + channel).to(tl.float64)) * rate
+    dt = tl.exp(tl.load(inv_dt + channel).to(tl.float64))
+    dt = dt * rate + dt * rest
     ax = -tl.exp(tl.load(A_real + own, mask=live, other=0.0).to(tl.float64))
     ay = -tl.load(A_imag + own, mask=live, other=0.0).to(tl.float64)
     px, py, _, _, wx, wy, _, _ = _sampled(dt * ax, dt * ay, BILINEAR)
@@ -99,16 +102,17 @@ def sample(
     _put(B_bar + at, bx, by, live)
 
 
-@triton.jit(do_not_specialize=("h", "n", "systems", "rate"))
+@triton.jit(do_not_specialize=("h", "n", "systems"))
 def sample_back(
-    inv_dt, A_real, A_imag, B, dA_bar, dB_bar, dinv_dt, dA_real, dA_imag, dB, rate, h, n, systems,
+    inv_dt, A_real, A_imag, B, dA_bar, dB_bar, dinv_dt, dA_real, dA_imag, dB, rate, rest, h, n, systems,
     BILINEAR: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of inv_dt (h), and of each channel's A_real, A_imag (h, n) and B (h, n, 2). A program: a channel."""
     channel, i = tl.program_id(0), tl.arange(0, N)
     live = i < n
     own = (channel % systems).to(tl.int64) * n + i
-    dt = tl.exp(tl.load(inv_dt + channel).to(tl.float64)) * rate
+    dt = tl.exp(tl.load(inv_dt + channel).to(tl.float64))
+    dt = dt * rate + dt * rest
     ax = -tl.exp(tl.load(A_real + own, mask=live, other=0.0).to(tl.float64))
     ay = -tl.load(A_imag + own, mask=live, other=0.0).to(tl.float64)
     _, _, sx, sy, wx, wy, vx, vy = _sampled(dt * ax, dt * ay, BILINEAR)
