@@ -21,6 +21,7 @@ FILES = {
     "gated_scan_gpu": "",
     "linear_scan_gpu": "test_step and True-True or test_a_row or (test_grid and packed)",
     "s4_kernel_gpu": "",
+    "s4_scan_gpu": "test_step or test_a_row or zoh or (test_grid and packed and float32)",
     "sampling_gpu": "",
     "scan_triton": QUICK,
     "ssd_gpu": "test_step or test_sizes or test_each or gated or (test_grid and packed)",

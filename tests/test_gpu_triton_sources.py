@@ -12,8 +12,7 @@ from stateline.ops import cuda
 
 # Bytes of shared memory that a block may have: A100, RTX 3090, RTX 4090, H100, RTX 5090.
 DEVICES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
-KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.float64: "fp64",
-         torch.int32: "i32"}
+KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.float64: "fp64", torch.int32: "i32"}
 
 
 def compiled(arch: int, function: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> int:

@@ -15,7 +15,6 @@ import stateline
 from stateline import nn as sl
 from stateline.interop import exported_program
 from stateline.models import LanguageModel, ModelConfig
-from stateline.nn import s4
 from stateline.theory import dplr, hippo
 
 F64 = torch.float64

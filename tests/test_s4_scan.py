@@ -16,7 +16,8 @@ BACKENDS = ["reference", "chunked", "cpu"] if backends.native_problem() is None 
 #: Published bounds: largest error over largest value, against float64 on the same rounded inputs (docs/numerics.md).
 BOUND = {F64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 GRID: dict[str, list[Any]] = {
-    "backend": BACKENDS, "dtype": list(BOUND), "layout": ["whole", "right", "left", "packed"], "t": [0, 1, 3, 7, 64, 65, 200],
+    "backend": BACKENDS, "dtype": list(BOUND), "layout": ["whole", "right", "left", "packed"],
+    "t": [0, 1, 3, 7, 64, 65, 200],
     "h": [1, 3, 16, 17, 40], "n": [1, 2, 5, 16], "c": [1, 2, 3], "D": [False, True], "initial": [False, True],
     "strided": [False, True], "reverse": [False, True],
 }  # fmt: skip
@@ -90,7 +91,9 @@ def check(s: dict[str, Any], device: str = "cpu") -> None:
     end = end + 0 * sum(v.sum() for v in exact.values()).real  # type: ignore[union-attr]  # in the graph even when empty
     wanted = torch.autograd.grad((want, end), list(exact.values()), (gy.double(), gs.double()), materialize_grads=True)
     gy[outside] = torch.nan
-    made = [(v, g) for v, g in ((y, gy.to(device)), (state, gs.to(device))) if v.requires_grad]  # nothing depends on no tokens
+    made = [
+        (v, g) for v, g in ((y, gy.to(device)), (state, gs.to(device))) if v.requires_grad
+    ]  # nothing depends on no tokens
     got = [torch.zeros_like(v) for v in given.values()]
     if made:
         got = torch.autograd.grad(
@@ -187,7 +190,9 @@ def test_raw_ops_and_compile() -> None:
     given = (x["u"], tables.taps, tables.read, tables.write, chunked.as_real(tables.advance.powers))
     start = x["initial_state"].flatten(-2)
     checked = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.stateline.s4_scan.default, (*given, start, None, None, False, "cpu"), test_utils=checked)
+    torch.library.opcheck(
+        torch.ops.stateline.s4_scan.default, (*given, start, None, None, False, "cpu"), test_utils=checked
+    )
     dy, dstate = torch.randn(2, 9, 2, 5, dtype=F64), torch.randn(2, 5, 8, dtype=F64)
     back = torch.ops.stateline.s4_scan_backward.default
     torch.library.opcheck(back, (dy, dstate, *given, None, None, None, True, "cpu"), test_utils=checked)

@@ -13,6 +13,7 @@ from test_s4_scan import BOUND, C128, F64, near
 from where import DEVICE, INTERPRETED
 
 from stateline import ops
+from stateline.ops.s4_scan import chunked, system_tables
 
 FLAG = [False, True]
 SIZES = {"t": [0, 1, 17, 40], "h": [1, 3], "n": [1, 5, 20], "c": [1, 2]} if INTERPRETED else {
@@ -28,7 +29,7 @@ GRID: dict[str, list[Any]] = {
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter short chunks, and products that it knows."""
     if INTERPRETED:
-        from stateline.ops.s4_scan import chunked, gpu
+        from stateline.ops.s4_scan import gpu
 
         monkeypatch.setattr(chunked, "CHUNK", 16)
         monkeypatch.setattr(gpu, "PRECISION", "ieee")
@@ -78,3 +79,29 @@ def test_compiled_and_in_double() -> None:
     near("compiled", run(x["u"], x["A_bar"]), ops.s4_scan(x["u"], x["A_bar"], x["B_bar"], x["C"])[0], 1e-6)
     wide = {k: v.to(C128 if v.is_complex() else F64) for k, v in x.items()}
     near("y", ops.s4_scan(**x)[0], ops.s4_scan(**wide)[0], BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
+@pytest.mark.parametrize("n_ssm", [None, 2])
+def test_a_system_is_sampled_as_on_a_cpu(rule: str, n_ssm: int | None) -> None:
+    from stateline.nn import S4D
+
+    layer = S4D(4, 12, channels=2, discretization=rule, n_ssm=n_ssm)
+    with torch.no_grad():  # one state hardly decays: A dt near 0
+        layer.kernel.A_real[0, 0], layer.kernel.A_imag[0, 0] = -14.0, 1e-5
+    layer.to(DEVICE)
+    kernel, u = layer.kernel, torch.zeros(2, 20, 4, device=DEVICE)
+    given = [kernel.inv_dt, kernel.A_real, kernel.A_imag, kernel.B, kernel.C, layer.D]
+    made = parts(system_tables(u, *given, 1.3, rule == "bilinear"))
+    _, A_bar, B_bar, C = kernel.sampled(1.3)
+    want = parts(chunked.diagonal_tables(A_bar, B_bar, C, layer.D.double(), made[0].shape[-1], F64))
+    slopes = [torch.randn_like(x) for x in made]
+    grads = torch.autograd.grad(made, given, slopes)
+    wanted = torch.autograd.grad(want, given, [x.double() for x in slopes])
+    for i, (a, b) in enumerate(zip((*made, *grads), (*want, *wanted), strict=True)):
+        near(str(i), a, b.double(), 1e-6)
+
+
+def parts(tables: chunked.Tables) -> tuple[torch.Tensor, ...]:
+    assert isinstance(tables.advance, chunked.Diagonal)
+    return tables.taps, tables.read, tables.write, chunked.as_real(tables.advance.powers)

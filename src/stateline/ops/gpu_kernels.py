@@ -47,7 +47,7 @@ def reduce(partial, out, last, count, d, K: tl.constexpr, J: tl.constexpr, ROWS:
 def turn(
     x, y, rows, columns, width, lead, x_b, x_r, y_b, y_c, ADD: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """x (b, r, c) into y (b, c, width) from place `lead` on, zeros elsewhere, or added; last dimensions are adjacent."""
+    """x (b, r, c) into y (b, c, width) from place `lead` on, zeros elsewhere, or added; both adjacent at the end."""
     tiles = (width + R - 1) // R
     r, c = tl.program_id(0) % tiles * R + tl.arange(0, R), tl.program_id(1) * C + tl.arange(0, C)
     b = (tl.program_id(0) // tiles).to(tl.int64)

@@ -155,7 +155,7 @@ def fit_series(
         report: called after each epoch with its figures and the number of epochs planned.
 
     Ctrl-C, SIGTERM or a lost terminal ends the training after at least one epoch, keeping the best weights; before that
-    a KeyboardInterrupt goes through. Raises ValueError where the loss is no number, or no score on the held-out part is.
+    a KeyboardInterrupt goes through. Raises ValueError where the loss is no number, or no held-out score is.
     """
     epochs = config.epochs_of(len(data))
     optimizer = torch.optim.AdamW(param_groups(model, config.weight_decay), lr=config.lr)
@@ -254,7 +254,7 @@ class _Keeper:
         return self._judged and self._patience is not None and len(self.history) - self.best >= self._patience
 
     def restore(self) -> None:
-        """Give the model the best weights. Raises ValueError if no epoch's answers to the held-out part were numbers."""
+        """Give the model the best weights. Raises ValueError if no epoch had a held-out score that is a number."""
         if not self._weights:
             problem = f"none of {len(self.history)} epochs has a score on the held-out part that is a number"
             remedy = "Look for series there without a value, or set early_stopping=False."

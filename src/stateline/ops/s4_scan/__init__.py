@@ -54,7 +54,8 @@ def s4_scan(
     Returns:
         y (b, t, c, h) in u's dtype, 0 at padding, and the state (n_seq, h, n, 2).
 
-    Differentiable in every tensor, into the initial state and out of both results; on "cpu" and "gpu" first derivatives only.
+    Differentiable in every tensor, into the initial state and out of both results; on "cpu" and "gpu" first derivatives
+    only.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -151,7 +152,7 @@ def system_tables(
     u: Tensor, inv_dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, D: Tensor | None, rate: float,
     bilinear: bool,
 ) -> chunked.Tables:  # fmt: skip
-    """`tables_for` "gpu" of what S4D learns, float32, sampled on the way: dt = exp(inv_dt) · rate, A as in the layer."""
+    """`tables_for` "gpu" of what S4D learns, float32, and samples on the way: dt = exp(inv_dt) · rate, A as there."""
     made = call(_System, inv_dt, A_real, A_imag, B, C, D, rate, bilinear, steps("gpu", u.shape[1]))
     taps, read, write, powers = made
     return chunked.Tables(taps, read, write, chunked.Diagonal(chunked.as_complex(powers)))
@@ -241,7 +242,7 @@ def _make_tables_backward(dtaps: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_tables(A_bar: Tensor, B_bar: Tensor, C: Tensor, D: Tensor | None, q: int) -> tuple[Tensor, ...]:
-    (c, h, n), s = C.shape, 2 * C.shape[2]
+    (c, h, _), s = C.shape, 2 * C.shape[2]
     shapes = ((c, h, q), (c, h, q, s), (h, q, s), (q + 1, h, s))
     return tuple(A_bar.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
@@ -273,9 +274,7 @@ _ARGS = (
     "Tensor u, Tensor taps, Tensor read, Tensor write, Tensor powers, Tensor? initial_state, Tensor? segments, "
     "Tensor? prepared, bool reverse, str backend"
 )
-_LEARNED = (
-    "Tensor inv_dt, Tensor A_real, Tensor A_imag, Tensor B, Tensor C, Tensor? D, float rate, bool bilinear"
-)
+_LEARNED = "Tensor inv_dt, Tensor A_real, Tensor A_imag, Tensor B, Tensor C, Tensor? D, float rate, bool bilinear"
 _SLOPES = "Tensor dtaps, Tensor dread, Tensor dwrite, Tensor dpowers"
 _SYSTEM = "Tensor A_bar, Tensor B_bar, Tensor C, Tensor? D"
 _SIX, _FOUR = (f"({', '.join(['Tensor'] * count)})" for count in (6, 4))

@@ -268,7 +268,9 @@ def before(advance: Advance, given: Tensor, runs: Runs | None = None) -> Tensor:
     On a GPU dense systems take log2(m) products of all chunks, since m products of one would wait for each other.
     """
     if isinstance(advance, Dense) and given.is_cuda:
-        made: Tensor = DenseScan.apply(given, advance.powers[-1], *((None, None) if runs is None else (runs.place, runs.rest)))
+        made: Tensor = DenseScan.apply(
+            given, advance.powers[-1], *((None, None) if runs is None else (runs.place, runs.rest))
+        )
         return made
     state, states = given[:, :, 0], []
     for i, now in enumerate(given.unbind(2)):
@@ -303,7 +305,7 @@ class DenseScan(torch.autograd.Function):
 
 
 def _doubled(given: Tensor, matrix: Tensor, place: Tensor | None) -> Tensor:
-    """X[i] = matrix X[i−1] + given[i], but where place[i] is 0: each round looks back twice as far as the one before."""
+    """X[i] = matrix X[i−1] + given[i], but where place[i] is 0: each round looks back twice as far as the last."""
     states, power, reach = given, matrix.double(), 1
     h, b, m, s = given.shape
     while reach < m:

@@ -78,8 +78,9 @@ def backward(
         tensors = (given, work.taps, slopes, work.write, work.counts, turned)
         _inputs((h, work.blocks, 1), (*tensors, rows, h, s, c), work.cut, 4)
         work.unpacked(turned, du)
-        _outer((h, 1, numbers), (inputs, slopes, work.counts, dwrite, rows, h, s), (True, *work.cut), 4)
-        _outer((h, c, numbers), (given, states, work.counts, dread, rows, h, s), (False, *work.cut), 4)
+        if numbers:
+            _outer((h, 1, numbers), (inputs, slopes, work.counts, dwrite, rows, h, s), (True, *work.cut), 4)
+            _outer((h, c, numbers), (given, states, work.counts, dread, rows, h, s), (False, *work.cut), 4)
         square = cuda.empty((c * h, work.q, work.q), torch.float32, u)
         _taps_back((h, c, 1), (inputs, given, square, dtaps, rows, h), (work.q, ROWS, PRECISION), 4)
     else:
@@ -105,7 +106,7 @@ def step(
 
 def tables(A_bar: Tensor, B_bar: Tensor, C: Tensor, D: Tensor | None, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """taps, read, write and powers of chunked.diagonal_tables, as real numbers in float32."""
-    return _tabulated(*(_pairs(x) for x in (A_bar, B_bar, C)), D, q)
+    return _tabulated(_pairs(A_bar), _pairs(B_bar), _pairs(C), D, q)
 
 
 def tables_backward(
@@ -157,7 +158,7 @@ def _sampled(given: list[Tensor], rate: float, bilinear: bool) -> tuple[Tensor, 
 
 
 def _parts(rate: float) -> tuple[float, float]:
-    """The rate in float32, as Triton takes numbers, and what that leaves of it: phases of many turns show the difference."""
+    """The rate in float32, as Triton takes numbers, and what that leaves of it: phases of many turns show it."""
     near = float(torch.tensor(rate, dtype=torch.float32))
     return near, rate - near
 
@@ -251,11 +252,8 @@ class _Work:
         grid, width = self._carried()
         tensors = (slopes, states, self.powers, dend.contiguous(), *where, dinitial, dfull, dlast)
         _retreat(grid, (*tensors, self.runs.each, width), (self.q, CARRIED, AHEAD), 2)
-        tensors = (dfull, dlast, *where, dpowers)
-        count = cuda.ceil_div(2 * width, 32)
-        _powers_back(
-            (count, 1, 1), (*tensors, self.runs.each, 2 * width, self.sequences), (self.q, 2 * self.q, 32), 4
-        )
+        arguments = (dfull, dlast, *where, dpowers, self.runs.each, 2 * width, self.sequences)
+        _powers_back((cuda.ceil_div(2 * width, 32), 1, 1), arguments, (self.q, 2 * self.q, 32), 4)
         return dinitial, dpowers
 
     def _carried(self) -> tuple[cuda.Grid, int]:

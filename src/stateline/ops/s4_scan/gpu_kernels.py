@@ -1,11 +1,13 @@
-"""s4_scan in Triton: a chunk of q steps at a time, on the tables of tables.py's kernels.
+"""s4_scan in Triton: a chunk of q steps at a time, on the tables that gpu_table_kernels.py makes.
 
-Rows are chunks, of every sequence from its start; `counts` says how many tokens each has. What a channel's chunks take in
-is turned to (channel, row, step) first, so that everything else is products of small matrices, one channel a program:
-`project` brings inputs into states, `outputs` states and inputs into outputs, and between them `advance` carries the
-state from chunk to chunk. The gradient is the same turned round. A chunk that is not full is read as if its tokens stood
-at the end (`shift` steps later) where it meets the state after it, and at the start where it meets the state before.
-Suffixes: c read-out, h channel, r row, j and l step of a chunk in and out, s real number of a state, x, y a complex number.
+Rows are chunks, of every sequence from its start; `counts` says how many tokens each has. What a channel's chunks take
+in is turned to (channel, row, step) first, so that everything else is products of small matrices, one channel a
+program: `project` brings inputs into states, `outputs` states and inputs into outputs, and between them `advance`
+carries the state from chunk to chunk. The gradient is the same turned round. A chunk that is not full is read as if its
+tokens stood at the end (`shift` steps later) where it meets the state after it, and at the start where it meets the
+state before.
+Suffixes: c read-out, h channel, r row, j and l step of a chunk in and out, s real number of a state, x, y a complex
+number.
 """
 
 import triton
@@ -16,7 +18,8 @@ from stateline.ops.gpu_kernels import place
 
 @triton.jit(do_not_specialize=("t", "runs", "rows", "d"))
 def pack(
-    x, table, tiles, out, counts, t, runs, rows, d, x_b, x_t, x_d, REVERSE: tl.constexpr, Q: tl.constexpr, C: tl.constexpr
+    x, table, tiles, out, counts, t, runs, rows, d, x_b, x_t, x_d,
+    REVERSE: tl.constexpr, Q: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """x (b, t, d) as (d, r, q) float32, zeros after a row's tokens; and how many each has."""
     index = tl.program_id(0)
@@ -196,7 +199,7 @@ def powers_back(
 def outputs(
     x, taps, states, read, out, rows, h, s, Q: tl.constexpr, M: tl.constexpr, S: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """out (c, h, r, l) from inputs x (h, r, j) and the states before (r, h, s). A program: a channel, M rows, a read-out."""
+    """out (c, h, r, l) from inputs x (h, r, j) and the states before (r, h, s). A program: channel, rows, read-out."""
     channel, j = tl.program_id(0), tl.arange(0, Q)
     r = tl.program_id(1) * M + tl.arange(0, M)
     line = tl.program_id(2).to(tl.int64) * h + channel
@@ -232,7 +235,9 @@ def inputs(
         col = done + tl.arange(0, S)
         at = forces + ((r.to(tl.int64) * h + channel) * s)[:, None] + col[None, :]
         force = tl.load(at, mask=(r < rows)[:, None] & (col < s)[None, :], other=0.0)
-        writes = tl.load(write + ((channel.to(tl.int64) * Q + j) * s)[None, :] + col[:, None], mask=(col < s)[:, None], other=0.0)
+        writes = tl.load(
+            write + ((channel.to(tl.int64) * Q + j) * s)[None, :] + col[:, None], mask=(col < s)[:, None], other=0.0
+        )
         total = tl.dot(force, writes, total, input_precision=PREC)
         done += S
     target = j[None, :] - (Q - count)[:, None]  # by way of memory, for every row moves by its own number of steps
@@ -257,7 +262,7 @@ def outer(
     x, states, counts, out, rows, h, s, SHIFT: tl.constexpr, Q: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """out (c, h, l, s) = Σ over rows of x (c, h, r, l) · states (r, h, s). A program: a channel, a read-out, S numbers."""
+    """out (c, h, l, s) = Σ over rows of x (c, h, r, l) · states (r, h, s). A program: channel, read-out, S numbers."""
     channel, j, col = tl.program_id(0), tl.arange(0, Q), tl.program_id(2) * S + tl.arange(0, S)
     line = tl.program_id(1).to(tl.int64) * h + channel
     total = tl.zeros((Q, S), tl.float32)
@@ -285,7 +290,7 @@ def taps_back(x, g, square, out, rows, h, Q: tl.constexpr, M: tl.constexpr, PREC
     done = 0
     while done < rows:
         r = done + tl.arange(0, M)
-        live = (r < rows)
+        live = r < rows
         a = tl.load(x + ((channel.to(tl.int64) * rows + r) * Q)[None, :] + j[:, None], mask=live[None, :], other=0.0)
         b = tl.load(g + ((line * rows + r) * Q)[:, None] + j[None, :], mask=live[:, None], other=0.0)
         total = tl.dot(a, b, total, input_precision=PREC)
@@ -301,7 +306,7 @@ def taps_back(x, g, square, out, rows, h, Q: tl.constexpr, M: tl.constexpr, PREC
 def step(
     state, u, A, B, C, D, index, y, u_b, u_h, slots, h, n, c, H: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
-    """One token of a row, in place; its slot is index[row], and a negative one is skipped: y = 0. H channels a program."""
+    """One token of a row, in place; its slot is index[row], a negative one is skipped: y = 0. H channels a program."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * H + tl.arange(0, H)
     i = tl.arange(0, N)

@@ -84,7 +84,7 @@ def _sampled(zx, zy, BILINEAR: tl.constexpr):
 def sample(
     inv_dt, A_real, A_imag, B, A_bar, B_bar, rate, rest, h, n, systems, BILINEAR: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
-    """Ā and B̄ (h, n, 2) float64 from what S4D learns. A program: a channel; its A and B are those of channel mod systems.
+    """Ā and B̄ (h, n, 2) float64 from what S4D learns. A program: a channel, with A and B of channel mod systems.
 
     rate, rest: the rate in float32, which is how numbers come, and what that leaves of it."""
     channel, i = tl.program_id(0), tl.arange(0, N)
