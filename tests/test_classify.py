@@ -218,8 +218,9 @@ def test_a_model_of_sound_answers_about_numbers_too(
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no SIGTERM to catch")
 def test_sigterm_keeps_what_was_learnt(home: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-u", "-m", "stateline", "classify", "train", str(home / "waves.npz"), "--out",
-               str(tmp_path / "m"), "--width", "8", "--layers", "1", "--epochs", "100000", "--early-stopping", "off"]  # fmt: skip
+    given = ["train", str(home / "waves.npz"), "--out", str(tmp_path / "m"), "--width", "8", "--layers", "1"]
+    command = [sys.executable, "-u", "-m", "stateline", "classify", *given, "--epochs", "100000"]
+    command += ["--early-stopping", "off"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     seen = ""

@@ -21,6 +21,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 from stateline import SequenceClassifier, SequenceRegressor
 from stateline.apps.estimator_data import held_out, standard
 from stateline.interop import CheckpointError
+from stateline.training import series
 from stateline.training.progress import EpochReporter
 
 SMALL: dict[str, Any] = {
@@ -276,7 +277,9 @@ def test_scores_that_are_no_numbers_are_one_clear_error() -> None:
 @pytest.mark.parametrize("mixer", ["Mamba2", "Mamba3", "S5"])
 def test_other_mixers_fit_their_width(signals: Any, mixer: str) -> None:
     X, y = signals
-    model = SequenceClassifier(**SMALL | {"mixer": mixer, "d_model": 16}, max_epochs=1).fit(X[:8], y[:8])
+    model = SequenceClassifier(**SMALL | {"mixer": mixer, "d_model": 16, "mixer_args": None}, max_epochs=1).fit(
+        X[:8], y[:8]
+    )
     assert len(model.predict(X[:2])) == 2
 
 

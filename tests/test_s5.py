@@ -163,5 +163,5 @@ def test_as_many_states_as_channels_and_a_rate_for_time_constants() -> None:
     assert {id(p) for p in group["params"]} == {id(p) for p in (layer.A_log, layer.A_imag, layer.log_dt)}
     assert group["weight_decay"] == 0
     assert all("lr" not in g for g in param_groups(sl.S5(4, lr=None), 0.1))
-    with pytest.raises(ValueError, match="^S5: lr"):
+    with pytest.raises(ValueError, match=r"^S5: lr"):
         sl.S5(4, lr=-1.0)
