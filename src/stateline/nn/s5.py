@@ -207,7 +207,7 @@ class S5(Mixer):
         real, imaginary = -self.A_log.to(full).exp(), self.A_imag.to(full)
         dt = self.log_dt.to(full).exp() * self.rate
         z = torch.complex(real * dt, imaginary * dt)
-        return z.exp(), dt * phi1(z)
+        return z.exp(), dt * phi1(z, quick=True)
 
     def _drive(self, x: Tensor, gain: Tensor) -> Tensor:
         """x (…, d_model) -> what enters the states, complex (…, p)."""
