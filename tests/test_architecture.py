@@ -148,7 +148,14 @@ def test_every_op_folder_has_the_same_shape() -> None:
         names = {p.name for p in folder.iterdir()}
         assert {"__init__.py", "reference.py", "cpu.py", "cpu.cpp"} <= names, folder.name
         scripts = {name for name in names if name.endswith(".py")}
-        gpu = {"gpu.py", "gpu_plan.py", "gpu_triton.py", "gpu_kernels.py", "gpu_backward_kernels.py"}
+        gpu = {
+            "gpu.py",
+            "gpu_plan.py",
+            "gpu_triton.py",
+            "gpu_kernels.py",
+            "gpu_backward_kernels.py",
+            "gpu_table_kernels.py",
+        }
         assert (
             scripts
             <= {"__init__.py", "reference.py", "cpu.py", "pack.py", "chunked.py", "fuse.py", "spectrum.py"} | gpu

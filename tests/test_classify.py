@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +117,8 @@ def test_stream_of_a_csv_with_a_header(home: Path, tmp_path: Path, capsys: pytes
     file.write_text("series,label,x\n1,a,2\n")
     assert "names a column series" in complaint(capsys, "stream", home / "model", file)
     file.write_text("1,\n")
-    assert "2 channels" in complaint(capsys, "stream", home / "model", file)
+    assert "line 1: update: " in (said := complaint(capsys, "stream", home / "model", file))
+    assert "2 channels" in said
     file.write_text("x\ny\n")
     assert "line 2 is no sample" in complaint(capsys, "stream", home / "model", file)
 
@@ -199,3 +203,32 @@ def _language_model(tmp_path: Path) -> Path:
 
     stateline.save(LanguageModel(ModelConfig(d_model=8, n_layer=1, vocab_size=16)), tmp_path / "l")
     return tmp_path / "l"
+
+
+def test_a_model_of_sound_answers_about_numbers_too(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = SequenceClassifier.load(home / "model")
+    model.metadata_ = {"rate": 8000}
+    model.save(tmp_path / "sound")
+    out, err = run(capsys, "predict", tmp_path / "sound", home / "bare.npz")
+    assert len(out.splitlines()) == 3
+    assert "taken for sound of 8000 samples a second" in err
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no SIGTERM to catch")
+def test_sigterm_keeps_what_was_learnt(home: Path, tmp_path: Path) -> None:
+    given = ["train", str(home / "waves.npz"), "--out", str(tmp_path / "m"), "--width", "8", "--layers", "1"]
+    command = [sys.executable, "-u", "-m", "stateline", "classify", *given, "--epochs", "100000"]
+    command += ["--early-stopping", "off"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = ""
+    while "epoch" not in seen and process.poll() is None:  # one is done
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Stopping after this step" in err
+    assert "saved in" in out
+    assert len(SequenceClassifier.load(tmp_path / "m").predict([wave(30, True)])) == 1

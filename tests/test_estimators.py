@@ -21,6 +21,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 from stateline import SequenceClassifier, SequenceRegressor
 from stateline.apps.estimator_data import held_out, standard
 from stateline.interop import CheckpointError
+from stateline.training import series
 from stateline.training.progress import EpochReporter
 
 SMALL: dict[str, Any] = {
@@ -264,6 +265,22 @@ def test_a_fit_that_fails_leaves_nothing_that_answers(signals: Any, monkeypatch:
         model.set_params(warm_start=False).fit(X, y)
     with pytest.raises(NotFittedError):
         model.stream()
+
+
+def test_scores_that_are_no_numbers_are_one_clear_error() -> None:
+    made = series._Keeper(torch.nn.Linear(1, 1), True, None)
+    made.take({"epoch": 1, "held_out_score": float("nan"), "held_out_loss": 1.0})
+    with pytest.raises(ValueError, match=r"fit: none of 1 epochs has a score .* early_stopping=False"):
+        made.restore()
+
+
+@pytest.mark.parametrize("mixer", ["Mamba2", "Mamba3", "S5"])
+def test_other_mixers_fit_their_width(signals: Any, mixer: str) -> None:
+    X, y = signals
+    model = SequenceClassifier(**SMALL | {"mixer": mixer, "d_model": 16, "mixer_args": None}, max_epochs=1).fit(
+        X[:8], y[:8]
+    )
+    assert len(model.predict(X[:2])) == 2
 
 
 def test_ctrl_c_keeps_the_best_weights_and_says_so(signals: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ FILES = {
     "linear_scan_gpu": "test_step and True-True or test_a_row or (test_grid and packed)",
     "s4_kernel_gpu": "",
     "parts_gpu": "False-None-Mamba3",
+    "s4_scan_gpu": "test_step or test_a_row or zoh or (test_grid and packed and float32)",
     "sampling_gpu": "",
     "scan_triton": QUICK,
     "ssd_gpu": "test_step or test_sizes or test_each or gated or (test_grid and packed)",

@@ -12,7 +12,7 @@ from stateline.ops import cuda
 
 # Bytes of shared memory that a block may have: A100, RTX 3090, RTX 4090, H100, RTX 5090.
 DEVICES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
-KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.float64: "fp64"}
+KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.float64: "fp64", torch.int32: "i32"}
 
 
 def compiled(arch: int, function: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> int:
@@ -169,4 +169,36 @@ def test_s4_kernel_compiles_and_fits(arch: int, monkeypatch: pytest.MonkeyPatch)
         gpu.cauchy(*inputs)
         gpu.cauchy_backward(torch.empty(4, 4, 513, 2, dtype=torch.float64), *inputs)
     assert set(taken) == {"forward", "backward", "cauchy", "cauchy_backward"}
+    assert max(taken.values()) <= DEVICES[arch], taken
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("arch", DEVICES)
+def test_s4_scan_compiles_and_fits(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stateline.ops.s4_scan import gpu
+
+    taken: dict[str, int] = {}
+
+    def launch(self: Any, grid: Any, arguments: Any, constants: Any, warps: int) -> None:
+        taken[self._function.__name__] = compiled(arch, self._function, arguments, constants, warps)
+
+    monkeypatch.setattr(cuda.Kernel, "__call__", launch)
+    with torch.device("meta"):
+        u, h, n = torch.empty(2, 200, 16, dtype=torch.bfloat16), 16, 32
+        A, C = torch.empty(h, n, dtype=torch.complex128), torch.empty(1, h, n, dtype=torch.complex128)
+        D = torch.empty(1, h, dtype=torch.float64)
+        state, pairs = torch.empty(2, h, 2 * n), torch.empty(1, h, n, 2)
+        learned = (torch.empty(h, 1), torch.empty(h, n), torch.empty(h, n), pairs, pairs, D.float(), 1.0, False)
+        for q in (16, 64):
+            made = gpu.tables(A, A, C, D, q)
+            gpu.tables_backward(*made, A, A, C, D)
+            gpu.system_backward(*gpu.system(*learned, q), *learned)
+            gpu.forward(u, *made, state, None, False)
+            gpu.backward(u[:, :, None], state, u, *made, state, None, True)
+        gpu.step(state, u[:, 0], pairs[0], pairs[0], pairs, D, None)
+    products = {"project", "outputs", "inputs", "outer", "taps_back"}
+    assert set(taken) == products | {"pack", "unpack", "advance", "retreat", "powers_back", "step"} | {
+        "sample", "sample_back", "tables", "tables_back",
+    }  # fmt: skip
     assert max(taken.values()) <= DEVICES[arch], taken

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stateline import backends, ops
 from stateline.ops.long_conv import chunked, spectrum
+from stateline.ops.segments import gathered
 
 OPS = torch.ops.stateline
 FORMS = [*BACKENDS, "chunked"]
@@ -33,7 +34,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """Small sizes would all be summed tap by tap: once as they are, once by transforms in blocks of few steps."""
     if request.param == "transforms":
         monkeypatch.setattr(chunked, "direct_pays", lambda k, t: False)
-        monkeypatch.setattr(spectrum, "plan", lambda t, l: (min(t, 9), spectrum.fast_length(min(t, 9) + l - 1)))
+        monkeypatch.setattr(spectrum, "plan", lambda t, l, *_: (min(t, 9), spectrum.fast_length(min(t, 9) + l - 1)))
         monkeypatch.setattr(spectrum, "GROUP", {"cpu": 2 * spectrum.fast_length(30)})
 
 
@@ -156,10 +157,8 @@ def test_what_a_gpu_does_without_reading_lengths(side: str, reverse: bool) -> No
     start = torch.zeros(4, dtype=torch.int64) if side == "right" else 9 - lengths
     table = torch.stack([torch.arange(4), start, start + lengths], 1)
     there = chunked._aligned(x, table, reverse)
-    assert torch.equal(chunked.gathered(x, table, reverse, back=False), there)
-    assert torch.equal(
-        chunked.gathered(there, table, reverse, back=True), chunked._back_in_place(there, table, reverse)
-    )
+    assert torch.equal(gathered(x, table, reverse, back=False), there)
+    assert torch.equal(gathered(there, table, reverse, back=True), chunked._back_in_place(there, table, reverse))
     for given in (None, past):
         want = chunked._state(there, k, given, lengths[:, None])
         assert torch.equal(chunked.gathered_state(there, k, given, lengths[:, None]), want)
@@ -176,6 +175,9 @@ def test_transforms_are_as_short_as_can_be() -> None:
     assert spectrum.fast_length(1001) == 1024
     assert spectrum.fast_length(2017) == 2048
     assert spectrum.plan(1000, 1000)[1] == spectrum.fast_length(1999)
+    assert spectrum.plan(10**4, 100, "cuda") == (10**4, spectrum.fast_length(10**4 + 99))  # one transform
+    s, n = spectrum.plan(10**6, 100, "cuda")
+    assert s + 99 <= n < spectrum.WHOLE
     s, n = spectrum.plan(10**6, 100)  # far more inputs than taps: blocks
     assert n < 10_000
     assert n >= s + 99

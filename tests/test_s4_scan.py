@@ -16,9 +16,10 @@ BACKENDS = ["reference", "chunked", "cpu"] if backends.native_problem() is None 
 #: Published bounds: largest error over largest value, against float64 on the same rounded inputs (docs/numerics.md).
 BOUND = {F64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 GRID: dict[str, list[Any]] = {
-    "backend": BACKENDS, "dtype": list(BOUND), "layout": ["whole", "right", "packed"], "t": [0, 1, 3, 7, 64, 65, 200],
+    "backend": BACKENDS, "dtype": list(BOUND), "layout": ["whole", "right", "left", "packed"],
+    "t": [0, 1, 3, 7, 64, 65, 200],
     "h": [1, 3, 16, 17, 40], "n": [1, 2, 5, 16], "c": [1, 2, 3], "D": [False, True], "initial": [False, True],
-    "strided": [False, True],
+    "strided": [False, True], "reverse": [False, True],
 }  # fmt: skip
 
 
@@ -37,13 +38,14 @@ def case(s: dict[str, Any]) -> tuple[dict[str, Tensor], Layout]:
     return x, place
 
 
-def answer(x: dict[str, Tensor], place: Layout) -> tuple[Tensor, Tensor]:
+def answer(x: dict[str, Tensor], place: Layout, reverse: bool = False) -> tuple[Tensor, Tensor]:
     """Every output as a sum over all earlier inputs, each weighted by a power of Ā; no recurrence and no chunks."""
     A, B, C = x["A_bar"], x["B_bar"], x["C"]
     (h, n), c = A.shape, len(C)
     ys, ends = torch.zeros(place.b, place.t, c, h, dtype=F64), []
     for i, (row, start, stop) in enumerate(place.sequences):
         u, t = x["u"][row, start:stop].double(), stop - start
+        u = u.flip(0) if reverse else u
         x0 = torch.view_as_complex(x["initial_state"][i].double()) if "initial_state" in x else A.new_zeros(h, n)
         since = torch.arange(t)[:, None] - torch.arange(t)
         powers = A ** torch.arange(t + 1)[:, None, None]  # (l, h, n)
@@ -52,21 +54,21 @@ def answer(x: dict[str, Tensor], place: Layout) -> tuple[Tensor, Tensor]:
         y = torch.einsum("tsch,sh->tch", weight, u) + 2 * torch.einsum("chn,thn,hn->tch", C, powers[1:], x0).real
         end = powers[t] * x0 + torch.einsum("thn,th,hn->hn", powers[:t].flip(0), u + 0j, B)
         y = y + x["D"] * u[:, None] if "D" in x else y
-        ys = ys.index_put((torch.tensor(row), torch.arange(start, stop)), y)
+        ys = ys.index_put((torch.tensor(row), torch.arange(start, stop)), y.flip(0) if reverse else y)
         ends.append(torch.view_as_real(end))
     return ys, torch.stack(ends)
 
 
 def near(name: str, got: Tensor, want: Tensor, bound: float) -> None:
     assert got.shape == want.shape
-    got, want = got.detach().to(want.dtype), want.detach()
+    got, want = got.detach().to(want), want.detach()
     assert torch.isfinite(torch.view_as_real(got) if got.is_complex() else got).all(), f"{name} is not finite"
     if got.numel():
         error = ((got - want).abs().max() / want.abs().max().clamp(min=1e-3)).item()
         assert error <= bound, f"{name}: error {error:.2e} exceeds {bound:.0e}"
 
 
-def check(s: dict[str, Any]) -> None:
+def check(s: dict[str, Any], device: str = "cpu") -> None:
     x, place = case(s)
     exact = {k: v.detach().to(C128 if v.is_complex() else F64).requires_grad_() for k, v in x.items()}
     outside = ~place.valid()
@@ -76,20 +78,22 @@ def check(s: dict[str, Any]) -> None:
         wide = torch.full((*u.shape[:-1], 2 * u.shape[-1] + 1), torch.nan, dtype=u.dtype)
         wide[..., 1 : 1 + u.shape[-1]] = u
         u = wide[..., 1 : 1 + u.shape[-1]]
-    given = {k: v.requires_grad_() for k, v in (x | {"u": u}).items()}
-    where: dict[str, Any] = {k: v for k, v in place.kwargs.items() if k != "padding_side"}
-    y, state = ops.s4_scan(**given, **where, backend=s["backend"])
-    want, end = answer(exact, place)
+    given = {k: v.to(device).requires_grad_() for k, v in (x | {"u": u}).items()}
+    where = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in place.kwargs.items()}
+    y, state = ops.s4_scan(**given, **where, reverse=s["reverse"], backend=s["backend"])
+    want, end = answer(exact, place, s["reverse"])
     dtype, full = s["dtype"], F64 if s["dtype"] == F64 else torch.float32
     assert (y.dtype, state.dtype) == (dtype, full)
-    assert not y.detach()[outside].any()
+    assert not y.detach().cpu()[outside].any()
     near("y", y, want, BOUND[dtype])
     near("state", state, end, BOUND[full])
     gy, gs = torch.randn_like(want).to(dtype), torch.randn_like(end).to(full)
     end = end + 0 * sum(v.sum() for v in exact.values()).real  # type: ignore[union-attr]  # in the graph even when empty
     wanted = torch.autograd.grad((want, end), list(exact.values()), (gy.double(), gs.double()), materialize_grads=True)
     gy[outside] = torch.nan
-    made = [(v, g) for v, g in ((y, gy), (state, gs)) if v.requires_grad]  # nothing depends on no tokens
+    made = [
+        (v, g) for v, g in ((y, gy.to(device)), (state, gs.to(device))) if v.requires_grad
+    ]  # nothing depends on no tokens
     got = [torch.zeros_like(v) for v in given.values()]
     if made:
         got = torch.autograd.grad(
@@ -97,7 +101,7 @@ def check(s: dict[str, Any]) -> None:
         )
     for name, a, b in zip(given, got, wanted, strict=True):
         if name == "u":
-            assert not a[outside].any()
+            assert not a.cpu()[outside].any()
         near(f"d{name}", a, b, BOUND[dtype])
 
 
@@ -141,6 +145,31 @@ def test_any_split_is_the_whole(backend: str) -> None:
         near("state", state, end.double(), 5e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_steps_follow_the_scan(backend: str, dtype: torch.dtype) -> None:
+    x, _ = case(USUAL | {"t": 6, "dtype": dtype})
+    whole, last = ops.s4_scan(**x, backend=backend)
+    u, start = x.pop("u"), x.pop("initial_state")
+    state = torch.full((5, *last.shape[1:]), torch.nan, dtype=last.dtype)
+    state[[3, 1]] = start
+    narrow = x if dtype == F64 else {k: v.to(torch.complex64) if v.is_complex() else v.float() for k, v in x.items()}
+    for t in range(6):
+        system = x if t % 2 else narrow
+        y = ops.s4_scan_step_(state, u[:, t], **system, index=torch.tensor([3, 1]), backend=backend)
+        assert y.dtype == dtype
+        near("y", y, whole[:, t].double(), BOUND[dtype])
+    near("state", state[[3, 1]], last.double(), BOUND[last.dtype])
+    assert torch.isnan(state[[0, 2, 4]]).all()
+    before, index = state.clone(), torch.tensor([-1, 1], dtype=torch.int32)
+    y = ops.s4_scan_step_(state, u[:, 0], **x, index=index, backend=backend)
+    assert not y[0].any()
+    assert torch.equal(state[3], before[3])
+    assert not torch.equal(state[1], before[1])
+    alone = before[[3, 1]].contiguous()
+    assert torch.equal(ops.s4_scan_step_(alone, u[:, 0], **x, backend=backend)[1], y[1])
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ library is not built")
 def test_a_row_has_the_same_bits_in_every_batch() -> None:
     x, _ = case(USUAL | {"h": 20})
@@ -161,10 +190,12 @@ def test_raw_ops_and_compile() -> None:
     given = (x["u"], tables.taps, tables.read, tables.write, chunked.as_real(tables.advance.powers))
     start = x["initial_state"].flatten(-2)
     checked = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.stateline.s4_scan.default, (*given, start, None), test_utils=checked)
+    torch.library.opcheck(
+        torch.ops.stateline.s4_scan.default, (*given, start, None, None, False, "cpu"), test_utils=checked
+    )
     dy, dstate = torch.randn(2, 9, 2, 5, dtype=F64), torch.randn(2, 5, 8, dtype=F64)
     back = torch.ops.stateline.s4_scan_backward.default
-    torch.library.opcheck(back, (dy, dstate, *given, None, None), test_utils=checked)
+    torch.library.opcheck(back, (dy, dstate, *given, None, None, None, True, "cpu"), test_utils=checked)
     compiled = torch.compile(lambda u, A: ops.s4_scan(u, A, x["B_bar"], x["C"])[0], backend="eager", fullgraph=True)
     near("compiled", compiled(x["u"], x["A_bar"]), ops.s4_scan(x["u"], x["A_bar"], x["B_bar"], x["C"])[0], 1e-14)
 
@@ -185,3 +216,24 @@ def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception
     one = torch.ones(3, 2, dtype=C128)
     with pytest.raises(error, match=f"^s4_scan: .*{message}"):
         ops.s4_scan(**({"u": torch.ones(2, 4, 3), "A_bar": one, "B_bar": one, "C": one[None]} | change))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dense_systems_double_as_they_step(packed: bool) -> None:
+    """What a GPU does for a matrix from chunk to chunk, beside one chunk after another."""
+    from stateline.ops.s4_scan import chunked
+
+    matrix = (torch.linalg.qr(torch.randn(3, 4, 4, dtype=F64))[0] * 0.97).requires_grad_()
+    given = torch.randn(3, 2, 9, 4, dtype=F64, requires_grad=True)
+    runs = chunked.Runs(torch.tensor([0, 1, 2, 0, 0, 1, 2, 3, 4]), torch.tensor([2, 1, 0, 0, 4, 3, 2, 1, 0]))
+    want = chunked.before(chunked.Dense((matrix,)), given, runs if packed else None)
+    got = chunked.DenseScan.apply(given, matrix, *((runs.place, runs.rest) if packed else (None, None)))
+    slope = torch.randn_like(want)
+    near("states", got, want, 1e-13)
+    for name, a, b in zip(
+        ("given", "matrix"),
+        torch.autograd.grad(got, (given, matrix), slope),
+        torch.autograd.grad(want, (given, matrix), slope),
+        strict=True,
+    ):
+        near(name, a, b, 1e-12)

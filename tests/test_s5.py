@@ -152,3 +152,16 @@ def test_a_rate_is_checked_where_it_is_set() -> None:
         with pytest.raises((ValueError, TypeError), match=r"^S5: rate is"):
             layer.rate = wrong  # type: ignore[assignment]
     assert layer.rate == 1
+
+
+def test_as_many_states_as_channels_and_a_rate_for_time_constants() -> None:
+    from stateline.nn import param_groups
+
+    assert [sl.S5(d, blocks=j).d_state for d, j in ((16, 1), (7, 1), (10, 3))] == [16, 8, 12]
+    layer = sl.S5(4, lr=0.002)
+    (group,) = (g for g in param_groups(layer, 0.1) if g.get("lr") == 0.002)
+    assert {id(p) for p in group["params"]} == {id(p) for p in (layer.A_log, layer.A_imag, layer.log_dt)}
+    assert group["weight_decay"] == 0
+    assert all("lr" not in g for g in param_groups(sl.S5(4, lr=None), 0.1))
+    with pytest.raises(ValueError, match=r"^S5: lr"):
+        sl.S5(4, lr=-1.0)

@@ -22,7 +22,9 @@ from stateline.training.series import FitConfig, Outcome, Series, answers, fit_s
 
 DEFAULT_MIXER = "S4D"
 #: Sizes that serve signals, unlike those of a layer in a language model.
-MIXER_ARGS: dict[str, dict[str, Any]] = {"S4D": {"d_state": 16}, "Mamba2": {"headdim": 16, "d_state": 16}}
+MIXER_ARGS: dict[str, dict[str, Any]] = {
+    "S4D": {"d_state": 16}, "Mamba2": {"headdim": 16, "d_state": 16}, "Mamba3": {"headdim": 16, "d_state": 16},
+}  # fmt: skip
 #: early_stopping="auto" holds a part out where it has at least so many series, and so many a class.
 HELD_OUT, HELD_OUT_A_CLASS = 50, 5
 

@@ -48,7 +48,7 @@ examples:
   stateline classify train engines.csv --regress --out runs/engines      labels are numbers to estimate
   stateline classify train ecg.npz --out runs/ecg --bidirectional        may be more accurate, and cannot stream
   stateline classify train long.npz --out runs/long --device cuda --epochs 30
-Ctrl-C ends training early: the best weights so far are tested and saved.
+Ctrl-C, or SIGTERM, ends training early: the best weights so far are tested and saved.
 
 {DATA}"""
 PREDICT_EPILOG = f"""\
@@ -314,11 +314,14 @@ def _load(options: argparse.Namespace) -> Estimator:
 
 def run_predict(options: argparse.Namespace) -> int:
     """Print a line a signal."""
-    from stateline.apps.signal_files import read_signals
+    from stateline.apps.signal_files import is_sound, read_signals
     from stateline.apps.signal_report import class_table, error_table
 
     estimator = _load(options)
-    signals = read_signals(options.data, rate=estimator.metadata_.get("rate"))
+    rate = estimator.metadata_.get("rate")
+    signals = read_signals(options.data, rate=rate if is_sound(options.data) else None)
+    if rate is not None and signals.rate is None:
+        print(f"{options.data} is taken for sound of {rate} samples a second, as the model learnt it", file=sys.stderr)
     classes = getattr(estimator, "classes_", None)
     if options.probabilities and classes is None:
         raise UsageError("--probabilities asks for classes, and this model estimates numbers")
@@ -360,9 +363,12 @@ def run_stream(options: argparse.Namespace) -> int:
     stream = estimator.stream()
     answer: Any = None  # not yet said
     with nullcontext(sys.stdin) if options.data == "-" else open(options.data, encoding="utf-8") as lines:
-        for sample in chain(_samples(lines), [None]):
+        for number, sample in chain(_samples(lines), [(0, None)]):
             if sample is not None:
-                answer = stream.update(sample)
+                try:
+                    answer = stream.update(sample)
+                except ValueError as error:
+                    raise UsageError(f"line {number}: {error}") from error
             if answer is not None and (sample is None or stream.count % options.every == 0):
                 said = _cells(answer) if classes is None else [classes[answer.argmax()], *_cells(answer)]
                 out.writerow([stream.count, *said])
@@ -373,8 +379,8 @@ def run_stream(options: argparse.Namespace) -> int:
     return 0
 
 
-def _samples(lines: Iterable[str]) -> Iterator[list[float] | None]:
-    """The numbers of each line; None for an empty one."""
+def _samples(lines: Iterable[str]) -> Iterator[tuple[int, list[float] | None]]:
+    """Each line's number and the numbers it holds; None for an empty one."""
     first = True
     for number, line in enumerate(lines, 1):
         if line.lstrip().startswith("#"):
@@ -388,7 +394,7 @@ def _samples(lines: Iterable[str]) -> Iterator[list[float] | None]:
             first = False
             continue
         first = first and not cells
-        yield sample or None
+        yield number, sample or None
 
 
 def _is_header(cells: list[str]) -> bool:

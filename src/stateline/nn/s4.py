@@ -25,7 +25,7 @@ from stateline import checks
 from stateline.nn.mixer import Lengths, Mixer, check_input, check_state, zero_padding
 from stateline.nn.precision import keep_wide, wide
 from stateline.nn.s4_systems import RULES, DiagonalSystem, DPLRSystem, Start, System
-from stateline.ops.long_conv.spectrum import fast_length
+from stateline.ops import long_conv
 from stateline.ops.segments import build
 from stateline.theory import dplr, hippo
 
@@ -147,13 +147,7 @@ class _StateSpace(Mixer):
 
         reverse: run time backwards, from each sequence's last token to its first.
         """
-        where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
-        if not reverse:
-            return self._run(x, None, False, **where)[0]
-        check_input(self.op, x, "b t d_model", self.d_model, self._dtype())
-        back = _backwards(self.op, x, lengths, cu_seqlens)
-        y = self._run(x.gather(1, back), None, False, **where)[0]
-        return y.gather(1, back[..., :1].expand(y.shape))
+        return self._run(x, None, False, lengths=lengths, cu_seqlens=cu_seqlens, reverse=reverse)[0]
 
     def extend(
         self,
@@ -167,33 +161,26 @@ class _StateSpace(Mixer):
         y, end = self._run(x, state, True, lengths=lengths, cu_seqlens=cu_seqlens)
         return y, S4State(end)
 
-    def _run(
-        self, x: Tensor, state: S4State | None, onward: bool, *, lengths: Lengths | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """y and the state after x, which a convolution leaves out unless it goes `onward`."""
+    def _run(self, x: Tensor, state: S4State | None, onward: bool, **where: Any) -> tuple[Tensor, Tensor]:
+        """y and the state after x, which a convolution leaves out unless it goes `onward`.
+
+        where: lengths, cu_seqlens, and reverse if there is no state.
+        """
         check_input(self.op, x, "b t d_model", self.d_model, self._dtype())
-        where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
-        segments = build(self.op, x, lengths, "right", cu_seqlens)
+        where = {"reverse": False} | where
+        segments = build(self.op, x, where["lengths"], "right", where["cu_seqlens"])
         initial = None if state is None else self._initial(state, segments.count)
-        mode = self.mode or _mode(x.is_cuda, onward, cu_seqlens is not None)
-        convolve = mode == "convolution" and x.numel() > 0
+        convolve = (self.mode or self._fastest(x.is_cuda, onward, where["cu_seqlens"] is not None)) == "convolution"
         with _without_autocast(x):
-            u = zero_padding(x, lengths).to(wide(self.D.dtype))
-            y = end = u.new_zeros(())
+            u = zero_padding(x, where["lengths"]).to(wide(self.D.dtype))
+            y = end = u  # of which nothing is used
             if onward or not convolve:
                 y, end = self.kernel.scan(u, initial, self.rate, None if convolve else self.D, convolve, where)
             if convolve:
-                y = y + self._convolved(u, None if cu_seqlens is None else segments.table) + self.D * u[:, :, None]
-        return zero_padding(self._finish(y.to(x.dtype)), lengths), end
-
-    def _convolved(self, u: Tensor, packed: Tensor | None) -> Tensor:
-        """u (b, t, h) -> y (b, t, c, h), the kernel's convolution with it; packed: sequences (n_seq, 3) of one row."""
-        if packed is None:
-            return _convolve(u, self.kernel.taps(u.shape[1], self.rate, u.dtype))
-        length = packed[:, 2] - packed[:, 1]
-        rows = _unpack(u[0], packed, int(length.max()))
-        y = _convolve(rows, self.kernel.taps(rows.shape[1], self.rate, u.dtype))
-        return y[torch.arange(rows.shape[1], device=u.device) < length[:, None]][None]
+                taps = self.kernel.taps(max(u.shape[1], 1), self.rate, u.dtype)
+                own = torch.stack([long_conv(u, k, **where)[0] for k in taps], 2) + self.D * u[:, :, None]
+                y = y + own if onward else own
+        return zero_padding(self._finish(y.to(x.dtype)), where["lengths"]), end
 
     @torch.no_grad()
     def step_(self, x: Tensor, state: S4State) -> Tensor:
@@ -204,6 +191,10 @@ class _StateSpace(Mixer):
             u = x.to(wide(self.D.dtype))
             y = self.kernel.step_(u, state.x, self.rate) + self.D * u[:, None]
         return self._finish(y.to(x.dtype))
+
+    def _fastest(self, gpu: bool, onward: bool, packed: bool) -> str:
+        """How a sequence is computed where nothing says so."""
+        return "convolution" if self.kernel.dense and gpu and not (onward or packed) else "scan"
 
     def _dtype(self) -> torch.dtype:
         """Of the data: what the projection was built in, whatever has wrapped it since."""
@@ -225,7 +216,8 @@ class _StateSpace(Mixer):
         """y (…, c, h) -> (…, d_model)."""
         y = y.flatten(-2)
         y = F.gelu(y) if self.activation else y
-        y = self.output_linear(F.dropout(y, self.dropout, self.training))
+        y = F.dropout(y, self.dropout, self.training) if self.dropout else y
+        y = self.output_linear(y)
         return F.glu(y, -1) if self.final_act else y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _StateSpace:
@@ -255,9 +247,8 @@ class S4D(_StateSpace):
         dropout: share of the activations set to 0 in training mode.
         lr: learning rate of dt, A and B, which `param_groups` passes on; None for that of all others.
         mode: how sequences are computed, by numbers that agree: "scan", chunk by chunk as matrix products, or
-            "convolution", by Fourier transforms. None: the latter on a GPU where no state is wanted (but for packed
-            sequences in a compiled graph, which must not ask how long they are), else the former. An attribute, set at
-            will.
+            "convolution", by Fourier transforms. None is the faster: the former, but for an S4 on a GPU where no state
+            is wanted and nothing is packed. An attribute, set at will.
         rate: samples of the training data a sample now: 2.0 runs a model trained at 16 kHz on 8 kHz. An attribute too.
 
     dt, A, B, C, D stay float32 through .half(), .to(torch.bfloat16) and autocast, as does the state.
@@ -351,46 +342,7 @@ class S4(_StateSpace):
         super().__init__(shape, kernel, activation, final_act, dropout, mode, rate, made)
 
 
-def _mode(gpu: bool, onward: bool, packed: bool) -> str:
-    """How a sequence is computed where nothing says so."""
-    if packed and torch.compiler.is_compiling():
-        return "scan"  # a graph cannot unpack sequences whose lengths are known only when it runs
-    return "convolution" if gpu and not onward else "scan"
-
-
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Autocast off, where it is on: a context in an exported graph hides what is inside."""
     on = torch.is_autocast_enabled(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
-
-
-def _backwards(op: str, x: Tensor, lengths: Lengths | None, cu_seqlens: Tensor | None) -> Tensor:
-    """(b, t, d): for each place the token that stands there when every sequence is turned round."""
-    b, t, d = x.shape
-    here = torch.arange(t, device=x.device)
-    table = build(op, x, lengths, "right", cu_seqlens).table
-    if table is None:
-        there = (t - 1 - here).expand(b, t)
-    elif lengths is not None:
-        there = (table[:, 2:] - 1 - here).clamp(min=-1)
-        there = torch.where(there < 0, here, there)
-    else:
-        owner = torch.searchsorted(table[:, 2].contiguous(), here, right=True)
-        there = (table[owner, 1] + table[owner, 2] - 1 - here)[None]
-    return there[..., None].expand(b, t, d)
-
-
-def _convolve(u: Tensor, taps: Tensor) -> Tensor:
-    """u (b, t, h), taps (c, h, t) -> (b, t, c, h), y[t] = Σ_l taps[l] u[t − l], by Fourier transforms along time."""
-    t = u.shape[1]
-    size = 2 * t if torch.compiler.is_compiling() else fast_length(2 * t)  # t may be a symbol in a graph
-    spectrum = torch.fft.rfft(u.transpose(1, 2), n=size)[:, None] * torch.fft.rfft(taps, n=size)  # (b, c, h, f)
-    return torch.fft.irfft(spectrum, n=size)[..., :t].permute(0, 3, 1, 2)
-
-
-def _unpack(u: Tensor, segments: Tensor, longest: int) -> Tensor:
-    """u (t, h), sequences [_, start, stop] one after another -> (n_seq, longest, h), zeros after each."""
-    token = torch.arange(u.shape[0], device=u.device)
-    owner = torch.searchsorted(segments[:, 2].contiguous(), token, right=True)
-    place = owner * longest + token - segments[owner, 1]
-    return u.new_zeros(len(segments) * longest, u.shape[1]).index_copy(0, place, u).view(-1, longest, u.shape[1])

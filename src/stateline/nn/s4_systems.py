@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from stateline import checks, ops
 from stateline.nn.precision import keep_wide
 from stateline.ops.s4_kernel import angles
-from stateline.ops.s4_scan import choice, chunked, run
-from stateline.ops.s4_scan.chunked import steps
-from stateline.ops.s4_scan.cpu import CHUNK
+from stateline.ops.s4_scan import choice, chunked, prepared, run, steps, system_tables, tables_for
 from stateline.ops.segments import build
+from stateline.theory.discretize import phi1
 
 Made = TypeVar("Made")
 RULES = ("zoh", "bilinear")
@@ -56,6 +55,8 @@ class System(nn.Module, ABC):
     no_weight_decay: tuple[str, ...] = ("C", "inv_dt", "A_real", "A_imag", "B")
     #: How many tables are kept at most: of pieces of several lengths, or at several rates.
     memories = 8
+    #: Whether a state's numbers mix, so that going from chunk to chunk is a product with a matrix.
+    dense = False
     inv_dt: nn.Parameter
     A_real: nn.Parameter
     A_imag: nn.Parameter
@@ -130,7 +131,7 @@ class System(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """u (b, t, h), initial (n_seq, h, n, 2) -> y (b, t, c, h), state (n_seq, h, n, 2).
 
-        free: y is what the initial state alone brings.   where: lengths, cu_seqlens.
+        free: y is what the initial state alone brings.   where: lengths, cu_seqlens, reverse.
         """
 
     @abstractmethod
@@ -159,27 +160,23 @@ class DiagonalSystem(System):
         if self.rule == "bilinear":
             A_bar = (1 + z / 2) / (1 - z / 2)
             return torch.where(A_bar == 0, 1e-300, A_bar).log(), A_bar, dt * B / (1 - z / 2), C
-        tiny = z.abs() < 1e-8  # where (e^z − 1) / z is 1 + z/2 to the last digit
-        ratio = torch.where(tiny, 1 + z / 2, torch.expm1(z) / torch.where(tiny, 1, z))
-        return z, torch.exp(z), dt * B * ratio, C
+        return z, torch.exp(z), dt * B * phi1(z, quick=True), C
 
     def scan(
         self, u: Tensor, initial: Tensor | None, rate: float, D: Tensor | None, free: bool, where: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """u (b, t, h), initial (n_seq, h, n, 2) -> y (b, t, c, h), state (n_seq, h, n, 2)."""
-        wide = None if D is None else D.double()
-        if not torch.is_grad_enabled() and choice(u.device.type, None, u.dtype) == "cpu":
-            segments, q = build("S4D", u, where["lengths"], "right", where["cu_seqlens"]), steps(u.shape[1], CHUNK)
-            tables = self.remembered(
-                ("tables", q, rate, u.dtype, D is None),
-                lambda: chunked.diagonal_tables(*self.sampled(rate)[1:], wide, q, u.dtype),
-                D,
-            )
+        backend = choice(u.device.type, None, u.dtype)
+        keep = not torch.is_grad_enabled() and backend == "cpu"
+        if keep or backend == "gpu":
+            segments = build("S4D", u, where["lengths"], "right", where["cu_seqlens"])
+            tables = self._kept_tables(u, rate, D) if keep else self._gpu_tables(u, rate, D)
             start = None if initial is None else initial.flatten(-2)
-            y, state = run(u, tables, start, segments.table)
+            y, state = run(u, tables, start, segments.table, where["reverse"], backend)
             state = state.unflatten(-1, (-1, 2))
         else:
             _, A_bar, B_bar, C = self.sampled(rate)
+            wide = None if D is None else D.double()
             y, state = ops.s4_scan(u, A_bar, B_bar, C, D=wide, initial_state=initial, **where)
         if free:  # y of the state without its inputs; the state's own knows them
             y = y.new_zeros(y.shape)
@@ -187,6 +184,21 @@ class DiagonalSystem(System):
                 _, A_bar, B_bar, C = self.sampled(rate)
                 y, _ = ops.s4_scan(torch.zeros_like(u), A_bar, B_bar, C, initial_state=initial, **where)
         return y, state
+
+    def _kept_tables(self, u: Tensor, rate: float, D: Tensor | None) -> chunked.Tables:
+        """What the C++ kernels run on, made once for all calls of a length."""
+
+        def make() -> chunked.Tables:
+            wide = None if D is None else D.double()
+            made = tables_for("cpu", u, *self.sampled(rate)[1:], wide)
+            return made if torch.compiler.is_compiling() else prepared(made)  # a graph keeps nothing
+
+        return self.remembered(("tables", steps("cpu", u.shape[1]), rate, u.dtype, D is None), make, D)
+
+    def _gpu_tables(self, u: Tensor, rate: float, D: Tensor | None) -> chunked.Tables:
+        """What the GPU's kernels run on; `sampled` and its gradient would be a hundred launches there."""
+        learned = (self.inv_dt, self.A_real, self.A_imag, self.B, self.C)
+        return system_tables(u, *learned, D, rate, self.rule == "bilinear")
 
     def taps(self, length: int, rate: float, dtype: torch.dtype) -> Tensor:
         """The kernel (c, h, length), by the Vandermonde product."""
@@ -208,6 +220,7 @@ class DPLRSystem(System):
 
     full_precision = (*System.full_precision, "P")
     no_weight_decay = (*System.no_weight_decay, "P")
+    dense = True
     memories = 2  # powers of matrices: some ten megabytes each
     P: nn.Parameter
 
@@ -252,7 +265,8 @@ class DPLRSystem(System):
         name = ("tables", q, rate, u.dtype, D is None)
         tables = self.remembered(name, lambda: self.tables(q, rate, u.dtype, D), D)
         start = None if initial is None else initial.flatten(-2)
-        y, state = chunked.run(tables, u, start, segments.table, padded=where["lengths"] is not None, free=free)
+        padding = None if where["lengths"] is None else "right"
+        y, state = chunked.run(tables, u, start, segments.table, padding=padding, reverse=where["reverse"], free=free)
         return y, state.unflatten(-1, (-1, 2))
 
     def tables(self, q: int, rate: float, dtype: torch.dtype, D: Tensor | None = None) -> chunked.Tables:

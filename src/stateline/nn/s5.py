@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from stateline import checks, ops
 from stateline.nn.mixer import Lengths, Mixer, check_input, check_state, zero_padding
 from stateline.nn.precision import keep_wide, wide
+from stateline.theory.discretize import phi1
 from stateline.theory.dplr import nplr
 
 OP = "S5"
@@ -47,11 +48,13 @@ class S5(Mixer):
 
     Args:
         d_model: width of input and output.
-        d_state: n, real states of the whole layer; even. Half as many complex ones are kept.
+        d_state: n, real states of the whole layer; even. Half as many complex ones are kept. None: as many as channels,
+            or the next multiple of 2 · blocks.
         blocks: the initial system is so many copies of a HiPPO system of d_state / blocks states, which is even.
         dt_min, dt_max: initial step sizes, one a state, are log-uniform between them.
         activation: "gated", as published: GELU, times the sigmoid of a projection of it; "gelu"; None for the linear
             system alone.
+        lr: learning rate of A and the step sizes, which `param_groups` passes on; None for that of all others.
         rate: sampling rate at which the model was trained, over that of its input: 2 where there are only half as many
             samples a second. An attribute, to be changed at will.
 
@@ -74,19 +77,25 @@ class S5(Mixer):
     def __init__(
         self,
         d_model: int,
-        d_state: int = 256,
+        d_state: int | None = None,
         blocks: int = 1,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         activation: str | None = "gated",
+        lr: float | None = 0.001,
         rate: float = 1.0,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("d_model", d_model), ("d_state", d_state), ("blocks", blocks)):
+        for name, value in (("d_model", d_model), ("blocks", blocks)):
             checks.number(OP, name, value, low=1, integer=True)
+        if d_state is None:
+            d_state = -(-d_model // (2 * blocks)) * 2 * blocks
+        checks.number(OP, "d_state", d_state, low=1, integer=True)
+        if lr is not None:
+            checks.number(OP, "lr", lr, low=0, open_low=True)
         if d_state % (2 * blocks):
             problem = f"d_state is {d_state} and blocks is {blocks}, expected a multiple of 2 · blocks."
             raise checks.fail(OP, problem, "States come in conjugate pairs.")
@@ -95,6 +104,8 @@ class S5(Mixer):
         checks.choice(OP, "activation", activation, ACTIVATIONS)
         self.d_model, self.d_state, self.blocks, self.activation = d_model, d_state, blocks, activation
         self.rate = rate
+        #: Learning rates that `param_groups` gives single parameters; time constants move more slowly than matrices.
+        self.learning_rates = {} if lr is None else dict.fromkeys(("A_log", "A_imag", "log_dt"), lr)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         full: dict[str, Any] = {"device": device, "dtype": wide(dtype)}
         p = d_state // 2
@@ -195,10 +206,8 @@ class S5(Mixer):
         full = wide(self.A_log.dtype)
         real, imaginary = -self.A_log.to(full).exp(), self.A_imag.to(full)
         dt = self.log_dt.to(full).exp() * self.rate
-        size, angle = (real * dt).exp(), imaginary * dt
-        decay = torch.complex(size * angle.cos(), size * angle.sin())
-        grown = torch.expm1(real * dt) * angle.cos() - 2 * (angle / 2).sin().square()  # Re(decay) − 1, not cancelled
-        return decay, torch.complex(grown, decay.imag) / torch.complex(real, imaginary)
+        z = torch.complex(real * dt, imaginary * dt)
+        return z.exp(), dt * phi1(z, quick=True)
 
     def _drive(self, x: Tensor, gain: Tensor) -> Tensor:
         """x (…, d_model) -> what enters the states, complex (…, p)."""

@@ -9,7 +9,7 @@ from stateline.ops.long_conv import fuse_cascade, fuse_parallel, long_conv, long
 from stateline.ops.packed_linear import packed_linear
 from stateline.ops.rms_norm import gated_rms_norm, rms_norm
 from stateline.ops.s4_kernel import s4_cauchy, s4_kernel
-from stateline.ops.s4_scan import s4_scan
+from stateline.ops.s4_scan import s4_scan, s4_scan_step_
 from stateline.ops.selective_scan import selective_scan, selective_scan_step_
 from stateline.ops.ssd import ssd, ssd_step_
 from stateline.ops.trapezoid_ssd import trapezoid_ssd, trapezoid_ssd_step_
@@ -34,6 +34,7 @@ __all__ = [
     "s4_cauchy",
     "s4_kernel",
     "s4_scan",
+    "s4_scan_step_",
     "selective_scan",
     "selective_scan_step_",
     "ssd",

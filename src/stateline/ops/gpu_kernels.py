@@ -41,3 +41,22 @@ def reduce(partial, out, last, count, d, K: tl.constexpr, J: tl.constexpr, ROWS:
         tl.store(out + c * K + j, result.to(out.dtype.element_ty), mask=live)
     elif last is not None:
         tl.store(last + c, result.to(last.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=("rows", "columns", "width", "lead"))
+def turn(
+    x, y, rows, columns, width, lead, x_b, x_r, y_b, y_c, ADD: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """x (b, r, c) into y (b, c, width) from place `lead` on, zeros elsewhere, or added; both adjacent at the end."""
+    tiles = (width + R - 1) // R
+    r, c = tl.program_id(0) % tiles * R + tl.arange(0, R), tl.program_id(1) * C + tl.arange(0, C)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    row = r - lead
+    live = ((row >= 0) & (row < rows))[:, None] & (c < columns)[None, :]
+    value = tl.load(x + b * x_b + row[:, None].to(tl.int64) * x_r + c[None, :], mask=live, other=0.0)
+    at = y + b * y_b + c[None, :].to(tl.int64) * y_c + r[:, None]
+    value = value.to(y.dtype.element_ty)
+    inside = (r < width)[:, None] & (c < columns)[None, :]
+    if ADD:
+        value += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, value, mask=inside)

@@ -88,3 +88,20 @@ def pieces(segments: Tensor | None, t: int) -> list[tuple[slice, slice, slice]]:
         (slice(row, row + 1), slice(i, i + 1), slice(start, stop))
         for i, (row, start, stop) in enumerate(segments.tolist())
     ]
+
+
+def gathered(x: Tensor, table: Tensor, reverse: bool, *, back: bool) -> Tensor:
+    """x (b, t, d) of a padded batch with every row's sequence running forwards from step 0, zeros after it.
+
+    back: the opposite, zeros at padding. Neither reads the table nor looks at padding.
+    """
+    if 0 in x.shape:
+        return x.new_zeros(x.shape)
+    start, stop = table[:, 1:2], table[:, 2:3]
+    step = torch.arange(x.shape[1], device=x.device)[None]
+    if back:
+        index, live = (stop - 1 - step if reverse else step - start), (start <= step) & (step < stop)
+    else:
+        index, live = (stop - 1 - step if reverse else start + step), step < stop - start
+    picked = torch.take_along_dim(x, index.clamp(0, x.shape[1] - 1)[..., None], 1)
+    return picked.masked_fill(~live[..., None], 0)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from stateline import checks
 from stateline.nn import param_groups
+from stateline.training.signals import StopSignals
 
 OP = "fit"
 #: Share of the steps in which the rate rises, and what is left of it at the end.
@@ -24,6 +25,9 @@ POOL = 16
 STEPS, FEWEST, MOST = 1500, 20, 200
 #: Batches where nothing says how large: about so many an epoch, of 8 to 64 series.
 BATCHES = 20
+
+#: What a signal is answered with.
+SAID = "Stopping after this step, with the best weights so far. Again to stop at once."
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -150,8 +154,8 @@ def fit_series(
         generator: on the CPU; decides the order of the series.
         report: called after each epoch with its figures and the number of epochs planned.
 
-    Ctrl-C ends the training after at least one epoch, keeping the best weights; before that it goes through. Raises
-    ValueError where the loss is no number.
+    Ctrl-C, SIGTERM or a lost terminal ends the training after at least one epoch, keeping the best weights; before that
+    a KeyboardInterrupt goes through. Raises ValueError where the loss is no number, or no held-out score is.
     """
     epochs = config.epochs_of(len(data))
     optimizer = torch.optim.AdamW(param_groups(model, config.weight_decay), lr=config.lr)
@@ -159,19 +163,20 @@ def fit_series(
     keeper = _Keeper(model, held is not None, config.patience)
     interrupted = False
     try:
-        for epoch in range(epochs):
-            begun = time.perf_counter()
-            figures: dict[str, float] = {"epoch": epoch + 1, "loss": fit.epoch(epoch, generator)}
-            if held is not None:
-                given = answers(model, held.inputs, config)
-                figures["held_out_loss"] = float(loss(given, held.targets))
-                figures["held_out_score"] = score(given, held.targets)
-            figures["seconds"] = round(time.perf_counter() - begun, 3)
-            keeper.take(figures)
-            if report is not None:
-                report(figures, epochs)
-            if keeper.tired:
-                break
+        with StopSignals(SAID) as stop:
+            for epoch in range(epochs):
+                begun = time.perf_counter()
+                figures: dict[str, float] = {"epoch": epoch + 1, "loss": fit.epoch(epoch, generator, stop)}
+                if held is not None:
+                    given = answers(model, held.inputs, config)
+                    figures["held_out_loss"] = float(loss(given, held.targets))
+                    figures["held_out_score"] = score(given, held.targets)
+                figures["seconds"] = round(time.perf_counter() - begun, 3)
+                keeper.take(figures)
+                if report is not None:
+                    report(figures, epochs)
+                if keeper.tired:
+                    break
     except KeyboardInterrupt:
         if not keeper.history:
             raise
@@ -193,14 +198,16 @@ class _Fit:
     rates: list[float]
     epochs: int
 
-    def epoch(self, done: int, generator: torch.Generator) -> float:
-        """One pass over the series after `done` others; their mean loss."""
+    def epoch(self, done: int, generator: torch.Generator, stop: StopSignals) -> float:
+        """One pass over the series after `done` others; their mean loss. Raises KeyboardInterrupt once told to stop."""
         device = next(self.model.parameters()).device
         lengths = [len(x) for x in self.data.inputs]
         order = list(batches(lengths, self.config.batch_of(len(lengths)), self.config.batch_tokens, generator))
         self.model.train()
         total = torch.zeros((), device=device)
         for i, batch in enumerate(order):
+            if stop:
+                raise KeyboardInterrupt(f"stopped by {stop.received}")
             factor = _rate((done + i / len(order)) / self.epochs)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
@@ -247,5 +254,9 @@ class _Keeper:
         return self._judged and self._patience is not None and len(self.history) - self.best >= self._patience
 
     def restore(self) -> None:
-        """Give the model the best weights."""
+        """Give the model the best weights. Raises ValueError if no epoch had a held-out score that is a number."""
+        if not self._weights:
+            problem = f"none of {len(self.history)} epochs has a score on the held-out part that is a number"
+            remedy = "Look for series there without a value, or set early_stopping=False."
+            raise checks.fail(OP, f"{problem}.", remedy)
         self._model.load_state_dict(self._weights)

@@ -30,9 +30,12 @@ class StopSignals:
 
     Signals that are ignored, as SIGHUP is under nohup, stay so. Outside the main thread Python allows no signal
     handlers: there it does nothing.
+
+    said: what a first signal is answered with, on stderr.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, said: str = "Stopping after this step, then saving. Again to stop at once.") -> None:
+        self._said = said
         self.received: str | None = None
         self._before: dict[int, Any] = {}
 
@@ -61,6 +64,6 @@ class StopSignals:
             raise KeyboardInterrupt("stopped at once, without saving")
         self.received = name
         try:
-            print("\nStopping after this step, then saving. Again to stop at once.", file=sys.stderr, flush=True)
+            print(f"\n{self._said}", file=sys.stderr, flush=True)
         except OSError:  # the terminal is gone: nothing more can be said, but saving must not fail for that
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

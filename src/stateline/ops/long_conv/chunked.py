@@ -14,7 +14,7 @@ from torch import Tensor
 from stateline.ops.long_conv import reference, spectrum
 from stateline.ops.long_conv.reference import compute_dtype, flip, step, taps, width
 from stateline.ops.long_conv.spectrum import Turn
-from stateline.ops.segments import pieces
+from stateline.ops.segments import gathered, pieces
 
 __all__ = ["backward", "forward", "step"]
 
@@ -201,17 +201,3 @@ def _back_in_place(y: Tensor, segments: Tensor | None, reverse: bool) -> Tensor:
     for row, start, stop in segments.tolist():
         moved[row, start:stop] = flip(y[row : row + 1, : stop - start], reverse)[0]
     return moved
-
-
-def gathered(x: Tensor, segments: Tensor, reverse: bool, *, back: bool) -> Tensor:
-    """`_aligned`, or `_back_in_place`, without reading the table."""
-    if 0 in x.shape:
-        return x.new_zeros(x.shape)
-    start, stop = segments[:, 1:2], segments[:, 2:3]
-    step = torch.arange(x.shape[1], device=x.device)[None]
-    if back:
-        index, live = (stop - 1 - step if reverse else step - start), (start <= step) & (step < stop)
-    else:
-        index, live = (stop - 1 - step if reverse else start + step), step < stop - start
-    picked = torch.take_along_dim(x, index.clamp(0, x.shape[1] - 1)[..., None], 1)
-    return picked.masked_fill(~live[..., None], 0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stateline.ops import native
 from stateline.ops.causal_conv1d import cpu as short
-from stateline.ops.long_conv import chunked
+from stateline.ops.long_conv import chunked, spectrum
 
 #: Taps up to which summing them is less work than transforms, whatever the length (benchmarks/NOTES.md).
 SHORT = 96
@@ -49,8 +49,9 @@ def step(state: Tensor, u: Tensor, k: Tensor, index: Tensor | None) -> Tensor:
     return short.step(state, u, k.flip(1), None, False, index)
 
 
-def turn(x: Tensor, y: Tensor, add: bool = False) -> None:
+def turn(x: Tensor, y: Tensor, add: bool = False, lead: int | None = None) -> None:
     """`spectrum.turn` in C++."""
+    y = spectrum.inner(x, y, lead)
     if 0 in x.shape:
         return
     given = x if x.stride(2) == 1 else x.contiguous()

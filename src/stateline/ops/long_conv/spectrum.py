@@ -29,16 +29,31 @@ FEWEST = 512
 #: Transforms longer than this have a factor of 16: without, they take up to twice as long.
 SHORTEST = 64
 
-#: turn(x, y, add): write x (b, r, c) into y (b, c, r), or add it there; both with their last dimension adjacent.
-Turn = Callable[[Tensor, Tensor, bool], None]
+#: On a GPU rows up to this length are transformed as one: blocks would spare it some rounds, and cost it copies.
+WHOLE = 2**17
+
+#: turn(x, y, add, lead): write x (b, r, c) into y (b, c, r), or add it there; both with their last dimension adjacent.
+#: With a `lead`, y (b, c, n) is wider: x goes to the places from there on, and the others become 0.
+Turn = Callable[[Tensor, Tensor, bool, int | None], None]
 
 
-def turn(x: Tensor, y: Tensor, add: bool = False) -> None:
+def turn(x: Tensor, y: Tensor, add: bool = False, lead: int | None = None) -> None:
     """`Turn` in PyTorch."""
+    y = inner(x, y, lead)
     if add:
         y += x.transpose(1, 2)
     else:
         y.copy_(x.transpose(1, 2))
+
+
+def inner(x: Tensor, y: Tensor, lead: int | None) -> Tensor:
+    """Where in y x goes, once all other places are 0."""
+    if lead is None:
+        return y
+    after = lead + x.shape[1]
+    y[..., :lead] = 0
+    y[..., after:] = 0
+    return y[..., lead:after]
 
 
 def fast_length(n: int) -> int:
@@ -58,8 +73,11 @@ def fast_length(n: int) -> int:
 
 
 @functools.lru_cache(4096)
-def plan(t: int, taps: int) -> tuple[int, int]:
+def plan(t: int, taps: int, device: str = "cpu") -> tuple[int, int]:
     """(s, n): outputs of a block and length of its transform, for t outputs. From sizes alone, never the batch."""
+    if device != "cpu":
+        s = t if t + taps - 1 <= WHOLE else min(t, max(WHOLE // 2, taps))
+        return s, fast_length(s + taps - 1)
     best = (math.inf, t, 2)
     for steps in (t, *(max(taps, FEWEST) * 2**j for j in range(5))):
         blocks = -(-t // min(steps, t))
@@ -80,13 +98,13 @@ def convolve(u: Tensor, k: Tensor, past: Tensor | None, out: Tensor, turn: Turn 
     past: (b, l-1, i), the inputs before u; zeros if None.
     """
     for taps, inside, outside in _groups(u, k):
-        s, n = plan(u.shape[1], taps.shape[-1])
+        s, n = plan(u.shape[1], taps.shape[-1], u.device.type)
         spectrum = torch.fft.rfft(taps, n=n)
         for first in range(0, u.shape[1], s):
             count = min(s, u.shape[1] - first)
             f = torch.fft.rfft(_window(u, past, first, count, taps.shape[-1], n, inside, turn))
             y = torch.fft.irfft(_times(f, spectrum), n=n)
-            turn(_valid(y, taps.shape[-1], count), out[:, first : first + count, outside], False)
+            turn(_valid(y, taps.shape[-1], count), out[:, first : first + count, outside], False, None)
 
 
 def gradients(
@@ -102,22 +120,22 @@ def gradients(
     t, dk = u.shape[1], torch.zeros(k.shape, dtype=_precision(u), device=k.device)
     for taps, inside, outside in _groups(u, k):
         length = taps.shape[-1]
-        s, n = plan(t, length)
+        s, n = plan(t, length, u.device.type)
         spectrum = torch.fft.rfft(taps, n=n)
         dspectrum = torch.zeros_like(spectrum)
         for first in range(0, t, s):
             count = min(s, t - first)
             f = torch.fft.rfft(_window(u, past, first, count, length, n, inside, turn))
-            later = _zeros_but(dy, outside, n, length - 1, length - 1 + count)
-            turn(dy[:, first : first + count, outside], _valid(later, length, count), False)
+            later = _empty(dy, outside, n)
+            turn(dy[:, first : first + count, outside], later, False, length - 1)
             g = torch.fft.rfft(later)
             dspectrum += _outer(g, f, k.dim() == 3)
             dwindow = torch.fft.irfft(_back(g, spectrum), n=n)
             before = min(length - 1, first)  # inputs of the window that lie in u, before the block
             own = dwindow[..., length - 1 - before : length - 1 + count]
-            turn(own, du[:, first - before : first + count, inside], True)
+            turn(own, du[:, first - before : first + count, inside], True, None)
             if dpast is not None and first < length - 1:
-                turn(dwindow[..., : length - 1 - first], dpast[:, first:, inside], True)
+                turn(dwindow[..., : length - 1 - first], dpast[:, first:, inside], True, None)
         dtaps = torch.fft.irfft(dspectrum, n=n)[..., :length]
         if k.dim() == 3:
             dk.copy_(dtaps.permute(2, 0, 1))
@@ -135,7 +153,7 @@ def _groups(u: Tensor, k: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
         yield k.to(_precision(u)).permute(1, 2, 0), everything, everything
         return
     d, taps = k.shape
-    channels = GROUP.get(u.device.type, GROUP_ELSEWHERE) // plan(u.shape[1], taps)[1]
+    channels = GROUP.get(u.device.type, GROUP_ELSEWHERE) // plan(u.shape[1], taps, u.device.type)[1]
     channels = max(LINE, channels // LINE * LINE)
     for first in range(0, d, channels):
         group = slice(first, min(first + channels, d))
@@ -146,13 +164,10 @@ def _precision(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def _zeros_but(u: Tensor, channels: slice, n: int, start: int, stop: int) -> Tensor:
-    """(b, d, n) for channels of u (b, t, d), zeros but for the places from start to stop, which are to be written."""
+def _empty(u: Tensor, channels: slice, n: int) -> Tensor:
+    """(b, d, n) for channels of u (b, t, d), in compute precision."""
     width = len(range(*channels.indices(u.shape[2])))
-    made = torch.empty(u.shape[0], width, n, dtype=_precision(u), device=u.device)
-    made[..., :start] = 0
-    made[..., stop:] = 0
-    return made
+    return torch.empty(u.shape[0], width, n, dtype=_precision(u), device=u.device)
 
 
 def _window(
@@ -161,10 +176,10 @@ def _window(
     """(b, d, n): the taps-1 inputs before step `first`, the `count` from there on, and zeros."""
     begin = first - (taps - 1)
     outside = max(-begin, 0)  # places whose inputs come before u
-    window = _zeros_but(u, channels, n, 0 if past is not None else outside, taps - 1 + count)
+    window = _empty(u, channels, n)
+    turn(u[:, max(begin, 0) : first + count, channels], window, False, outside)
     if outside and past is not None:
-        turn(past[:, first:, channels], window[..., :outside], False)
-    turn(u[:, max(begin, 0) : first + count, channels], window[..., outside : taps - 1 + count], False)
+        turn(past[:, first:, channels], window[..., :outside], False, None)
     return window
 
 

@@ -11,13 +11,18 @@ Suffixes: b batch, t time step, h channel, c read-outs a channel, m chunk, q ste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stateline.checks import fail
+from stateline.ops.library import first_only
+from stateline.ops.s4_scan.reference import step
+from stateline.ops.segments import gathered
+
+__all__ = ["step"]
 
 
 class Advance(Protocol):
@@ -72,12 +77,14 @@ class Tables:
 
     taps: (c, h, q) y after an impulse, step by step.   read: (c, h, q, s) from a state to the q outputs after it.
     write: (h, q, s) what each of q inputs adds to the state after the last of them.   advance: Ā^q and its likes.
+    prepared: taps, read and write as a kernel arranges them, if somebody keeps them.
     """
 
     taps: Tensor
     read: Tensor
     write: Tensor
     advance: Advance
+    prepared: Tensor | None = None
 
     @property
     def q(self) -> int:
@@ -134,18 +141,12 @@ def row(x: Tensor) -> Tensor:
 
 def scan(
     u: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None,
-    segments: Tensor | None, padded: bool,
+    segments: Tensor | None, padding: str | None, reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """u (b, t, h), initial (n_seq, h, s) -> y (b, t, c, h) in u's dtype, state (n_seq, h, s); see reference.py."""
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     tables = diagonal_tables(A_bar, B_bar, C, D, steps(u.shape[1]), real)
-    inside = u.to(real)
-    if padded and segments is not None:  # what stands outside is skipped, not multiplied away
-        outside = torch.arange(u.shape[1], device=u.device) >= segments[:, 2:]
-        inside = inside.masked_fill(outside[..., None], 0)
-        y, state = run(tables, inside, initial, segments, padded=True)
-        return y.masked_fill(outside[..., None, None], 0).to(u.dtype), state
-    y, state = run(tables, inside, initial, segments, padded=padded)
+    y, state = run(tables, u.to(real), initial, segments, padding=padding, reverse=reverse)
     return y.to(u.dtype), state
 
 
@@ -160,13 +161,14 @@ def as_real(state: Tensor) -> Tensor:
 
 
 def run(
-    tables: Tables, u: Tensor, initial: Tensor | None, segments: Tensor | None, *, padded: bool, free: bool = False
-) -> tuple[Tensor, Tensor]:
+    tables: Tables, u: Tensor, initial: Tensor | None, segments: Tensor | None, *, padding: str | None,
+    reverse: bool = False, free: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """u (b, t, h) -> y (b, t, c, h), state (n_seq, h, s).
 
     initial: (n_seq, h, s) or None for zeros.   segments: (n_seq, 3) rows [batch row, start, stop] or None.
-    padded: the segments are one a batch row, each from its first token on; otherwise they lie one after another in the
-        only batch row. Inputs outside segments must be 0.
+    padding: the segments are one a batch row, and what follows them ("right") or precedes them ("left") is skipped;
+        None: they lie one after another in the only batch row.   reverse: time runs backwards.
     free: y is what the initial state alone brings; the state that comes back knows the inputs all the same.
     """
     if not isinstance(u.shape[1], int):
@@ -177,9 +179,18 @@ def run(
     start = u.new_zeros(u.shape[2], rows, s) if initial is None else initial.transpose(0, 1)
     if u.shape[1] == 0:
         return u.new_zeros(u.shape[0], 0, tables.taps.shape[0], u.shape[2]), start.transpose(0, 1).contiguous()
-    if segments is None or padded:
-        return _rows(tables, u, start, None if segments is None else segments[:, 2], free)
-    return _packed(tables, u, start, segments, free)
+    if segments is None:
+        y, state = _rows(tables, u.flip(1) if reverse else u, start, None, free)
+        return (y.flip(1) if reverse else y), state
+    if padding is None:
+        return _packed(tables, u, start, segments, reverse, free)
+    lengths = segments[:, 2] - segments[:, 1]
+    if padding == "right" and not reverse:  # what stands outside is skipped, not multiplied away
+        outside = (torch.arange(u.shape[1], device=u.device) >= segments[:, 2:])[..., None]
+        y, state = _rows(tables, u.masked_fill(outside, 0), start, lengths, free)
+        return y.masked_fill(outside[..., None], 0), state
+    y, state = _rows(tables, gathered(u, segments, reverse, back=False), start, lengths, free)
+    return gathered(y.flatten(2), segments, reverse, back=True).view(y.shape), state
 
 
 def _rows(tables: Tables, u: Tensor, start: Tensor, lengths: Tensor | None, free: bool) -> tuple[Tensor, Tensor]:
@@ -190,28 +201,26 @@ def _rows(tables: Tables, u: Tensor, start: Tensor, lengths: Tensor | None, free
     inputs = F.pad(u, (0, 0, 0, m * q - t)).view(b, m, q, h).permute(3, 0, 1, 2).contiguous()  # (h, b, m, q)
     most, final = inputs.split((m - 1, 1), 2)  # views taken at once: the gradient of each alone would fill a whole
     written = (most.reshape(h, b * (m - 1), q) @ tables.write).unflatten(1, (b, m - 1))
-    state, before, alone, unforced = start, [start], start, [start]
-    for added in written.unbind(2):
-        state = tables.advance.chunk(state) + added
-        before.append(state)
-        if free:
-            alone = tables.advance.chunk(alone)
-            unforced.append(alone)
-    states = torch.stack(before, 2)
+    states = before(tables.advance, torch.cat([start[:, :, None], written], 2))
+    unforced = states
+    if free:
+        unforced = before(tables.advance, F.pad(start[:, :, None], (0, 0, 0, m - 1)))
     if lengths is None:
         rest = t - (m - 1) * q
-        end = tables.advance.steps(state, rest) + final[:, :, 0, :rest] @ tables.write[:, q - rest :]
+        end = tables.advance.steps(states[:, :, -1], rest) + final[:, :, 0, :rest] @ tables.write[:, q - rest :]
     else:
         last = ((lengths - 1) // q).clamp(min=0)  # (b): the chunk in which a sequence ends
         each = torch.arange(b, device=u.device)
         end = _finish(tables, states[:, each, last], inputs[:, each, last], lengths - last * q)
-    y = _outputs(tables, inputs.view(h, b * m, q), torch.stack(unforced, 2) if free else states, free)
+    y = _outputs(tables, inputs.view(h, b * m, q), unforced, free)
     c = tables.taps.shape[0]
     y = y.view(h, b, m, c, q).permute(1, 2, 4, 3, 0).reshape(b, m * q, c, h)
     return y[:, :t], end.transpose(0, 1).contiguous()
 
 
-def _packed(tables: Tables, u: Tensor, start: Tensor, segments: Tensor, free: bool) -> tuple[Tensor, Tensor]:
+def _packed(
+    tables: Tables, u: Tensor, start: Tensor, segments: Tensor, reverse: bool, free: bool
+) -> tuple[Tensor, Tensor]:
     """Sequences one after another in one row, cut into chunks from each one's start; start (h, n_seq, s)."""
     t, h = u.shape[1:]
     q, n_seq = tables.q, segments.shape[0]
@@ -223,28 +232,90 @@ def _packed(tables: Tables, u: Tensor, start: Tensor, segments: Tensor, free: bo
     m = t // q + n_seq  # enough for any lengths: no device need be asked
     token = torch.arange(t, device=u.device)
     owner = torch.searchsorted(stop, token, right=True)
-    place = first[owner] * q + token - begin[owner]
+    place = first[owner] * q + (stop[owner] - 1 - token if reverse else token - begin[owner])
     inputs = u.new_zeros(m * q, h).index_copy(0, place, u[0]).view(m, q, h).permute(2, 0, 1).contiguous()  # (h, m, q)
     chunk = torch.arange(m, device=u.device)
     sequence = torch.searchsorted(ends, chunk, right=True).clamp(max=n_seq - 1)
-    fresh = chunk == first[sequence]
-    starts = start[:, sequence]  # (h, m, s)
-    state, before, alone, unforced = starts[:, :1], [], starts[:, :1], []
-    for i, (given, added) in enumerate(zip(starts.split(1, 1), (inputs @ tables.write).split(1, 1), strict=True)):
-        state = torch.where(fresh[i], given, state)
-        before.append(state)
-        if free:
-            alone = torch.where(fresh[i], given, alone)
-            unforced.append(alone)
-            alone = tables.advance.chunk(alone)
-        state = tables.advance.chunk(state) + added
-    states = torch.cat(before, 1)
+    place_of = chunk - first[sequence]  # which chunk of its sequence
+    fresh = (place_of == 0)[:, None]
+    added = F.pad((inputs @ tables.write)[:, :-1], (0, 0, 1, 0))
+    runs = Runs(place_of, counts[sequence] - 1 - place_of)
+    states = before(tables.advance, torch.where(fresh, start[:, sequence], added)[:, None], runs)[:, 0]
+    unforced = states
+    if free:
+        alone = torch.where(fresh, start[:, sequence], torch.zeros_like(added))
+        unforced = before(tables.advance, alone[:, None], runs)[:, 0]
     last = ends - 1
     end = _finish(tables, states[:, last], inputs[:, last], length - (counts - 1) * q)
-    y = _outputs(tables, inputs, torch.cat(unforced, 1) if free else states, free)
+    y = _outputs(tables, inputs, unforced, free)
     c = tables.taps.shape[0]
     y = y.view(h, m, c, q).permute(1, 3, 2, 0).reshape(m * q, c, h)
     return y[place][None], end.transpose(0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Of each chunk (m): how many of its sequence come before it, and how many after."""
+
+    place: Tensor
+    rest: Tensor
+
+
+def before(advance: Advance, given: Tensor, runs: Runs | None = None) -> Tensor:
+    """The state before each chunk, X[i] = Ā^q X[i−1] + given[i] within a sequence: given (h, b, m, s) -> (h, b, m, s).
+
+    given: what enters a sequence at its first chunk, and what the chunk before added at the others.
+    On a GPU dense systems take log2(m) products of all chunks, since m products of one would wait for each other.
+    """
+    if isinstance(advance, Dense) and given.is_cuda:
+        made: Tensor = DenseScan.apply(
+            given, advance.powers[-1], *((None, None) if runs is None else (runs.place, runs.rest))
+        )
+        return made
+    state, states = given[:, :, 0], []
+    for i, now in enumerate(given.unbind(2)):
+        if i:
+            onward = advance.chunk(state)
+            state = onward + now if runs is None else torch.where(runs.place[i] > 0, onward, 0) + now
+        states.append(state)
+    return torch.stack(states or [given[:, :, 0]], 2)
+
+
+class DenseScan(torch.autograd.Function):
+    """`before` of a dense matrix (h, s, s) that takes a state from chunk to chunk, by doubling."""
+
+    @staticmethod
+    def forward(given: Tensor, matrix: Tensor, place: Tensor | None, rest: Tensor | None) -> Tensor:
+        return _doubled(given, matrix, place)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        matrix, place, rest, states = ctx.saved_tensors
+        dgiven = _doubled(slope.flip(2), matrix.mT, None if rest is None else rest.flip(0)).flip(2)
+        onward = dgiven[:, :, 1:]
+        if place is not None:
+            onward = onward * (place[1:] > 0)[:, None]
+        dmatrix = onward.flatten(1, 2).mT @ states[:, :, :-1].flatten(1, 2)
+        dgiven, dmatrix = (first_only("s4_scan", g, slope, matrix, states) for g in (dgiven, dmatrix))
+        return dgiven, dmatrix, None, None
+
+
+def _doubled(given: Tensor, matrix: Tensor, place: Tensor | None) -> Tensor:
+    """X[i] = matrix X[i−1] + given[i], but where place[i] is 0: each round looks back twice as far as the last."""
+    states, power, reach = given, matrix.double(), 1
+    h, b, m, s = given.shape
+    while reach < m:
+        back = states[:, :, :-reach]
+        if place is not None:
+            back = back * (place[reach:] >= reach)[:, None]
+        moved = back.reshape(h, b * (m - reach), s) @ power.mT.to(given.dtype)
+        states = torch.cat([states[:, :, :reach], states[:, :, reach:] + moved.view(h, b, m - reach, s)], 2)
+        power, reach = power @ power, 2 * reach
+    return states
 
 
 def _finish(tables: Tables, before: Tensor, inputs: Tensor, count: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ struct Args {
     // gradients
     Rows du;
     char *dtaps, *dread, *dwrite, *dpowers, *dinitial;
+    char* prepared;  // null, or the tables of every block as a forward pass arranges them
     Segments segments() const { return {table, count, b, t, 0}; }
 };
 
@@ -56,7 +57,10 @@ struct Chunks {
 
     static int64_t most_rows(const Args& a, bool gradient) {
         int64_t longest = 0;
-        if (!gradient) return GROUP + 4;
+        if (!gradient) {  // no more than there are: short calls should not walk through much memory
+            const int64_t most = a.b * (a.t / a.q) + a.count;
+            return (most < GROUP ? most : GROUP) + 4;
+        }
         for (int64_t i = 0; i < a.count; i++) {
             const Segment g = a.segments()[i];
             const int64_t chunks = g.stop - g.start > a.q ? (g.stop - g.start + a.q - 1) / a.q : 1;
@@ -75,19 +79,40 @@ struct Chunks {
         lanes = int(a.h - first < W ? a.h - first : W);
         q = int(a.q), s = int(2 * a.n), sp = (s + 3) / 4 * 4, c = int(a.c);
         const size_t table = size_t(q) * sp * W;
-        write = zeros(arena, table), read = zeros(arena, table * c), taps = zeros(arena, size_t(c) * (q + 8) * W);
-        full = zeros(arena, size_t(sp) * W), part = zeros(arena, size_t(sp) * W), now = zeros(arena, size_t(sp) * W);
+        const bool ready = !gradient && a.prepared;
+        if (ready) {
+            write = (R*)(a.prepared + block * prepared_bytes(a)), read = write + table, taps = read + table * c;
+            full = taps + size_t(c) * (q + 8) * W;
+        } else {
+            write = zeros(arena, table), read = zeros(arena, table * c), taps = zeros(arena, size_t(c) * (q + 8) * W);
+            full = zeros(arena, size_t(sp) * W);
+        }
+        part = zeros(arena, size_t(sp) * W), now = zeros(arena, size_t(sp) * W);
         u = zeros(arena, size_t(4) * (q + 4) * W), aligned = arena.take<R>(size_t(4) * q * W);
         y = arena.take<R>(size_t(4) * c * q * W), more = arena.take<R>(size_t(4) * q * W);
         const size_t most = size_t(most_rows(a, gradient));
         rows = (Row*)arena.take<char>(most * sizeof(Row));
-        states = zeros(arena, most * sp * W), forces = zeros(arena, most * sp * W);
+        states = arena.take<R>(most * sp * W), forces = arena.take<R>(most * sp * W);
         if (gradient) {
+            __builtin_memset(states, 0, sizeof(R) * most * sp * W), __builtin_memset(forces, 0, sizeof(R) * most * sp * W);
             turned_read = zeros(arena, table * c), turned_write = zeros(arena, table), turned_taps = zeros(arena, size_t(c) * (q + 8) * W);
             dread = zeros(arena, table * c), dwrite = zeros(arena, table), dtaps = zeros(arena, size_t(c) * q * W);
             dpowers = zeros(arena, size_t(q + 1) * s * W);
         }
-        load_tables(gradient);
+        if (!ready) load_tables(gradient), load_powers(full, q);
+    }
+    // Of a block's tables. Python sets aside as much for blocks of 16 channels, which is no less for narrower ones.
+    static int64_t prepared_bytes(const Args& a) {
+        const int64_t sp = (2 * a.n + 3) / 4 * 4;
+        return (a.q * sp * (1 + a.c) + a.c * (a.q + 8) + sp) * int64_t(W * sizeof(R));
+    }
+    void prepare(int64_t block) const {
+        R* to = (R*)(a.prepared + block * prepared_bytes(a));
+        const size_t table = size_t(q) * sp * W;
+        __builtin_memcpy(to, write, sizeof(R) * table);
+        __builtin_memcpy(to + table, read, sizeof(R) * table * c);
+        __builtin_memcpy(to + table * (1 + c), taps, sizeof(R) * c * (q + 8) * W);
+        __builtin_memcpy(to + table * (1 + c) + size_t(c) * (q + 8) * W, full, sizeof(R) * sp * W);
     }
     static R* zeros(Arena& arena, size_t count) {
         R* p = arena.take<R>(count);
@@ -120,7 +145,6 @@ struct Chunks {
                 }
             }
         }
-        load_powers(full, q);
     }
     void load_powers(R* to, int count) const {
         const R* p = (const R*)a.powers + (int64_t(count) * a.h + first) * s;
@@ -163,7 +187,10 @@ struct Chunks {
             at += q;
             if (left <= q) sequence++, at = 0;
         }
-        for (int i = 0; i < 4; i++) rows[count + i] = {-1, 0, 0, false};  // fills the last four up
+        for (int i = 0; i < 4; i++) {  // fills the last four up
+            rows[count + i] = {-1, 0, 0, false};
+            __builtin_memset(states + int64_t(count + i) * sp * W, 0, sizeof(R) * sp * W);
+        }
         return count;
     }
     // The tokens of a chunk to steps `at`… of a tile of q; the others are zero.
@@ -171,12 +198,14 @@ struct Chunks {
         if (row.count < q) __builtin_memset(tile, 0, sizeof(R) * q * W);
         if (row.sequence < 0 || !row.count) return;
         const Segment g = a.segments()[row.sequence];
-        load_tile(tile, q, at, row.count, lanes, from.dtype, from.at(g.row, g.start + row.first, channel), from.time);
+        const Span w = span(g, a.reverse, row.first);
+        load_tile(tile, q, at, row.count, lanes, from.dtype, from.at(g.row, w.token, channel), w.direction * from.time);
     }
     void store_steps(const R* tile, const Row& row, const Rows& to, int64_t channel) const {
         if (row.sequence < 0 || !row.count) return;
         const Segment g = a.segments()[row.sequence];
-        store_tile(tile, q, 0, row.count, lanes, to.dtype, to.at(g.row, g.start + row.first, channel), to.time);
+        const Span w = span(g, a.reverse, row.first);
+        store_tile(tile, q, 0, row.count, lanes, to.dtype, to.at(g.row, w.token, channel), w.direction * to.time);
     }
     void load_state(R* to, const char* from, int64_t sequence) const {
         const R* p = (const R*)from + (sequence * a.h + first) * s;
@@ -380,30 +409,38 @@ struct Chunks {
     }
 };
 
-template <class R, bool GRADIENT>
+enum Pass { FORWARD, BACKWARD, PREPARE };
+
+template <class R, Pass PASS>
 void task(void* context, int64_t block) {
     Job& job = *(Job*)context;
-    Arena arena = {(char*)sl_scratch(Chunks<R>::bytes(job.a, GRADIENT))};
+    Args a = job.a;
+    if (PASS == PREPARE) a.prepared = nullptr;
+    Arena arena = {(char*)sl_scratch(Chunks<R>::bytes(a, PASS == BACKWARD))};
     if (!arena.memory) {
         job.failed = SL_NO_MEMORY;
         return;
     }
-    Chunks<R> chunks(job.a, block, arena, GRADIENT);
-    GRADIENT ? chunks.backward() : chunks.forward();
+    Chunks<R> chunks(a, block, arena, PASS == BACKWARD);
+    if (PASS == PREPARE)
+        a.prepared = job.a.prepared, chunks.prepare(block);
+    else
+        PASS == BACKWARD ? chunks.backward() : chunks.forward();
 }
 
-template <bool GRADIENT>
+template <Pass PASS>
 int all(const Args& a) {
     if (!a.segments().valid()) return SL_BAD_SEGMENTS;
     Job job = {a, 0};
     const double tokens = double(a.b) * double(a.t) + double(a.q), work = double(a.q) / 2 + 4 * double(a.n);
     const int64_t blocks = a.is_double ? (a.h + Simd<double>::W - 1) / Simd<double>::W : (a.h + Simd<float>::W - 1) / Simd<float>::W;
-    const double cost = (GRADIENT ? 1.5e-4 : 5e-5) * tokens * double(a.h) * work * double(a.c);
-    sl_parallel(blocks, a.threads, cost, a.is_double ? task<double, GRADIENT> : task<float, GRADIENT>, &job);
+    const double cost = (PASS == BACKWARD ? 1.5e-4 : 5e-5) * tokens * double(a.h) * work * double(a.c);
+    sl_parallel(blocks, a.threads, cost, a.is_double ? task<double, PASS> : task<float, PASS>, &job);
     return job.failed;
 }
 
 }  // namespace
 
-SL_KERNEL(s4_scan_forward) { return all<false>(*(const Args*)args); }
-SL_KERNEL(s4_scan_backward) { return all<true>(*(const Args*)args); }
+SL_KERNEL(s4_scan_forward) { return all<FORWARD>(*(const Args*)args); }
+SL_KERNEL(s4_scan_backward) { return all<BACKWARD>(*(const Args*)args); }
+SL_KERNEL(s4_scan_prepare) { return all<PREPARE>(*(const Args*)args); }
