@@ -114,7 +114,7 @@ def _add_train(actions: argparse._SubParsersAction[Parser]) -> None:
     model.add_argument("--width", type=positive, default=64, metavar="N", help="of the model (default: 64)")
     model.add_argument("--layers", type=positive, default=2, metavar="N", help="default: 2")
     model.add_argument(
-        "--pool", choices=("mean", "max", "last"), default="mean", help="of what is read (default: mean)"
+        "--pool", choices=("mean", "max", "mean_max", "last"), default="mean", help="of what is read (default: mean)"
     )
     model.add_argument("--bidirectional", action="store_true", help="read from both ends; no stream then")
     fit = train.add_argument_group("training")

@@ -46,6 +46,8 @@ class FitConfig:
     epochs: at most.   batch_size: series a step, fewer where they would have more than `batch_tokens` samples, padding
     included.   lr: peak of the learning rate.   patience: epochs without a better score on the held-out part after
     which training ends.   clip: largest norm of a step's gradient.
+    crop: share of each signal that a step learns from, a piece from anywhere in it.   noise: deviation of the Gaussian
+    noise added to it.
     """
 
     epochs: int | None = None
@@ -55,6 +57,8 @@ class FitConfig:
     weight_decay: float = 0.01
     patience: int | None = None
     clip: float = 1.0
+    crop: float = 1.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
@@ -64,6 +68,8 @@ class FitConfig:
         checks.number(OP, "lr", self.lr, low=0, open_low=True)
         checks.number(OP, "weight_decay", self.weight_decay, low=0)
         checks.number(OP, "clip", self.clip, low=0, open_low=True)
+        checks.number(OP, "crop", self.crop, low=0, high=1, open_low=True)
+        checks.number(OP, "noise", self.noise, low=0)
 
     def batch_of(self, n: int) -> int:
         """Series a step for n of them."""
@@ -204,7 +210,9 @@ class _Fit:
             factor = _rate((done + i / len(order)) / self.epochs)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
-            x, valid = padded(self.data.inputs, batch, device)
+            x, valid = padded(*self._drawn(batch, generator), device)
+            if self.config.noise:
+                x = x + self.config.noise * torch.randn_like(x)
             value = self.loss(self.model(x, lengths=valid), self.data.targets[batch].to(device))
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
@@ -215,6 +223,18 @@ class _Fit:
         if not math.isfinite(mean):
             raise checks.fail(OP, f"the loss is {mean} in epoch {done + 1}.", "Take a smaller learning_rate.")
         return mean
+
+    def _drawn(self, batch: list[int], generator: torch.Generator) -> tuple[Sequence[Tensor], Sequence[int]]:
+        """Signals and which of them a step reads: a batch as it is, or a piece of each."""
+        if self.config.crop == 1:
+            return self.data.inputs, batch
+        pieces = []
+        for i in batch:
+            x = self.data.inputs[i]
+            length = max(1, round(self.config.crop * len(x)))
+            start = int(torch.randint(len(x) - length + 1, (), generator=generator))
+            pieces.append(x[start : start + length])
+        return pieces, range(len(pieces))
 
 
 def _rate(share: float) -> float:
