@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -46,8 +47,8 @@ class FitConfig:
     epochs: at most.   batch_size: series a step, fewer where they would have more than `batch_tokens` samples, padding
     included.   lr: peak of the learning rate.   patience: epochs without a better score on the held-out part after
     which training ends.   clip: largest norm of a step's gradient.
-    crop: share of each signal that a step learns from, a piece from anywhere in it.   noise: deviation of the Gaussian
-    noise added to it.
+    crop: share of each signal that a step learns from, a piece from anywhere in it.   stretch: largest factor by which
+    it is then slowed down or sped up, at random.
     """
 
     epochs: int | None = None
@@ -58,7 +59,7 @@ class FitConfig:
     patience: int | None = None
     clip: float = 1.0
     crop: float = 1.0
-    noise: float = 0.0
+    stretch: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
@@ -69,7 +70,7 @@ class FitConfig:
         checks.number(OP, "weight_decay", self.weight_decay, low=0)
         checks.number(OP, "clip", self.clip, low=0, open_low=True)
         checks.number(OP, "crop", self.crop, low=0, high=1, open_low=True)
-        checks.number(OP, "noise", self.noise, low=0)
+        checks.number(OP, "stretch", self.stretch, low=1, high=10)
 
     def batch_of(self, n: int) -> int:
         """Series a step for n of them."""
@@ -211,8 +212,6 @@ class _Fit:
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             x, valid = padded(*self._drawn(batch, generator), device)
-            if self.config.noise:
-                x = x + self.config.noise * torch.randn_like(x)
             value = self.loss(self.model(x, lengths=valid), self.data.targets[batch].to(device))
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
@@ -225,15 +224,22 @@ class _Fit:
         return mean
 
     def _drawn(self, batch: list[int], generator: torch.Generator) -> tuple[Sequence[Tensor], Sequence[int]]:
-        """Signals and which of them a step reads: a batch as it is, or a piece of each."""
-        if self.config.crop == 1:
+        """Signals and which of them a step reads: a batch as it is, or a piece of each, stretched."""
+        crop, stretch = self.config.crop, self.config.stretch
+        if crop == stretch == 1:
             return self.data.inputs, batch
         pieces = []
         for i in batch:
             x = self.data.inputs[i]
-            length = max(1, round(self.config.crop * len(x)))
-            start = int(torch.randint(len(x) - length + 1, (), generator=generator))
-            pieces.append(x[start : start + length])
+            length = max(1, round(crop * len(x)))
+            if length < len(x):
+                start = int(torch.randint(len(x) - length + 1, (), generator=generator))
+                x = x[start : start + length]
+            if stretch > 1:
+                factor = stretch ** (2 * float(torch.rand((), generator=generator)) - 1)
+                size = max(1, round(length * factor))
+                x = F.interpolate(x.T[None], size=size, mode="linear", align_corners=True)[0].T
+            pieces.append(x)
         return pieces, range(len(pieces))
 
 
