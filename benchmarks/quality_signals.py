@@ -212,8 +212,9 @@ def measure(name: str, split: str, model: str, seed: int, options: dict[str, Any
         probabilities = made.predict_proba(asked)
         said = made.classes_[probabilities.argmax(1)]
         right = probabilities[np.arange(len(test)), np.searchsorted(made.classes_, y[test])]
-        row["loss"] = round(float(-np.log(right.clip(1e-9)).mean()), 4)
-        row["learnt_to"] = round(made.history_[-1]["loss"], 4)
+        row["test_loss"] = round(float(-np.log(right.clip(1e-9)).mean()), 4)
+        best = made.history_[made.best_epoch_ - 1]
+        row |= {key: round(best[key], 4) for key in ("loss", "held_out_score") if key in best}  # of training signals
         row |= {"parameters": sum(p.numel() for p in made.model_.parameters()), "options": options}
     else:
         said = made.predict(asked)
