@@ -223,6 +223,28 @@ def test_rare_classes_count_when_weighted() -> None:
     assert found[0] < found[1] < found[2]
 
 
+def test_smoothed_labels_are_learnt_with_less_confidence(signals: Any) -> None:
+    X, y = signals
+    for weight in (None, "balanced"):
+        model = SequenceClassifier(**SMALL, max_epochs=40, class_weight=weight)
+        sure, smooth = (model.set_params(label_smoothing=s).fit(X, y).predict_proba(X).max(1).mean() for s in (0, 0.4))
+        assert sure > 0.95 > 0.9 > smooth > 0.7  # 1 − 0.4 / 2 is what it is asked for
+    with pytest.raises(ValueError, match=r"label_smoothing is 1\.5"):
+        model.set_params(label_smoothing=1.5).fit(X, y)
+
+
+def test_pieces_of_signals_teach_too(signals: Any) -> None:
+    X, y = signals
+    model = SequenceClassifier(**SMALL, max_epochs=30, crop=0.6, stretch=1.1, pool="mean_max")
+    one = model.fit(X, y)
+    assert one.score(X, y) > 0.9
+    assert (clone(model).fit(X, y).predict_proba(X) == one.predict_proba(X)).all()
+    stream = one.stream()
+    for sample in X[0]:
+        answer = stream.update(sample)
+    np.testing.assert_allclose(answer, one.predict_proba(X[:1])[0], atol=1e-5)
+
+
 def test_a_seed_gives_the_same_bits_and_leaves_the_callers_alone(signals: Any) -> None:
     torch.manual_seed(5)
     model = SequenceClassifier(**SMALL, max_epochs=3)

@@ -203,7 +203,7 @@ class _Fit:
     def epoch(self, done: int, generator: torch.Generator) -> float:
         """One pass over the series after `done` others; their mean loss."""
         device = next(self.model.parameters()).device
-        lengths = [len(x) for x in self.data.inputs]
+        lengths = [math.ceil(_piece(len(x), self.config) * self.config.stretch) for x in self.data.inputs]
         order = list(batches(lengths, self.config.batch_of(len(lengths)), self.config.batch_tokens, generator))
         self.model.train()
         total = torch.zeros((), device=device)
@@ -225,13 +225,13 @@ class _Fit:
 
     def _drawn(self, batch: list[int], generator: torch.Generator) -> tuple[Sequence[Tensor], Sequence[int]]:
         """Signals and which of them a step reads: a batch as it is, or a piece of each, stretched."""
-        crop, stretch = self.config.crop, self.config.stretch
-        if crop == stretch == 1:
+        stretch = self.config.stretch
+        if self.config.crop == stretch == 1:
             return self.data.inputs, batch
         pieces = []
         for i in batch:
             x = self.data.inputs[i]
-            length = max(1, round(crop * len(x)))
+            length = _piece(len(x), self.config)
             if length < len(x):
                 start = int(torch.randint(len(x) - length + 1, (), generator=generator))
                 x = x[start : start + length]
@@ -241,6 +241,11 @@ class _Fit:
                 x = F.interpolate(x.T[None], size=size, mode="linear", align_corners=True)[0].T
             pieces.append(x)
         return pieces, range(len(pieces))
+
+
+def _piece(length: int, config: FitConfig) -> int:
+    """Samples of a signal of so many that a step reads."""
+    return max(1, round(config.crop * length))
 
 
 def _rate(share: float) -> float:
