@@ -10,7 +10,8 @@
 A row of JSON a fit, appended to build/quality_signals.jsonl; rows that are there are not made again, so a run that was
 stopped goes on, and a model that lives in another environment (minirocket needs aeon) joins by a run of its own.
 
-A plan is a list of {"sets": […], "models": […], "label": "", "options": {…}}: settings a set and a model.
+A plan is a list of {"sets": […], "models": […], "options": {…}}: settings a set and a model; "label", "splits" and
+"seeds" where they are not all.
 
 ours, lstm and gru are fitted by one loop; the hidden size of the recurrent
 networks (two layers, the mean of what they say as ours) is the one that comes nearest to our number of parameters.
@@ -311,6 +312,8 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
                 if seed >= part.get("seeds", options.seeds) or (model == "pitch_7nn" and name != "tones"):
                     continue
                 for fold, split in enumerate(SPLITS.get(name, ("archive",))):
+                    if split not in part.get("splits", [split]):
+                        continue
                     split += ", validation" * options.validate
                     yield Job(seed, name, fold, split, model, part.get("label", ""), part.get("options", {}))
 
