@@ -33,10 +33,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -149,6 +150,7 @@ class MiniRocket:
         from aeon.classification.convolution_based import MiniRocketClassifier
 
         self.model = MiniRocketClassifier(random_state=seed)
+        self.versions = {"aeon": version("aeon")}
 
     def fit(self, X: list[Any], y: Any) -> MiniRocket:
         """Learn; the longest signal sets the length."""
@@ -167,6 +169,8 @@ class MiniRocket:
 
 class PitchNeighbours:
     """Seven nearest neighbours of twelve points of a syllable's pitch, about its mean: what hand-made features give."""
+
+    versions: ClassVar[dict[str, str]] = {}
 
     def fit(self, X: list[Any], y: Any) -> PitchNeighbours:
         """Keep the contours."""
@@ -219,6 +223,7 @@ def measure(name: str, split: str, model: str, seed: int, options: dict[str, Any
         row |= {"parameters": sum(p.numel() for p in made.model_.parameters()), "options": options}
     else:
         said = made.predict(asked)
+        row |= made.versions
     row["accuracy"] = round(float(np.mean(said == y[test])), 5)
     row |= {"fit_seconds": round(fitted - begun, 1), "predict_seconds": round(time.perf_counter() - fitted, 2)}
     return row

@@ -80,8 +80,8 @@ CLASSIFY_FLAGS = {
     "train": [
         "--batch-size", "--bidirectional", "--class-weight", "--crop", "--debug", "--device", "--dropout",
         "--early-stopping", "--epochs", "--help", "--label-smoothing", "--layers", "--learning-rate", "--mixer",
-        "--out", "--overwrite", "--pool", "--quiet", "--rate", "--regress", "--seed", "--stretch", "--test",
-        "--test-share", "--threads", "--width", "-h",
+        "--out", "--overwrite", "--pool", "--quiet", "--rate", "--regress", "--seed", "--test", "--test-share",
+        "--threads", "--width", "-h",
     ],
     "predict": ["--debug", "--device", "--help", "--probabilities", "-h"],
     "stream": ["--debug", "--device", "--every", "--help", "-h"],

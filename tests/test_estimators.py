@@ -235,7 +235,7 @@ def test_smoothed_labels_are_learnt_with_less_confidence(signals: Any) -> None:
 
 def test_pieces_of_signals_teach_too(signals: Any) -> None:
     X, y = signals
-    model = SequenceClassifier(**SMALL, max_epochs=30, crop=0.6, stretch=1.1, pool="mean_max")
+    model = SequenceClassifier(**SMALL, max_epochs=30, crop=0.6, pool="mean_max")
     one = model.fit(X, y)
     assert one.score(X, y) > 0.9
     assert (clone(model).fit(X, y).predict_proba(X) == one.predict_proba(X)).all()

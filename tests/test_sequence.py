@@ -202,40 +202,28 @@ def test_the_best_epoch_is_kept_and_patience_ends() -> None:
     assert not model.training
 
 
-@pytest.mark.parametrize(("crop", "stretch"), [(0.5, 1.0), (1.0, 1.5), (0.4, 1.5)])
-def test_training_reads_pieces_that_differ_and_predicting_the_whole(crop: float, stretch: float) -> None:
-    """Signals are ramps, so a piece tells where it is from and how fast it was read."""
-    ramps = [torch.arange(n, dtype=torch.float32)[:, None].expand(-1, 3) / 20 for n in (20, 20, 30, 7)]
+def test_training_reads_pieces_that_differ_and_predicting_the_whole() -> None:
+    """Signals are ramps, so a piece tells where it is from."""
+    ramps = [torch.arange(n, dtype=torch.float32)[:, None].expand(-1, 3) for n in (20, 20, 30, 7)]
     model, seen = make(), []
 
     def record(module: object, args: tuple[Tensor], kwargs: dict[str, Tensor]) -> None:
         lengths = kwargs["lengths"]
         pieces = args[0] if lengths is None else [x[:n] for x, n in zip(args[0], lengths.tolist(), strict=True)]
-        if model.training:
-            assert args[0].shape[0] * args[0].shape[1] <= 60
-        seen.extend((model.training, 20 * x[:, 0]) for x in pieces)
+        assert not model.training or args[0].shape[0] * args[0].shape[1] <= 30
+        seen.extend((model.training, x[:, 0]) for x in pieces)
 
     model.register_forward_pre_hook(record, with_kwargs=True)
-    config = FitConfig(epochs=30, batch_size=4, batch_tokens=60, crop=crop, stretch=stretch)
     data = Series(ramps, torch.tensor([0, 1, 0, 1]))
     fit_series(
-        model, data, data, torch.nn.functional.cross_entropy, config,
+        model, data, data, torch.nn.functional.cross_entropy, FitConfig(epochs=20, batch_tokens=30, crop=0.5),
         score=lambda *_: 0.0, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
+    assert sorted({len(x) for training, x in seen if not training}) == [7, 20, 30]
     pieces = [x for training, x in seen if training]
-    assert all(len(x) in (20, 30, 7) for training, x in seen if not training)
-    starts, speeds = set(), set()
-    for x in pieces:
-        read = round(float(x[-1] - x[0])) + 1  # samples of the signal from the first to the last of the piece
-        assert read in {round(crop * n) for n in (20, 30, 7)}
-        starts.add(float(x[0]))
-        if len(x) > 1:
-            torch.testing.assert_close(x.diff(), (x[-1] - x[0]).expand(len(x) - 1) / (len(x) - 1), atol=1e-4, rtol=0)
-            speeds.add(read / len(x))
-    assert (len(starts) > 5) == (crop < 1)
-    slack = 1 + 0.5 / 3  # of rounding pieces of three samples
-    assert 1 / stretch / slack <= min(speeds) <= max(speeds) <= stretch * slack
-    assert (max(speeds) > 1.2 and min(speeds) < 0.85) == (stretch > 1)
+    assert sorted(len(x) for x in pieces) == 20 * [4] + 40 * [10] + 20 * [15]
+    assert all((x.diff() == 1).all() for x in pieces)
+    assert {float(x[0]) for x in pieces if len(x) == 4} == {0, 1, 2, 3}  # the ends are learnt from too
 
 
 def test_a_mixer_that_wants_a_gate_is_refused() -> None:

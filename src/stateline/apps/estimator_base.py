@@ -99,7 +99,6 @@ class Sequences(BaseEstimator):
         learning_rate: float = 1e-2,
         weight_decay: float = 0.01,
         crop: float = 1.0,
-        stretch: float = 1.0,
         early_stopping: bool | str = "auto",
         validation_fraction: float = 0.1,
         patience: int | None = None,
@@ -123,7 +122,6 @@ class Sequences(BaseEstimator):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.crop = crop
-        self.stretch = stretch
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
         self.patience = patience
@@ -199,7 +197,7 @@ class Sequences(BaseEstimator):
         chosen = self._chosen()
         fit = FitConfig(
             chosen["max_epochs"], chosen["batch_size"], chosen["batch_tokens"], chosen["learning_rate"],
-            chosen["weight_decay"], chosen["patience"], crop=chosen["crop"], stretch=chosen["stretch"],
+            chosen["weight_decay"], chosen["patience"], crop=chosen["crop"],
         )  # fmt: skip
         held = self._split(groups, random)
         seed = int(random.randint(2**31 - 1))

@@ -46,8 +46,8 @@ class SequenceClassifier(ClassifierMixin, Sequences):
         dropout: in training, whole channels of what a layer writes.
         max_epochs, batch_size: None chooses them from the number of series.   batch_tokens: samples a batch at most.
         learning_rate, weight_decay: AdamW's, after a warm-up and along a cosine.
-        crop, stretch: in training, read of each signal only a piece from anywhere, this share of it, and slow it down
-            or speed it up by at most this factor, at random each time; against learning few signals by heart.
+        crop: a step of training reads of each signal only a piece from anywhere, this share of it, another each time;
+            against learning few long signals by heart.
         early_stopping: hold `validation_fraction` out, balanced over the classes, and keep the weights of the epoch
             that is best there; "auto" does where that part has 50 series and 5 a class. patience: epochs without a
             better one after which training ends; None: never.
@@ -87,7 +87,6 @@ class SequenceClassifier(ClassifierMixin, Sequences):
         learning_rate: float = 1e-2,
         weight_decay: float = 0.01,
         crop: float = 1.0,
-        stretch: float = 1.0,
         early_stopping: bool | str = "auto",
         validation_fraction: float = 0.1,
         patience: int | None = None,
@@ -114,7 +113,6 @@ class SequenceClassifier(ClassifierMixin, Sequences):
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             crop=crop,
-            stretch=stretch,
             early_stopping=early_stopping,
             validation_fraction=validation_fraction,
             patience=patience,

@@ -124,8 +124,6 @@ def _add_train(actions: argparse._SubParsersAction[Parser]) -> None:
     fit.add_argument("--dropout", type=float, default=0.1, metavar="SHARE", help="default: 0.1")
     fit.add_argument("--crop", type=float, default=1.0, metavar="SHARE", help="learn from pieces of the signals, this"
                      " share of each, another at every step (default: 1, all of it)")  # fmt: skip
-    fit.add_argument("--stretch", type=float, default=1.0, metavar="X", help="and slow them down or speed them up by at"
-                     " most this factor (default: 1)")  # fmt: skip
     fit.add_argument("--label-smoothing", type=float, metavar="SHARE", help="of each label that goes to all classes"
                      " alike (default: 0)")  # fmt: skip
     fit.add_argument("--class-weight", choices=("balanced",), help="let rare classes count as much as common ones")
@@ -222,7 +220,6 @@ def _estimator(options: argparse.Namespace) -> Estimator:
         bidirectional=options.bidirectional,
         dropout=options.dropout,
         crop=options.crop,
-        stretch=options.stretch,
         max_epochs=options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -47,8 +46,7 @@ class FitConfig:
     epochs: at most.   batch_size: series a step, fewer where they would have more than `batch_tokens` samples, padding
     included.   lr: peak of the learning rate.   patience: epochs without a better score on the held-out part after
     which training ends.   clip: largest norm of a step's gradient.
-    crop: share of each signal that a step learns from, a piece from anywhere in it.   stretch: largest factor by which
-    it is then slowed down or sped up, at random.
+    crop: share of each signal that a step learns from, a piece from anywhere in it, another each time.
     """
 
     epochs: int | None = None
@@ -59,7 +57,6 @@ class FitConfig:
     patience: int | None = None
     clip: float = 1.0
     crop: float = 1.0
-    stretch: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
@@ -70,7 +67,6 @@ class FitConfig:
         checks.number(OP, "weight_decay", self.weight_decay, low=0)
         checks.number(OP, "clip", self.clip, low=0, open_low=True)
         checks.number(OP, "crop", self.crop, low=0, high=1, open_low=True)
-        checks.number(OP, "stretch", self.stretch, low=1, high=10)
 
     def batch_of(self, n: int) -> int:
         """Series a step for n of them."""
@@ -203,7 +199,7 @@ class _Fit:
     def epoch(self, done: int, generator: torch.Generator) -> float:
         """One pass over the series after `done` others; their mean loss."""
         device = next(self.model.parameters()).device
-        lengths = [math.ceil(_piece(len(x), self.config) * self.config.stretch) for x in self.data.inputs]
+        lengths = [self._length(x) for x in self.data.inputs]
         order = list(batches(lengths, self.config.batch_of(len(lengths)), self.config.batch_tokens, generator))
         self.model.train()
         total = torch.zeros((), device=device)
@@ -223,29 +219,20 @@ class _Fit:
             raise checks.fail(OP, f"the loss is {mean} in epoch {done + 1}.", "Take a smaller learning_rate.")
         return mean
 
+    def _length(self, x: Tensor) -> int:
+        """Samples of a signal that a step reads."""
+        return max(1, round(self.config.crop * len(x)))
+
     def _drawn(self, batch: list[int], generator: torch.Generator) -> tuple[Sequence[Tensor], Sequence[int]]:
-        """Signals and which of them a step reads: a batch as it is, or a piece of each, stretched."""
-        stretch = self.config.stretch
-        if self.config.crop == stretch == 1:
+        """Signals and which of them a step reads: a batch as it is, or a piece of each."""
+        if self.config.crop == 1:
             return self.data.inputs, batch
         pieces = []
-        for i in batch:
-            x = self.data.inputs[i]
-            length = _piece(len(x), self.config)
-            if length < len(x):
-                start = int(torch.randint(len(x) - length + 1, (), generator=generator))
-                x = x[start : start + length]
-            if stretch > 1:
-                factor = stretch ** (2 * float(torch.rand((), generator=generator)) - 1)
-                size = max(1, round(length * factor))
-                x = F.interpolate(x.T[None], size=size, mode="linear", align_corners=True)[0].T
-            pieces.append(x)
+        for x in (self.data.inputs[i] for i in batch):
+            length = self._length(x)
+            start = int(torch.randint(len(x) - length + 1, (), generator=generator))
+            pieces.append(x[start : start + length])
         return pieces, range(len(pieces))
-
-
-def _piece(length: int, config: FitConfig) -> int:
-    """Samples of a signal of so many that a step reads."""
-    return max(1, round(config.crop * length))
 
 
 def _rate(share: float) -> float:
