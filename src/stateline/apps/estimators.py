@@ -47,7 +47,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
         max_epochs, batch_size: None chooses them from the number of series.   batch_tokens: samples a batch at most.
         learning_rate, weight_decay: AdamW's, after a warm-up and along a cosine.
         crop: a step of training reads of each signal only a piece from anywhere, this share of it, another each time;
-            against learning few long signals by heart.
+            against learning few long signals by heart, where a piece tells what the whole is.
         early_stopping: hold `validation_fraction` out, balanced over the classes, and keep the weights of the epoch
             that is best there; "auto" does where that part has 50 series and 5 a class. patience: epochs without a
             better one after which training ends; None: never.
@@ -139,7 +139,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
             classes = self.classes_
         if len(classes) < 2:
             raise checks.fail("fit", f"y has one class, {plain(classes[0])!r}, expected at least two.")
-        checks.number("fit", "label_smoothing", self.label_smoothing, low=0, high=0.95)
+        checks.number("fit", "label_smoothing", plain(self.label_smoothing), low=0, high=0.95)
         self.classes_ = classes
         encoded = np.searchsorted(classes, y)
         self._weight = None
@@ -160,7 +160,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
         return np.asarray(self.classes_[probabilities.argmax(1)])
 
     def _loss(self, answer: Tensor, target: Tensor) -> Tensor:
-        smooth = self.label_smoothing
+        smooth = float(self.label_smoothing)
         if self._weight is None:
             return F.cross_entropy(answer, target, label_smoothing=smooth)
         weight = self._weight.to(answer.device)
