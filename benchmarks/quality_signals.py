@@ -4,36 +4,46 @@
     python -m benchmarks.quality_signals                                  # all sets but fashion_mnist, five seeds
     python -m benchmarks.quality_signals --sets fashion_mnist --models ours lstm --device cuda
     python -m benchmarks.quality_signals --validate --label ", wide" --options '{"d_model": 128}' --models ours
+    python -m benchmarks.quality_signals --plan benchmarks/signal_plan.json --device cuda --workers 16
     python -m benchmarks.quality_signals --table                          # the Markdown table of what there is
 
 A row of JSON a fit, appended to build/quality_signals.jsonl; rows that are there are not made again, so a run that was
 stopped goes on, and a model that lives in another environment (minirocket needs aeon) joins by a run of its own.
 
-ours, lstm and gru are fitted by one loop with the same settings but the learning rate; the hidden size of the recurrent
+A plan is a list of {"sets": […], "models": […], "options": {…}}: settings a set and a model; "label", "splits" and
+"seeds" where they are not all.
+
+ours, lstm and gru are fitted by one loop; the hidden size of the recurrent
 networks (two layers, the mean of what they say as ours) is the one that comes nearest to our number of parameters.
 minirocket pads signals with their last value where they differ in length. pitch_7nn, for tones, is the nearest
 neighbours of twelve points of the pitch. Settings are chosen with --validate, which never looks at a test set.
-Splits: the archives' own; exercises by person, two held out a seed, each once in five; tones across voices, both ways,
-and at random.
+Splits: the archives' own; exercises by person, one held out a seed of the five on whom no settings were chosen; tones
+across voices, both ways, and at random.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stateline.models.sequence import SequenceConfig, SequenceModel
+from stateline.models.sequence import POOLS, SequenceConfig, SequenceModel
 from stateline.nn.mixer import padding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +51,12 @@ SMALL = ("japanese_vowels", "basic_motions", "acsf1", "plaid", "pig_cvp", "exerc
 SETS = (*SMALL, "fashion_mnist")
 MODELS = ("ours", "lstm", "gru", "minirocket", "pitch_7nn")
 RATE = 8000
+#: People of the exercises on whom settings are chosen; the others are asked about, one a seed.
+TUNED_ON = ("3", "4", "5", "6", "7")
 #: A lower rate for the recurrent networks, as is usual for them.
 RECURRENT: dict[str, Any] = {"learning_rate": 4e-3}
+#: What `folds` yields of the sets that are split otherwise than their archives are.
+SPLITS = {"exercises": ("by person",), "tones": ("voice 3 to 5", "voice 5 to 3", "random")}
 Fold = tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
@@ -58,8 +72,8 @@ def load(folder: Path, name: str) -> tuple[list[Any], np.ndarray[Any, Any], np.n
 def folds(name: str, y: np.ndarray[Any, Any], part: np.ndarray[Any, Any], seed: int) -> Iterator[Fold]:
     """(split's name, train, test) of a seed: which signals are learnt from, and which are asked about."""
     if name == "exercises":
-        people = sorted(set(part), key=int)
-        test = np.isin(part, [people[2 * seed % 10], people[(2 * seed + 1) % 10]])
+        asked = [person for person in sorted(set(part), key=int) if person not in TUNED_ON]
+        test = part == asked[seed % len(asked)]
         yield "by person", np.flatnonzero(~test), np.flatnonzero(test)
     elif name == "tones":
         for one, other in (("3", "5"), ("5", "3")):
@@ -73,11 +87,11 @@ def folds(name: str, y: np.ndarray[Any, Any], part: np.ndarray[Any, Any], seed: 
 
 def validation(fold: Fold, y: np.ndarray[Any, Any], part: np.ndarray[Any, Any], seed: int) -> Fold:
     """A fold whose test is a part of what was to be learnt from, for choosing settings: a third of each class, half of
-    one with two signals; or, where people or voices are apart, one in three of those that were to be learnt from."""
+    one with two signals; or one of the people who are in no test, the others of them being learnt from."""
     split, train, _ = fold
-    apart = sorted(set(part[train]) - {"train"})
-    if len(apart) > 1 and split != "random":
-        held = np.isin(part[train], np.random.default_rng(seed).permutation(apart)[: max(1, len(apart) // 3)])
+    if split == "by person":
+        train = train[np.isin(part[train], TUNED_ON)]
+        held = part[train] == TUNED_ON[seed % len(TUNED_ON)]
     else:
         order = np.random.default_rng(seed).permutation(len(train))
         order = order[np.argsort(y[train][order], kind="stable")]
@@ -98,7 +112,7 @@ class Recurrent(SequenceModel):
 
         def make(hidden: int) -> tuple[nn.Module, nn.Linear]:
             layers = cell(inputs, hidden, num_layers=2, batch_first=True, dropout=config.dropout)
-            return layers, nn.Linear(hidden, config.outputs)
+            return layers, nn.Linear(hidden * len(POOLS[config.pool]), config.outputs)
 
         def size(hidden: int) -> int:
             return sum(p.numel() for module in make(hidden) for p in module.parameters())
@@ -111,9 +125,11 @@ class Recurrent(SequenceModel):
     def forward(self, x: Tensor, *, lengths: Any = None) -> Tensor:
         y, _ = self.cells(x)
         if lengths is None:
-            return self.head(y.mean(1))
-        y = y.masked_fill(padding(y, lengths)[..., None], 0)
-        return self.head(y.sum(1) / lengths[:, None])
+            lengths, padded = torch.full((x.shape[0],), x.shape[1], device=x.device), None
+        else:
+            padded = padding(y, lengths)
+            y = y.masked_fill(padded[..., None], 0)
+        return self._answer(self._pool(y, lengths, padded), lengths)
 
 
 def fit_ours(kind: str, options: dict[str, Any]) -> Any:
@@ -134,6 +150,7 @@ class MiniRocket:
         from aeon.classification.convolution_based import MiniRocketClassifier
 
         self.model = MiniRocketClassifier(random_state=seed)
+        self.versions = {"aeon": version("aeon")}
 
     def fit(self, X: list[Any], y: Any) -> MiniRocket:
         """Learn; the longest signal sets the length."""
@@ -152,6 +169,8 @@ class MiniRocket:
 
 class PitchNeighbours:
     """Seven nearest neighbours of twelve points of a syllable's pitch, about its mean: what hand-made features give."""
+
+    versions: ClassVar[dict[str, str]] = {}
 
     def fit(self, X: list[Any], y: Any) -> PitchNeighbours:
         """Keep the contours."""
@@ -192,10 +211,20 @@ def measure(name: str, split: str, model: str, seed: int, options: dict[str, Any
     begun = time.perf_counter()
     made.fit([X[i] for i in train], y[train])
     fitted = time.perf_counter()
-    accuracy = float(np.mean(made.predict([X[i] for i in test]) == y[test]))
-    row = {"set": name, "split": split, "model": model, "seed": seed, "accuracy": round(accuracy, 5)}
+    row: dict[str, Any] = {"set": name, "split": split, "model": model, "seed": seed}
+    asked = [X[i] for i in test]
     if hasattr(made, "model_"):
+        probabilities = made.predict_proba(asked)
+        said = made.classes_[probabilities.argmax(1)]
+        right = probabilities[np.arange(len(test)), np.searchsorted(made.classes_, y[test])]
+        row["test_loss"] = round(float(-np.log(right.clip(1e-9)).mean()), 4)
+        best = made.history_[made.best_epoch_ - 1]
+        row |= {key: round(best[key], 4) for key in ("loss", "held_out_score") if key in best}  # of training signals
         row |= {"parameters": sum(p.numel() for p in made.model_.parameters()), "options": options}
+    else:
+        said = made.predict(asked)
+        row |= made.versions
+    row["accuracy"] = round(float(np.mean(said == y[test])), 5)
     row |= {"fit_seconds": round(fitted - begun, 1), "predict_seconds": round(time.perf_counter() - fitted, 2)}
     return row
 
@@ -241,7 +270,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--models", nargs="+", choices=MODELS, default=MODELS[:3], metavar="MODEL", help=", ".join(MODELS)
     )
+    made.add_argument("--plan", type=Path, help="a file of several --sets, --models, --label and --options")
     made.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
+    made.add_argument("--workers", type=int, default=1, help="fits side by side, each on one CPU thread (default: 1)")
     made.add_argument("--device", default="cpu", help="cpu or cuda, for ours, lstm and gru (default: cpu)")
     made.add_argument("--minutes", type=float, default=float("inf"), help="start no fit after so many")
     made.add_argument(
@@ -262,29 +293,77 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Job:
+    """One fit: a seed, a set, one of its folds, a model under a label, with options."""
+
+    seed: int
+    name: str
+    fold: int
+    split: str
+    model: str
+    label: str
+    options: dict[str, Any]
+
+
+def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
+    """Every fit that is asked for, seed by seed."""
+    plan = [{"sets": options.sets, "models": options.models, "label": options.label, "options": options.options}]
+    if options.plan:
+        plan = json.loads(options.plan.read_text())
+    for seed in range(options.seeds):
+        for part in plan:
+            for name, model in product(part["sets"], part["models"]):
+                if seed >= part.get("seeds", options.seeds) or (model == "pitch_7nn" and name != "tones"):
+                    continue
+                for fold, split in enumerate(SPLITS.get(name, ("archive",))):
+                    if split not in part.get("splits", [split]):
+                        continue
+                    split += ", validation" * options.validate
+                    yield Job(seed, name, fold, split, model, part.get("label", ""), part.get("options", {}))
+
+
+@lru_cache
+def loaded(folder: Path, name: str) -> tuple[list[Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What `load` gives, once a process."""
+    return load(folder, name)
+
+
+def work(job: Job, options: argparse.Namespace, deadline: float, origin: dict[str, Any]) -> bool:
+    """Make a job's row and append it at once; False if it is too late to begin."""
+    if time.time() > deadline:
+        return False
+    X, y, part = loaded(options.data, job.name)
+    fold = list(folds(job.name, y, part, job.seed))[job.fold]
+    _, train, test = validation(fold, y, part, job.seed) if options.validate else fold
+    given = job.options | {"device": options.device}
+    row = measure(job.name, job.split, job.model, job.seed, given, (X, y, train, test)) | origin
+    row["model"] = job.model + job.label
+    line = json.dumps(row) + "\n"
+    print(line, end="", file=sys.stderr)
+    with options.out.open("a") as file:
+        file.write(line)
+    return True
+
+
 def run(options: argparse.Namespace) -> None:
     """Make every row that is asked for and not there, seed by seed."""
-    begun, origin = time.monotonic(), provenance(options.device)
+    deadline = time.time() + 60 * options.minutes
     if options.out.exists() and not options.out.read_text().endswith("\n"):  # a kill cut the last line short
         options.out.write_text("".join(json.dumps(row) + "\n" for row in rows_of(options.out)))
     done = {(row["set"], row["split"], row["model"], row["seed"]) for row in rows_of(options.out)}
-    for seed in range(options.seeds):
-        for name in options.sets:
-            X, y, part = load(options.data, name)
-            for fold in folds(name, y, part, seed):
-                split, train, test = validation(fold, y, part, seed) if options.validate else fold
-                for model in options.models:
-                    if (name, split, model + options.label, seed) in done or (model == "pitch_7nn" and name != "tones"):
-                        continue
-                    if time.monotonic() - begun > 60 * options.minutes:
-                        print("out of time; the same command goes on", file=sys.stderr)
-                        return
-                    given = options.options | {"device": options.device}
-                    row = measure(name, split, model, seed, given, (X, y, train, test)) | origin
-                    row["model"] = model + options.label
-                    print(json.dumps(row), file=sys.stderr)
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+    left = [j for j in jobs_of(options) if (j.name, j.split, j.model + j.label, j.seed) not in done]
+    if options.workers == 1:
+        origin = provenance(options.device)
+        made = [work(job, options, deadline, origin) for job in left]
+    else:
+        torch.set_num_threads(1)  # as `provenance` says
+        origin = provenance(options.device)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.workers, context, torch.set_num_threads, (1,)) as pool:
+            made = [f.result() for f in [pool.submit(work, job, options, deadline, origin) for job in left]]
+    if not all(made):
+        print("out of time; the same command goes on", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,10 @@ def test_complaints_are_one_line(home: Path, tmp_path: Path, capsys: pytest.Capt
     assert "is no number" in complaint(capsys, "train", home / "waves.npz", "--out", out, "--regress")
     assert "--test-share is 1.5" in complaint(capsys, "train", home / "waves.npz", "--out", out, "--test-share", 1.5)
     assert "No such file" in complaint(capsys, "train", home / "nothing.npz", "--out", out)
+    assert "--label-smoothing is about classes" in complaint(
+        capsys, "train", home / "numbers.npz", "--out", out, "--regress", "--label-smoothing", 0.1
+    )
+    assert "crop is 1.5" in complaint(capsys, "train", home / "waves.npz", "--out", out, "--crop", 1.5)
     assert "mixer is 'x'" in complaint(capsys, "train", home / "waves.npz", "--out", out, "--mixer", "x")
     foreign = _language_model(tmp_path)
     assert "x is no directory; DIR is what" in complaint(capsys, "predict", out, home / "bare.npz")

@@ -78,9 +78,10 @@ FLAGS = {
 }  # fmt: skip
 CLASSIFY_FLAGS = {
     "train": [
-        "--batch-size", "--bidirectional", "--class-weight", "--debug", "--device", "--dropout", "--early-stopping",
-        "--epochs", "--help", "--layers", "--learning-rate", "--mixer", "--out", "--overwrite", "--pool", "--quiet",
-        "--rate", "--regress", "--seed", "--test", "--test-share", "--threads", "--width", "-h",
+        "--batch-size", "--bidirectional", "--class-weight", "--crop", "--debug", "--device", "--dropout",
+        "--early-stopping", "--epochs", "--help", "--label-smoothing", "--layers", "--learning-rate", "--mixer",
+        "--out", "--overwrite", "--pool", "--quiet", "--rate", "--regress", "--seed", "--test", "--test-share",
+        "--threads", "--width", "-h",
     ],
     "predict": ["--debug", "--device", "--help", "--probabilities", "-h"],
     "stream": ["--debug", "--device", "--every", "--help", "-h"],

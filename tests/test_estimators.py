@@ -224,6 +224,31 @@ def test_rare_classes_count_when_weighted() -> None:
     assert found[0] < found[1] < found[2]
 
 
+def test_smoothed_labels_are_learnt_with_less_confidence(signals: Any) -> None:
+    X, y = signals
+    model = SequenceClassifier(**SMALL, max_epochs=15)
+    sure, smooth, weighted = (
+        model.set_params(label_smoothing=share, class_weight=weight).fit(X, y).predict_proba(X).max(1).mean()
+        for share, weight in ((0, None), (np.float64(0.4), None), (0.4, "balanced"))
+    )
+    assert sure > 0.9 > 0.87 > smooth > 0.65  # 1 − 0.4 / 2 is asked for
+    assert weighted == pytest.approx(smooth, abs=1e-3)  # there are as many of each class
+    with pytest.raises(ValueError, match=r"label_smoothing is 1\.5"):
+        model.set_params(label_smoothing=1.5).fit(X, y)
+
+
+def test_pieces_of_signals_teach_too(signals: Any) -> None:
+    X, y = signals
+    model = SequenceClassifier(**SMALL, max_epochs=30, crop=0.6, pool="mean_max")
+    one = model.fit(X, y)
+    assert one.score(X, y) > 0.9
+    assert (clone(model).fit(X, y).predict_proba(X) == one.predict_proba(X)).all()
+    stream = one.stream()
+    for sample in X[0]:
+        answer = stream.update(sample)
+    np.testing.assert_allclose(answer, one.predict_proba(X[:1])[0], atol=1e-5)
+
+
 def test_a_seed_gives_the_same_bits_and_leaves_the_callers_alone(signals: Any) -> None:
     torch.manual_seed(5)
     model = SequenceClassifier(**SMALL, max_epochs=3)

@@ -202,6 +202,30 @@ def test_the_best_epoch_is_kept_and_patience_ends() -> None:
     assert not model.training
 
 
+def test_training_reads_pieces_that_differ_and_predicting_the_whole() -> None:
+    """Signals are ramps, so a piece tells where it is from."""
+    ramps = [torch.arange(n, dtype=torch.float32)[:, None].expand(-1, 3) for n in (20, 20, 30, 7)]
+    model, seen = make(), []
+
+    def record(module: object, args: tuple[Tensor], kwargs: dict[str, Tensor]) -> None:
+        lengths = kwargs["lengths"]
+        pieces = args[0] if lengths is None else [x[:n] for x, n in zip(args[0], lengths.tolist(), strict=True)]
+        assert not model.training or args[0].shape[0] * args[0].shape[1] <= 30
+        seen.extend((model.training, x[:, 0]) for x in pieces)
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    data = Series(ramps, torch.tensor([0, 1, 0, 1]))
+    fit_series(
+        model, data, data, torch.nn.functional.cross_entropy, FitConfig(epochs=20, batch_tokens=30, crop=0.5),
+        score=lambda *_: 0.0, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert sorted({len(x) for training, x in seen if not training}) == [7, 20, 30]
+    pieces = [x for training, x in seen if training]
+    assert sorted(len(x) for x in pieces) == 20 * [4] + 40 * [10] + 20 * [15]
+    assert all((x.diff() == 1).all() for x in pieces)
+    assert {float(x[0]) for x in pieces if len(x) == 4} == {0, 1, 2, 3}  # the ends are learnt from too
+
+
 def test_a_mixer_that_wants_a_gate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"SequenceModel: mixer GatedSSM .* wants a gate, which signals do not bring"):
         SequenceModel(SequenceConfig(3, 2, mixer="GatedSSM", mixer_args={"gate": "given"}))

@@ -100,6 +100,7 @@ class Sequences(BaseEstimator):
         batch_tokens: int = 65536,
         learning_rate: float = 1e-2,
         weight_decay: float = 0.01,
+        crop: float = 1.0,
         early_stopping: bool | str = "auto",
         validation_fraction: float = 0.1,
         patience: int | None = None,
@@ -122,6 +123,7 @@ class Sequences(BaseEstimator):
         self.batch_tokens = batch_tokens
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+        self.crop = crop
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
         self.patience = patience
@@ -197,7 +199,7 @@ class Sequences(BaseEstimator):
         chosen = self._chosen()
         fit = FitConfig(
             chosen["max_epochs"], chosen["batch_size"], chosen["batch_tokens"], chosen["learning_rate"],
-            chosen["weight_decay"], chosen["patience"],
+            chosen["weight_decay"], chosen["patience"], crop=chosen["crop"],
         )  # fmt: skip
         held = self._split(groups, random)
         seed = int(random.randint(2**31 - 1))

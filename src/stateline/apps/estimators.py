@@ -39,17 +39,20 @@ class SequenceClassifier(ClassifierMixin, Sequences):
 
     Args:
         mixer: what reads the signal, a name of `stateline.models.MIXERS`; mixer_args: its arguments.
-        d_model, n_layer: width and depth.   pool: "mean", "max" or "last" of what is read.
+        d_model, n_layer: width and depth.   pool: "mean", "max", "mean_max" or "last" of what is read.
         norm: of the layers, "batch" or "layer"; "batch" leaves amplitudes as they are.
         own_scale: read each signal also standardised by what it was so far, and its level.
         bidirectional: read from both ends; more accurate on some signals, and then there is no `stream`.
         dropout: in training, whole channels of what a layer writes.
         max_epochs, batch_size: None chooses them from the number of series.   batch_tokens: samples a batch at most.
         learning_rate, weight_decay: AdamW's, after a warm-up and along a cosine.
+        crop: a step of training reads of each signal only a piece from anywhere, this share of it, another each time;
+            against learning few long signals by heart, where a piece tells what the whole is.
         early_stopping: hold `validation_fraction` out, balanced over the classes, and keep the weights of the epoch
             that is best there; "auto" does where that part has 50 series and 5 a class. patience: epochs without a
             better one after which training ends; None: never.
         class_weight: None, "balanced", or {class: weight}.
+        label_smoothing: share of each target that goes to all classes alike.
         warm_start: `fit` goes on from the weights there are, with the same classes and channels.
         device: None is CUDA if there is one, else the CPU.   random_state: the same gives the same bits.
         verbose: 1 shows a bar, or lines where there is no terminal.
@@ -83,10 +86,12 @@ class SequenceClassifier(ClassifierMixin, Sequences):
         batch_tokens: int = 65536,
         learning_rate: float = 1e-2,
         weight_decay: float = 0.01,
+        crop: float = 1.0,
         early_stopping: bool | str = "auto",
         validation_fraction: float = 0.1,
         patience: int | None = None,
         class_weight: dict[Any, float] | str | None = None,
+        label_smoothing: float = 0.0,
         warm_start: bool = False,
         device: str | None = None,
         random_state: Any = None,
@@ -107,6 +112,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
             batch_tokens=batch_tokens,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
+            crop=crop,
             early_stopping=early_stopping,
             validation_fraction=validation_fraction,
             patience=patience,
@@ -116,6 +122,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
             verbose=verbose,
         )
         self.class_weight = class_weight
+        self.label_smoothing = label_smoothing
 
     def fit(self, X: Any, y: Any) -> Self:
         """Learn from signals X and their classes y (n)."""
@@ -132,6 +139,7 @@ class SequenceClassifier(ClassifierMixin, Sequences):
             classes = self.classes_
         if len(classes) < 2:
             raise checks.fail("fit", f"y has one class, {plain(classes[0])!r}, expected at least two.")
+        checks.number("fit", "label_smoothing", plain(self.label_smoothing), low=0, high=0.95)
         self.classes_ = classes
         encoded = np.searchsorted(classes, y)
         self._weight = None
@@ -152,10 +160,11 @@ class SequenceClassifier(ClassifierMixin, Sequences):
         return np.asarray(self.classes_[probabilities.argmax(1)])
 
     def _loss(self, answer: Tensor, target: Tensor) -> Tensor:
+        smooth = float(self.label_smoothing)
         if self._weight is None:
-            return F.cross_entropy(answer, target)
+            return F.cross_entropy(answer, target, label_smoothing=smooth)
         weight = self._weight.to(answer.device)
-        return F.cross_entropy(answer, target, weight=weight, reduction="sum") / len(target)
+        return F.cross_entropy(answer, target, weight=weight, reduction="sum", label_smoothing=smooth) / len(target)
 
     def _score(self, answer: Tensor, target: Tensor) -> float:
         return float((answer.argmax(1) == target).double().mean())

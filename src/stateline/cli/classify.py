@@ -114,7 +114,7 @@ def _add_train(actions: argparse._SubParsersAction[Parser]) -> None:
     model.add_argument("--width", type=positive, default=64, metavar="N", help="of the model (default: 64)")
     model.add_argument("--layers", type=positive, default=2, metavar="N", help="default: 2")
     model.add_argument(
-        "--pool", choices=("mean", "max", "last"), default="mean", help="of what is read (default: mean)"
+        "--pool", choices=("mean", "max", "mean_max", "last"), default="mean", help="of what is read (default: mean)"
     )
     model.add_argument("--bidirectional", action="store_true", help="read from both ends; no stream then")
     fit = train.add_argument_group("training")
@@ -122,6 +122,10 @@ def _add_train(actions: argparse._SubParsersAction[Parser]) -> None:
     fit.add_argument("--batch-size", type=positive, metavar="N", help="signals a step (default: by their number)")
     fit.add_argument("--learning-rate", type=float, default=1e-2, metavar="X", help="default: 0.01")
     fit.add_argument("--dropout", type=float, default=0.1, metavar="SHARE", help="default: 0.1")
+    fit.add_argument("--crop", type=float, default=1.0, metavar="SHARE", help="learn from pieces of the signals, this"
+                     " share of each, another at every step (default: 1, all of it)")  # fmt: skip
+    fit.add_argument("--label-smoothing", type=float, metavar="SHARE", help="of each label that goes to all classes"
+                     " alike (default: 0)")  # fmt: skip
     fit.add_argument("--class-weight", choices=("balanced",), help="let rare classes count as much as common ones")
     fit.add_argument("--early-stopping", choices=("auto", "on", "off"), default="auto", help="hold a tenth out and keep"
                      " the epoch that is best there (default: auto, if that is enough signals)")  # fmt: skip
@@ -215,6 +219,7 @@ def _estimator(options: argparse.Namespace) -> Estimator:
         pool=options.pool,
         bidirectional=options.bidirectional,
         dropout=options.dropout,
+        crop=options.crop,
         max_epochs=options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
@@ -224,9 +229,12 @@ def _estimator(options: argparse.Namespace) -> Estimator:
         verbose=0 if options.quiet else 1,
     )
     if not options.regress:
-        return SequenceClassifier(**given, class_weight=options.class_weight)
-    if options.class_weight is not None:
-        raise UsageError("--class-weight is about classes, and --regress is given")
+        return SequenceClassifier(
+            **given, class_weight=options.class_weight, label_smoothing=options.label_smoothing or 0.0
+        )
+    for flag, value in (("--class-weight", options.class_weight), ("--label-smoothing", options.label_smoothing)):
+        if value is not None:
+            raise UsageError(f"{flag} is about classes, and --regress is given")
     return SequenceRegressor(**given)
 
 

@@ -2,7 +2,7 @@
 
     x = project(input(signal))                               (b, t, d), see models/signal_input.py
     x = x + mixer(norm(x)), block after block, a mixer by name
-    answer = head(pool(norm(x)))                              pool: the mean so far, the largest so far, or the last
+    answer = head(pool(norm(x)))                              pool: the mean so far, the largest, both, or the last
 
 Each pool can be kept up sample by sample, so a stream costs constant time and memory.
 Suffixes: b batch, t time, c channels of the signal, d width, o outputs.
@@ -28,7 +28,8 @@ from stateline.nn import Bidirectional, Mixer
 from stateline.nn.mixer import Lengths, padding, zero_padding
 
 OP = "SequenceModel"
-POOLS = ("mean", "max", "last")
+#: What a pool keeps, one part after another.
+POOLS = {"mean": ("mean",), "max": ("max",), "mean_max": ("mean", "max"), "last": ("last",)}
 NORMS = ("batch", "layer")
 #: How much of the running statistics of a ChannelNorm a batch replaces, once there were as many.
 MOMENTUM = 0.1
@@ -42,7 +43,7 @@ class SequenceConfig:
         channels: of the signal.   outputs: numbers in an answer: classes, or targets.
         d_model: width of the residual stream.   n_layer: blocks.
         mixer: a name of `models.MIXERS`.   mixer_args: its constructor's arguments, e.g. {"d_state": 32}.
-        pool: "mean", "max" or "last", over the samples read so far.
+        pool: "mean", "max", "mean_max" (both, side by side) or "last", over the samples read so far.
         own_scale: whether the model also reads each signal standardised by itself, and its level.
         missing: whether it reads which values are missing.
         bidirectional: read every sequence from both ends (`nn.Bidirectional`); such a model cannot stream.
@@ -68,7 +69,7 @@ class SequenceConfig:
         for name in ("channels", "outputs", "d_model", "n_layer"):
             checks.number(OP, name, getattr(self, name), low=1, integer=True)
         checks.choice(OP, "mixer", self.mixer, tuple(MIXERS))
-        checks.choice(OP, "pool", self.pool, POOLS)
+        checks.choice(OP, "pool", self.pool, tuple(POOLS))
         checks.choice(OP, "norm", self.norm, NORMS)
         checks.number(OP, "dropout", self.dropout, low=0, high=0.95)
         for name in ("own_scale", "missing", "bidirectional"):
@@ -143,8 +144,8 @@ class SampleNorm(nn.LayerNorm):
 
 @dataclass
 class SequenceState:
-    """What sequences carry: one state a block; pooled (b, d) float64, the sum, the largest or the last vector so far;
-    count (b) int64, samples read."""
+    """What sequences carry: one state a block; pooled (b, parts · d) float64, the sum, the largest or the last vector
+    so far, or two of them; count (b) int64, samples read."""
 
     layers: list[Any]
     pooled: Tensor
@@ -176,7 +177,7 @@ class SequenceModel(nn.Module):
         self.mixers = nn.ModuleList(config.make_mixer() for _ in range(config.n_layer))
         self.norms = nn.ModuleList(config.make_norm() for _ in range(config.n_layer))
         self.norm_f = config.make_norm()
-        self.head = nn.Linear(d, config.outputs)
+        self.head = nn.Linear(len(POOLS[config.pool]) * d, config.outputs)
 
     def forward(self, x: Tensor, *, lengths: Lengths | None = None) -> Tensor:
         """What is read of signals, x (b, t, w) -> answers (b, o) to each as a whole. lengths (b): valid samples."""
@@ -192,8 +193,9 @@ class SequenceModel(nn.Module):
         """The state of `batch` signals before their first sample. Raises TypeError for a bidirectional model."""
         device = device or self.head.weight.device
         layers = [mixer.init_state(batch, max_tokens=max_tokens, device=device) for _, mixer in self._blocks()]
-        low = -math.inf if self.config.pool == "max" else 0.0
-        pooled = torch.full((batch, self.config.d_model), low, dtype=torch.float64, device=device)
+        made: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        lowest = (-math.inf if part == "max" else 0.0 for part in POOLS[self.config.pool])
+        pooled = torch.cat([torch.full((batch, self.config.d_model), low, **made) for low in lowest], -1)
         return SequenceState(layers, pooled, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def extend(
@@ -221,7 +223,7 @@ class SequenceModel(nn.Module):
         x = self.project(x)
         for (norm, mixer), given in zip(self._blocks(), state.layers, strict=True):
             x = x + mixer.step_(norm(x), given)
-        feature = self.norm_f(x).double()
+        feature = self.norm_f(x).double().repeat(1, len(POOLS[self.config.pool]))
         state.pooled.copy_(self._joined(state.pooled, feature, torch.ones_like(state.count, dtype=torch.bool)[:, None]))
         state.count += 1
         return self._answer(state.pooled, state.count)
@@ -239,30 +241,39 @@ class SequenceModel(nn.Module):
         return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), p) if p and self.training else x
 
     def _pool(self, features: Tensor, count: Tensor, padded: Tensor | None) -> Tensor:
-        """features (b, t, d), 0 at padding -> (b, d): their sum, largest or last."""
-        if self.config.pool == "mean":
-            return features.sum(1)
-        if self.config.pool == "max":
-            if features.shape[1] == 0:
-                return features.new_full((features.shape[0], features.shape[2]), -math.inf)
-            return (features if padded is None else features.masked_fill(padded[..., None], -math.inf)).amax(1)
-        if features.shape[1] == 0:
-            return features.new_zeros(features.shape[0], features.shape[2])
-        at = (count.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, features.shape[2])
-        return features.gather(1, at)[:, 0]
+        """features (b, t, d), 0 at padding -> (b, parts · d): their sum, largest or last, or two of them."""
+        return torch.cat([_pooled(part, features, count, padded) for part in POOLS[self.config.pool]], -1)
 
     def _joined(self, before: Tensor, after: Tensor, read: Tensor) -> Tensor:
         """The pool of all samples from those of the samples before and after; read (b, 1): rows that have any after."""
-        if self.config.pool == "mean":
-            return before + after
-        return torch.maximum(before, after) if self.config.pool == "max" else torch.where(read, after, before)
+        joins: dict[str, Any] = {"mean": torch.add, "max": torch.maximum, "last": lambda a, b: torch.where(read, b, a)}
+        parts = POOLS[self.config.pool]
+        pairs = zip(parts, before.chunk(len(parts), -1), after.chunk(len(parts), -1), strict=True)
+        return torch.cat([joins[part](a, b) for part, a, b in pairs], -1)
 
     def _answer(self, pooled: Tensor, count: Tensor) -> Tensor:
         """The head on the pool; of nothing, on zeros."""
-        if self.config.pool == "mean":
-            pooled = pooled / count.clamp(min=1)[:, None]
+        parts = POOLS[self.config.pool]
+        samples = count.clamp(min=1)[:, None]
+        chunks = zip(parts, pooled.chunk(len(parts), -1), strict=True)
+        pooled = torch.cat([x / samples if part == "mean" else x for part, x in chunks], -1)
         pooled = pooled.masked_fill((count == 0)[:, None], 0)
         return cast(Tensor, self.head(pooled.to(self.head.weight.dtype)))
 
     def _blocks(self) -> list[tuple[nn.Module, Mixer]]:
         return list(zip(self.norms, cast("list[Mixer]", list(self.mixers)), strict=True))
+
+
+def _pooled(part: str, features: Tensor, count: Tensor, padded: Tensor | None) -> Tensor:
+    """features (b, t, d), 0 at padding -> (b, d), one part of a pool."""
+    b, t, d = features.shape
+    if part == "mean":
+        return features.sum(1)
+    if part == "max":
+        if t == 0:
+            return features.new_full((b, d), -math.inf)
+        return (features if padded is None else features.masked_fill(padded[..., None], -math.inf)).amax(1)
+    if t == 0:
+        return features.new_zeros(b, d)
+    at = (count.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, d)
+    return features.gather(1, at)[:, 0]

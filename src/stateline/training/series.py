@@ -50,6 +50,7 @@ class FitConfig:
     epochs: at most.   batch_size: series a step, fewer where they would have more than `batch_tokens` samples, padding
     included.   lr: peak of the learning rate.   patience: epochs without a better score on the held-out part after
     which training ends.   clip: largest norm of a step's gradient.
+    crop: share of each signal that a step learns from, a piece from anywhere in it, another each time.
     """
 
     epochs: int | None = None
@@ -59,6 +60,7 @@ class FitConfig:
     weight_decay: float = 0.01
     patience: int | None = None
     clip: float = 1.0
+    crop: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
@@ -68,6 +70,7 @@ class FitConfig:
         checks.number(OP, "lr", self.lr, low=0, open_low=True)
         checks.number(OP, "weight_decay", self.weight_decay, low=0)
         checks.number(OP, "clip", self.clip, low=0, open_low=True)
+        checks.number(OP, "crop", self.crop, low=0, high=1, open_low=True)
 
     def batch_of(self, n: int) -> int:
         """Series a step for n of them."""
@@ -201,7 +204,7 @@ class _Fit:
     def epoch(self, done: int, generator: torch.Generator, stop: StopSignals) -> float:
         """One pass over the series after `done` others; their mean loss. Raises KeyboardInterrupt once told to stop."""
         device = next(self.model.parameters()).device
-        lengths = [len(x) for x in self.data.inputs]
+        lengths = [self._length(x) for x in self.data.inputs]
         order = list(batches(lengths, self.config.batch_of(len(lengths)), self.config.batch_tokens, generator))
         self.model.train()
         total = torch.zeros((), device=device)
@@ -211,7 +214,7 @@ class _Fit:
             factor = _rate((done + i / len(order)) / self.epochs)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
-            x, valid = padded(self.data.inputs, batch, device)
+            x, valid = padded(*self._drawn(batch, generator), device)
             value = self.loss(self.model(x, lengths=valid), self.data.targets[batch].to(device))
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
@@ -222,6 +225,21 @@ class _Fit:
         if not math.isfinite(mean):
             raise checks.fail(OP, f"the loss is {mean} in epoch {done + 1}.", "Take a smaller learning_rate.")
         return mean
+
+    def _length(self, x: Tensor) -> int:
+        """Samples of a signal that a step reads."""
+        return max(1, round(self.config.crop * len(x)))
+
+    def _drawn(self, batch: list[int], generator: torch.Generator) -> tuple[Sequence[Tensor], Sequence[int]]:
+        """Signals and which of them a step reads: a batch as it is, or a piece of each."""
+        if self.config.crop == 1:
+            return self.data.inputs, batch
+        pieces = []
+        for x in (self.data.inputs[i] for i in batch):
+            length = self._length(x)
+            start = int(torch.randint(len(x) - length + 1, (), generator=generator))
+            pieces.append(x[start : start + length])
+        return pieces, range(len(pieces))
 
 
 def _rate(share: float) -> float:
