@@ -5,6 +5,8 @@ Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def forward(
     dropped = DROPPED[keep]
     results = [None if name in dropped else _empty(shape, y.dtype) for name, shape in zip(RESULTS, shapes, strict=True)]
     info = torch.empty(2, dtype=torch.int64)
-    system, fields = _system(y, A, C, Q, R, b, d, mean0, cov0)
+    system, fields = _system((y, A, C, Q, R, b, d, mean0, cov0), y.dtype)
     native.call(
         "kalman_forward",
         (
@@ -78,7 +80,8 @@ def backward(
     if y.numel() == 0:
         return _unseen(grads, given)
     results = [None if v is None else _empty(v.shape, dtype) for v in given]
-    system, fields = _system(*(None if v is None else _spread(v) for v in given[:7]), predicted_mean, predicted_cov)  # type: ignore[arg-type]  # nine in order
+    operands = [None if v is None else _spread(v) for v in given[:7]]
+    system, fields = _system([*operands, predicted_mean, predicted_cov], dtype)
     slopes = [
         _operand(None if g is None else _spread(g), dtype, dims)
         for g, dims in zip(grads, (1, 2, 1, 2, 0, 1, 2), strict=True)
@@ -141,7 +144,7 @@ def step(
     out = make(rows, n, dtype=y.dtype), make(rows, n, n, dtype=y.dtype), make(rows, dtype=y.dtype)
     means, covs = native.parameter(mean, y.dtype), native.parameter(cov, y.dtype)
     index, info = native.slots(index), torch.empty(2, dtype=torch.int64)
-    alive, fields = _system(y, A, C, Q, R, b, d, means, covs)
+    alive, fields = _system((y, A, C, Q, R, b, d, means, covs), y.dtype)
     native.call(
         "kalman_step",
         (
@@ -185,15 +188,11 @@ def _operand(v: Tensor | None, dtype: torch.dtype, dims: int) -> tuple[Tensor | 
     return v, (v.data_ptr(), strides[0] if shape[0] > 1 else 0, time)
 
 
-def _system(
-    y: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor, b: Tensor | None, d: Tensor | None, mean0: Tensor,
-    cov0: Tensor,
-) -> tuple[list[Tensor | None], tuple[int, ...]]:  # fmt: skip
-    """What the kernels read, to be kept alive, and its fields."""
-    dtype = y.dtype
+def _system(operands: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[list[Tensor | None], tuple[int, ...]]:
+    """What the kernels read of y, A, C, Q, R, b, d, mean, cov, to be kept alive, and its fields."""
     alive: list[Tensor | None] = []
     fields: list[int] = []
-    for v, dims in zip((y, A, C, Q, R, b, d, mean0, cov0), _DIMS, strict=True):
+    for v, dims in zip(operands, _DIMS, strict=True):
         used, where = _operand(v, dtype, dims)
         alive.append(used)
         fields += where
