@@ -18,13 +18,16 @@ enum Name {
 
 }  // namespace
 
+#if defined(__x86_64__) || defined(__i386__)
+#define SL_ROW(name)
+#define SL_BF16_ROW(name) extern "C" int sl_##name##_avx512bf16(const void*);
+#include "kernels.def"
+#undef SL_ROW
+#endif
 #define SL_ROW(name) extern "C" int SL_PASTE(sl_##name, SL_NOW)(const void*);
 #define SL_PASTE_(a, b) a##_##b
 #define SL_PASTE(a, b) SL_PASTE_(a, b)
 #if defined(__x86_64__) || defined(__i386__)
-#define SL_NOW avx512bf16
-#include "kernels.def"
-#undef SL_NOW
 #define SL_NOW avx512
 #include "kernels.def"
 #undef SL_NOW
@@ -53,14 +56,17 @@ struct Isa {
 };
 
 // Widest first.
-#define SL_ROW(name) SL_PASTE(sl_##name, SL_NOW),
 const Isa isas[] = {
 #if defined(__x86_64__) || defined(__i386__)
-#define SL_NOW avx512bf16
+#define SL_ROW(name) sl_##name##_avx512,
+#define SL_BF16_ROW(name) sl_##name##_avx512bf16,
     {"avx512bf16", {
 #include "kernels.def"
     }},
-#undef SL_NOW
+#undef SL_ROW
+#endif
+#define SL_ROW(name) SL_PASTE(sl_##name, SL_NOW),
+#if defined(__x86_64__) || defined(__i386__)
 #define SL_NOW avx512
     {"avx512", {
 #include "kernels.def"
@@ -125,8 +131,9 @@ __attribute__((constructor)) void choose() {
 
 }  // namespace
 
-// The layout of the records that kernels read. Python refuses a library of another layout; count up when a record changes.
-SL_PUBLIC int sl_layout() { return 2; }
+// The layout of the records that kernels read. Python refuses a library of another layout; count up when a record changes
+// or a kernel is new.
+SL_PUBLIC int sl_layout() { return 3; }
 // Name of the instruction set in use, or an empty string if there is a problem.
 SL_PUBLIC const char* sl_isa() { return chosen ? chosen->name : ""; }
 // Why no instruction set was chosen, or an empty string.

@@ -69,7 +69,6 @@ def _direct(op: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., An
     return direct
 
 
-@torch.compiler.assume_constant_result  # so that it runs while a graph is traced, before the compiler gets it
 def _announce() -> bool:
     """Make the ops known to inductor, as opaque nodes that keep their strides: what it makes of an unknown one."""
     from torch._inductor import lowering  # takes a second, and whoever compiles needs it anyway
@@ -78,6 +77,11 @@ def _announce() -> bool:
         if op not in lowering.lowerings:
             lowering.make_fallback(op, layout_constraint=lowering.constrain_to_fx_strides)
     return True
+
+
+# What torch.compiler.assume_constant_result sets, without the compiler that it imports: `_announce` runs while a graph is
+# traced, before inductor gets it.
+_announce._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _plain(args: Sequence[Any]) -> bool:
