@@ -79,8 +79,8 @@ def _announce() -> bool:
     return True
 
 
-# What torch.compiler.assume_constant_result sets, without the compiler that it imports: `_announce` runs while a graph is
-# traced, before inductor gets it.
+# What torch.compiler.assume_constant_result sets, without the compiler that it imports: `_announce` runs while a graph
+# is traced, before inductor gets it.
 _announce._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
