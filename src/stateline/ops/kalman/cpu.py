@@ -131,16 +131,17 @@ def step(
     mean and cov, a negative one skips. A series that fails keeps its state; others may not.
     """
     if form == "sqrt" and y.dtype is torch.float32:
-        state = mean.double(), cov.double()
-        given = (None if v is None else v.double() for v in (y, A, C, Q, R, b, d))
-        *wide, info = step(*given, *state, index, form=form)  # type: ignore[arg-type]  # seven in order
-        mean.copy_(state[0]), cov.copy_(state[1])
-        return (*(v.float() for v in wide), info)  # type: ignore[return-value]  # three and info
+        wide_mean, wide_cov = mean.double(), cov.double()
+        offsets = [None if v is None else v.double() for v in (b, d)]
+        system = (v.double() for v in (y, A, C, Q, R))
+        m, P, loglik, info = step(*system, *offsets, wide_mean, wide_cov, index, form=form)
+        mean.copy_(wide_mean), cov.copy_(wide_cov)
+        return m.float(), P.float(), loglik.float(), info
     rows, n, make = y.shape[0], mean.shape[1], torch.empty if index is None else torch.zeros
     out = make(rows, n, dtype=y.dtype), make(rows, n, n, dtype=y.dtype), make(rows, dtype=y.dtype)
     means, covs = native.parameter(mean, y.dtype), native.parameter(cov, y.dtype)
     index, info = native.slots(index), torch.empty(2, dtype=torch.int64)
-    system, fields = _system(y, A, C, Q, R, b, d, means, covs)
+    alive, fields = _system(y, A, C, Q, R, b, d, means, covs)
     native.call(
         "kalman_step",
         (
@@ -149,7 +150,7 @@ def step(
             info.data_ptr(), 0, native.pointer(index), means.shape[0], *_NO_GRADIENTS,
         ),
     )  # fmt: skip
-    del system
+    del alive
     for state, used in ((mean, means), (cov, covs)):
         if state is not used:
             state.copy_(used)
@@ -189,7 +190,9 @@ def _system(
     cov0: Tensor,
 ) -> tuple[list[Tensor | None], tuple[int, ...]]:  # fmt: skip
     """What the kernels read, to be kept alive, and its fields."""
-    dtype, alive, fields = y.dtype, [], []
+    dtype = y.dtype
+    alive: list[Tensor | None] = []
+    fields: list[int] = []
     for v, dims in zip((y, A, C, Q, R, b, d, mean0, cov0), _DIMS, strict=True):
         used, where = _operand(v, dtype, dims)
         alive.append(used)
