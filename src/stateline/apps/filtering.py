@@ -152,7 +152,8 @@ class SeriesFilter:
                     raise checks.fail(OP, f"{series.source}, column {name!r}: {need} than {1 + plan.n}.")
         self._middle = torch.nan_to_num(values.nanmedian(0).values if len(values) else torch.zeros(values.shape[1]))
         spread = torch.stack([column[column.isfinite()].var(correction=0) for column in values.T])
-        self._scale = torch.where(spread > 0, spread, torch.ones(()).to(spread))
+        known = max([value for name, value in plan.fixed.items() if name in plan.names] or [0.0]) or 1.0
+        self._scale = torch.where(spread > 0, spread, known)  # of one row, or rows all alike, nothing is learnt
         self._state, self.rows, self.last, self._kept = None, 0, math.nan, {}
         N = 1 if plan.joint else len(self.columns)
         self._values = {name: torch.full((N,), value, dtype=F64) for name, value in plan.fixed.items()}
@@ -241,6 +242,13 @@ class SeriesFilter:
         mean = out.mean @ plan.seen.mT
         sd = cov.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         return Ahead(times, self._flat(mean[:, 1:]), self._flat(sd[:, 1:]))
+
+    def places(self, ahead: Ahead) -> list[Any]:
+        """Where on the axis of time a forecast lies: row numbers, numbers or datetimes."""
+        if self.clock.kind == "rows":
+            return [int(text) for text in ahead.times]
+        where = [self.last + (i + 1) * self.clock.step for i in range(len(ahead.times))]
+        return where if self.clock.kind == "numbers" else [self.clock.moment(x) for x in where]
 
     def _whole(self, series: Series) -> Clean:
         plan = self._ready()

@@ -232,19 +232,23 @@ class Clock:
         count = gap / self.step
         return float(round(count)) if abs(count - round(count)) < EVEN else count
 
-    def written(self, position: float) -> str:
-        """A position as times are written in the series."""
-        if self.kind == "numbers":
-            return f"{position:.12g}"
+    def moment(self, position: float) -> datetime:
+        """The date of a position, for a clock of dates."""
         if self.kind == "months":
             number, part = divmod(position + 1e-9, 1.0)
             year, month = divmod(int(number), 12)
             hours = round(part * calendar.monthrange(year, month + 1)[1] * 24)
-            moment = datetime(year, month + 1, 1) + timedelta(hours=hours)
-        else:
-            zone = UTC if self.zone is None else timezone(timedelta(minutes=self.zone))
-            moment = datetime.fromtimestamp(round(position, 3), zone)
-            moment = moment if self.zone is not None else moment.replace(tzinfo=None)
+            own = None if self.zone is None else timezone(timedelta(minutes=self.zone))
+            return datetime(year, month + 1, 1, tzinfo=own) + timedelta(hours=hours)
+        zone = UTC if self.zone is None else timezone(timedelta(minutes=self.zone))
+        moment = datetime.fromtimestamp(round(position, 3), zone)
+        return moment if self.zone is not None else moment.replace(tzinfo=None)
+
+    def written(self, position: float) -> str:
+        """A position as times are written in the series."""
+        if self.kind == "numbers":
+            return f"{position:.12g}"
+        moment = self.moment(position)
         if self.form:
             return moment.strftime(self.form)
         if len(self.example) <= 10 and moment.hour == moment.minute == moment.second == 0:
