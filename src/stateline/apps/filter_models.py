@@ -41,7 +41,7 @@ F64 = torch.float64
 
 @dataclass(frozen=True)
 class Part:
-    """One component: drift (n, n), an intensity (n, n) for each variance, how it is seen (m, n), and its level's states.
+    """One component: drift (n, n), an intensity (n, n) for each variance, how it is seen (m, n).
 
     levels: states that begin at the middle of the data, one an axis; the others begin about 0.
     """
@@ -289,7 +289,8 @@ def blueprint(spec: dict[str, Any], columns: int) -> Blueprint:
         return _of_matrices(spec, columns)
     components = spec["components"]
     joint = any(KINDS[given["kind"]][3] for given in components.values())
-    blocks, seen, levels, fixed, names = [], [], [], {}, []
+    blocks, seen, fixed, names = [], [], {}, []
+    levels: list[int] = []
     at = 0
     for name, given in components.items():
         make, _, variances, takes_all = KINDS[given["kind"]]
@@ -325,8 +326,8 @@ def _of_matrices(spec: dict[str, Any], columns: int) -> Blueprint:
     if A.shape != (n, n) or C.shape[1] != n:
         raise checks.fail(OP, f"A is {tuple(A.shape)} and C {tuple(C.shape)}, expected (n, n) and (columns, n).")
     if m != columns:
-        names = "column" if columns == 1 else "columns"
-        raise checks.fail(OP, f"C has {m} rows and the data {columns} {names}.", "Choose with --columns.")
+        counted = "column" if columns == 1 else "columns"
+        raise checks.fail(OP, f"C has {m} rows and the data {columns} {counted}.", "Choose with --columns.")
     fixed, free = {}, []
     bases: dict[str, dict[str, Tensor]] = {"Q": {}, "R": {}}
     for name, size in (("Q", n), ("R", m)):

@@ -25,7 +25,8 @@ DRAWN, PANELS = 2000, 12
 
 @dataclass
 class Table:
-    """Writes a CSV to `out`: a line for each row and column, and for each step of a forecast.
+    """Writes a CSV to `out`: a line for each row and column, and for each step of a forecast. Its header comes with the
+    first of them, so that an error leaves nothing behind.
 
     level: the probability of lower to upper.   smooth: whether there are two columns more.
     """
@@ -37,7 +38,13 @@ class Table:
     def __post_init__(self) -> None:
         self._reach = deviations(self.level)
         self._writer = csv.writer(self.out, lineterminator="\n")
-        self._writer.writerow([*COLUMNS, *(SMOOTHED if self.smooth else ())])
+        self._begun = False
+
+    def begin(self) -> None:
+        """Write the header, if it is not there yet."""
+        if not self._begun:
+            self._writer.writerow([*COLUMNS, *(SMOOTHED if self.smooth else ())])
+        self._begun = True
 
     def rows(self, series: Series, clean: Clean, count: int) -> None:
         """Write what was found of a series whose last row is the `count`-th of all."""
@@ -53,10 +60,12 @@ class Table:
                 if late is not None and late_sd is not None:
                     line += [_cell(late[t][c]), _cell(late_sd[t][c])]
                 lines.append(line)
+        self.begin()
         self._writer.writerows(lines)
 
     def ahead(self, ahead: Ahead, columns: tuple[str, ...]) -> None:
         """Write a forecast; nothing is observed, and intervals are of what will be."""
+        self.begin()
         empty = [""] * len(SMOOTHED) if self.smooth else []
         for t, label in enumerate(ahead.times):
             for c, name in enumerate(columns):
@@ -76,7 +85,9 @@ class Picture:
     """Remembers the last rows that went by, and draws them: a panel a column."""
 
     level: float
-    series: deque[tuple[Any, list[float], list[float], list[float]]] = field(default_factory=lambda: deque(maxlen=DRAWN))
+    series: deque[tuple[Any, list[float], list[float], list[float]]] = field(
+        default_factory=lambda: deque(maxlen=DRAWN)
+    )
 
     @staticmethod
     def check(columns: int) -> None:
@@ -85,7 +96,9 @@ class Picture:
             import matplotlib  # noqa: F401  # only asked whether it is there
         except ImportError as error:
             remedy = "Install it: pip install 'stateline[plot]'."
-            raise checks.fail(OP, "--plot needs matplotlib, which is not installed.", remedy, error=ImportError) from error
+            raise checks.fail(
+                OP, "--plot needs matplotlib, which is not installed.", remedy, error=ImportError
+            ) from error
         if columns > PANELS:
             raise checks.fail(OP, f"{columns} columns were to be drawn, expected at most {PANELS}.", "Use --columns.")
 

@@ -7,7 +7,7 @@
     sensor.save("sensor.safetensors")                    # SeriesFilter.load(…).extend(…) goes on with what comes
 
 The columns of a series are filtered apart, each with variances of its own, unless the model takes them together
-(constant-velocity, constant-acceleration, matrices). Suffixes: N series apart, T rows, m columns taken together, n state.
+(constant-velocity, constant-acceleration, matrices). Suffixes: N series apart, T rows, m columns together, n state.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stateline import checks, state
-from stateline.apps.filter_models import F64, NOISE, Blueprint, blueprint, described
+from stateline.apps.filter_models import F64, Blueprint, blueprint, described
 from stateline.apps.series_files import Clock, Row, Series, read_series, series_of
 from stateline.classical import KalmanState, StateSpace, kalman_filter, kalman_smoother
 
@@ -32,11 +33,12 @@ __all__ = ["Ahead", "Clean", "SeriesFilter", "read_series", "series_of"]
 OP = "filter"
 FORMAT = "stateline-filter"
 #: Variance of what is not known before the first row, in those of the data.
-PRIOR = 1e6
+PRIOR = 1e4
 #: Of the data's variance: where the search for variances begins, what moves beside what is noise.
 STARTS = (1e-4, 1e-2, 1.0)
-#: Logarithms of variances, in those of the data; below is zero for all that data can tell.
-LEAST, MOST = -30.0, 12.0
+#: Logarithms of variances, in those of the data: what moves less stands still. Of a sensor's noise so much stays that
+#: covariances keep their digits.
+LEAST, LEAST_NOISE, MOST = -30.0, -18.0, 12.0
 #: Numbers of a chunk's matrices, which keeps memory constant.
 ROOM = 2_000_000
 CHUNK = 4096
@@ -58,7 +60,7 @@ class Clean:
 
 @dataclass(frozen=True)
 class Ahead:
-    """What the next rows are expected to be, the sensor's noise included: mean, sd (steps, columns), times as written."""
+    """What the next rows are expected to be, the sensor's noise included: mean, sd (steps, columns); times, written."""
 
     times: list[str]
     mean: Tensor
@@ -108,7 +110,7 @@ class SeriesFilter:
         self.columns: tuple[str, ...] = ()
         self.time: str | None = None
         self.time_format: str | None = None
-        self.delimiter = ","
+        self.names: tuple[str, ...] = ()  # of all columns of the file it was fitted to
         self.clock = Clock()
         self.rows = 0
         self.last = math.nan  # position of the last row
@@ -140,7 +142,7 @@ class SeriesFilter:
         """
         series = series if isinstance(series, Series) else series_of(series)
         self.columns, self.time = series.columns, series.time
-        self.time_format = series.time_format
+        self.time_format, self.names = series.time_format, series.names
         self.clock = Clock.of(series.rows, self.step, series.time_format)
         plan = self._plan = self._blueprint(len(self.columns))
         values = series.values
@@ -169,23 +171,24 @@ class SeriesFilter:
         y, places = self._arranged(series.values), self._places(series.rows, None, series.source)
         A, units = self._over(self._steps(places, True))
         found = []
+        moves = torch.tensor([name not in plan.sensors for name in plan.free])
+        least = torch.where(moves, LEAST, LEAST_NOISE).to(F64)
         for i in range(len(y)):
             scale = self._scale.amax() if plan.joint else self._scale[i]
 
             def likelihood(logs: Tensor, i: int = i, scale: Tensor = scale) -> Tensor:
                 given = {name: value[i : i + 1] for name, value in self._values.items()}
-                free = scale * logs.clamp(LEAST, MOST).exp()
+                free = scale * logs.clamp(least, least.new_tensor(MOST)).exp()
                 model = self._model(A, units, given | {n: free[..., k] for k, n in enumerate(plan.free)}, i)
                 out, _ = kalman_filter(model, y[i], keep="loglik")
                 return out.loglik.sum(-1)
 
-            moves = [name not in (NOISE, *plan.sensors) for name in plan.free]
-            rows = [[math.log(ratio if move else 0.1) for move in moves] for ratio in STARTS]
-            starts = torch.tensor(rows, dtype=F64)
+            starts = torch.stack([torch.where(moves, ratio, 0.1).log().to(F64) for ratio in STARTS])
             with torch.no_grad():
                 chances = torch.stack([likelihood(start[None]).squeeze(0) for start in starts])
             best = _climb(lambda x: likelihood(x[None]).sum(), starts[int(chances.argmax())])
-            found.append(scale * best.clamp(LEAST, MOST).exp() * (best > LEAST + 1))
+            best = best.clamp(least, least.new_tensor(MOST))
+            found.append(scale * torch.where(moves & (best < LEAST + 8), 0.0, best.exp()))
         for k, name in enumerate(plan.free):
             self._values[name] = torch.stack([x[k] for x in found])
 
@@ -311,7 +314,7 @@ class SeriesFilter:
 
     def _steps(self, places: list[float], stop: bool) -> Tensor:
         """Gaps (T) in steps from each place to the next; none after the last."""
-        gaps = [self.clock.steps(b - a) for a, b in zip(places, places[1:], strict=False)]
+        gaps = [self.clock.steps(b - a) for a, b in pairwise(places)]
         return torch.tensor([*gaps, 0.0] if stop and places else gaps, dtype=F64)
 
     def _over(self, gaps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -386,7 +389,7 @@ class SeriesFilter:
         clock = {name: getattr(self.clock, name) for name in ("kind", "step", "form", "example", "zone")}
         about = {
             "model": self.spec, "columns": self.columns, "time": self.time, "time_format": self.time_format,
-            "rows": self.rows, "clock": clock, "step": self.step,
+            "names": self.names, "rows": self.rows, "clock": clock, "step": self.step,
         }  # fmt: skip
         tensors = {f"variance {name}": value for name, value in self._values.items()}
         tensors |= {"middle": self._middle, "scale": self._scale, "last": torch.tensor(self.last, dtype=F64)}
@@ -406,6 +409,7 @@ class SeriesFilter:
         made = cls(told["model"], step=told["step"])
         made.columns, made.time, made.rows = tuple(told["columns"]), told["time"], told["rows"]
         made.time_format, made.clock = told["time_format"], Clock(**told["clock"])
+        made.names = tuple(told["names"])
         made._plan = made._blueprint(len(made.columns))
         made._values = {
             name: tensors[f"variance {name}"]
@@ -428,7 +432,7 @@ def _climb(objective: Any, start: Tensor) -> Tensor:
     def closure() -> Tensor:
         optimiser.zero_grad()
         loss: Tensor = -objective(x)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():

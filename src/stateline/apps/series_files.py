@@ -1,7 +1,6 @@
 """Series over time from CSV files and streams, a row at a time: delimiter and header are found out, times understood.
 
-A row is a moment, a column a series. Cells are separated by tabs, semicolons, commas or blanks, whichever the first line
-has. It is a header if one of its cells is neither a number, nor missing, nor a date; without one, columns are called 1,
+A row is a moment, a column a series. Cells are separated by tabs, semicolons, commas or blanks, as in the first line. It is a header if one of its cells is neither a number, nor missing, nor a date; without one, columns are called 1,
 2, …. Missing is an empty cell, nan, na, null, none or ?. Lines that are empty or begin with # are passed over.
 """
 
@@ -12,6 +11,7 @@ import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class SeriesReader:
         time: the name or the number, from 1, of the column of times; None if there is none.
         columns: names or numbers of those to read, in order; None for all but the time.
         time_format: of dates, as for strptime; None for numbers or ISO 8601.
+        names: of all columns, for lines without a header that go on with a file that had one.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class SeriesReader:
         time: str | None = None,
         columns: Sequence[str] | None = None,
         time_format: str | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self.source, self.time_format = source, time_format
         self._lines = enumerate(lines, 1)
@@ -64,7 +66,7 @@ class SeriesReader:
         self._aware: bool | None = None
         self.delimiter = ""
         number, cells = self._first()
-        names = [str(i) for i in range(1, len(cells) + 1)]
+        names = list(names) if len(names) == len(cells) else [str(i) for i in range(1, len(cells) + 1)]
         if any(not (_plain(cell) or _date(cell, time_format)) for cell in cells):
             names = [name or str(i) for i, name in enumerate(cells, 1)]
             if len(set(names)) < len(names):
@@ -72,7 +74,7 @@ class SeriesReader:
                 raise checks.fail(OP, f"{source}, line {number}: two columns are called {twice!r}.")
         else:
             self._waiting.append((number, cells))
-        self.width, self._names = len(cells), names
+        self.width, self._names, self.names = len(cells), names, tuple(names)
         self._time = None if time is None else self._place(time, "--time")
         if columns is None:
             self._places = [i for i in range(self.width) if i != self._time]
@@ -260,7 +262,7 @@ class Clock:
 
 def _middle_gap(clock: Clock, rows: Sequence[Row], default: float) -> float:
     places = [clock.position(row.moment) for row in rows if row.moment is not None]
-    gaps = sorted(b - a for a, b in zip(places, places[1:], strict=False) if b > a)
+    gaps = sorted(b - a for a, b in pairwise(places) if b > a)
     return gaps[len(gaps) // 2] if gaps else default
 
 
@@ -277,6 +279,7 @@ class Series:
     source: str = "the series"
     time: str | None = None
     time_format: str | None = None
+    names: tuple[str, ...] = ()  # of all columns of the file
 
 
 def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence[str] | None = None) -> Series:
@@ -326,4 +329,4 @@ def read_series(
         reader = SeriesReader(str(path), file, time=time, columns=columns, time_format=time_format)
         rows = list(reader)
     values = torch.tensor([row.values for row in rows], dtype=torch.float64).reshape(len(rows), len(reader.columns))
-    return Series(values, reader.columns, rows, str(path), reader.time, time_format)
+    return Series(values, reader.columns, rows, str(path), reader.time, time_format, reader.names)

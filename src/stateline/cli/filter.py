@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "take noise out of series, forecast them"
 DESCRIPTION = """\
-Take the noise out of a series, forecast it, and go on with what comes tomorrow. The noise of the sensor and the pace of
-the signal are learnt from the data. Values may be missing, times uneven. Memory is constant, however long the file is."""
+Take the noise out of a series, forecast it, and go on with what comes tomorrow. How noisy the sensor is, and how the
+signal moves, is learnt from the data. Values may be missing, times uneven. Memory is constant, however long the file is."""
 EPILOG = """\
 examples:
   stateline filter sensor.csv > clean.csv
@@ -200,7 +200,12 @@ class Job:
         o, sensor = self.options, self.sensor
         if o.load_state:
             return SeriesReader(
-                source, lines, time=sensor.time, columns=sensor.columns, time_format=sensor.time_format
+                source,
+                lines,
+                time=sensor.time,
+                columns=sensor.columns,
+                time_format=sensor.time_format,
+                names=sensor.names,
             )
         columns = None if o.columns is None else [name.strip() for name in o.columns.split(",")]
         return SeriesReader(source, lines, time=o.time, columns=columns, time_format=o.time_format)
@@ -245,6 +250,7 @@ class Job:
             ahead = self._ahead()
         if self.picture is not None and self.sensor.rows:
             self.picture.draw(o.plot, self.sensor, ahead, o.smooth)
+        self.table.begin()
         self._save()
 
     def _ahead(self) -> Any:
@@ -281,7 +287,7 @@ class Job:
         reader = self._reader
         assert reader is not None
         values = torch.tensor([row.values for row in rows], dtype=torch.float64).reshape(len(rows), -1)
-        return Series(values, reader.columns, rows, reader.source, reader.time, reader.time_format)
+        return Series(values, reader.columns, rows, reader.source, reader.time, reader.time_format, reader.names)
 
     def _piece(self, rows: list[Row], *, smooth: bool = False) -> None:
         if not rows:
@@ -311,7 +317,7 @@ class Job:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: at once while a row is awaited, else after the piece that is in work; a second one at once."""
+    """Ctrl-C and SIGTERM: at once while a row is awaited, else after the piece in work; a second one at once."""
 
     def __init__(self) -> None:
         self.asked = False
