@@ -405,7 +405,13 @@ class SeriesFilter:
         tensors, about = state.read(OP, path)
         if about.get("format") != FORMAT or "filter" not in about:
             raise checks.fail(OP, f"{path} is no saved filter.", "stateline filter --save-state writes one.")
-        told = json.loads(about["filter"])
+        try:
+            return cls._restored(json.loads(about["filter"]), tensors)
+        except KeyError as error:
+            raise checks.fail(OP, f"{path} lacks {error}.", "Was it written by another version? Fit again.") from error
+
+    @classmethod
+    def _restored(cls, told: dict[str, Any], tensors: dict[str, Tensor]) -> SeriesFilter:
         made = cls(told["model"], step=told["step"])
         made.columns, made.time, made.rows = tuple(told["columns"]), told["time"], told["rows"]
         made.time_format, made.clock = told["time_format"], Clock(**told["clock"])

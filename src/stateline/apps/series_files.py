@@ -1,7 +1,8 @@
 """Series over time from CSV files and streams, a row at a time: delimiter and header are found out, times understood.
 
-A row is a moment, a column a series. Cells are separated by tabs, semicolons, commas or blanks, as in the first line. It is a header if one of its cells is neither a number, nor missing, nor a date; without one, columns are called 1,
-2, …. Missing is an empty cell, nan, na, null, none or ?. Lines that are empty or begin with # are passed over.
+A row is a moment, a column a series. Cells are separated by tabs, semicolons, commas or blanks, as in the first line.
+That is a header if one of its cells is neither a number, nor missing, nor a date; without one, columns are called 1, 2,
+…. Missing is an empty cell, nan, na, null, none or ?. Lines that are empty or begin with # are passed over.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from datetime import UTC, datetime, timedelta, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
