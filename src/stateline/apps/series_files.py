@@ -282,6 +282,13 @@ class Series:
     time_format: str | None = None
     names: tuple[str, ...] = ()  # of all columns of the file
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice) -> Series:
+        """Some of its rows, as a series."""
+        return replace(self, values=self.values[rows], rows=self.rows[rows])
+
 
 def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence[str] | None = None) -> Series:
     """A series from an array (T) or (T, columns), and times (T): numbers or datetimes."""
