@@ -138,37 +138,45 @@ def draw_noise(pyplot: Any, made: dict[str, Any], out: Path) -> None:
 
 
 def draw_track(pyplot: Any, made: dict[str, Any], out: Path) -> None:
-    """The way seen from above, and from a radar that only knows distance and bearing."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
-    places, path, cov = made["places"], made["path"], made["path_cov"]
-    axes[0].plot(places[:, 0], places[:, 1], ".", color="0.55", markersize=4, label="messages, whole")
-    axes[0].plot(path[:, 0], path[:, 1], color="tab:blue", linewidth=1.2, label="smoothed")
-    _ellipses(axes[0], path, cov, "tab:blue")
-    seen, guess = made["radar_places"], made["guess"]
-    axes[1].plot(seen[:, 0], seen[:, 1], ".", color="0.55", markersize=4, label="radar: distance and bearing")
-    axes[1].plot(path[:, 0], path[:, 1], color="black", linewidth=0.8, label="smoothed messages")
-    axes[1].plot(guess[:, 0], guess[:, 1], color="tab:orange", linewidth=1.2, label="extended filter")
-    axes[1].plot(*made["radar"].tolist(), "^", color="tab:red", label="radar")
-    for axis in axes:
-        axis.set(xlabel="km east", aspect="equal")
+    """The way by messages and by a radar, and the minute in which nothing came."""
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 8.5), layout="constrained", height_ratios=(4, 3))
+    places, path, guess, echoes = (made[name] for name in ("places", "path", "guess", "radar_places"))
+    above.plot(echoes[:, 0], echoes[:, 1], ".", color="0.55", markersize=4, label="radar: distance and bearing")
+    above.plot(path[:, 0], path[:, 1], color="black", linewidth=0.8, label="smoothed messages")
+    above.plot(guess[:, 0], guess[:, 1], color="tab:orange", linewidth=1.2, label="extended filter, by radar alone")
+    above.plot(*made["radar"].tolist(), "^", color="tab:red", label="radar")
+    lost = [t for t, gone in enumerate(made["lost"].tolist()) if gone]
+    for moments, color, name in (
+        (made["live"], "tab:orange", "as it came in"),
+        (made["whole"], "tab:blue", "smoothed"),
+    ):
+        mean, cov = moments.mean[:, [0, 2]], moments.cov[:, [0, 2]][:, :, [0, 2]]
+        below.plot(mean[:, 0], mean[:, 1], color=color, linewidth=1.2, label=name)
+        for t in lost[::2]:
+            below.add_patch(_ellipse(mean[t], cov[t], color))
+    below.plot(places[:, 0], places[:, 1], ".", color="black", markersize=5, label="messages", zorder=3)
+    around = path[max(lost[0] - 12, 0) : lost[-1] + 14]
+    (west, south), (east, north) = around.amin(0).tolist(), around.amax(0).tolist()
+    below.set(
+        xlim=(west - 1, east + 1), ylim=(south - 5, north + 5), title="nothing came for 80 s: where it is with 95 %"
+    )
+    for axis in (above, below):
+        axis.set(xlabel="km east", ylabel="km north", aspect="equal")
         axis.legend(fontsize="small")
-    axes[0].set_ylabel("km north")
     figure.savefig(out, dpi=80)
     pyplot.close(figure)
 
 
-def _ellipses(axis: Any, path: Any, cov: Any, color: str) -> None:
-    """Where it is with 95 %, wherever that is wide enough to be seen."""
+def _ellipse(place: Any, spread: Any, color: str) -> Any:
+    """Where it is with 95 %."""
     import torch
     from matplotlib.patches import Ellipse
 
-    for place, spread in zip(path[::3], cov[::3], strict=True):
-        sizes, axes = torch.linalg.eigh(spread)
-        widths = 2 * math.sqrt(5.99) * sizes.clamp(min=0).sqrt()
-        angle = math.degrees(math.atan2(axes[1, 1], axes[0, 1]))
-        axis.add_patch(
-            Ellipse(tuple(place.tolist()), float(widths[1]), float(widths[0]), angle=angle, color=color, alpha=0.15)
-        )
+    sizes, axes = torch.linalg.eigh(spread)
+    widths = 2 * math.sqrt(5.99) * sizes.clamp(min=0).sqrt()
+    angle = math.degrees(math.atan2(axes[1, 1], axes[0, 1]))
+    x, y = place.tolist()
+    return Ellipse((x, y), float(widths[1]), float(widths[0]), angle=angle, color=color, alpha=0.15)
 
 
 def main(argv: list[str] | None = None) -> int:

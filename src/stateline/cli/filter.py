@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SUMMARY = "take noise out of series, forecast them"
 DESCRIPTION = """\
 Take the noise out of a series, forecast it, and go on with what comes tomorrow. How noisy the sensor is, and how the
-signal moves, is learnt from the data. Values may be missing, times uneven. Memory is constant, however long the file."""
+signal moves, is learnt from the data. Values may be missing, times uneven. Memory is constant, for any file."""
 EPILOG = """\
 examples:
   stateline filter sensor.csv > clean.csv
