@@ -39,38 +39,42 @@ MATRICES = ("A", "C", "Q", "R", "m0", "P0", "continuous")
 F64 = torch.float64
 
 
+Block = tuple[Tensor, dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Part:
-    """One component: drift (n, n), an intensity (n, n) for each variance, how it is seen (m, n).
+    """One component: blocks of its state that move apart, and how it is seen (m, n).
 
+    blocks: of each its drift (k, k), and an intensity (k, k) for each variance.
     levels: states that begin at the middle of the data, one an axis; the others begin about 0.
     """
 
-    drift: Tensor
-    noises: dict[str, Tensor]
+    blocks: list[Block]
     seen: Tensor
     levels: tuple[int, ...] = ()
 
 
+def _diagonal(*values: float) -> Tensor:
+    return torch.diag(torch.tensor(values, dtype=F64))
+
+
 def _level(columns: int) -> Part:
-    one = torch.ones(1, 1, dtype=F64)
-    return Part(torch.zeros(1, 1, dtype=F64), {"level": one}, one, (0,))
+    return Part([(_diagonal(0.0), {"level": _diagonal(1.0)})], torch.ones(1, 1, dtype=F64), (0,))
 
 
 def _trend(columns: int, damping: float = 1.0) -> Part:
     _bounded("local-trend", "damping", damping, 0.0, 1.0)
     drift = torch.tensor([[0.0, 1.0], [0.0, math.log(damping)]], dtype=F64)
-    level, slope = torch.diag(torch.tensor([1.0, 0.0], dtype=F64)), torch.diag(torch.tensor([0.0, 1.0], dtype=F64))
-    return Part(drift, {"level": level, "slope": slope}, torch.tensor([[1.0, 0.0]], dtype=F64), (0,))
+    noises = {"level": _diagonal(1.0, 0.0), "slope": _diagonal(0.0, 1.0)}
+    return Part([(drift, noises)], torch.tensor([[1.0, 0.0]], dtype=F64), (0,))
 
 
 def _waves(frequencies: list[float], name: str, damping: float) -> Part:
-    n = 2 * len(frequencies)
-    drift = math.log(damping) * torch.eye(n, dtype=F64)
-    for i, w in enumerate(frequencies):
-        drift[2 * i, 2 * i + 1], drift[2 * i + 1, 2 * i] = w, -w
+    fades = math.log(damping)
+    turns = [torch.tensor([[fades, w], [-w, fades]], dtype=F64) for w in frequencies]
     seen = torch.tensor([[1.0, 0.0] * len(frequencies)], dtype=F64)
-    return Part(drift, {name: torch.eye(n, dtype=F64)}, seen)
+    return Part([(turn, {name: _diagonal(1.0, 1.0)}) for turn in turns], seen)
 
 
 def _seasonal(columns: int, period: float, harmonics: int | None = None) -> Part:
@@ -89,13 +93,10 @@ def _oscillator(columns: int, period: float, damping: float = 1.0) -> Part:
 
 def _moving(order: int, name: str) -> Callable[..., Part]:
     def part(columns: int) -> Part:
-        axes = torch.eye(columns, dtype=F64)
         chain = torch.diag(torch.ones(order - 1, dtype=F64), 1)
-        last = torch.zeros(order, order, dtype=F64)
-        last[-1, -1] = 1
-        seen = torch.kron(axes, torch.eye(order, dtype=F64)[:1].contiguous())
-        drift, noise = torch.kron(axes, chain), torch.kron(axes, last)
-        return Part(drift, {name: noise}, seen, tuple(range(0, order * columns, order)))
+        pushed = _diagonal(*[0.0] * (order - 1), 1.0)
+        seen = torch.eye(order * columns, dtype=F64)[::order]
+        return Part([(chain, {name: pushed})] * columns, seen, tuple(range(0, order * columns, order)))
 
     return part
 
@@ -228,7 +229,7 @@ class Blueprint:
 
     spec: dict[str, Any]
     joint: bool
-    blocks: list[tuple[Tensor, dict[str, Tensor]]]
+    blocks: list[Block]
     seen: Tensor
     sensors: dict[str, Tensor]
     continuous: bool
@@ -263,9 +264,7 @@ class Blueprint:
             moves = gaps > 0  # two rows of one time: nothing happens between
             A, Q = torch.eye(n, dtype=F64).repeat(len(gaps), 1, 1), torch.zeros(len(gaps), n, n, dtype=F64)
             if moves.any():
-                sampled = discretize(drift, None, gaps[moves], intensity)
-                assert sampled.Q is not None
-                A[moves], Q[moves] = sampled.A, sampled.Q
+                A[moves], Q[moves] = _sampled(drift, intensity, gaps[moves])
             return A, Q
         found = []
         for gap in gaps.tolist():
@@ -280,6 +279,23 @@ class Blueprint:
         return torch.stack([A for A, _ in found]), torch.stack([Q for _, Q in found])
 
 
+def _sampled(drift: Tensor, intensity: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
+    """A and Q (U, n, n) over gaps > 0, the same bits for a gap whichever others stand beside it.
+
+    `discretize` works as finely as its longest step needs; so gaps go by octaves, each with its longest.
+    """
+    n = len(drift)
+    A, Q = gaps.new_zeros(len(gaps), n, n), gaps.new_zeros(len(gaps), n, n)
+    octaves = torch.frexp(gaps).exponent
+    for octave in octaves.unique():
+        here = octaves == octave
+        longest = torch.ldexp(torch.ones(1, dtype=F64), octave)
+        made = discretize(drift, None, torch.cat([gaps[here], longest]), intensity)
+        assert made.Q is not None
+        A[here], Q[here] = made.A[:-1], made.Q[:-1]
+    return A, Q
+
+
 def blueprint(spec: dict[str, Any], columns: int) -> Blueprint:
     """What makes the matrices of a description for so many columns.
 
@@ -289,7 +305,8 @@ def blueprint(spec: dict[str, Any], columns: int) -> Blueprint:
         return _of_matrices(spec, columns)
     components = spec["components"]
     joint = any(KINDS[given["kind"]][3] for given in components.values())
-    blocks, seen, fixed, names = [], [], {}, []
+    blocks: list[Block] = []
+    seen, fixed, names = [], {}, []
     levels: list[int] = []
     at = 0
     for name, given in components.items():
@@ -300,7 +317,7 @@ def blueprint(spec: dict[str, Any], columns: int) -> Blueprint:
         options = {key: v for key, v in given.items() if key != "kind" and key not in variances}
         part = make(columns, **options)
         called = {key: key if key not in names else f"{name} {key}" for key in variances}
-        blocks.append((part.drift, {called[key]: intensity for key, intensity in part.noises.items()}))
+        blocks += [(drift, {called[key]: unit for key, unit in noises.items()}) for drift, noises in part.blocks]
         seen.append(part.seen)
         if not levels:
             levels = [at + i for i in part.levels]
@@ -308,7 +325,7 @@ def blueprint(spec: dict[str, Any], columns: int) -> Blueprint:
             names.append(called[key])
             if (value := given.get(key, LEARN)) != LEARN:
                 fixed[called[key]] = float(value)
-        at += len(part.drift)
+        at += part.seen.shape[1]
     if (value := spec.get(NOISE, LEARN)) != LEARN:
         fixed[NOISE] = float(value)
     names.append(NOISE)

@@ -241,10 +241,9 @@ class SeriesFilter:
         out, _ = kalman_filter(model, y, initial_state=self._state)
         assert out.mean is not None
         assert out.cov is not None
-        cov = plan.seen @ out.cov @ plan.seen.mT + model.R
-        mean = out.mean @ plan.seen.mT
-        sd = cov.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        return Ahead(times, self._flat(mean[:, 1:]), self._flat(sd[:, 1:]))
+        mean, variance = self._shown(out.mean[:, 1:], out.cov[:, 1:])
+        sd = (variance + model.R.diagonal(dim1=-2, dim2=-1)).sqrt()
+        return Ahead(times, self._flat(mean), self._flat(sd))
 
     def places(self, ahead: Ahead) -> list[Any]:
         """Where on the axis of time a forecast lies: row numbers, numbers or datetimes."""
@@ -254,27 +253,28 @@ class SeriesFilter:
         return where if self.clock.kind == "numbers" else [self.clock.moment(x) for x in where]
 
     def _whole(self, series: Series) -> Clean:
-        plan = self._ready()
         model, y, start, skip = self._prepared(series.values, series.rows, series.source)
         both = kalman_smoother(model, y, initial_state=start)
-        sm, sc = both.mean[:, skip:], both.cov[:, skip:]
+        mean, variance = self._shown(both.mean[:, skip:], both.cov[:, skip:])
         clean = self.extend(series)
-        sd = (plan.seen @ sc @ plan.seen.mT).diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        return replace(clean, smoothed=self._flat(sm @ plan.seen.mT), smoothed_sd=self._flat(sd))
+        return replace(clean, smoothed=self._flat(mean), smoothed_sd=self._flat(variance.sqrt()))
 
     def _chunk(self, values: Tensor, rows: list[Row], source: str) -> Clean:
-        plan = self._ready()
         model, y, start, skip = self._prepared(values, rows, source)
         out, last = kalman_filter(model, y, initial_state=start)
         assert out.mean is not None
         assert out.cov is not None
-        mean = out.mean[:, skip:] @ plan.seen.mT
-        cov = plan.seen @ out.cov[:, skip:] @ plan.seen.mT
-        sd = cov.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        mean, variance = self._shown(out.mean[:, skip:], out.cov[:, skip:])
         places = self._places(rows, self.last, source)
         assert isinstance(last, KalmanState)
         self._state, self.last, self.rows = last, places[-1], self.rows + len(rows)
-        return Clean(self._flat(mean), self._flat(sd), out.loglik[:, skip:].sum(0))
+        return Clean(self._flat(mean), self._flat(variance.sqrt()), out.loglik[:, skip:].sum(0))
+
+    def _shown(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance (N, T, m) of what a state (N, T, n) shows; as sums, a row's bits are its own."""
+        seen = self._ready().seen
+        half = (cov[..., None, :, :] * seen[:, :, None]).sum(-2)
+        return (mean[..., None, :] * seen).sum(-1), (half * seen).sum(-1).clamp(min=0)
 
     def _prepared(
         self, values: Tensor, rows: list[Row], source: str

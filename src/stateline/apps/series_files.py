@@ -240,7 +240,8 @@ class Clock:
         if self.kind == "months":
             number, part = divmod(position + 1e-9, 1.0)
             year, month = divmod(int(number), 12)
-            hours = round(part * calendar.monthrange(year, month + 1)[1] * 24)
+            unit = 24 if len(self.example) <= 10 else 1  # months end on different days: whole ones, where days are
+            hours = round(part * calendar.monthrange(year, month + 1)[1] * 24 / unit) * unit
             own = None if self.zone is None else timezone(timedelta(minutes=self.zone))
             return datetime(year, month + 1, 1, tzinfo=own) + timedelta(hours=hours)
         zone = UTC if self.zone is None else timezone(timedelta(minutes=self.zone))
