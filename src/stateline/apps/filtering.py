@@ -253,21 +253,20 @@ class SeriesFilter:
         return where if self.clock.kind == "numbers" else [self.clock.moment(x) for x in where]
 
     def _whole(self, series: Series) -> Clean:
-        model, y, start, skip = self._prepared(series.values, series.rows, series.source)
+        model, y, start, skip, _ = self._prepared(series.values, series.rows, series.source)
         both = kalman_smoother(model, y, initial_state=start)
         mean, variance = self._shown(both.mean[:, skip:], both.cov[:, skip:])
         clean = self.extend(series)
         return replace(clean, smoothed=self._flat(mean), smoothed_sd=self._flat(variance.sqrt()))
 
     def _chunk(self, values: Tensor, rows: list[Row], source: str) -> Clean:
-        model, y, start, skip = self._prepared(values, rows, source)
+        model, y, start, skip, end = self._prepared(values, rows, source)
         out, last = kalman_filter(model, y, initial_state=start)
         assert out.mean is not None
         assert out.cov is not None
         mean, variance = self._shown(out.mean[:, skip:], out.cov[:, skip:])
-        places = self._places(rows, self.last, source)
         assert isinstance(last, KalmanState)
-        self._state, self.last, self.rows = last, places[-1], self.rows + len(rows)
+        self._state, self.last, self.rows = last, end, self.rows + len(rows)
         return Clean(self._flat(mean), self._flat(variance.sqrt()), out.loglik[:, skip:].sum(0))
 
     def _shown(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,8 +277,8 @@ class SeriesFilter:
 
     def _prepared(
         self, values: Tensor, rows: list[Row], source: str
-    ) -> tuple[StateSpace, Tensor, KalmanState | None, int]:
-        """Model, y, start of a piece, and how many rows stand ahead of it.
+    ) -> tuple[StateSpace, Tensor, KalmanState | None, int, float]:
+        """Model, y, start of a piece, how many rows stand ahead of it, and the position of its last.
 
         Ahead stands the last row again with nothing seen, so that the way from there is a step as any other; after the
         last row the model stands still, so that the state it leaves is that row's: pieces equal the whole, bit for bit.
@@ -288,10 +287,10 @@ class SeriesFilter:
         y = self._arranged(values)
         if self._state is None:
             A, units = self._over(self._steps(places, True))
-            return self._model(A, units, self._values), y, None, 0
+            return self._model(A, units, self._values), y, None, 0, places[-1] if places else math.nan
         y = torch.cat([torch.full_like(y[:, :1], math.nan), y], 1)
         A, units = self._over(self._steps([self.last, *places], True))
-        return self._model(A, units, self._values), y, self._state, 1
+        return self._model(A, units, self._values), y, self._state, 1, places[-1] if places else self.last
 
     def _places(self, rows: Sequence[Row], last: float | None, source: str) -> list[float]:
         """Positions of rows, in order."""

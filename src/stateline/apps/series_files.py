@@ -109,7 +109,9 @@ class SeriesReader:
     def _split(self, line: str) -> list[str]:
         if self.delimiter == " ":
             return line.split()
-        return [cell.strip() for cell in next(csv.reader([line], delimiter=self.delimiter))]
+        quoted = '"' in line
+        cells = next(csv.reader([line], delimiter=self.delimiter)) if quoted else line.split(self.delimiter)
+        return [cell.strip() for cell in cells]
 
     def _cells(self) -> Iterator[tuple[int, list[str]]]:
         yield from self._waiting
