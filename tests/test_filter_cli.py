@@ -26,6 +26,7 @@ from stateline.apps.filtering import SeriesFilter, read_series, series_of
 from stateline.apps.series_files import Clock, SeriesReader
 from stateline.classical import kalman_filter, kalman_smoother, local_level
 from stateline.cli import main
+from stateline.cli.filter import _followed
 
 F64 = torch.float64
 KNOWN = {"components": {"level": {"kind": "local-level", "level": 0.3}}, "noise": 0.5}
@@ -289,6 +290,22 @@ def test_ctrl_c_keeps_what_was_read(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_file_is_watched_for_more(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("1.0\n2")
+    lines = _followed(path.open())
+    assert next(lines) == "1.0\n"
+    with path.open("a") as log:
+        log.write(".5\n")
+    assert next(lines) == "2.5\n"  # not before it is whole
+
+
+def test_a_pipe_is_written_to_as_it_is(run: Callable[..., str]) -> None:
+    write("x.csv", walk(30))
+    run("x.csv", "--out", os.devnull)
+    assert not Path(os.devnull).is_file()
+
+
 def test_memory_does_not_grow_with_the_file(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filtering, "CHUNK", 16)
     sizes = []
@@ -360,7 +377,7 @@ WRONG = [
     (["--load-state", "s"], "nothing to do but --forecast N"),
     (["--load-state", "s", "--forecast", "3", "--smooth"], "--smooth needs DATA"),
     (["text.csv"], "text.csv, line 3, column 'a': 'high' is no number"),
-    (["dates.csv"], "dates.csv, line 2, column 'time': '2024-01-01' is no number. A date? Say --time."),
+    (["dates.csv"], "dates.csv, line 2, column 'time': '2024-01-01' is no number. The time? Say --time time."),
     (["back.csv", "--time", "1"], "back.csv, line 4: the time '1' is before that of the row ahead, '2'"),
     (["ragged.csv"], "ragged.csv, line 3: 1 cells, expected 2"),
     (["inf.csv"], "inf.csv, line 2, column 'a': 'inf' is infinite"),

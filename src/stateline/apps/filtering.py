@@ -306,7 +306,9 @@ class SeriesFilter:
             place = self.clock.position(row.moment)
             if place < before:
                 back = f"the time {row.label!r} is before that of the row ahead, {self.clock.written(before)!r}"
-                raise checks.fail(OP, f"{source}, line {row.line}: {back}.", "Sort the rows; none may come twice.")
+                raise checks.fail(
+                    OP, f"{source}, line {row.line}: {back}.", "Sort the rows; or was this file taken in before?"
+                )
             before = place
             found.append(place)
         return found

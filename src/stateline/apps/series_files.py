@@ -136,8 +136,9 @@ class SeriesReader:
             if cell.lower() in MISSING:
                 return math.nan
             place = f"{self.source}, line {line}, column {self._names[i]!r}"
-            hint = "A date? Say --time." if _date(cell, self.time_format) else "Missing is an empty cell or nan."
-            others = "" if self.width == 1 else " --columns chooses columns."
+            dated = _date(cell, self.time_format) is not None
+            hint = f"The time? Say --time {self._names[i]}." if dated else "Missing is an empty cell or nan."
+            others = "" if self.width == 1 or dated else " --columns chooses columns."
             raise checks.fail(OP, f"{place}: {cell[:40]!r} is no number.", hint + others) from None
         if math.isinf(value):
             raise checks.fail(OP, f"{self.source}, line {line}, column {self._names[i]!r}: {cell!r} is infinite.")

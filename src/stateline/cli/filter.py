@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -112,8 +113,14 @@ def run(options: argparse.Namespace) -> int:
             job.begin(out, None)
         else:
             source = "stdin" if options.data == "-" else options.data
-            lines = stack.enter_context(_lines(options, stop))
-            job.begin(out, job.reader(source, lines))
+            lines = stop.until(stack.enter_context(_lines(options)))
+            try:
+                reader = job.reader(source, lines)
+            except ValueError:
+                if stop.asked:  # nothing came until then
+                    raise KeyboardInterrupt from None
+                raise
+            job.begin(out, reader)
             job.all_rows()
         job.end()
     if stop.asked:
@@ -164,6 +171,10 @@ def _check_files(options: argparse.Namespace) -> None:
         seen[path.resolve()] = flag
         if path.is_dir() or not path.parent.is_dir():
             raise UsageError(f"{flag} {path}: " + ("is a folder" if path.is_dir() else "there is no such folder"))
+        if path.exists() and not path.is_file():
+            if name == "out":  # a pipe or a terminal
+                continue
+            raise UsageError(f"{flag} {path}: is no file")
         if path.exists() and not options.overwrite:
             raise UsageError(f"{flag}: {path} exists; --overwrite replaces it")
     if options.plot and options.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -223,7 +234,8 @@ class Job:
     def all_rows(self) -> None:
         """Learn if there is nothing to go on from, then filter row by row, piece by piece, or all at once."""
         o = self.options
-        rows = self._interruptible()
+        assert self._reader is not None
+        rows = iter(self._reader)
         try:
             if not o.load_state:
                 first = list(islice(rows, 1 if o.follow else o.learn_rows or LEARN_ROWS))
@@ -275,9 +287,9 @@ class Job:
         self.sensor.fit(self._series(rows), learn=learns)
         if learns and not self.options.quiet:
             took = time.perf_counter() - began
-            print(f"learnt from {len(rows):,} rows in {took:.1f} s; variances a step:", file=sys.stderr)
+            print(f"learnt from {len(rows):,} rows in {took:.1f} s; standard deviations a step:", file=sys.stderr)
             for name, values in self.sensor.variances.items():
-                print(f"  {name:12s} " + "  ".join(f"{value:.6g}" for value in values), file=sys.stderr)
+                print(f"  {name:12s} " + "  ".join(f"{value**0.5:.6g}" for value in values), file=sys.stderr)
 
     def _series(self, rows: list[Row]) -> Series:
         import torch
@@ -298,26 +310,15 @@ class Job:
         if self.picture is not None:
             self.picture.add(series, clean, self.sensor.rows)
 
-    def _interruptible(self) -> Iterator[Row]:
-        """The rows until the last or until a stop is asked for."""
-        assert self._reader is not None
-        rows = iter(self._reader)
-        while not self.stop.asked:
-            try:
-                with self.stop.waiting():
-                    row = next(rows, None)
-            except KeyboardInterrupt:
-                return
-            if row is None:
-                return
-            yield row
-
 
 # ---- stopping --------------------------------------------------------------------------------------------------------
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: at once while a row is awaited, else after the piece in work; a second one at once."""
+    """Ctrl-C and SIGTERM end the lines: at once while one is awaited, else after the piece in work.
+
+    What was read by then is written and saved. A second signal ends it all at once.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -329,19 +330,28 @@ class Stop:
             raise KeyboardInterrupt
         self.asked = True
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While this holds, a signal raises KeyboardInterrupt."""
-        self._waits = True
-        try:
-            yield
-        finally:
-            self._waits = False
+    def until(self, lines: Iterable[str]) -> Iterator[str]:
+        """The lines, until a signal comes."""
+        source = iter(lines)
+        while not self.asked:
+            try:
+                self._waits = True
+                line = next(source, None)
+            except KeyboardInterrupt:
+                return
+            finally:
+                self._waits = False
+            if line is None:
+                return
+            yield line
 
 
 @contextmanager
 def _stopped() -> Iterator[Stop]:
     stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+        yield stop
+        return
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
@@ -359,19 +369,21 @@ def _output(options: argparse.Namespace) -> Iterator[TextIO]:
     if options.out is None:
         yield sys.stdout
         return
-    path = options.out if options.follow else options.out.with_name(f".{options.out.name}.part")
+    straight = options.follow or (options.out.exists() and not options.out.is_file())
+    path = options.out if straight else options.out.with_name(f".{options.out.name}.part")
     with open(path, "w", encoding="utf-8", newline="") as file:
         try:
             yield file
         except BaseException:
-            if path != options.out:
+            if not straight:
                 path.unlink(missing_ok=True)
             raise
-    path.replace(options.out)
+    if not straight:
+        path.replace(options.out)
 
 
 @contextmanager
-def _lines(options: argparse.Namespace, stop: Stop) -> Iterator[Iterable[str]]:
+def _lines(options: argparse.Namespace) -> Iterator[Iterable[str]]:
     if options.data == "-":
         yield sys.stdin
         return
