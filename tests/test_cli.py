@@ -236,7 +236,8 @@ def test_the_bundled_models_write_at_once(run: Callable[..., str]) -> None:
 def test_train_then_generate_from_the_run(run: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The state of the union is strong, and so is the text. " * 100)
     out = str(tmp_path / "run")
-    sizes = "--d-model 16 --n-layer 1 --d-state 4 --context 32 --batch-size 2 --steps 3".split()
+    sizes = ["--d-model", "16", "--n-layer", "1", "--d-state", "4", "--context", "32", "--batch-size", "2"]
+    sizes += ["--steps", "3"]
     run("train", str(tmp_path / "text.txt"), "--out", out, *sizes, "--sample-every", "0", "--progress", "off")
     assert run("generate", "The", "--model", out, "--max-tokens", "5")
     facts = json.loads(run("info", out, "--json"))

@@ -174,7 +174,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _checked(spec: dict[str, Any], source: str) -> dict[str, Any]:
     """The description with a level, where none of its components is one, and its noise."""
     if "components" not in spec:
-        _unknown(spec, MATRICES, source)
+        _unknown(spec, ("components", NOISE, *MATRICES), source)
+        if NOISE in spec:
+            raise checks.fail(OP, f"{source} has noise beside matrices.", "There the noise is R.")
         for name in ("A", "C", "Q", "R"):
             if name not in spec:
                 raise checks.fail(OP, f"{source} lacks {name}.", "It needs A, C, Q and R, or `components:`.")
