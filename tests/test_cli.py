@@ -63,6 +63,11 @@ FLAGS = {
         "--limit", "--lines", "--mode", "--room", "--state-dtype", "--stride", "--threads", "--weights", "-h",
     ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
+    "filter": [
+        "--columns", "--debug", "--follow", "--forecast", "--help", "--interval", "--learn-rows", "--load-state",
+        "--model", "--out", "--overwrite", "--plot", "--quiet", "--save-state", "--smooth", "--step", "--time",
+        "--time-format", "-h",
+    ],
     "generate": [
         "--batch", "--batch-size", "--cache-dtype", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy",
         "--help",
@@ -92,7 +97,7 @@ TRAIN_FLAGS = {"--out", "--steps", "--minutes", "--size", "--context", "--batch-
 def test_commands_and_flags_are_frozen() -> None:
     """A flag that goes breaks scripts: this list changes on purpose only, with a line in the changelog."""
     commands = next(a for a in build_parser()._actions if a.dest == "command").choices
-    names = ["bench", "classify", "convert", "eval", "explain", "generate", "info", "tokenize", "train"]
+    names = ["bench", "classify", "convert", "eval", "explain", "filter", "generate", "info", "tokenize", "train"]
     assert sorted(commands) == names  # type: ignore[arg-type]
     for name, flags in FLAGS.items():
         assert sorted(commands[name]._option_string_actions) == flags, name  # type: ignore[index, call-overload]
@@ -103,7 +108,7 @@ def test_commands_and_flags_are_frozen() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        [], ["train"], ["tokenize"], ["generate"], ["eval"], ["bench"], ["convert"], ["info"], ["explain"],
+        [], ["train"], ["tokenize"], ["generate"], ["eval"], ["bench"], ["convert"], ["info"], ["explain"], ["filter"],
         ["classify"], ["classify", "train"], ["classify", "predict"], ["classify", "stream"],
     ],
 )  # fmt: skip
@@ -122,7 +127,7 @@ def test_help_and_version_come_without_torch() -> None:
     code = """
 import sys
 from stateline.cli import main
-commands = ("generate", "train", "tokenize", "eval", "bench", "classify", "classify train")
+commands = ("generate", "train", "tokenize", "eval", "bench", "classify", "classify train", "filter")
 for command in ("--help", *(f"{name} --help" for name in commands), "--version", "nonsense"):
     try:
         main(command.split())
@@ -231,20 +236,8 @@ def test_the_bundled_models_write_at_once(run: Callable[..., str]) -> None:
 def test_train_then_generate_from_the_run(run: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The state of the union is strong, and so is the text. " * 100)
     out = str(tmp_path / "run")
-    sizes = [
-        "--d-model",
-        "16",
-        "--n-layer",
-        "1",
-        "--d-state",
-        "4",
-        "--context",
-        "32",
-        "--batch-size",
-        "2",
-        "--steps",
-        "3",
-    ]
+    sizes = ["--d-model", "16", "--n-layer", "1", "--d-state", "4", "--context", "32", "--batch-size", "2"]
+    sizes += ["--steps", "3"]
     run("train", str(tmp_path / "text.txt"), "--out", out, *sizes, "--sample-every", "0", "--progress", "off")
     assert run("generate", "The", "--model", out, "--max-tokens", "5")
     facts = json.loads(run("info", out, "--json"))

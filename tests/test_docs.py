@@ -39,8 +39,10 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one namespace a page, in an empty folder."""
+    """In order, in one namespace a page, in a folder that holds only the data that lies beside the pages."""
     monkeypatch.chdir(tmp_path)
+    for data in (ROOT / "docs").glob("*.csv"):
+        (tmp_path / data.name).write_bytes(data.read_bytes())
     namespace: dict[str, object] = {"__name__": page.stem}
     for line, code in blocks(page, "python"):
         exec(compile("\n" * line + code, str(page), "exec"), namespace)  # the lines of a traceback are the page's

@@ -11,10 +11,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from stateline.cli import bench, classify, convert, eval, explain, generate, info, tokenize, train
+from stateline.cli import bench, classify, convert, eval, explain, filter, generate, info, tokenize, train
 from stateline.cli.parser import Parser, UsageError, new_parser
 
-COMMANDS = (train, tokenize, generate, eval, classify, bench, convert, info, explain)
+COMMANDS = (train, tokenize, generate, eval, classify, filter, bench, convert, info, explain)
 
 #: What a user's input can cause; anything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
@@ -27,6 +27,7 @@ examples:
   stateline train book.txt --out runs/book        train your own on a text or a folder
   stateline generate "Once" --model runs/book     and let it write
   stateline classify train gestures.csv --out runs/gestures   and tell signals apart
+  stateline filter sensor.csv --forecast 24       take out the noise, look ahead
   stateline <command> --help                      more, with examples
 """
 

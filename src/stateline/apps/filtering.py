@@ -1,0 +1,447 @@
+"""Noisy series made clean, forecast, and gone on with tomorrow: what `stateline filter` does, in Python.
+
+    series = read_series("sensor.csv", time="time")
+    sensor = SeriesFilter("local-trend").fit(series)     # learns how noisy the sensor is, and how the signal moves
+    clean = sensor.extend(series, smooth=True)
+    ahead = sensor.forecast(24)
+    sensor.save("sensor.safetensors")                    # SeriesFilter.load(…).extend(…) goes on with what comes
+
+The columns of a series are filtered apart, each with variances of its own, unless the model takes them together
+(constant-velocity, constant-acceleration, matrices). Suffixes: N series apart, T rows, m columns together, n state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stateline import checks, state
+from stateline.apps.filter_models import F64, Blueprint, blueprint, described
+from stateline.apps.series_files import Clock, Row, Series, read_series, series_of
+from stateline.classical import KalmanState, StateSpace, kalman_filter, kalman_smoother
+
+__all__ = ["Ahead", "Clean", "SeriesFilter", "read_series", "series_of"]
+
+OP = "filter"
+FORMAT = "stateline-filter"
+#: Variance of what is not known before the first row, in those of the data.
+PRIOR = 1e4
+#: Of the data's variance: where the search for variances begins, what moves beside what is noise.
+STARTS = (1e-4, 1e-2, 1.0)
+#: Logarithms of variances, in those of the data: what moves less stands still. Of a sensor's noise so much stays that
+#: covariances keep their digits.
+LEAST, LEAST_NOISE, MOST = -30.0, -18.0, 12.0
+#: Numbers of a chunk's matrices, which keeps memory constant.
+ROOM = 2_000_000
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Clean:
+    """Estimates of the signal, without the sensor's noise: mean, sd (T, columns), from the rows until then.
+
+    smoothed, smoothed_sd: from all rows, those after it too; None if not asked for.   loglik: (T), summed over columns.
+    """
+
+    mean: Tensor
+    sd: Tensor
+    loglik: Tensor
+    smoothed: Tensor | None = None
+    smoothed_sd: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What the next rows are expected to be, the sensor's noise included: mean, sd (steps, columns); times, written."""
+
+    times: list[str]
+    mean: Tensor
+    sd: Tensor
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends (steps, columns) between which each value lies with probability `level`."""
+        reach = deviations(level)
+        return self.mean - reach * self.sd, self.mean + reach * self.sd
+
+
+def deviations(level: float) -> float:
+    """How many standard deviations an interval of this probability reaches to each side."""
+    if not (isinstance(level, int | float) and 0 < level < 1):
+        raise checks.fail(OP, f"the interval is {level!r}, expected a probability between 0 and 1, such as 0.95.")
+    return math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=F64)))
+
+
+class SeriesFilter:
+    """A filter that learns its noise from a series, goes on for ever, and is saved and loaded.
+
+    Args:
+        model: a name ("local-trend"), a sum of names ("local-trend+seasonal:24"), a YAML file, or what such a file
+            holds; `stateline filter --help` lists the names.
+        step: what is one step of the model, in the units of numeric times or in seconds; None: the middle of the gaps
+            between the rows that `fit` sees.
+
+    Raises:
+        ValueError, TypeError: naming what was expected and what came.
+
+    >>> wave = torch.sin(torch.arange(200) / 20) + 0.3 * torch.randn(200, generator=torch.Generator().manual_seed(0))
+    >>> series = series_of(wave)
+    >>> sensor = SeriesFilter("local-trend").fit(series)
+    >>> clean = sensor.extend(series, smooth=True)
+    >>> truth = torch.sin(torch.arange(200) / 20)
+    >>> bool((clean.smoothed[:, 0] - truth).std() < 0.4 * (wave - truth).std())
+    True
+    >>> sensor.forecast(5).mean.shape
+    torch.Size([5, 1])
+    """
+
+    def __init__(self, model: str | Mapping[str, Any] = "local-trend", *, step: float | None = None) -> None:
+        if step is not None:
+            checks.number(OP, "step", step, low=0.0, open_low=True)
+        self.spec = described(model)
+        self.step = step
+        self.columns: tuple[str, ...] = ()
+        self.time: str | None = None
+        self.time_format: str | None = None
+        self.names: tuple[str, ...] = ()  # of all columns of the file it was fitted to
+        self.clock = Clock()
+        self.rows = 0
+        self.last = math.nan  # position of the last row
+        self._plan: Blueprint | None = None
+        self._values: dict[str, Tensor] = {}  # each variance (N)
+        self._middle = self._scale = torch.empty(0)
+        self._state: KalmanState | None = None  # filtered moments at the last row
+        self._kept: dict[bytes, tuple[Tensor, Tensor]] = {}
+
+    # ---- learning ----------------------------------------------------------------------------------------------------
+
+    @property
+    def variances(self) -> dict[str, list[float]]:
+        """Each variance by name: one a column, or one for all; empty before `fit`."""
+        return {name: values.tolist() for name, values in self._values.items() if name not in ("Q", "R")}
+
+    @property
+    def learns(self) -> bool:
+        """Whether the model leaves variances to be learnt."""
+        spec = self.spec
+        if "components" not in spec:
+            return "learn" in (spec["Q"], spec["R"])
+        return bool(self._blueprint(1).free)
+
+    def fit(self, series: Series | Tensor, *, learn: bool = True) -> SeriesFilter:
+        """Find the step, and the variances that make the series most likely; nothing of it is filtered yet.
+
+        learn: False takes only names, step and scale from the series, for a model without variances to learn.
+        """
+        series = series if isinstance(series, Series) else series_of(series)
+        self.columns, self.time = series.columns, series.time
+        self.time_format, self.names = series.time_format, series.names
+        self.clock = Clock.of(series.rows, self.step, series.time_format)
+        plan = self._plan = self._blueprint(len(self.columns))
+        values = series.values
+        seen = values.isfinite().sum(0)
+        if learn and plan.free:
+            for name, count in zip(self.columns, seen.tolist(), strict=True):
+                if count < 2 + plan.n:
+                    need = f"{len(plan.free)} variances are to be learnt and it has {count} values, expected more"
+                    raise checks.fail(OP, f"{series.source}, column {name!r}: {need} than {1 + plan.n}.")
+        self._middle = torch.nan_to_num(values.nanmedian(0).values if len(values) else torch.zeros(values.shape[1]))
+        spread = torch.stack([column[column.isfinite()].var(correction=0) for column in values.T])
+        known = max([value for name, value in plan.fixed.items() if name in plan.names] or [0.0]) or 1.0
+        self._scale = torch.where(spread > 0, spread, known)  # of one row, or rows all alike, nothing is learnt
+        self._state, self.rows, self.last, self._kept = None, 0, math.nan, {}
+        N = 1 if plan.joint else len(self.columns)
+        self._values = {name: torch.full((N,), value, dtype=F64) for name, value in plan.fixed.items()}
+        if plan.free:
+            if not learn:
+                raise checks.fail(OP, f"the model leaves {', '.join(plan.free)} to be learnt.", "Fit it to a series.")
+            self._learn(plan, series)
+        self._values = {name: self._values[name] for name in (*plan.names, *self._values) if name in self._values}
+        return self
+
+    def _learn(self, plan: Blueprint, series: Series) -> None:
+        """Maximum likelihood, a column at a time: from the best of a few starts by L-BFGS on logarithms."""
+        y, places = self._arranged(series.values), self._places(series.rows, None, series.source)
+        A, units = self._over(self._steps(places, True))
+        found = []
+        moves = torch.tensor([name not in plan.sensors for name in plan.free])
+        least = torch.where(moves, LEAST, LEAST_NOISE).to(F64)
+        for i in range(len(y)):
+            scale = self._scale.amax() if plan.joint else self._scale[i]
+
+            def likelihood(logs: Tensor, i: int = i, scale: Tensor = scale) -> Tensor:
+                given = {name: value[i : i + 1] for name, value in self._values.items()}
+                free = scale * logs.clamp(least, least.new_tensor(MOST)).exp()
+                model = self._model(A, units, given | {n: free[..., k] for k, n in enumerate(plan.free)}, i)
+                out, _ = kalman_filter(model, y[i], keep="loglik")
+                return out.loglik.sum(-1)
+
+            starts = torch.stack([torch.where(moves, ratio, 0.1).log().to(F64) for ratio in STARTS])
+            with torch.no_grad():
+                chances = torch.stack([likelihood(start[None]).squeeze(0) for start in starts])
+            best = _climb(lambda x: likelihood(x[None]).sum(), starts[int(chances.argmax())])
+            best = best.clamp(least, least.new_tensor(MOST))
+            found.append(scale * torch.where(moves & (best < LEAST + 8), 0.0, best.exp()))
+        for k, name in enumerate(plan.free):
+            self._values[name] = torch.stack([x[k] for x in found])
+
+    # ---- filtering ---------------------------------------------------------------------------------------------------
+
+    def extend(self, series: Series | Tensor, *, smooth: bool = False) -> Clean:
+        """Go on with the rows of a series: estimates of each. In pieces, the results are those of the whole.
+
+        smooth: also estimate each row from those after it, of this series; takes memory for all of them at once.
+
+        Raises:
+            ValueError: if columns or times are not those of the series so far.
+        """
+        series = series if isinstance(series, Series) else series_of(series, columns=self.columns or None)
+        self._check(series)
+        parts: list[Clean] = []
+        plan, T = self._plan, len(series.rows)
+        assert plan is not None
+        if smooth:
+            return self._whole(series)
+        size = self.chunk
+        for at in range(0, T, size):
+            rows = series.rows[at : at + size]
+            parts.append(self._chunk(series.values[at : at + size], rows, series.source))
+        if not parts:
+            nothing = torch.empty(0, len(self.columns), dtype=F64)
+            return Clean(nothing, nothing, torch.empty(0, dtype=F64))
+        return Clean(*(torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "sd", "loglik")))
+
+    @property
+    def chunk(self) -> int:
+        """How many rows are filtered at once, so that memory is constant."""
+        assert self._plan is not None
+        N = 1 if self._plan.joint else len(self.columns)
+        return max(1, min(CHUNK, ROOM // (N * self._plan.n**2)))
+
+    def forecast(self, steps: int) -> Ahead:
+        """What the next `steps` rows are expected to be; the filter stays where it is."""
+        checks.number(OP, "forecast", steps, low=0, integer=True)
+        plan = self._ready()
+        if self._state is None:
+            raise checks.fail(OP, "nothing was filtered yet.", "Call extend first.")
+        where = [self.last + (i + 1) * self.clock.step for i in range(steps)]
+        start = self.rows + 1
+        times = [str(start + i) if self.clock.kind == "rows" else self.clock.written(x) for i, x in enumerate(where)]
+        gaps = torch.cat([torch.ones(steps, dtype=F64), torch.zeros(1, dtype=F64)])
+        A, units = self._over(gaps)
+        y = torch.full((len(self._state.mean), steps + 1, len(plan.seen)), math.nan, dtype=F64)
+        model = self._model(A, units, self._values)
+        out, _ = kalman_filter(model, y, initial_state=self._state)
+        assert out.mean is not None
+        assert out.cov is not None
+        mean, variance = self._shown(out.mean[:, 1:], out.cov[:, 1:])
+        sd = (variance + model.R.diagonal(dim1=-2, dim2=-1)).sqrt()
+        return Ahead(times, self._flat(mean), self._flat(sd))
+
+    def places(self, ahead: Ahead) -> list[Any]:
+        """Where on the axis of time a forecast lies: row numbers, numbers or datetimes."""
+        if self.clock.kind == "rows":
+            return [int(text) for text in ahead.times]
+        where = [self.last + (i + 1) * self.clock.step for i in range(len(ahead.times))]
+        return where if self.clock.kind == "numbers" else [self.clock.moment(x) for x in where]
+
+    def _whole(self, series: Series) -> Clean:
+        model, y, start, skip, _ = self._prepared(series.values, series.rows, series.source)
+        both = kalman_smoother(model, y, initial_state=start)
+        mean, variance = self._shown(both.mean[:, skip:], both.cov[:, skip:])
+        clean = self.extend(series)
+        return replace(clean, smoothed=self._flat(mean), smoothed_sd=self._flat(variance.sqrt()))
+
+    def _chunk(self, values: Tensor, rows: list[Row], source: str) -> Clean:
+        model, y, start, skip, end = self._prepared(values, rows, source)
+        out, last = kalman_filter(model, y, initial_state=start)
+        assert out.mean is not None
+        assert out.cov is not None
+        mean, variance = self._shown(out.mean[:, skip:], out.cov[:, skip:])
+        assert isinstance(last, KalmanState)
+        self._state, self.last, self.rows = last, end, self.rows + len(rows)
+        return Clean(self._flat(mean), self._flat(variance.sqrt()), out.loglik[:, skip:].sum(0))
+
+    def _shown(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance (N, T, m) of what a state (N, T, n) shows; as sums, a row's bits are its own."""
+        seen = self._ready().seen
+        half = (cov[..., None, :, :] * seen[:, :, None]).sum(-2)
+        return (mean[..., None, :] * seen).sum(-1), (half * seen).sum(-1).clamp(min=0)
+
+    def _prepared(
+        self, values: Tensor, rows: list[Row], source: str
+    ) -> tuple[StateSpace, Tensor, KalmanState | None, int, float]:
+        """Model, y, start of a piece, how many rows stand ahead of it, and the position of its last.
+
+        Ahead stands the last row again with nothing seen, so that the way from there is a step as any other; after the
+        last row the model stands still, so that the state it leaves is that row's: pieces equal the whole, bit for bit.
+        """
+        places = self._places(rows, self.last, source)
+        y = self._arranged(values)
+        if self._state is None:
+            A, units = self._over(self._steps(places, True))
+            return self._model(A, units, self._values), y, None, 0, places[-1] if places else math.nan
+        y = torch.cat([torch.full_like(y[:, :1], math.nan), y], 1)
+        A, units = self._over(self._steps([self.last, *places], True))
+        return self._model(A, units, self._values), y, self._state, 1, places[-1] if places else self.last
+
+    def _places(self, rows: Sequence[Row], last: float | None, source: str) -> list[float]:
+        """Positions of rows, in order."""
+        if self.clock.kind == "rows":
+            begin = self.rows if last is not None else 0
+            return [self.clock.step * (begin + i) for i in range(len(rows))]
+        found: list[float] = []
+        before = -math.inf if last is None or math.isnan(last) else last
+        for row in rows:
+            if row.moment is None or not self.clock.fits(row.moment):
+                kind = "numbers" if self.clock.kind == "numbers" else "dates"
+                raise checks.fail(OP, f"{source}, line {row.line}: the time {row.label!r} is unlike the {kind} before.")
+            place = self.clock.position(row.moment)
+            if place < before:
+                back = f"the time {row.label!r} is before that of the row ahead, {self.clock.written(before)!r}"
+                raise checks.fail(
+                    OP, f"{source}, line {row.line}: {back}.", "Sort the rows; or was this file taken in before?"
+                )
+            before = place
+            found.append(place)
+        return found
+
+    def _steps(self, places: list[float], stop: bool) -> Tensor:
+        """Gaps (T) in steps from each place to the next; none after the last."""
+        gaps = [self.clock.steps(b - a) for a, b in pairwise(places)]
+        return torch.tensor([*gaps, 0.0] if stop and places else gaps, dtype=F64)
+
+    def _over(self, gaps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Transitions (T, n, n) over gaps (T), and what a unit of each variance adds."""
+        plan = self._ready()
+        different, which = torch.unique(gaps, return_inverse=True)
+        key = different.numpy().tobytes()
+        if key not in self._kept:
+            if len(self._kept) > 8:  # uneven series have gaps of their own in each piece
+                self._kept.clear()
+            self._kept[key] = plan.transitions(different)  # type: ignore[assignment]
+        A, units = self._kept[key]
+        return A[which], {name: Q[which] for name, Q in units.items()}  # type: ignore[attr-defined]
+
+    def _model(
+        self, A: Tensor, units: Mapping[str, Tensor], values: Mapping[str, Tensor], i: int | None = None
+    ) -> StateSpace:
+        """The model of all series apart (N, T, n, n), or of series i; A (T, n, n), values (N) each."""
+        plan = self._ready()
+        apart = 1 if plan.joint else len(self.columns)
+        rows = slice(None) if i is None else slice(i, i + 1)
+        Q = torch.zeros_like(A)
+        for name, unit in units.items():
+            Q = Q + values[name].reshape(-1, 1, 1, 1) * unit
+        R = A.new_zeros(len(plan.seen), len(plan.seen))
+        for name, unit in plan.sensors.items():
+            R = R + values[name].reshape(-1, 1, 1, 1) * unit
+        m0, P0 = A.new_zeros(apart, plan.n), PRIOR * torch.eye(plan.n, dtype=F64)
+        if plan.levels:
+            m0[:, list(plan.levels)] = self._middle.reshape(apart, -1).to(F64)
+        scale = self._scale.amax().expand(apart) if plan.joint else self._scale
+        P0 = scale[:, None, None] * P0
+        if plan.m0 is not None:
+            m0 = plan.m0.expand(apart, plan.n)
+        if plan.P0 is not None:
+            P0 = plan.P0.expand(apart, plan.n, plan.n)
+        m0, P0 = m0[rows], P0[rows]
+        if i is not None:  # one series, without its dimension
+            Q, R, m0, P0 = Q.squeeze(0), R.squeeze(0), m0[0], P0[0]
+        return StateSpace(A, None, plan.seen, None, Q, R, m0, P0)
+
+    def _arranged(self, values: Tensor) -> Tensor:
+        """(T, columns) as the filter takes them, (N, T, m)."""
+        return values[None] if self._ready().joint else values.mT[..., None]
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """(N, T, m) as (T, columns)."""
+        return x[0] if self._ready().joint else x[..., 0].mT
+
+    def _ready(self) -> Blueprint:
+        if self._plan is None:
+            raise checks.fail(OP, "the filter was not fitted.", "Call fit with a series, or load a filter.")
+        return self._plan
+
+    def _blueprint(self, columns: int) -> Blueprint:
+        return blueprint(self.spec, columns)
+
+    def _check(self, series: Series) -> None:
+        self._ready()
+        if series.columns != self.columns:
+            problem = f"{series.source} has the columns {', '.join(series.columns)}"
+            raise checks.fail(OP, f"{problem}, expected {', '.join(self.columns)} as fitted.")
+        if (series.time is None) != (self.clock.kind == "rows"):
+            has, had = ("no times", "has") if series.time is None else ("times", "has none")
+            raise checks.fail(OP, f"{series.source} has {has}, what was fitted {had}.")
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write all that is needed to go on to a safetensors file, whole or not at all."""
+        self._ready()
+        clock = {name: getattr(self.clock, name) for name in ("kind", "step", "form", "example", "zone")}
+        about = {
+            "model": self.spec, "columns": self.columns, "time": self.time, "time_format": self.time_format,
+            "names": self.names, "rows": self.rows, "clock": clock, "step": self.step,
+        }  # fmt: skip
+        tensors = {f"variance {name}": value for name, value in self._values.items()}
+        tensors |= {"middle": self._middle, "scale": self._scale, "last": torch.tensor(self.last, dtype=F64)}
+        if self._state is not None:
+            tensors |= {"mean": self._state.mean, "cov": self._state.cov}
+        state.write(OP, path, tensors, {"format": FORMAT, "filter": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> SeriesFilter:
+        """A filter as it was saved, to go on from its last row. Raises ValueError if the file is none."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        tensors, about = state.read(OP, path)
+        if about.get("format") != FORMAT or "filter" not in about:
+            raise checks.fail(OP, f"{path} is no saved filter.", "stateline filter --save-state writes one.")
+        try:
+            return cls._restored(json.loads(about["filter"]), tensors)
+        except KeyError as error:
+            raise checks.fail(OP, f"{path} lacks {error}.", "Was it written by another version? Fit again.") from error
+
+    @classmethod
+    def _restored(cls, told: dict[str, Any], tensors: dict[str, Tensor]) -> SeriesFilter:
+        made = cls(told["model"], step=told["step"])
+        made.columns, made.time, made.rows = tuple(told["columns"]), told["time"], told["rows"]
+        made.time_format, made.clock = told["time_format"], Clock(**told["clock"])
+        made.names = tuple(told["names"])
+        made._plan = made._blueprint(len(made.columns))
+        made._values = {
+            name: tensors[f"variance {name}"]
+            for name in (*made._plan.names, *made._plan.fixed)
+            if f"variance {name}" in tensors
+        }
+        made._middle, made._scale, made.last = tensors["middle"], tensors["scale"], float(tensors["last"])
+        if "mean" in tensors:
+            made._state = KalmanState(tensors["mean"], tensors["cov"])
+        return made
+
+
+def _climb(objective: Any, start: Tensor) -> Tensor:
+    """Where the objective is greatest, uphill from a start."""
+    x = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        [x], max_iter=80, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss: Tensor = -objective(x)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    return x.detach() if bool(x.isfinite().all()) else start
