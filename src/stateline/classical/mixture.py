@@ -5,6 +5,7 @@ Suffixes: N series, S steps ahead, j structures.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from stateline import checks
 
 #: Halvings of an interval of doubles until its ends are neighbours.
 HALVINGS = 64
+#: A mean beyond this quantile says nothing of what will happen.
+FAR = 0.95
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,16 @@ class StructuralForecast:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """(N, S): expected values. Logarithms make heavy tails, and the mean lies far out in them: see `median`."""
-        log = torch.where(self.log[:, None], (self.location + self.deviation**2 / 2).exp(), self.location)
-        return _array((self._weights() * torch.where(self._weights() > 0, log, 0.0)).sum(1))
+        """(N, S): expected values. Where logarithms count, tails are heavy and the mean can lie far out in them, of which
+        a RuntimeWarning speaks; `median` is the safer point forecast."""
+        each = torch.where(self.log[:, None], (self.location + self.deviation**2 / 2).exp(), self.location)
+        found = _array((self._weights() * torch.where(self._weights() > 0, each, 0.0)).sum(1))
+        if self.log.any():
+            far = (found > self.quantile(FAR)).any(1)
+            if far.any():
+                what = f"{int(far.sum())} of {len(far)} series have means above their {FAR:.0%} quantile"
+                warnings.warn(f"forecast: {what}, as extreme growth counts in them. Use median.", RuntimeWarning, 2)
+        return found
 
     @property
     def median(self) -> NDArray[np.float64]:

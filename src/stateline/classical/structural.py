@@ -73,6 +73,7 @@ class StructuralModel:
         seasonal: steps of a period, such as 12 or 365.25; 0 for none; a list of lists for several periods at once.
         ar: the order of an autoregression beside the level; 0 for none.
         transform: "none", or "log" for series that grow by percentages; values must be above 0.
+        harmonics: how many waves of each period, the longest first; None: all. Few are smoother, and much faster.
         regressors: "fixed" weights of the columns of X, or weights that "walk".
         combine: of several structures, the "average" by AICc weights or for each series the "best" alone.
         tolerance, evaluations: of the search for parameters: largest derivative of the mean log-likelihood, and how
@@ -97,11 +98,12 @@ class StructuralModel:
     def __init__(
         self,
         level: Any = "walk",
-        trend: Any = ("none", "fixed", "damped"),
+        trend: Any = ("fixed", "walk", "damped"),
         seasonal: Any = 0,
         ar: Any = 0,
-        transform: Any = "none",
+        transform: Any = ("none", "log"),
         *,
+        harmonics: int | None = None,
         regressors: str = "fixed",
         combine: str = "average",
         tolerance: float = 1e-5,
@@ -113,6 +115,7 @@ class StructuralModel:
         self.seasonal = seasonal
         self.ar = ar
         self.transform = transform
+        self.harmonics = harmonics
         self.regressors = regressors
         self.combine = combine
         self.tolerance = tolerance
@@ -157,7 +160,9 @@ class StructuralModel:
         for order in choices[3]:
             checks.number(op, "ar", order, low=0, high=20, integer=True)
         periods = [_periods(op, value) for value in choices[2]]
-        found = product(choices[0], choices[1], periods, choices[3], choices[4])
+        if self.harmonics is not None:
+            checks.number(op, "harmonics", self.harmonics, low=1, integer=True)
+        found = product(choices[0], choices[1], periods, [self.harmonics], choices[3], choices[4])
         return [Structure(*parts, regressors=self.regressors, columns=columns) for parts in found]
 
     # ---- fitting ----
@@ -179,7 +184,6 @@ class StructuralModel:
         common = max(structure.diffuse for structure in structures)
         progress = Progress(len(panel.y) * len(structures), self.progress)
         options = (float(self.tolerance), int(self.evaluations))
-        # Series that are too short for the largest structure are compared on what they have.
         fits = [fit_structure(structure, panel, common, options, progress) for structure in structures]
         self.fits_, self.panel_ = fits, panel
         self.weights_ = _weights(panel, fits, self.combine)
@@ -226,7 +230,8 @@ class StructuralModel:
         Args:
             X: the regressors of those steps, (S, c) for all series or (N, S, c), for a model fitted with any.
 
-        Intervals take parameters as known, so those of short series are somewhat too narrow.
+        Variances are enlarged by v / (v − k) for k parameters found from v values. Beyond that parameters are taken as
+        known, and structures as right: intervals of short or broken series are still too narrow.
         """
         checks.number("forecast", "steps", steps, low=0, integer=True)
         N, ahead = len(self._weight()), self._ahead("forecast", X, steps)
@@ -236,7 +241,8 @@ class StructuralModel:
             model = fit.structure.model(fit.theta, None if ahead is None else ahead[fit.rows] / fit.unit)
             out = forecast_states(model, fit.state, steps)
             location[fit.rows, j] = out.mean[..., 0] * fit.scale[:, None] + fit.centre[:, None]
-            deviation[fit.rows, j] = out.cov[..., 0, 0].sqrt() * fit.scale[:, None]
+            variance = out.cov[..., 0, 0] * self._excess(fit)[:, None]
+            deviation[fit.rows, j] = variance.sqrt() * fit.scale[:, None]
         log = torch.tensor([fit.structure.transform == "log" for fit in self.fits_])
         return StructuralForecast(self.weights_, location, deviation, log)
 
@@ -251,7 +257,9 @@ class StructuralModel:
         found = torch.zeros(paths, len(weights), steps, dtype=torch.float64)
         for j, fit in enumerate(self.fits_):
             model = fit.structure.model(fit.theta, None if ahead is None else ahead[fit.rows] / fit.unit)
-            model = model._replace(m0=fit.state.mean, P0=fit.state.cov)
+            more = self._excess(fit)[:, None, None]
+            Q, R = more[..., None] * model.Q, more[..., None] * model.R
+            model = model._replace(m0=fit.state.mean, P0=more * fit.state.cov, Q=Q, R=R)
             _, drawn = simulate(model, steps, batch=(paths, len(fit.rows)), generator=generator)
             values = drawn[..., 0] * fit.scale[:, None] + fit.centre[:, None]
             values = values.exp() if fit.structure.transform == "log" else values
@@ -352,6 +360,11 @@ class StructuralModel:
     def _panel(self) -> Panel:
         self._fitted()
         return self.panel_
+
+    def _excess(self, fit: Fit) -> Tensor:
+        """(M): what variances of a fit's series are multiplied by, as their parameters took some values to find."""
+        values, k = self.panel_.count[fit.rows] - fit.structure.diffuse, len(fit.structure.names)
+        return values / (values - k).clamp(min=1)
 
     def _ahead(self, op: str, X: Any, steps: int) -> Tensor | None:
         return future(op, X, len(self.weights_), steps, self.fits_[0].structure.columns)

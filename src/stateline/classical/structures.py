@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class Structure:
     level: str = "walk"
     trend: str = "none"
     seasonal: tuple[float, ...] = ()
+    harmonics: int | None = None
     ar: int = 0
     transform: str = "none"
     regressors: str = "fixed"
@@ -50,8 +52,9 @@ class Structure:
 
     @cached_property
     def waves(self) -> list[list[float]]:
-        """Angles a step of each season's waves."""
-        return [[2 * math.pi * (j + 1) / period for j in range(int(period // 2))] for period in self.seasonal]
+        """Angles a step of each season's waves, the longest first."""
+        most = [min(int(period // 2), self.harmonics or int(period)) for period in self.seasonal]
+        return [[2 * math.pi * (j + 1) / p for j in range(m)] for p, m in zip(self.seasonal, most, strict=True)]
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -197,12 +200,13 @@ class Structure:
     def starts(self) -> Tensor:
         """Points (s, k) to begin a search from, of which each series takes the likeliest."""
         rows = []
-        for noise, level, slope, season, cycle in SHAPES:
+        for (noise, level, slope, season, cycle), partial in product(SHAPES, PARTIAL if self.ar else [()]):
             row = [noise]
             for name in self.deviations:
                 kind = name.split("_")[0]
                 row.append({"level": level, "slope": slope, "season": season, "ar": cycle, "weight": 0.05}[kind])
-            rows.append(row + [1.0] * (self.trend == "damped") + [0.5] * (self.ar > 0) + [0.0] * (self.ar - 1))
+            ar = [*partial, *[0.0] * self.ar][: self.ar]
+            rows.append([*row, *[1.0] * (self.trend == "damped"), *ar])
         return torch.unique(torch.tensor(rows, dtype=torch.float64), dim=0)
 
 
@@ -211,6 +215,9 @@ SHAPES = (
     (0.1, 0.8, 0.05, 0.05, 0.3), (0.6, 0.3, 0.05, 0.05, 0.3), (0.3, 0.1, 0.4, 0.05, 0.6), (0.8, 0.1, 0.02, 0.02, 0.1),
     (0.1, 0.1, 0.8, 0.2, 0.8), (2.0, 0.8, 0.2, 0.2, 0.5), (0.3, 2.0, 0.2, 0.5, 2.0),
 )  # fmt: skip
+
+#: First partial correlations to begin from, before tanh: slow, swinging, alternating, of every other step.
+PARTIAL = ((0.7,), (0.7, -0.7), (-0.7,), (0.0, 1.0))
 
 
 def _half(angle: float) -> bool:
