@@ -3,9 +3,9 @@
     pip install statsmodels==0.15.0
     python scripts/structural_reference.py
 
-Series are drawn here; parameters are given, not searched for, except
-`best`, the log-likelihood that statsmodels' own search reaches. Start: variance 1e6, as many terms left out as there are
-diffuse states; no freezing of a converged filter.
+Series are drawn here; parameters are given, not searched for, except `best`, the log-likelihood that statsmodels' own
+search reaches. Start: variance 1e6, as many terms left out as there are diffuse states; no freezing of a converged
+filter.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def cases() -> dict[str, tuple[dict[str, Any], dict[str, Any], list[float]]]:
         "level, season of 12": (
             {"seasonal": [12.0], "trend": "fixed"},
             {
-                **level, "trend": True, "freq_seasonal": [{"period": 12}], "stochastic_freq_seasonal": [True],
+                **level,
+                "trend": True,
+                "freq_seasonal": [{"period": 12}],
+                "stochastic_freq_seasonal": [True],
                 "loglikelihood_burn": 13,  # one of its 14 states is never seen
             },
             [1.0, 0.5, 0.03],
@@ -62,7 +65,12 @@ def main() -> None:
         X = rng.normal(size=(T + STEPS, ours.get("columns", 0))).round(3)
         if X.shape[1]:
             X[:3] = [[1, 0], [0, 1], [-1, -1]]  # the values left out tell both weights
-        y = np.cumsum(rng.normal(0.2, 0.6, T)) + wave + rng.normal(0, 1, T) + X[:T] @ np.array([1.5, -0.7])[: X.shape[1]]
+        y = (
+            np.cumsum(rng.normal(0.2, 0.6, T))
+            + wave
+            + rng.normal(0, 1, T)
+            + X[:T] @ np.array([1.5, -0.7])[: X.shape[1]]
+        )
         y = y.round(3)
         y[[20, 21, 33]] = np.nan
         exog = {"exog": X[:T]} if X.shape[1] else {}
@@ -78,7 +86,9 @@ def main() -> None:
             "forecast": ahead.predicted_mean.tolist(), "deviation": ahead.se_mean.tolist(),
             "level": result.level.smoothed.tolist(), "best": float(model.fit(disp=0, maxiter=500).llf),
         })  # fmt: skip
-    OUT.write_text(json.dumps({"statsmodels": "0.15.0", "prior": PRIOR, "cases": found}, indent=None) + "\n", encoding="utf-8")
+    OUT.write_text(
+        json.dumps({"statsmodels": "0.15.0", "prior": PRIOR, "cases": found}, indent=None) + "\n", encoding="utf-8"
+    )
     print(f"wrote {OUT.name}: {len(found)} cases")
 
 

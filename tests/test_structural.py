@@ -1,4 +1,4 @@
-"""Structural models: statsmodels' likelihoods, the best fits, many series at once, gaps, mixtures, updates and files."""
+"""Structural models: statsmodels' likelihoods, best fits, many series at once, gaps, mixtures, updates, files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stateline.classical.likeliest import Progress, filtered, fit_structure
 from stateline.classical.minimise import minimise
 from stateline.classical.mixture import StructuralForecast
 from stateline.classical.panel import read
-from stateline.classical.structures import FLOOR, Structure
+from stateline.classical.structures import FLOOR, STABLE, Structure
 
 CASES = json.loads((Path(__file__).parent / "data" / "structural_reference.json").read_text())["cases"]
 #: What is compared with one-structure models.
@@ -40,7 +40,7 @@ def theta_of(structure: Structure, params: list[float]) -> torch.Tensor:
     free = [math.sqrt(params[0] - FLOOR), *(math.sqrt(v) for v in params[1:k])]
     ar = params[k:]
     partial = {0: [], 1: ar, 2: [ar[0] / (1 - ar[-1]), ar[-1]] if ar else []}[len(ar)]
-    return torch.tensor([free + [math.atanh(r) for r in partial]], dtype=torch.float64)
+    return torch.tensor([free + [math.asin(r / STABLE) for r in partial]], dtype=torch.float64)
 
 
 def drawn(N: int = 5, T: int = 40, seed: int = 0, season: int = 0) -> np.ndarray[Any, Any]:
@@ -162,7 +162,7 @@ def test_regressors_are_found_and_used(regressors: str) -> None:
     assert np.abs(model.components().regression - X[:80] @ [3.0, -0.002]).max() < 3
     by_hand = [model.forecast(4, X[80:]).mean, model.forecast(4, np.stack([X[80:]] * 4)).mean]
     np.testing.assert_array_equal(*by_hand)
-    moved = model.forecast(4, X[80:] + [1.0, 0.0]).mean - by_hand[0]
+    moved = model.forecast(4, X[80:] + np.array([1.0, 0.0])).mean - by_hand[0]
     assert np.abs(moved - 3).max() < 1
     assert model.sample_paths(4, 3, X[80:], seed=0).shape == (3, 4, 4)
     with pytest.raises(ValueError, match="forecast: X is None, expected the 2 regressors of the 4 steps ahead"):
@@ -171,7 +171,13 @@ def test_regressors_are_found_and_used(regressors: str) -> None:
 
 def test_what_has_no_noise_at_all_can_be_fitted() -> None:
     """Constant, straight and almost empty series stand beside others without harm."""
-    rows = [np.full(12, 3.0), np.arange(12.0), np.zeros(8), drawn(1, 30)[0], np.array([1e9, 1e9, 1e9, 1e9, 1e9 + 1, 1e9])]
+    rows = [
+        np.full(12, 3.0),
+        np.arange(12.0),
+        np.zeros(8),
+        drawn(1, 30)[0],
+        np.array([1e9, 1e9, 1e9, 1e9, 1e9 + 1, 1e9]),
+    ]
     model = StructuralModel(progress=False).fit(rows)
     ahead = model.forecast(3)
     assert np.isfinite(ahead.median).all()

@@ -28,7 +28,7 @@ SPREAD, MANY = 1.5, 1024
 class Fit:
     """A structure and what was found for the series `rows` (M) of all.
 
-    theta (M, k); centre, scale (M): series enter as (y − centre) / scale, or so their logarithms; unit (c): of regressors.
+    theta (M, k); centre, scale (M): series, or their logarithms, enter as (y − centre) / scale; unit (c): of regressors.
     loglik (M): of y, in its own units, given each series' first `Structure.diffuse` values; evidence (M): given as many
     as the largest structure needs, to compare. converged, evaluations (M): of the search. state: at the next step.
     """
@@ -74,15 +74,20 @@ class Progress:
         print(f"{text:<100}", end=end, file=sys.stderr, flush=True)
 
 
-def fit_structure(structure: Structure, panel: Panel, common: int, options: tuple[float, int], progress: Progress) -> Fit:
+def fitting(structure: Structure, panel: Panel) -> Tensor:
+    """(N): which series have values enough for a structure, and above 0 for logarithms."""
+    fits = panel.count >= structure.diffuse + 2
+    return fits & ((panel.y > 0) | ~panel.seen).all(1) if structure.transform == "log" else fits
+
+
+def fit_structure(
+    structure: Structure, panel: Panel, common: int, options: tuple[float, int], progress: Progress
+) -> Fit:
     """The likeliest parameters of `structure` for each series of `panel` that it can be fitted to.
 
     common: how many values of each series the evidence leaves out.   options: tolerance and evaluations of the search.
     """
-    fits = panel.count >= structure.diffuse + 2
-    if structure.transform == "log":
-        fits = fits & ((panel.y > 0) | ~panel.seen).all(1)
-    rows = fits.nonzero()[:, 0]
+    rows = fitting(structure, panel).nonzero()[:, 0]
     M, k, n = len(rows), len(structure.names), structure.n
     unit = _unit(panel)
     part = panel.take(rows)
@@ -103,7 +108,7 @@ def fit_structure(structure: Structure, panel: Panel, common: int, options: tupl
 
 
 def blocks(length: Tensor, n: int) -> Iterator[Tensor]:
-    """Rows of series of about equal length, whose covariances fit a block; longest first, so that memory is known early."""
+    """Rows of series of about equal length whose covariances fit a block; longest first, so that memory shows early."""
     order = length.argsort(descending=True, stable=True)
     first = 0
     while first < len(order):
@@ -159,7 +164,7 @@ class _Likelihood:
         with torch.enable_grad():
             x = theta.detach().requires_grad_()
             value = self.values(x, rows)
-            (slope,) = torch.autograd.grad(value.sum(), x)
+            (slope,) = torch.autograd.grad(value, x, torch.ones_like(value))
         return value.detach(), slope
 
 
@@ -167,9 +172,10 @@ def _fit_block(fit: Fit, part: Panel, block: Tensor, raw: Panel, common: int, op
     """Fit the series `block` of `fit`; `part` are they, scaled, and `raw` all of the fit's in their own units."""
     with torch.no_grad():
         likelihood = _Likelihood(fit.structure, part)
-        starts = fit.structure.starts()
-        each = torch.stack([likelihood.values(x.expand(len(block), -1), likelihood.rows) for x in starts])
-        found = minimise(likelihood, starts[each.argmin(0)], tolerance=options[0], evaluations=options[1])
+        starts, M = fit.structure.starts(), len(block)
+        each = likelihood.values(starts.repeat_interleave(M, 0), torch.arange(M).repeat(len(starts)))
+        first = starts[each.reshape(-1, M).argmin(0)]
+        found = minimise(likelihood, first, tolerance=options[0], evaluations=options[1])
         terms, _, _, state = filtered(fit.structure, found.x, part)
         terms = terms - fit.scale[block].log()[:, None]
         if fit.structure.transform == "log":

@@ -17,6 +17,10 @@ Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 #: Of the decrease that the slope promises, what a step must bring (Nocedal & Wright, eq. 3.6a).
 ARMIJO = 1e-4
 SHORTEST = 1e-8
+#: A decrease of so much of the tolerance is none: it is near what rounding does to a likelihood.
+SMALL = 1e-4
+#: Where the ground bends down steps grow by this factor: with no curvature to go by they would stay short.
+LONGER = 4.0
 #: Rows are copied together once so many of them are done.
 COMPACT = 0.75
 
@@ -55,11 +59,13 @@ def minimise(
 
     Quasi-Newton steps (BFGS) with backtracking, one evaluation of all functions under way at a time: one function
     shortens its step while another takes its next. A function ends when its largest derivative is below `tolerance`,
-    when three steps in a row lower it by less than a ten-thousandth of `tolerance`, or when no step lowers it any more; these leave the batch.
-    `longest` bounds the length of a step. Values that are not finite count as too high.
+    when its next step promises less than SMALL of that, when three in a row brought no more, or when no step lowers it;
+    these leave the batch. `longest` bounds the length of a step. Values that are not finite count as too high.
     """
     N, k = start.shape
-    done = Minimum(start.clone(), start.new_empty(N), torch.zeros(N, dtype=torch.bool), torch.zeros(N, dtype=torch.long))
+    done = Minimum(
+        start.clone(), start.new_empty(N), torch.zeros(N, dtype=torch.bool), torch.zeros(N, dtype=torch.long)
+    )
     rows = torch.arange(N)
     value, slope = objective(start, rows)
     identity = torch.eye(k, dtype=start.dtype).expand(N, k, k)
@@ -94,7 +100,9 @@ def _advance(now: _Search, objective: Objective, tolerance: float, longest: floa
     good = torch.isfinite(value) & torch.isfinite(slope).all(-1)
     good &= value <= now.value + ARMIJO * now.step * promised
     gained = torch.where(good, now.value - value, torch.inf)
-    now.flat = torch.where(good, torch.where(gained < 1e-4 * tolerance * (1 + now.value.abs()), now.flat + 1, 0), now.flat)
+    now.flat = torch.where(
+        good, torch.where(gained < SMALL * tolerance * (1 + now.value.abs()), now.flat + 1, 0), now.flat
+    )
     inverse = _bfgs(now.inverse, trial - now.x, slope - now.slope)
     now.inverse = torch.where(good[:, None, None], inverse, now.inverse)
     now.x = torch.where(good[:, None], trial, now.x)
@@ -113,7 +121,9 @@ def _advance(now: _Search, objective: Objective, tolerance: float, longest: floa
 
 
 def _over(now: _Search, tolerance: float) -> Tensor:
-    return (now.slope.abs().amax(-1) < tolerance) | (now.flat >= 3) | (now.step < SHORTEST)
+    promised = -(now.slope * now.direction).sum(-1)
+    little = promised < SMALL * tolerance * (1 + now.value.abs())
+    return (now.slope.abs().amax(-1) < tolerance) | little | (now.flat >= 3) | (now.step < SHORTEST)
 
 
 def _bounded(direction: Tensor, longest: float) -> Tensor:
@@ -122,10 +132,10 @@ def _bounded(direction: Tensor, longest: float) -> Tensor:
 
 
 def _bfgs(inverse: Tensor, move: Tensor, change: Tensor) -> Tensor:
-    """The inverse Hessian (M, k, k) after a move that changed the gradient so; as it was where curvature is not > 0."""
+    """The inverse Hessian (M, k, k) after a move that changed the gradient so; LONGER where curvature is not above 0."""
     along = (move * change).sum(-1)
     enough = along > 1e-10 * move.norm(dim=-1) * change.norm(dim=-1)
     rho = (1 / torch.where(enough, along, 1.0))[:, None, None]
     left = torch.eye(move.shape[-1], dtype=move.dtype) - rho * move[:, :, None] * change[:, None, :]
     updated = left @ inverse @ left.mT + rho * move[:, :, None] * move[:, None, :]
-    return torch.where(enough[:, None, None], updated, inverse)
+    return torch.where(enough[:, None, None], updated, LONGER * inverse)

@@ -36,8 +36,8 @@ class StructuralForecast:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """(N, S): expected values. Where logarithms count, tails are heavy and the mean can lie far out in them, of which
-        a RuntimeWarning speaks; `median` is the safer point forecast."""
+        """(N, S): expected values. Where logarithms count, tails are heavy and the mean can lie far out in them; a
+        RuntimeWarning then says so. `median` is the safer point forecast."""
         each = torch.where(self.log[:, None], (self.location + self.deviation**2 / 2).exp(), self.location)
         found = _array((self._weights() * torch.where(self._weights() > 0, each, 0.0)).sum(1))
         if self.log.any():
@@ -75,7 +75,7 @@ class StructuralForecast:
         return _array(low + (high - low) / 2)
 
     def interval(self, level: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Lower and upper ends (N, S) between which each value lies with probability `level`, as likely below as above."""
+        """Lower and upper ends (N, S) between which each value lies with probability `level`."""
         checks.number("interval", "level", level, low=0.0, high=1.0, open_low=True)
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 

@@ -64,7 +64,9 @@ class Panel:
         """
         changes = self.y.diff(dim=1).abs()
         low, high = (torch.nan_to_num(self.y, nan=float(sign)) for sign in (np.inf, -np.inf))
-        tries = [changes.nanmedian(1).values, changes.nanmean(1), high.amax(1) - low.amin(1)] if self.y.shape[1] > 1 else []
+        tries = (
+            [changes.nanmedian(1).values, changes.nanmean(1), high.amax(1) - low.amin(1)] if self.y.shape[1] > 1 else []
+        )
         scale = torch.zeros(len(self.y), dtype=self.y.dtype)
         for size in tries:
             scale = torch.where((scale > 0) | ~(size > 0) | ~torch.isfinite(size), scale, size)
@@ -101,7 +103,7 @@ def read(op: str, y: Any, X: Any = None, lengths: ArrayLike | None = None, *, tr
 
 
 def future(op: str, X: Any, N: int, steps: int, columns: int) -> Tensor | None:
-    """Regressors (N, steps, c) of the steps ahead, from (steps, c) for all series, (N, steps, c) or a list of (steps, c)."""
+    """Regressors (N, steps, c) of the steps ahead, from (steps, c) for all series, (N, steps, c) or a list of them."""
     if not columns:
         if X is not None:
             raise checks.fail(op, "X was given, to a model that was fitted without.", "Fit it with X.")
@@ -128,8 +130,15 @@ def _rows(op: str, y: Any, lengths: ArrayLike | None) -> list[Any]:
         rows = list(table) if table.ndim == 2 else [table]
         if lengths is not None:
             ends = np.asarray(lengths)
-            if ends.shape != (len(rows),) or ends.dtype.kind not in "iu" or (ends < 0).any() or (ends > table.shape[1]).any():
-                raise checks.fail(op, f"lengths is {lengths!r}, expected {len(rows)} whole numbers up to {table.shape[1]}.")
+            if (
+                ends.shape != (len(rows),)
+                or ends.dtype.kind not in "iu"
+                or (ends < 0).any()
+                or (ends > table.shape[1]).any()
+            ):
+                raise checks.fail(
+                    op, f"lengths is {lengths!r}, expected {len(rows)} whole numbers up to {table.shape[1]}."
+                )
             rows = [row[:end] for row, end in zip(rows, ends, strict=True)]
     for i, row in enumerate(rows):
         if row.ndim != 1:
@@ -143,7 +152,9 @@ def _floats(op: str, name: str, x: Any) -> Any:
     try:
         made = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise checks.fail(op, f"{name} is not made of numbers ({error}).", f"Expected {KINDS}.", error=TypeError) from error
+        raise checks.fail(
+            op, f"{name} is not made of numbers ({error}).", f"Expected {KINDS}.", error=TypeError
+        ) from error
     return np.ascontiguousarray(made)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from stateline import checks
 from stateline.classical import structural_files
 from stateline.classical.kalman import forecast as forecast_states
-from stateline.classical.likeliest import Fit, Progress, blocks, filtered, fit_structure
+from stateline.classical.likeliest import Fit, Progress, blocks, filtered, fit_structure, fitting
 from stateline.classical.mixture import StructuralForecast
 from stateline.classical.model import simulate
 from stateline.classical.panel import Panel, future, read
@@ -154,7 +154,8 @@ class StructuralModel:
         checks.number(op, "evaluations", self.evaluations, low=1, integer=True)
         checks.choice(op, "progress", self.progress, (True, False, "auto"))
         choices = [_alternatives(getattr(self, name)) for name in ("level", "trend", "seasonal", "ar", "transform")]
-        for name, allowed, given in (("level", LEVELS, 0), ("trend", TRENDS, 1), ("transform", TRANSFORMS, 4)):
+        known: dict[str, tuple[str, ...]] = {"level": LEVELS, "trend": TRENDS, "transform": TRANSFORMS}
+        for (name, allowed), given in zip(known.items(), (0, 1, 4), strict=True):
             for value in choices[given]:
                 checks.choice(op, name, value, allowed)
         for order in choices[3]:
@@ -177,10 +178,11 @@ class StructuralModel:
             lengths: (N), for an array (N, T) that is padded: where each row ends.
 
         Raises:
-            ValueError, TypeError: naming the series and what is wrong with it, such as too few values for all structures.
+            ValueError, TypeError: naming the series and what is wrong with it, such as too few values.
         """
         panel = read("fit", y, X, lengths)
         structures = self.structures(0 if panel.X is None else panel.X.shape[2])
+        _check_fitting(panel, structures)
         common = max(structure.diffuse for structure in structures)
         progress = Progress(len(panel.y) * len(structures), self.progress)
         options = (float(self.tolerance), int(self.evaluations))
@@ -215,9 +217,10 @@ class StructuralModel:
             if not len(at):
                 continue
             values = fit.structure.values(fit.theta[at])
-            plain = {name: x[0].item() if x.dim() == 1 else x[0].tolist() for name, x in values.items()}
             unit = float(fit.scale[at]) ** 2
-            plain = {name: x if name in ("damping", "coefficients") else x * unit for name, x in plain.items()}
+            plain = {
+                name: (x if name in ("damping", "coefficients") else x * unit)[0].tolist() for name, x in values.items()
+            }
             weight = float(self.weights_[series, j])
             found.append({"structure": str(fit.structure), "weight": weight, "aicc": float(fit.aicc[at]), **plain})
         return sorted(found, key=lambda one: -one["weight"])
@@ -247,7 +250,7 @@ class StructuralModel:
         return StructuralForecast(self.weights_, location, deviation, log)
 
     def sample_paths(self, steps: int, paths: int = 100, X: Any = None, *, seed: int | None = None) -> Floats:
-        """Possible futures (paths, N, steps): each goes on as its series might, so that sums and maxima are right too."""
+        """Possible futures (paths, N, steps): each goes on as its series might, so sums and maxima are right too."""
         checks.number("sample_paths", "steps", steps, low=0, integer=True)
         checks.number("sample_paths", "paths", paths, low=1, integer=True)
         weights, ahead = self._weight(), self._ahead("sample_paths", X, steps)
@@ -300,7 +303,7 @@ class StructuralModel:
     # ---- what lies behind ----
 
     def components(self) -> Components:
-        """Level, slope, seasons, autoregression, regression and noise of each fitted series, given all of its values."""
+        """Level, slope, seasons, autoregression, regression, noise of each fitted series, given all of its values."""
         N, T = self._panel().y.shape
         parts = torch.full((6, N, T), torch.nan, dtype=torch.float64)
         log = torch.zeros(N, dtype=torch.bool)
@@ -314,7 +317,8 @@ class StructuralModel:
                 at = mine[block]
                 found = _parts(fit, at, part.take(at))
                 parts[:, fit.rows[at], : found.shape[2]] = found
-        return Components(*parts.numpy(), log.numpy())
+        level, slope, season, ar, regression, noise = parts.numpy()
+        return Components(level, slope, season, ar, regression, noise, log.numpy())
 
     def diagnose(self, lags: int = 10) -> Diagnosis:
         """Errors of the one-step predictions of each fitted series, and whether anything in them could be predicted."""
@@ -350,7 +354,9 @@ class StructuralModel:
 
     def _fitted(self) -> list[Fit]:
         if not hasattr(self, "fits_"):
-            raise checks.fail("StructuralModel", "the model is not fitted yet.", "Call fit(y) first.", error=RuntimeError)
+            raise checks.fail(
+                "StructuralModel", "the model is not fitted yet.", "Call fit(y) first.", error=RuntimeError
+            )
         return self.fits_
 
     def _weight(self) -> Tensor:
@@ -390,19 +396,24 @@ def _spread(rows: Tensor, values: Tensor, N: int, fill: float = torch.nan) -> Te
     return found
 
 
+def _check_fitting(panel: Panel, structures: list[Structure]) -> None:
+    """Raise, before any work, if no structure can be fitted to some series."""
+    without = ~torch.stack([fitting(structure, panel) for structure in structures]).any(0)
+    if without.any():
+        series = int(without.nonzero()[0])
+        fewest = min(structure.diffuse for structure in structures) + 2
+        problem = f"series {series} has {int(panel.count[series])} values, and no structure can be fitted to them"
+        raise checks.fail(
+            "fit", f"{problem}.", f"The smallest takes {fewest} values, and logarithms take values above 0."
+        )
+
+
 def _weights(panel: Panel, fits: list[Fit], combine: str) -> Tensor:
     """(N, structures) summing to 1: how much each counts."""
     aicc = torch.stack([_spread(fit.rows, fit.aicc, len(panel.y), torch.inf) for fit in fits], 1)
-    least = aicc.amin(1, keepdim=True)
-    if torch.isinf(least).any():
-        series = int(torch.isinf(least)[:, 0].nonzero()[0])
-        fewest = min(fit.structure.diffuse for fit in fits) + 2
-        problem = f"series {series} has {int(panel.count[series])} values, and no structure can be fitted to them"
-        remedy = f"The smallest takes {fewest} values, and logarithms take values above 0."
-        raise checks.fail("fit", f"{problem}.", remedy)
     if combine == "best":
         return torch.nn.functional.one_hot(aicc.argmin(1), aicc.shape[1]).double()
-    return torch.softmax(-(aicc - least) / 2, 1)
+    return torch.softmax(-(aicc - aicc.amin(1, keepdim=True)) / 2, 1)
 
 
 def _advance(fit: Fit, part: Panel, model: Any) -> KalmanState:
@@ -432,15 +443,15 @@ def _parts(fit: Fit, at: Tensor, part: Panel) -> Tensor:
 
 
 def _diagnosis(errors: Tensor, lags: int, free: Tensor) -> Diagnosis:
-    """Statistics of standardised errors (N, T): Ljung & Box 1978, with as many degrees of freedom less as parameters."""
+    """Statistics of standardised errors (N, T): Ljung & Box 1978, one degree of freedom less for each parameter."""
     there = ~torch.isnan(errors)
     count = there.sum(1)
     mean = errors.nanmean(1, keepdim=True)
     e = torch.where(there, errors - mean, 0.0)
     total = (e**2).sum(1)
     found = torch.zeros(len(e), lags, dtype=torch.float64)
-    for lag in range(1, min(lags, e.shape[1] - 1) + 1):
-        found[:, lag - 1] = (e[:, lag:] * e[:, :-lag]).sum(1) / total
+    for apart in range(1, min(lags, e.shape[1] - 1) + 1):
+        found[:, apart - 1] = (e[:, apart:] * e[:, :-apart]).sum(1) / total
     lag = torch.arange(1, lags + 1)
     used = lag < count[:, None]
     weighted = torch.where(used, found**2 / (count[:, None] - lag).clamp(min=1), 0.0)
@@ -448,6 +459,8 @@ def _diagnosis(errors: Tensor, lags: int, free: Tensor) -> Diagnosis:
     degrees = (torch.minimum(count - 1, torch.tensor(lags)) - free).clamp(min=1)
     p = torch.special.gammaincc(degrees / 2, box / 2)
     order = there.cumsum(1)
-    early, late = (torch.where(m & there, errors**2, torch.nan).nanmean(1) for m in (
-        order <= count[:, None] // 3, order > count[:, None] - count[:, None] // 3))
+    early, late = (
+        torch.where(m & there, errors**2, torch.nan).nanmean(1)
+        for m in (order <= count[:, None] // 3, order > count[:, None] - count[:, None] // 3)
+    )
     return Diagnosis(errors.numpy(), found.numpy(), box.numpy(), p.numpy(), (late / early).numpy())

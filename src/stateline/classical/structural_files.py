@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stateline.checks import fail
@@ -51,11 +50,12 @@ def load(kind: type[Any], path: str | Path) -> Any:
         model = kind(**{name: _tuple(value) for name, value in json.loads(about["params"]).items()})
         structures = [Structure(**{**s, "seasonal": tuple(s["seasonal"])}) for s in json.loads(about["structures"])]
         model.weights_ = tensors["weights"]
-        model.panel_ = Panel(*(tensors[f"panel.{name}"] for name in TABLE), tensors.get("panel.X"))
-        model.fits_ = [
-            Fit(s, *(tensors[f"{j}.{name}"] for name in PARTS), KalmanState(tensors[f"{j}.mean"], tensors[f"{j}.cov"]))
-            for j, s in enumerate(structures)
-        ]
+        model.panel_ = Panel(**{name: tensors[f"panel.{name}"] for name in TABLE}, X=tensors.get("panel.X"))
+        model.fits_ = []
+        for j, structure in enumerate(structures):
+            state = KalmanState(tensors[f"{j}.mean"], tensors[f"{j}.cov"])
+            parts: dict[str, Any] = {name: tensors[f"{j}.{name}"] for name in PARTS}
+            model.fits_.append(Fit(structure=structure, state=state, **parts))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise fail(op, f"{path} is damaged: {error!r}.", "Fit and save again.") from error
     return model

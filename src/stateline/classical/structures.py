@@ -3,9 +3,11 @@
     y[t] = level + Σ seasons + cycle + x[t]·weights + noise
     level' = level + slope + ·,   slope' = damping · slope + ·,   a season turns by 2πj/period a step + ·
 
-States are in this order: level, slope, two a wave, the last `ar` values of the autoregression, weights. Parameters are free numbers
-θ (N, k): standard deviations are |θ|, so that a variance of exactly 0, where many are best, is reached in a few steps; autoregressions
-go through partial correlations tanh θ (Barndorff-Nielsen & Schou 1973) and stay stationary. Suffixes: N series, T time step, n state, k parameters, q parts that vary.
+States are in this order: level, slope, two a wave, the last `ar` values of the autoregression, weights. Parameters are
+free numbers θ (N, k): standard deviations are |θ|, damping and partial correlations go with sin θ, so that their
+bounds, where many are best, are reached in a few steps and not at infinity. Autoregressions stay stationary, as their
+partial correlations stay within ±1 (Barndorff-Nielsen & Schou 1973).
+Suffixes: N series, T time step, n state, k parameters, q parts that vary.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ FLOOR = 1e-6
 #: (the usual range of exponential smoothing: Hyndman & Athanasopoulos 2021, section 8.2).
 DAMPING = (0.8, 0.98)
 TRENDS = ("none", "fixed", "walk", "damped")
+#: The largest partial correlation: at 1 there is no stationary distribution to start in.
+STABLE = 0.9999
 LEVELS = ("fixed", "walk")
 REGRESSORS = ("fixed", "walk")
 
@@ -47,7 +51,9 @@ class Structure:
 
     def __str__(self) -> str:
         parts = [f"level={self.level}", f"trend={self.trend}"] + [f"seasonal={p:g}" for p in self.seasonal]
-        parts += [f"ar={self.ar}"] * bool(self.ar) + [f"{self.columns} regressors, {self.regressors}"] * bool(self.columns)
+        parts += [f"ar={self.ar}"] * bool(self.ar) + [f"{self.columns} regressors, {self.regressors}"] * bool(
+            self.columns
+        )
         return ", ".join(parts + ["log"] * (self.transform == "log"))
 
     @cached_property
@@ -154,9 +160,9 @@ class Structure:
         found |= {name: theta[:, 1 + i] ** 2 for i, name in enumerate(self.deviations)}
         if self.trend == "damped":
             low, high = DAMPING
-            found["damping"] = low + (high - low) * torch.sigmoid(theta[:, 1 + q])
+            found["damping"] = (low + high) / 2 + (high - low) / 2 * torch.sin(theta[:, 1 + q])
         if self.ar:
-            found["coefficients"] = _autoregression(torch.tanh(theta[:, theta.shape[1] - self.ar :]))
+            found["coefficients"] = _autoregression(STABLE * torch.sin(theta[:, theta.shape[1] - self.ar :]))
         return found
 
     def model(self, theta: Tensor, X: Tensor | None = None) -> StateSpace:
@@ -206,7 +212,7 @@ class Structure:
                 kind = name.split("_")[0]
                 row.append({"level": level, "slope": slope, "season": season, "ar": cycle, "weight": 0.05}[kind])
             ar = [*partial, *[0.0] * self.ar][: self.ar]
-            rows.append([*row, *[1.0] * (self.trend == "damped"), *ar])
+            rows.append([*row, *[0.5] * (self.trend == "damped"), *ar])
         return torch.unique(torch.tensor(rows, dtype=torch.float64), dim=0)
 
 
@@ -216,7 +222,7 @@ SHAPES = (
     (0.1, 0.1, 0.8, 0.2, 0.8), (2.0, 0.8, 0.2, 0.2, 0.5), (0.3, 2.0, 0.2, 0.5, 2.0),
 )  # fmt: skip
 
-#: First partial correlations to begin from, before tanh: slow, swinging, alternating, of every other step.
+#: First partial correlations to begin from, as angles: slow, swinging, alternating, of every other step.
 PARTIAL = ((0.7,), (0.7, -0.7), (-0.7,), (0.0, 1.0))
 
 
