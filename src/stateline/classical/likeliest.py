@@ -28,7 +28,7 @@ SPREAD, MANY = 1.5, 1024
 class Fit:
     """A structure and what was found for the series `rows` (M) of all.
 
-    theta (M, k); centre, scale (M): series, or their logarithms, enter as (y − centre) / scale; unit (c): of regressors.
+    theta (M, k); centre, scale (M): series, or their logarithms, enter as (y − centre) / scale; unit (c): of X.
     loglik (M): of y, in its own units, given each series' first `Structure.diffuse` values; evidence (M): given as many
     as the largest structure needs, to compare. converged, evaluations (M): of the search. state: at the next step.
     """

@@ -132,7 +132,7 @@ def _bounded(direction: Tensor, longest: float) -> Tensor:
 
 
 def _bfgs(inverse: Tensor, move: Tensor, change: Tensor) -> Tensor:
-    """The inverse Hessian (M, k, k) after a move that changed the gradient so; LONGER where curvature is not above 0."""
+    """The inverse Hessian (M, k, k) after a move that changed the slope so; LONGER where curvature is not above 0."""
     along = (move * change).sum(-1)
     enough = along > 1e-10 * move.norm(dim=-1) * change.norm(dim=-1)
     rho = (1 / torch.where(enough, along, 1.0))[:, None, None]

@@ -155,9 +155,9 @@ class StructuralModel:
         checks.choice(op, "progress", self.progress, (True, False, "auto"))
         choices = [_alternatives(getattr(self, name)) for name in ("level", "trend", "seasonal", "ar", "transform")]
         known: dict[str, tuple[str, ...]] = {"level": LEVELS, "trend": TRENDS, "transform": TRANSFORMS}
-        for (name, allowed), given in zip(known.items(), (0, 1, 4), strict=True):
+        for name, given in zip(known, (0, 1, 4), strict=True):
             for value in choices[given]:
-                checks.choice(op, name, value, allowed)
+                checks.choice(op, name, value, known[name])
         for order in choices[3]:
             checks.number(op, "ar", order, low=0, high=20, integer=True)
         periods = [_periods(op, value) for value in choices[2]]
