@@ -40,7 +40,8 @@ def draw(axes: Any, whole: Any, ahead: Any, series: int, time: Any) -> None:
     then = time[-steps:]
     for level, shade in ((0.9, 0.18), (0.5, 0.35)):
         low, high = ahead.interval(level)
-        axes.fill_between(then, low[series], high[series], color="tab:blue", alpha=shade, linewidth=0, label=f"{level:.0%}")
+        look = {"color": "tab:blue", "alpha": shade, "linewidth": 0, "label": f"{level:.0%}"}
+        axes.fill_between(then, low[series], high[series], **look)
     axes.plot(time[:-steps], whole[:-steps], color="black", linewidth=1, label="known")
     axes.plot(then, ahead.median[series], color="tab:blue", label="median")
     axes.plot(then, whole[-steps:], ".", color="tab:red", markersize=5, label="what came")

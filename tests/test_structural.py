@@ -273,6 +273,30 @@ def test_saved_loaded_and_cloned(tmp_path: Path) -> None:
         StructuralModel.load(tmp_path / "no")
 
 
+def test_an_interrupted_fit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    y, file = drawn(4, 30), tmp_path / "fit"
+    whole = StructuralModel(progress=False).fit(y)
+    model, fitted = StructuralModel(progress=False).fit(y[:, :20]), []
+
+    def until_the_third(structure: Structure, *rest: Any) -> Any:
+        if len(fitted) == 3:
+            raise KeyboardInterrupt
+        fitted.append(structure)
+        return fit_structure(structure, *rest)
+
+    monkeypatch.setattr("stateline.classical.structural.fit_structure", until_the_third)
+    before = model.forecast(2).median
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(y, checkpoint=file)
+    np.testing.assert_array_equal(model.forecast(2).median, before)  # the earlier fit stands
+    fitted.clear()
+    model.fit(y, checkpoint=file)
+    assert len(fitted) == 3  # of six
+    np.testing.assert_array_equal(model.forecast(2).median, whole.forecast(2).median)
+    with pytest.raises(ValueError, match="is of other series, structures or settings"):
+        model.fit(y + 1, checkpoint=file)
+
+
 def test_diagnosis_sees_what_a_model_leaves_out() -> None:
     y = drawn(6, 120, season=6)
     blind, seeing = (StructuralModel(trend="none", seasonal=s, transform="none", progress=False).fit(y) for s in (0, 6))

@@ -168,7 +168,9 @@ class StructuralModel:
 
     # ---- fitting ----
 
-    def fit(self, y: Any, X: Any = None, *, lengths: ArrayLike | None = None) -> Self:
+    def fit(
+        self, y: Any, X: Any = None, *, lengths: ArrayLike | None = None, checkpoint: str | Path | None = None
+    ) -> Self:
         """Find the likeliest parameters of each structure for each series.
 
         Args:
@@ -176,6 +178,8 @@ class StructuralModel:
                 missing value; a series begins at its first value, and ends where its array ends.
             X: regressors: (T, c) for all series, (N, T, c), or a list of (T, c). No values may be missing.
             lengths: (N), for an array (N, T) that is padded: where each row ends.
+            checkpoint: a file that keeps each structure once it is fitted; the same call goes on from there after an
+                interruption. It is not deleted.
 
         Raises:
             ValueError, TypeError: naming the series and what is wrong with it, such as too few values.
@@ -186,7 +190,11 @@ class StructuralModel:
         common = max(structure.diffuse for structure in structures)
         progress = Progress(len(panel.y) * len(structures), self.progress)
         options = (float(self.tolerance), int(self.evaluations))
-        fits = [fit_structure(structure, panel, common, options, progress) for structure in structures]
+        done = structural_files.Checkpoint(checkpoint, panel, structures, options)
+        progress.advance(len(done.fits) * len(panel.y), "from the checkpoint")
+        for structure in structures[len(done.fits) :]:
+            done.add(fit_structure(structure, panel, common, options, progress))
+        fits = done.fits
         self.fits_, self.panel_ = fits, panel
         self.weights_ = _weights(panel, fits, self.combine)
         return self
