@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from stateline.classical import StructuralModel
 from stateline.classical.kalman import forecast
@@ -100,6 +101,12 @@ def test_components_add_up_and_the_level_is_that_of_statsmodels(case: dict[str, 
     assert not parts.log[0]
 
 
+def test_the_slope_is_what_a_smooth_level_moves_by() -> None:
+    model = StructuralModel(level="fixed", trend="walk", transform="none", progress=False).fit(37 * drawn())
+    parts = model.components()
+    np.testing.assert_allclose(np.diff(parts.level), parts.slope[:, :-1], rtol=1e-6, atol=1e-6)
+
+
 # ---- many series at once ---------------------------------------------------------------------------------------------
 
 
@@ -165,6 +172,8 @@ def test_regressors_are_found_and_used(regressors: str) -> None:
     moved = model.forecast(4, X[80:] + np.array([1.0, 0.0])).mean - by_hand[0]
     assert np.abs(moved - 3).max() < 1
     assert model.sample_paths(4, 3, X[80:], seed=0).shape == (3, 4, 4)
+    small = model.clone().fit(y, 1e-7 * X[:80])
+    np.testing.assert_allclose(small.forecast(4, 1e-7 * X[80:]).mean, by_hand[0], rtol=1e-5)
     with pytest.raises(ValueError, match="forecast: X is None, expected the 2 regressors of the 4 steps ahead"):
         model.forecast(4)
 
@@ -208,12 +217,20 @@ def test_quantiles_of_mixtures_are_those_of_many_draws() -> None:
 
 
 def test_sample_paths_have_the_forecast_distribution() -> None:
-    model = StructuralModel(trend=("none", "fixed"), transform=("none", "log"), progress=False).fit(drawn(3, 25))
+    model = StructuralModel(trend=("none", "fixed"), transform=("none", "log"), progress=False).fit(drawn(3, 9))
     paths, ahead = model.sample_paths(3, 20_000, seed=1), model.forecast(3)
     for q in (0.05, 0.5, 0.95):
         width = ahead.quantile(0.75) - ahead.quantile(0.25)
         assert (np.abs(np.quantile(paths, q, axis=0) - ahead.quantile(q)) / width).max() < 0.06
     np.testing.assert_array_equal(model.sample_paths(3, 5, seed=1), model.sample_paths(3, 5, seed=1))
+
+
+def test_variances_are_enlarged_for_parameters_that_few_values_gave() -> None:
+    """By v / (v − k): 12 values, 2 of them left out, for the variances of noise and level."""
+    model = StructuralModel(**ONE).fit(drawn(2, 12))
+    fit = model.fits_[0]
+    plain = forecast(fit.structure.model(fit.theta), fit.state, 3).cov[..., 0, 0] * fit.scale[:, None] ** 2
+    torch.testing.assert_close(model.forecast(3).deviation[:, 0] ** 2, plain * 10 / 8)
 
 
 def test_a_mean_far_out_in_the_tail_is_told() -> None:
@@ -304,6 +321,10 @@ def test_diagnosis_sees_what_a_model_leaves_out() -> None:
     assert (seeing.diagnose(6).p_value > 0.01).sum() >= 5
     found = seeing.diagnose(6)
     e = found.errors[0][~np.isnan(found.errors[0])]
+    parts = found.autocorrelation[0] ** 2 / (len(e) - np.arange(1, 7))
+    box = len(e) * (len(e) + 2) * parts.sum()
+    assert found.ljung_box[0] == pytest.approx(box)
+    assert found.p_value[0] == pytest.approx(stats.chi2.sf(box, 6 - 2))  # two variances beside the noise's
     assert found.autocorrelation[0, 1] == pytest.approx(np.corrcoef(e[2:], e[:-2])[0, 1], abs=0.05)
     assert 0.7 < e.std() < 1.3
 
@@ -366,5 +387,10 @@ def test_minima_of_many_functions_are_found_each_in_its_own_time() -> None:
     assert (found.x[1:] - 1).abs().max() < 1e-4
     assert found.x[0].tolist() == [-1.2, 1.0]
     assert found.evaluations[0] < found.evaluations[1] < found.evaluations[3]
+    steep = minimise(  # down from beside a peak, where nothing bends up
+        lambda x, rows: (10 * torch.cos(x[:, 0] / 10), -torch.sin(x / 10)), 0.1 * torch.ones(1, 1).double(), longest=9
+    )
+    assert steep.x.item() == pytest.approx(10 * math.pi, abs=1e-3)
+    assert steep.evaluations.item() < 30
     short = minimise(valley, torch.tensor([[-1.2, 1.0]], dtype=torch.float64).expand(4, 2).clone(), evaluations=3)
     assert short.converged.tolist() == [True, False, False, False]
