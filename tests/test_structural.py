@@ -113,8 +113,8 @@ def test_the_slope_is_what_a_smooth_level_moves_by() -> None:
 @pytest.mark.parametrize("log", ["none", "log"])
 def test_a_batch_is_its_series_alone(log: str) -> None:
     """Different lengths, gaps and units beside each other change nothing."""
-    y = drawn(6, 60)
-    rows = [row[: 20 + 8 * i].copy() * 10.0 ** (i - 2) for i, row in enumerate(y)]
+    y = drawn(4, 60)
+    rows = [row[: 20 + 12 * i].copy() * 10.0 ** (i - 2) for i, row in enumerate(y)]
     rows[1][5:9] = np.nan
     rows[2][:3] = np.nan
     model = StructuralModel(trend=("fixed", "damped"), transform=log, progress=False).fit(rows)
@@ -142,6 +142,17 @@ def test_a_logarithm_is_a_change_of_variables() -> None:
     np.testing.assert_allclose(log.loglik_, plain.loglik_ - np.log(y)[:, 2:].sum(1), atol=1e-6)
     np.testing.assert_allclose(log.forecast(3).median, np.exp(plain.forecast(3).median), rtol=1e-6)
     assert log.components().log.all()
+
+
+def test_logarithms_are_for_series_above_zero_alone() -> None:
+    y = drawn(3, 20) - 60
+    assert (y <= 0).any(1).all()
+    both, plain = (StructuralModel(trend="fixed", transform=t, progress=False) for t in (["none", "log"], "none"))
+    np.testing.assert_array_equal(both.fit(y).forecast(2).mean, plain.fit(y).forecast(2).mean)
+    mixed = both.fit([*y, np.exp(y[0] / 50)])
+    assert (mixed.weights_[:3, 1] == 0).all()
+    assert mixed.weights_[3, 1] > 0
+    np.testing.assert_allclose(mixed.forecast(2).mean[:3], plain.forecast(2).mean, rtol=1e-3)
 
 
 def test_tables_lists_padding_and_leading_gaps_are_the_same_series() -> None:

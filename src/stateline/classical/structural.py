@@ -187,6 +187,7 @@ class StructuralModel:
         panel = read("fit", y, X, lengths)
         structures = self.structures(0 if panel.X is None else panel.X.shape[2])
         _check_fitting(panel, structures)
+        structures = [structure for structure in structures if fitting(structure, panel).any()]
         common = max(structure.diffuse for structure in structures)
         progress = Progress(len(panel.y) * len(structures), self.progress)
         options = (float(self.tolerance), int(self.evaluations))
