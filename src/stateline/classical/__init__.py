@@ -21,6 +21,7 @@ from stateline.classical.model import StateSpace, from_scan, simulate, to_scan
 from stateline.classical.nonlinear import NonlinearModel, extended_kalman_filter, unscented_kalman_filter
 from stateline.classical.smoother import Smoothed, kalman_smoother, posterior_sample
 from stateline.classical.steady import steady_filter, steady_state
+from stateline.classical.structural import StructuralModel
 from stateline.ops.kalman import Filtered, KalmanState, SquareRootState
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Smoothed",
     "SquareRootState",
     "StateSpace",
+    "StructuralModel",
     "analyse",
     "arma",
     "constant_acceleration",
