@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from stateline.ops import native
-from stateline.ops.kalman.reference import DROPPED, RESULTS
+from stateline.ops.kalman import reference
+from stateline.ops.kalman.reference import DROPPED, RESULTS, smooth_backward
 
 ABSENT3 = (0, 0, 0)
 _DIMS = (1, 2, 2, 2, 2, 1, 1, 1, 2)  # adjacent dimensions of y, A, C, Q, R, b, d, mean0, cov0
+__all__ = ["backward", "forward", "smooth", "smooth_backward", "step"]
 #: Numbers from which a result is much.
 LARGE = 1 << 19
 _NO_GRADIENTS = (*ABSENT3 * 7, *(0,) * 9)
@@ -155,6 +157,37 @@ def step(
         if state is not used:
             state.copy_(used)
     return (*out, info)
+
+
+def smooth(
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    R: Tensor,
+    d: Tensor | None,
+    predicted_mean: Tensor,
+    predicted_cov: Tensor,
+    *,
+    shared: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mean (N, T, n), cov (s, T, n, n) and Cov(h[t], h[t+1]) (s, T−1, n, n) given all of y, from predicted moments.
+
+    Of many series that share covariances the definition's few large products are faster than a loop for each."""
+    (N, T, _), n = y.shape, predicted_mean.shape[2]
+    if (shared and N > 1) or not y.numel():
+        return reference.smooth(y, A, C, R, d, predicted_mean, predicted_cov, shared=shared)
+    shapes = ((N, T, n), (N, T, n, n), (N, T - 1, n, n))
+    mean, cov, lag = (_empty(shape, y.dtype) for shape in shapes)
+    system, fields = _system(y, A, C, A, R, None, d, predicted_mean, predicted_cov)
+    native.call(
+        "kalman_smooth",
+        (
+            *_sizes(y, n, "joseph", False), *fields, mean.data_ptr(), cov.data_ptr(), 0, lag.data_ptr(), *(0,) * 7,
+            *_NO_GRADIENTS,
+        ),
+    )  # fmt: skip
+    del system
+    return mean, cov, lag
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
