@@ -110,12 +110,19 @@ def test_guards_stay_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all((side == -77.0).all() for pair in guards for side in pair)
 
 
-def test_opcheck_and_shared_covariances() -> None:
-    _, given = operands({"gaps": "none", "start": "one"})
+def test_transforms_and_shared_covariances() -> None:
+    _, given = operands({"gaps": "none", "start": "one", "t": 2})
     torch.library.opcheck(RAW.kalman_smooth.default, (*given, False, "reference"))
-    slopes = [torch.randn_like(v) for v in reference.smooth(*given, shared=False)]
-    torch.library.opcheck(RAW.kalman_smooth_backward.default, (*slopes, *given, False, "reference"))
     y, A, C, R, d, mean, cov = given
+
+    def energy(A: Tensor) -> Tensor:
+        return sum((v * v).sum() for v in kalman_smooth(y, A, C, R, mean, cov))  # type: ignore[return-value]  # not 0
+
+    leaf = A.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(energy(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(energy)(A), wanted)
+    compiled = torch.compile(energy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], wanted)
     apart = kalman_smooth(y, A, C, R, mean, cov, observation_offset=d)
     together = kalman_smooth(y, A, C, R, mean, cov[:1].expand_as(cov), observation_offset=d)
     assert together[1].stride(0) == 0
@@ -124,7 +131,7 @@ def test_opcheck_and_shared_covariances() -> None:
 
 
 def test_errors_name_the_argument() -> None:
-    _, (y, A, C, R, d, mean, cov) = operands({})
+    _, (y, A, C, R, _, mean, cov) = operands({})
     for wrong, message in [
         ({"C": C[..., :2]}, r"^kalman_smooth: C has shape \(1, 1, 2, 2\), expected \(1 or N, 1 or T, 2, 3\)"),
         ({"predicted_cov": cov[:, :2]}, r"^kalman_smooth: predicted_cov has shape"),

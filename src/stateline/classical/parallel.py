@@ -51,14 +51,17 @@ def parallel_filter(flat: Flat, keep: str) -> tuple[Filtered, KalmanState]:
             C Q Cᵀ + R, by which alone each step is made an element.
     """
     y, A, C, Q, R = flat.y, flat.A, flat.C, symmetric(flat.Q), symmetric(flat.R)
-    b, d = (y.new_zeros(1, 1, size) if v is None else v for v, size in zip(flat[5:7], (A.shape[-1], C.shape[-2])))
+    b = y.new_zeros(1, 1, A.shape[-1]) if flat.transition_offset is None else flat.transition_offset
+    d = y.new_zeros(1, 1, C.shape[-2]) if flat.observation_offset is None else flat.observation_offset
     m0, P0 = flat.state.mean[:, None], symmetric(flat.state.cov)[:, None]
     seen = ~torch.isnan(y)
     first = _first(y, C, R, d, m0, P0, seen)
     whole = first
     if y.shape[1] > 1:
         rest = _elements(y, A, C, Q, R, b, d, seen)
-        whole = Element(*(torch.cat([f, v.expand(f.shape[0], *v.shape[1:])], 1) for f, v in zip(first, rest, strict=True)))
+        whole = Element(
+            *(torch.cat([f, v.expand(f.shape[0], *v.shape[1:])], 1) for f, v in zip(first, rest, strict=True))
+        )
     scanned = scan(whole)
     m_next, P_next = moved(A, b, scanned.b), joseph_predict(scanned.C, A, Q)
     m, P = torch.cat([m0, m_next[:, :-1]], 1), torch.cat([P0, P_next[:, :-1]], 1)
@@ -68,7 +71,11 @@ def parallel_filter(flat: Flat, keep: str) -> tuple[Filtered, KalmanState]:
     state = KalmanState(m_next[:, -1].contiguous(), P_next[:, -1].contiguous())
     filtered, predicted = keep != "loglik", keep == "all"
     out = Filtered(
-        mean if filtered else None, cov if filtered else None, m if predicted else None, P if predicted else None, loglik
+        mean if filtered else None,
+        cov if filtered else None,
+        m if predicted else None,
+        P if predicted else None,
+        loglik,
     )
     return out, state
 
@@ -144,5 +151,7 @@ def _raise_failed(failed: Tensor, which: str, remedy: str, first: int = 0) -> No
     """Raise if a factorisation (N, T) failed, on devices whose values cost no wait."""
     if checks.can_read(failed) and bool(failed.any()):
         step, series = (int(v) for v in failed.mT.nonzero()[0])
-        problem = f"the innovation covariance {which} of series {series} at step {step + first} is not positive definite."
+        problem = (
+            f"the innovation covariance {which} of series {series} at step {step + first} is not positive definite."
+        )
         raise checks.fail(OP, problem, f"Nothing is added to it to hide that. {remedy}")

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from stateline.ops import native
 from stateline.ops.kalman import reference
-from stateline.ops.kalman.reference import DROPPED, RESULTS, smooth_backward
+from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 ABSENT3 = (0, 0, 0)
 _DIMS = (1, 2, 2, 2, 2, 1, 1, 1, 2)  # adjacent dimensions of y, A, C, Q, R, b, d, mean0, cov0
-__all__ = ["backward", "forward", "smooth", "smooth_backward", "step"]
 #: Numbers from which a result is much.
 LARGE = 1 << 19
 _NO_GRADIENTS = (*ABSENT3 * 7, *(0,) * 9)
@@ -80,7 +79,7 @@ def backward(
     if y.numel() == 0:
         return _unseen(grads, given)
     results = [None if v is None else _empty(v.shape, dtype) for v in given]
-    system, fields = _system(*(None if v is None else _spread(v) for v in given[:7]), predicted_mean, predicted_cov)  # type: ignore[arg-type]  # nine in order
+    system, fields = _system(*(None if v is None else _spread(v) for v in given[:7]), predicted_mean, predicted_cov)  # type: ignore[arg-type,call-arg]  # nine in order
     slopes = [
         _operand(None if g is None else _spread(g), dtype, dims)
         for g, dims in zip(grads, (1, 2, 1, 2, 0, 1, 2), strict=True)
@@ -136,7 +135,7 @@ def step(
         wide_mean, wide_cov = mean.double(), cov.double()
         offsets = [None if v is None else v.double() for v in (b, d)]
         system = (v.double() for v in (y, A, C, Q, R))
-        m, P, loglik, info = step(*system, *offsets, wide_mean, wide_cov, index, form=form)
+        m, P, loglik, info = step(*system, *offsets, wide_mean, wide_cov, index, form=form)  # type: ignore[arg-type,call-arg,misc]  # ten in order
         mean.copy_(wide_mean), cov.copy_(wide_cov)
         return m.float(), P.float(), loglik.float(), info
     rows, n, make = y.shape[0], mean.shape[1], torch.empty if index is None else torch.zeros

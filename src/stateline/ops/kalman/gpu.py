@@ -1,4 +1,4 @@
-"""kalman on a GPU: the same functions as reference.py, over the kernels of gpu_kernels.py. Joseph's form, small systems.
+"""kalman on a GPU: the same functions as reference.py, over the kernels of gpu_kernels.py, for small systems.
 
 Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n state, m observation.
 """

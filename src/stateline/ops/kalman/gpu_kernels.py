@@ -1,8 +1,8 @@
 """kalman in Triton, Joseph's form: a lane walks one series, its matrices number by number in registers.
 
 A matrix is a tuple of numbers of all lanes: row by row, or, if symmetric, its lower triangle row by row. Loops over
-entries are unrolled, so sizes are small (gpu.py says how small, and why). The definition is in reference.py; gradients are those
-of its `step_backward`, under the same names.
+entries are unrolled, so sizes are small (gpu.py says how small, and why). The definition is in reference.py; gradients
+are those of its `step_backward`, under the same names.
 
 Suffixes: s series of a program, t time step; N states, M observations; TIMES and ROWS: bits of A, C, Q, R, b, d (1, 2,
 4, 8, 16, 32) that vary in time, and that each series has of its own.

@@ -247,11 +247,8 @@ def smooth_backward(
     with torch.enable_grad():
         leaves = [None if v is None else v.requires_grad_() for v in given]
         results = smooth(*leaves, shared=shared)  # type: ignore[arg-type]  # all there but d
-        pairs = [(v, g) for v, g in zip(results, grads, strict=True) if g is not None and v.requires_grad]
         there = [v for v in leaves if v is not None]
-        if not pairs:
-            return tuple(None if v is None else torch.zeros_like(v) for v in given)
-        values, slopes = zip(*pairs, strict=True)
+        values, slopes = zip(*((v, g) for v, g in zip(results, grads, strict=True) if g is not None), strict=True)
         found = iter(torch.autograd.grad(values, there, slopes, materialize_grads=True))
     return tuple(None if v is None else next(found) for v in leaves)
 

@@ -1,19 +1,22 @@
 """kalman_smooth: moments of a linear-Gaussian state given all observations, from the filter's predicted moments.
 
-Its gradient runs through the definition, whatever computed the values. Suffixes as in reference.py.
+Its gradient runs through the definition, whatever computed the values: not an op of its own, since autograd does not
+work inside one; what is traced or transformed takes the definition throughout. Suffixes as in reference.py.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
 from stateline.ops.kalman import DTYPES, PRECISION, _exact
-from stateline.ops.library import call, define, first_only_of, or_empty
+from stateline.ops.kalman.reference import smooth, smooth_backward
+from stateline.ops.library import call, define, first_only_of
 
 OP = "kalman_smooth"
 
@@ -60,10 +63,23 @@ def kalman_smooth(
             checks.dtype(OP, name, v, (y.dtype,), "Observations, system and moments share one dtype.")
     checks.same_device(OP, {"y": y} | given | moments)
     N = y.shape[0]
-    shared = N > 1 and predicted_cov.stride(0) == 0 and all(v.shape[0] == 1 for v in (A, C, R))
+    shared = N > 1 and predicted_cov.stride(0) == 0 and all(v.shape[0] == 1 for v in (A, C, R)) and _same_gaps(y)
     cov = predicted_cov[:1] if shared else predicted_cov
-    mean, cov, lag = call(_Smooth, y, A, C, R, observation_offset, predicted_mean, cov, shared, backend)
+    inputs = (y, A, C, R, observation_offset, predicted_mean, cov)
+    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+    if torch._C._are_functorch_transforms_active() or (wanted and torch.compiler.is_compiling()):
+        mean, cov, lag = smooth(*inputs, shared=shared)  # the definition is what they can see through
+    else:
+        mean, cov, lag = call(_Smooth, *inputs, shared, backend)
     return mean, cov.expand(N, *cov.shape[1:]), lag.expand(N, *lag.shape[1:])
+
+
+def _same_gaps(y: Tensor) -> bool:
+    """Whether all series miss the same entries, where values may be looked at."""
+    if not checks.can_read(y):
+        return False
+    holes = torch.isnan(y)
+    return bool((holes == holes[:1]).all())
 
 
 def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -73,36 +89,16 @@ def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return tuple(v.contiguous() for v in module.smooth(y, *given, shared=shared))
 
 
-def _run_backward(*args: Any) -> tuple[Tensor, ...]:
-    grads, y, given, (shared, backend) = args[:3], args[3], args[4:-2], args[-2:]
-    with _exact(y):
-        module = backends.kernel(OP, y.device.type, backend, y.dtype, (y, *given))
-        found = module.smooth_backward(grads, y, *given, shared=shared)
-    return tuple(or_empty(v, y) for v in found)
-
-
 def _fake(y: Tensor, A: Any, C: Any, R: Any, d: Any, mean: Tensor, cov: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    s, T, n, _ = cov.shape
+    s, T, n, n = cov.shape
     return y.new_empty(mean.shape), y.new_empty(cov.shape), y.new_empty((s, max(T - 1, 0), n, n))
-
-
-def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    y = args[3]
-    return tuple(y.new_empty((0,) if v is None else v.shape) for v in args[3:10])
 
 
 _GIVEN = "Tensor y, Tensor A, Tensor C, Tensor R, Tensor? d, Tensor mean, Tensor cov, bool shared, str? backend"
 _forward = define(f"{OP}({_GIVEN}) -> (Tensor, Tensor, Tensor)", _run, _fake)
-_backward = define(
-    f"{OP}_backward(Tensor? d0, Tensor? d1, Tensor? d2, {_GIVEN}) -> ({', '.join(['Tensor'] * 7)})",
-    _run_backward,
-    _fake_backward,
-)
 
 
 class _Smooth(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
         y: Tensor, A: Tensor, C: Tensor, R: Tensor, d: Tensor | None, mean: Tensor, cov: Tensor, shared: bool,
@@ -119,7 +115,7 @@ class _Smooth(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        found = _backward(*grads, *inputs, *ctx.options)
+        inputs: Any = ctx.saved_tensors
+        with _exact(inputs[0]):
+            found: Any = smooth_backward(grads, *inputs, shared=ctx.options[0])
         return (*first_only_of(OP, inputs, found, *(v for v in grads if v is not None)), None, None)
-
