@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stateline.ops import cuda
-from stateline.ops.kalman import gpu_kernels as kernels
+from stateline.ops.kalman import gpu_backward_kernels, gpu_kernels
 from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 DTYPES = frozenset({torch.float32, torch.float64})
@@ -20,7 +20,7 @@ STATES, OBSERVED = 4, 4
 #: Series of a program, one a lane.
 LANES = 32
 _DIMS = (1, 2, 2, 2, 2, 1, 1)  # adjacent dimensions of y, A, C, Q, R, b, d
-_forward, _backward = map(cuda.Kernel, (kernels.forward, kernels.backward))
+_forward, _backward = map(cuda.Kernel, (gpu_kernels.forward, gpu_backward_kernels.backward))
 
 
 def problem(y: object = None, A: object = None, C: object = None, *rest: object) -> str | None:
