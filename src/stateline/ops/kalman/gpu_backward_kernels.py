@@ -1,6 +1,7 @@
 """The gradient of kalman in Triton: that of `step_backward` in reference.py, under the same names.
 
-Suffixes and layouts as in gpu_kernels.py.
+Suffixes and layouts as in gpu_kernels.py; before, before_cov: predicted moments. SHARED: gradients of covariances came
+once, and belong to the first series.
 """
 
 import triton
@@ -78,12 +79,25 @@ def _finish(out, X, s, live, COUNT: tl.constexpr, OWN: tl.constexpr, VARIES: tl.
 
 
 @triton.jit
-def _receive(to, where, weight, N: tl.constexpr):
-    """`to` and the symmetric part of a gradient (N, N), of series whose weight is 1."""
-    given = load_symmetric(where, N)
+def _receive(dm, dP, gm, gP, token, cov_token, weight, N: tl.constexpr):
+    """dm and dP with the gradients of results added, if there are any; of covariances, of series whose weight is 1."""
+    if gm is not None:
+        dm = plus(dm, load(gm + token * N, N), N)
+    if gP is not None:
+        given = load_symmetric(gP + cov_token * (N * N), N)
+        out = ()
+        for i in tl.static_range(N * (N + 1) // 2):
+            out = out + (dP[i] + tl.where(weight, given[i], 0.0),)
+        dP = out
+    return dm, dP
+
+
+@triton.jit
+def _back_to_residual(z, l, w, M: tl.constexpr):
+    """de = z − l w."""
     out = ()
-    for i in tl.static_range(N * (N + 1) // 2):
-        out = out + (to[i] + tl.where(weight, given[i], 0.0),)
+    for i in tl.static_range(M):
+        out = out + (z[i] - l * w[i],)
     return out
 
 
@@ -152,10 +166,7 @@ def backward(
     N: tl.constexpr, M: tl.constexpr, TIMES: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of everything, from the last step to the first; g…: those of the results, contiguous, None for zero.
-
-    before, before_cov: predicted moments. SHARED: those of covariances came once, and belong to the first series.
-    """
+    """Gradients of everything, from the last step to the first; g…: those of the results, contiguous, None for zero."""
     TRIANGLE: tl.constexpr = N * (N + 1) // 2
     s = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     live = s < series
@@ -168,15 +179,9 @@ def backward(
     before += s * m_s
     before_cov += s * P_s
     A_now, C_now, R_now = load(A, N * N), load(C, M * N), load_symmetric(R, M)
-    dm, dP = zeros(zero, N), zeros(zero, TRIANGLE)
-    d_now = zeros(zero, M)
-    if d is not None:
-        d = own(d, s, d_s, ROWS & 32)
-        d_now = load(d, M)
-    if gnext is not None:
-        dm = load(gnext + s * N, N)
-    if gnext_cov is not None:
-        dP = _receive(dP, gnext_cov + cov_row * (N * N), weight, N)
+    d = own(d, s, d_s, ROWS & 32)
+    d_now = zeros(zero, M) if d is None else load(d, M)
+    dm, dP = _receive(zeros(zero, N), zeros(zero, TRIANGLE), gnext, gnext_cov, s, cov_row, weight, N)
     sum_A, sum_C = zeros(zero, N * N), zeros(zero, M * N)
     sum_Q, sum_R = zeros(zero, TRIANGLE), zeros(zero, M * (M + 1) // 2)
     sum_b, sum_d = zeros(zero, N), zeros(zero, M)
@@ -204,18 +209,11 @@ def backward(
         sum_b = _flush(db, sum_b, s, live, t, steps, N, ROWS & 16, TIMES & 16)
         g = times(A_now, dm, N, N, 1, TURNED, PLAIN)
         W = times_symmetric(A_now, times(dP, A_now, N, N, N, PACKED, PLAIN), N, N, TURNED, PLAIN)
-        if gmean is not None:
-            g = plus(g, load(gmean + token * N, N), N)
-        if gcov is not None:
-            W = _receive(W, gcov + cov_token * (N * N), weight, N)
-        slope = tl.zeros_like(dm[0])
-        if gloglik is not None:
-            slope = tl.load(gloglik + token)
+        g, W = _receive(g, W, gmean, gcov, token, cov_token, weight, N)
+        slope = zero if gloglik is None else tl.load(gloglik + token)
         # through the correction
         w, z = solve(L, e, 1, M), times(K, g, M, N, 1, TURNED, PLAIN)
-        de = ()
-        for i in tl.static_range(M):
-            de = de + (z[i] - slope * w[i],)
+        de = _back_to_residual(z, slope, w, M)
         save(dy + token * M, de, live, M)
         sum_d = minus(sum_d, de, M)
         dS, seen = _back_through_noise(slope, w, z, L, here, M)
@@ -229,10 +227,7 @@ def backward(
         sum_d = _flush(dd, sum_d, s, live, t, steps, M, ROWS & 32, TIMES & 32)
         dP = _back_to_cov(W, rest, g, w, dS, C_here, N, M)
         dm = minus(g, times(C_here, de, N, M, 1, TURNED, PLAIN), N)
-        if gbefore is not None:
-            dm = plus(dm, load(gbefore + token * N, N), N)
-        if gbefore_cov is not None:
-            dP = _receive(dP, gbefore_cov + cov_token * (N * N), weight, N)
+        dm, dP = _receive(dm, dP, gbefore, gbefore_cov, token, cov_token, weight, N)
         t -= 1
     _finish(dA, sum_A, s, live, N * N, ROWS & 1, TIMES & 1)
     _finish(dC, sum_C, s, live, M * N, ROWS & 2, TIMES & 2)

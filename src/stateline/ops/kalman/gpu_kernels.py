@@ -58,6 +58,7 @@ def times_symmetric(X, Y, I: tl.constexpr, K: tl.constexpr, XK: tl.constexpr, YK
 
 @triton.jit
 def plus(X, Y, COUNT: tl.constexpr):
+    """X + Y, number by number."""
     out = ()
     for i in tl.static_range(COUNT):
         out = out + (X[i] + Y[i],)
@@ -66,6 +67,7 @@ def plus(X, Y, COUNT: tl.constexpr):
 
 @triton.jit
 def minus(X, Y, COUNT: tl.constexpr):
+    """X − Y, number by number."""
     out = ()
     for i in tl.static_range(COUNT):
         out = out + (X[i] - Y[i],)
@@ -74,6 +76,7 @@ def minus(X, Y, COUNT: tl.constexpr):
 
 @triton.jit
 def zeros(like, COUNT: tl.constexpr):
+    """COUNT zeros like `like`."""
     out = ()
     for _ in tl.static_range(COUNT):
         out = out + (tl.zeros_like(like),)
@@ -83,13 +86,14 @@ def zeros(like, COUNT: tl.constexpr):
 @triton.jit
 def own(where, s, stride, OWN: tl.constexpr):
     """Where a series' own matrices lie; those of all series are loaded once, as plain numbers."""
-    if OWN:
+    if OWN and where is not None:
         where += s * stride
     return where
 
 
 @triton.jit
 def load(where, COUNT: tl.constexpr):
+    """COUNT adjacent numbers."""
     out = ()
     for i in tl.static_range(COUNT):
         out = out + (tl.load(where + i),)
@@ -109,12 +113,14 @@ def load_symmetric(where, N: tl.constexpr):
 
 @triton.jit
 def save(where, X, live, COUNT: tl.constexpr):
+    """Store numbers side by side."""
     for i in tl.static_range(COUNT):
         tl.store(where + i, X[i], mask=live)
 
 
 @triton.jit
 def save_symmetric(where, X, live, N: tl.constexpr):
+    """Store a symmetric matrix as (N, N)."""
     for i in tl.static_range(N):
         for j in tl.static_range(N):
             tl.store(where + i * N + j, X[at(i, j)], mask=live)
