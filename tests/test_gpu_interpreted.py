@@ -19,6 +19,7 @@ QUICK = (
 FILES = {
     "gpu_ops": "",
     "gated_scan_gpu": "",
+    "kalman_gpu": "test_gradients and float64 or test_steps and float32 or test_the_first or test_what",
     "linear_scan_gpu": "test_step and True-True or test_a_row or (test_grid and packed)",
     "s4_kernel_gpu": "",
     "parts_gpu": "False-None-Mamba3",

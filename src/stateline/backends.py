@@ -32,7 +32,10 @@ OPS = (
     "packed_linear", "rms_norm", "s4_kernel", "s4_scan", "selective_scan", "ssd", "trapezoid_ssd",
 )  # fmt: skip
 #: Operations that live in another's folder, and those of its back ends that they have.
-BESIDE = {"gated_rms_norm": ("rms_norm", ("gpu", "reference")), "s4_cauchy": ("s4_kernel", ("gpu", "cpu", "reference"))}
+BESIDE = {
+    "gated_rms_norm": ("rms_norm", ("gpu", "reference")), "kalman_smooth": ("kalman", ("cpu", "reference")),
+    "s4_cauchy": ("s4_kernel", ("gpu", "cpu", "reference")),
+}  # fmt: skip
 #: Functions of `ops` that are plain PyTorch on every device.
 PLAIN = ("fuse_cascade", "fuse_parallel")
 #: Operations with a second form in PyTorch, faster than the definition.

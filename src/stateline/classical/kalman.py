@@ -14,7 +14,8 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.classical.model import Frame, StateSpace, check, times
-from stateline.ops.kalman import FORMS, Filtered, KalmanState, SquareRootState, State, kalman
+from stateline.classical.parallel import parallel_filter
+from stateline.ops.kalman import FORMS, KEEPS, Filtered, KalmanState, SquareRootState, State, kalman
 
 
 class Flat(NamedTuple):
@@ -60,6 +61,7 @@ def kalman_filter(
     form: str = "joseph",
     keep: str = "all",
     backend: str | None = None,
+    parallel: bool = False,
 ) -> tuple[Filtered, State]:
     """Estimate the state of each series at each step from what was observed until then.
 
@@ -69,6 +71,8 @@ def kalman_filter(
         initial_state: what an earlier call returned, to go on there; None starts from m0, P0. It is not changed.
         form: "joseph" or "sqrt", which keeps twice the digits; see docs/numerics.md. For float32 data prefer "sqrt".
         keep, backend: as in `ops.kalman`.
+        parallel: a scan over time in PyTorch, in about 2 log T rounds of many steps each, instead of step by step: for
+            few long series of small states on a GPU. On a CPU it is slower. Only form="joseph".
 
     Returns:
         `Filtered` with mean, predicted_mean (…, T, n), cov, predicted_cov (…, T, n, n) and loglik (…, T), and the state
@@ -86,7 +90,16 @@ def kalman_filter(
     [1.0, 1.075, 1.075, 1.084]
     """
     checks.choice("kalman_filter", "form", form, FORMS)
+    if parallel:
+        checks.choice("kalman_filter", "keep", keep, KEEPS)
+        for name, given, usual in (("form", form, "joseph"), ("backend", backend, None)):
+            if given != usual:
+                problem = f"{name} is {given!r} with parallel=True, expected {usual!r}."
+                raise checks.fail("kalman_filter", problem, "The scan has one form, in PyTorch on any device.")
     flat = flatten("kalman_filter", model, y, u, initial_state, form)
+    if parallel and y.shape[-2]:
+        with exact(y):
+            return _shaped(flat, *parallel_filter(flat, keep))
     return _run(flat, form, keep, backend)
 
 
@@ -176,7 +189,11 @@ def run(flat: Flat, form: str, keep: str, backend: str | None) -> tuple[Filtered
 
 
 def _run(flat: Flat, form: str, keep: str, backend: str | None) -> tuple[Filtered, State]:
-    out, state = run(flat, form, keep, backend)
+    return _shaped(flat, *run(flat, form, keep, backend))
+
+
+def _shaped(flat: Flat, out: Filtered, state: State) -> tuple[Filtered, State]:
+    """Results with the leading dimensions (…) of the series."""
     shaped: Any = [None if v is None else v.reshape(*flat.batch, *v.shape[1:]) for v in out]
     second = state.factor if isinstance(state, SquareRootState) else state.cov
     parts = (v.reshape(*flat.batch, *v.shape[1:]) for v in (state.mean, second))

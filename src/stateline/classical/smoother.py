@@ -17,7 +17,8 @@ from stateline import checks
 from stateline.classical.kalman import Flat, exact, flatten, run
 from stateline.classical.model import StateSpace, simulate, times
 from stateline.ops.kalman import FORMS, Filtered, State, square_root
-from stateline.ops.kalman.reference import lower, masked, residual, symmetric
+from stateline.ops.kalman.reference import lower
+from stateline.ops.kalman.smooth import kalman_smooth
 
 
 class Smoothed(NamedTuple):
@@ -67,7 +68,12 @@ def kalman_smoother(
                 raise checks.fail(op, 'a derivative is wanted, which form="sqrt" does not have here.', remedy)
             mean, cov, lag = _through_factors(flat, out)
         else:
-            mean, cov, lag = _bryson_frazier(flat, out)
+            assert out.predicted_mean is not None
+            assert out.predicted_cov is not None
+            before = (out.predicted_mean, out.predicted_cov)
+            own = None if backend == "gpu" else backend  # where the way back is the definition's
+            options: Any = {"observation_offset": flat.observation_offset, "backend": own}
+            mean, cov, lag = kalman_smooth(flat.y, flat.A, flat.C, flat.R, *before, **options)
     N = flat.y.shape[0]
     parts = (v.expand(N, *v.shape[1:]).reshape(*flat.batch, *v.shape[1:]) for v in (mean, cov, lag, out.loglik))
     return Smoothed(*parts)
@@ -101,54 +107,11 @@ def posterior_sample(
         return h + kalman_smoother(centred, y - drawn, form=form, backend=backend).mean
 
 
-# ---- covariance form -------------------------------------------------------------------------------------------------
-
-
-def _bryson_frazier(flat: Flat, out: Filtered) -> tuple[Tensor, Tensor, Tensor]:
-    """Smoothed mean (N, T, n), cov (s, T, n, n) and lag covariance (s, T−1, n, n).
-
-        r[t−1] = Cᵀ S⁻¹ e + Lᵀ r[t],   W[t−1] = Cᵀ S⁻¹ C + Lᵀ W[t] L,   L = A (I − K C)
-        mean = m + P Aᵀ r[t],   cov = P − P Aᵀ W[t] A P,   Cov(h[t], h[t+1]) = P Aᵀ (I − W[t] P'[t+1])
-
-    with m, P filtered and P' predicted moments: from the filtered side, a precise sensor costs no digits.
-    """
-    y, A, C, R = flat.y, flat.A, flat.C, flat.R
-    m, P, m_before, P_before = out.mean, out.cov, out.predicted_mean, out.predicted_cov
-    assert m is not None
-    assert P is not None
-    assert m_before is not None
-    assert P_before is not None
-    seen = ~torch.isnan(y)
-    if P.stride(0) == 0:  # one recursion of covariances serves all series: they miss the same entries
-        P, P_before, holes = P[:1], P_before[:1], seen[:1]
-    else:
-        holes = seen
-    d = y.new_zeros(()) if flat.observation_offset is None else flat.observation_offset
-    e = residual(y, C, d, m_before, seen)
-    C, R = masked(C, R, holes)
-    CP = C @ P_before
-    S = torch.linalg.cholesky(symmetric(CP @ C.mT + R))
-    eye = torch.eye(A.shape[-1]).to(A)
-    L = A @ (eye - torch.cholesky_solve(CP, S).mT @ C)
-    g = times(torch.cholesky_solve(C, S).mT, e)
-    H = C.mT @ torch.cholesky_solve(C, S)
-    r, W = torch.zeros_like(g[:, :0].sum(1)), torch.zeros_like(H[:, :0].sum(1))
-    after_r, after_W = [], []
-    for g_t, H_t, L_t in zip(reversed(g.unbind(1)), reversed(H.unbind(1)), reversed(L.unbind(1)), strict=True):
-        after_r.append(r)
-        after_W.append(W)
-        r, W = g_t + times(L_t.mT, r), symmetric(H_t + L_t.mT @ W @ L_t)
-    r, W = (torch.stack(v[::-1], 1) if v else like for v, like in ((after_r, g), (after_W, H)))
-    PA = P @ A.mT
-    lag = PA[:, :-1] @ (eye - W[:, :-1] @ P_before[:, 1:])
-    return m + times(PA, r), symmetric(P - PA @ W @ PA.mT), lag
-
-
 # ---- square-root form ------------------------------------------------------------------------------------------------
 
 
 def _through_factors(flat: Flat, out: Filtered) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_bryson_frazier`, from the filter's factors G (P = G Gᵀ) and F (Q = F Fᵀ).
+    """Mean (N, T, n), cov (s, T, n, n), lag (s, T−1, n, n), from the filter's factors G (P = G Gᵀ) and F (Q = F Fᵀ).
 
         [A G  F]  U = [X  0]
         [G    0]      [Y  Z]        J = Y X⁻¹,   mean = m + J (mean[t+1] − m'[t+1]),   G ← [Z  J G[t+1]]

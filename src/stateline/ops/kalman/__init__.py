@@ -332,7 +332,7 @@ def _raise_failed(info: Tensor, form: str, what: str) -> None:
 def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *system, form, keep, shared, backend = args
     with _exact(y):
-        module = _kernel(y, backend, *system)
+        module = _kernel(y, backend, *system, form)
         *results, info = module.forward(y, *system, form=form, keep=keep, shared=shared)
     _raise_failed(info, form, OP)
     return tuple(or_empty(v, y) for v in results)
@@ -348,7 +348,7 @@ def _run_backward(*args: Any) -> tuple[Tensor, ...]:
 def _run_step(mean: Tensor, cov: Tensor, *args: Any) -> tuple[Tensor, ...]:
     y, *system, index, form, backend = args
     with _exact(y):
-        *results, info = _kernel(y, backend, *system).step(y, *system, mean, cov, index, form=form)
+        *results, info = _kernel(y, backend, *system, form).step(y, *system, mean, cov, index, form=form)
     _raise_failed(info, form, STEP)
     return tuple(results)
 

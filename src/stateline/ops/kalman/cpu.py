@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stateline.ops import native
+from stateline.ops.kalman import reference
 from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 ABSENT3 = (0, 0, 0)
@@ -158,6 +159,37 @@ def step(
         if state is not used:
             state.copy_(used)
     return (*out, info)
+
+
+def smooth(
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    R: Tensor,
+    d: Tensor | None,
+    predicted_mean: Tensor,
+    predicted_cov: Tensor,
+    *,
+    shared: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mean (N, T, n), cov (s, T, n, n) and Cov(h[t], h[t+1]) (s, T−1, n, n) given all of y, from predicted moments.
+
+    Of many series that share covariances the definition's few large products are faster than a loop for each."""
+    (N, T, _), n = y.shape, predicted_mean.shape[2]
+    if (shared and N > 1) or not y.numel():
+        return reference.smooth(y, A, C, R, d, predicted_mean, predicted_cov, shared=shared)
+    shapes = ((N, T, n), (N, T, n, n), (N, T - 1, n, n))
+    mean, cov, lag = (_empty(shape, y.dtype) for shape in shapes)
+    system, fields = _system((y, A, C, A, R, None, d, predicted_mean, predicted_cov), y.dtype)
+    native.call(
+        "kalman_smooth",
+        (
+            *_sizes(y, n, "joseph", False), *fields, mean.data_ptr(), cov.data_ptr(), 0, lag.data_ptr(), *(0,) * 7,
+            *_NO_GRADIENTS,
+        ),
+    )  # fmt: skip
+    del system
+    return mean, cov, lag
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

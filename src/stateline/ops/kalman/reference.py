@@ -188,6 +188,71 @@ def step(
     return (*out, torch.stack([keep[info[0]] if info[1] >= 0 else info[0], info[1]]))
 
 
+def smooth(
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    R: Tensor,
+    d: Tensor | None,
+    predicted_mean: Tensor,
+    predicted_cov: Tensor,
+    *,
+    shared: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Given all of y: mean (N, T, n), cov (s, T, n, n) and Cov(h[t], h[t+1]) (s, T−1, n, n), by Bryson & Frazier 1963.
+
+        r[t−1] = Cᵀ S⁻¹ e + Lᵀ r[t],   W[t−1] = Cᵀ S⁻¹ C + Lᵀ W[t] L,   L = A (I − K C)
+        mean = m + P Aᵀ r[t],   cov = P − P Aᵀ W[t] A P,   Cov(h[t], h[t+1]) = P Aᵀ (I − W[t] P'[t+1])
+
+    with m, P filtered and P' predicted moments: from the filtered side, a precise sensor costs no digits. P' (s, T, n,
+    n) and predicted_mean (N, T, n) are those of `forward`; only innovation covariances are inverted.
+    """
+    seen = ~torch.isnan(y)
+    holes = seen[: predicted_cov.shape[0]]
+    e = residual(y, C, y.new_zeros(()) if d is None else d, predicted_mean, seen)
+    m, P, _, _ = joseph_correct(predicted_mean, predicted_cov, e, C, R, seen)
+    C, R = masked(C, R, holes)
+    CP = C @ predicted_cov
+    S = torch.linalg.cholesky_ex(symmetric(CP @ C.mT + R)).L
+    eye = torch.eye(A.shape[-1]).to(A)
+    L = A @ (eye - torch.cholesky_solve(CP, S).mT @ C)
+    g = times(torch.cholesky_solve(C, S).mT, e)
+    H = C.mT @ torch.cholesky_solve(C, S)
+    r, W = torch.zeros_like(g[:, :0].sum(1)), torch.zeros_like(H[:, :0].sum(1))
+    after_r, after_W = [], []
+    for g_t, H_t, L_t in zip(reversed(g.unbind(1)), reversed(H.unbind(1)), reversed(L.unbind(1)), strict=True):
+        after_r.append(r)
+        after_W.append(W)
+        r, W = g_t + times(L_t.mT, r), symmetric(H_t + L_t.mT @ W @ L_t)
+    r, W = (torch.stack(v[::-1], 1) if v else like for v, like in ((after_r, g), (after_W, H)))
+    PA = P @ A.mT
+    lag = PA[:, :-1] @ (eye - W[:, :-1] @ predicted_cov[:, 1:])
+    return m + times(PA, r), symmetric(P - PA @ W @ PA.mT), lag
+
+
+def smooth_backward(
+    grads: tuple[Tensor | None, ...],
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    R: Tensor,
+    d: Tensor | None,
+    predicted_mean: Tensor,
+    predicted_cov: Tensor,
+    *,
+    shared: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of y, A, C, R, d, predicted_mean, predicted_cov from those of `smooth`'s results, through its loop."""
+    given = [None if v is None else v.detach() for v in (y, A, C, R, d, predicted_mean, predicted_cov)]
+    with torch.enable_grad():
+        leaves = [None if v is None else v.requires_grad_() for v in given]
+        results = smooth(*leaves, shared=shared)  # type: ignore[arg-type]  # all there but d
+        there = [v for v in leaves if v is not None]
+        values, slopes = zip(*((v, g) for v, g in zip(results, grads, strict=True) if g is not None), strict=True)
+        found = iter(torch.autograd.grad(values, there, slopes, materialize_grads=True))
+    return tuple(None if v is None else next(found) for v in leaves)
+
+
 # ---- the equations ---------------------------------------------------------------------------------------------------
 
 

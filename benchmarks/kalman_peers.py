@@ -1,0 +1,439 @@
+"""The Kalman filter beside the packages that others use: times, and what missing entries and float32 do to results.
+
+    python -m benchmarks.kalman_peers                                     # prints the page
+    python -m benchmarks.kalman_peers --out docs/kalman_performance.md    # writes it
+    python -m benchmarks.kalman_peers --quick                             # seconds instead of minutes, for a look
+
+Peers: pip install stateline[peers-classical]. Those that are absent are left out. Everything runs on one core; a time
+is the least CPU time of the process over several runs, so that other work on the machine counts little.
+
+Suffixes: N series, T step, n state, p observation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from stateline.classical import KalmanFilter, StateSpace, kalman_filter, kalman_smoother
+from stateline.ops.kalman import KalmanState
+
+Array = Any
+OURS, ROOTS = "stateline", "stateline, square roots"
+
+
+class System(NamedTuple):
+    """Constant matrices of a model, numpy."""
+
+    A: Array
+    C: Array
+    Q: Array
+    R: Array
+    m0: Array
+    P0: Array
+
+
+class Result(NamedTuple):
+    """mean and variances of the states (N, T, n), log-likelihood (N) or None."""
+
+    mean: Array
+    variance: Array
+    loglik: Array | None
+
+
+Filter = Callable[[System, Array], Result]
+
+
+# ---- one function a package ------------------------------------------------------------------------------------------
+
+
+def ours(system: System, y: Array, form: str = "joseph") -> Result:
+    """The filter with everything it returns."""
+    out, _ = kalman_filter(_model(system), torch.as_tensor(y), form=form)
+    return Result(out.mean, out.cov.diagonal(dim1=-2, dim2=-1), out.loglik.sum(-1))  # type: ignore[union-attr]  # kept
+
+
+def _model(system: System) -> StateSpace:
+    A, C, Q, R, m0, P0 = (torch.as_tensor(v) for v in system)
+    return StateSpace(A, None, C, None, Q, R, m0, P0)
+
+
+def statsmodels(system: System, y: Array, tolerance: float | None = None) -> Result:
+    """One series after another; by default it stops updating covariances once they have settled."""
+    from statsmodels.tsa.statespace.kalman_filter import KalmanFilter as Peer
+
+    means, variances, logliks = [], [], []
+    for series in y:
+        peer = _statsmodels(Peer, system, series)
+        if tolerance is not None:
+            peer.tolerance = tolerance
+        found = peer.filter()
+        means.append(found.filtered_state.T)
+        variances.append(np.diagonal(found.filtered_state_cov))
+        logliks.append(found.llf_obs.sum())
+    return Result(np.stack(means), np.stack(variances), np.array(logliks))
+
+
+def _statsmodels(kind: Any, s: System, y: Array) -> Any:
+    n = s.A.shape[0]
+    peer = kind(k_endog=s.C.shape[0], k_states=n, design=s.C, transition=s.A, obs_cov=s.R, state_cov=s.Q,
+                selection=np.eye(n, dtype=s.A.dtype), dtype=s.A.dtype)  # fmt: skip
+    peer.bind(np.ascontiguousarray(y))
+    peer.initialize_known(s.m0, s.P0)
+    return peer
+
+
+def filterpy(system: System, y: Array) -> Result:
+    """One series after another; a likelihood only step by step, which its batch does not return."""
+    from filterpy.kalman import KalmanFilter as Peer
+
+    means, variances = [], []
+    for series in y:
+        peer = Peer(dim_x=system.A.shape[0], dim_z=system.C.shape[0])
+        peer.F, peer.H, peer.Q, peer.R = system.A, system.C, system.Q, system.R
+        peer.x, peer.P = system.m0.copy(), system.P0.copy()
+        zs = [None if np.isnan(z).all() else z for z in series]
+        mean, cov, _, _ = peer.batch_filter(zs, update_first=True)
+        means.append(mean)
+        variances.append(np.diagonal(cov, axis1=1, axis2=2))
+    return Result(np.stack(means), np.stack(variances), None)
+
+
+def pykalman(system: System, y: Array) -> Result:
+    """One series after another; rows with a missing entry are masked, which it takes for missing altogether."""
+    from pykalman import KalmanFilter as Peer
+
+    means, variances = [], []
+    for series in y:
+        peer = Peer(system.A, system.C, system.Q, system.R, initial_state_mean=system.m0,
+                    initial_state_covariance=system.P0)  # fmt: skip
+        mean, cov = peer.filter(np.ma.masked_invalid(series))
+        means.append(mean)
+        variances.append(np.diagonal(cov, axis1=1, axis2=2))
+    return Result(np.stack(means), np.stack(variances), None)
+
+
+def pykalman_likelihood(system: System, y: Array) -> Result:
+    """The same and its likelihood, which it computes in a second pass."""
+    from pykalman import KalmanFilter as Peer
+
+    found = pykalman(system, y)
+    peer = Peer(system.A, system.C, system.Q, system.R, initial_state_mean=system.m0,
+                initial_state_covariance=system.P0)  # fmt: skip
+    return found._replace(loglik=np.array([peer.loglikelihood(np.ma.masked_invalid(series)) for series in y]))
+
+
+def simdkalman(system: System, y: Array) -> Result:
+    """All series at once; a likelihood without its constant, which is added here."""
+    import simdkalman as package
+
+    peer = package.KalmanFilter(system.A, system.Q, system.C, system.R)
+    found = peer.compute(y, 0, initial_value=system.m0, initial_covariance=system.P0, smoothed=False, filtered=True,
+                         observations=False, log_likelihood=True)  # fmt: skip
+    cov = found.filtered.states.cov
+    seen = (~np.isnan(y).any(-1)).sum(-1) * y.shape[-1]
+    constant = -0.5 * seen * np.log(2 * np.pi)
+    return Result(found.filtered.states.mean, np.diagonal(cov, axis1=-2, axis2=-1), found.log_likelihood + constant)
+
+
+def torch_kf(system: System, y: Array) -> Result:
+    """All series at once, without a likelihood."""
+    from torch_kf import GaussianState
+    from torch_kf import KalmanFilter as Peer
+
+    A, C, Q, R, m0, P0 = (torch.as_tensor(v) for v in system)
+    N, n = y.shape[0], A.shape[0]
+    peer = Peer(A, C, Q, R)
+    start = GaussianState(m0[:, None].expand(N, n, 1).clone(), P0.expand(N, n, n).clone())
+    found = peer.filter(start, torch.as_tensor(y).transpose(0, 1)[..., None], update_first=True, return_all=True)
+    return Result(found.mean[..., 0].transpose(0, 1), found.covariance.transpose(0, 1).diagonal(dim1=-2, dim2=-1), None)
+
+
+def dynamax(system: System, y: Array) -> Result:
+    """All series at once by vmap, compiled; the time of compiling does not count."""
+    import jax
+
+    jax.config.update("jax_enable_x64", y.dtype == np.float64)
+    mean, cov, loglik = _dynamax()(*system, y)
+    return Result(np.asarray(mean), np.diagonal(np.asarray(cov), axis1=-2, axis2=-1), np.asarray(loglik))
+
+
+@functools.cache
+def _dynamax() -> Any:
+    import jax
+    from dynamax.linear_gaussian_ssm.inference import lgssm_filter, make_lgssm_params
+
+    def one(A: Array, C: Array, Q: Array, R: Array, m0: Array, P0: Array, y: Array) -> tuple[Array, ...]:
+        found = lgssm_filter(make_lgssm_params(m0, P0, A, Q, C, R), y)
+        return found.filtered_means, found.filtered_covariances, found.marginal_loglik
+
+    return jax.jit(jax.vmap(one, in_axes=(*(None,) * 6, 0)))
+
+
+def peers() -> dict[str, Filter]:
+    """Those that are installed, ours first."""
+    known = {"statsmodels": statsmodels, "simdkalman": simdkalman, "torch_kf": torch_kf, "filterpy": filterpy}
+    known |= {"pykalman": pykalman, "dynamax": dynamax}
+    roots = {OURS: ours, ROOTS: lambda s, y: ours(s, y, "sqrt")}
+    return roots | {name: run for name, run in known.items() if find_spec(name)}
+
+
+# ---- problems --------------------------------------------------------------------------------------------------------
+
+
+def tracking() -> System:
+    """Points in a plane at constant velocity but for noise, their positions seen: n = 4, p = 2."""
+    A = np.eye(4) + np.diag([1.0, 1.0], 2)
+    Q = 0.05 * np.kron(np.array([[1 / 3, 1 / 2], [1 / 2, 1.0]]), np.eye(2))
+    return System(A, np.eye(2, 4), Q, 0.5 * np.eye(2), np.zeros(4), 10 * np.eye(4))
+
+
+def random_system(n: int, p: int) -> System:
+    """A stable one of that size."""
+    rng = np.random.default_rng(0)
+    A = 0.9 * np.linalg.qr(rng.standard_normal((n, n)))[0]
+    return System(A, rng.standard_normal((p, n)) / n**0.5, 0.1 * np.eye(n), 0.5 * np.eye(p), np.zeros(n), np.eye(n))
+
+
+def drawn(s: System, N: int, T: int) -> Array:
+    """N series of T observations (N, T, p)."""
+    rng = np.random.default_rng(1)
+    roots = [np.linalg.cholesky(v) for v in (s.Q, s.R, s.P0)]
+    h, y = s.m0 + rng.standard_normal((N, len(s.A))) @ roots[2].T, []
+    for _ in range(T):
+        y.append(h @ s.C.T + rng.standard_normal((N, len(s.C))) @ roots[1].T)
+        h = h @ s.A.T + rng.standard_normal((N, len(s.A))) @ roots[0].T
+    return np.stack(y, 1)
+
+
+def dense_loglik(s: System, y: Array) -> float:
+    """log p(y) of one series (T, p) from the covariance of all its entries at once: no filter."""
+    T = len(y)
+    covs, mean, means = [s.P0], s.m0, [s.m0]
+    for _ in range(T - 1):
+        covs.append(s.A @ covs[-1] @ s.A.T + s.Q)
+        mean = s.A @ mean
+        means.append(mean)
+    p = len(s.C)
+    K = np.zeros((T * p, T * p))
+    for t in range(T):
+        cross = covs[t]
+        for u in range(t, T):
+            block = s.C @ cross @ s.C.T + (s.R if u == t else 0)
+            K[t * p : (t + 1) * p, u * p : (u + 1) * p] = block.T
+            K[u * p : (u + 1) * p, t * p : (t + 1) * p] = block
+            cross = s.A @ cross
+    seen = ~np.isnan(y.ravel())
+    e = (y - np.stack(means) @ s.C.T).ravel()[seen]
+    K = K[np.ix_(seen, seen)]
+    return float(-0.5 * (e @ np.linalg.solve(K, e) + np.linalg.slogdet(2 * np.pi * K)[1]))
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def least(work: Callable[[], object], seconds: float) -> float:
+    """Milliseconds of CPU time of the best run, within `seconds` but at least one after a first."""
+    work()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while True:
+        start = time.process_time()
+        work()
+        best = min(best, time.process_time() - start)
+        if time.perf_counter() > until:
+            return 1e3 * best
+
+
+def times(seconds: float) -> list[tuple[str, dict[str, str]]]:
+    """Rows (case, by package)."""
+    small, large = tracking(), random_system(64, 32)
+    cases = [
+        ("one series, n = 4, p = 2, T = 10,000", small, 1, 10_000),
+        ("1,000 series, n = 4, p = 2, T = 1,000", small, 1000, 1000),
+        ("one series, n = 64, p = 32, T = 1,000", large, 1, 1000),
+    ]
+    loops = {"filterpy": 2, "pykalman": 1, "statsmodels": 50}  # series after which a loop over series is extrapolated
+    rows = []
+    for name, system, N, T in cases:
+        y = drawn(system, N, T)
+        row = {}
+        for by, run in peers().items():
+            some = min(N, loops.get(by, N))
+            took = least(functools.partial(run, system, y[:some]), seconds) * N / some
+            row[by] = f"{took:,.3g}" if took < 100 else f"{took:,.0f}"
+            row[by] += "*" if some < N else ""
+            print(f"{name}: {by} {row[by]} ms", file=sys.stderr)
+        rows.append((f"filter: {name}", row))
+    rows.append(("smoother: one series, n = 4, p = 2, T = 10,000", smoothers(small, drawn(small, 1, 10_000), seconds)))
+    rows.append(("new observation of one series, n = 4, p = 2", updates(small, 1, seconds)))
+    rows.append(("new observation of each of 10,000 series", updates(small, 10_000, seconds)))
+    return rows
+
+
+def smoothers(s: System, y: Array, seconds: float) -> dict[str, str]:
+    """Filter and smoother together."""
+    model = _model(s)
+    work: dict[str, Callable[[], object]] = {OURS: lambda: kalman_smoother(model, torch.as_tensor(y))}
+    if find_spec("statsmodels"):
+        from statsmodels.tsa.statespace.kalman_smoother import KalmanSmoother
+
+        work["statsmodels"] = lambda: _statsmodels(KalmanSmoother, s, y[0]).smooth()
+    if find_spec("simdkalman"):
+        import simdkalman as package
+
+        peer = package.KalmanFilter(s.A, s.Q, s.C, s.R)
+        work["simdkalman"] = lambda: peer.smooth(y, initial_value=s.m0, initial_covariance=s.P0, observations=False)
+    return {by: f"{least(run, seconds):,.3g}" for by, run in work.items()}
+
+
+def updates(s: System, N: int, seconds: float) -> dict[str, str]:
+    """One observation of each of N series; many calls are timed together."""
+    layer = KalmanFilter(_model(s))
+    state = KalmanState(torch.as_tensor(s.m0).expand(N, -1).clone(), torch.as_tensor(s.P0).expand(N, -1, -1).clone())
+    y, calls = torch.ones(N, 2, dtype=torch.float64), 200 if N == 1 else 2
+    with torch.no_grad():
+        row = {OURS: least(lambda: [layer.update_(y, state) for _ in range(calls)], seconds) / calls}
+    if find_spec("filterpy"):
+        from filterpy.kalman import KalmanFilter as Peer
+
+        peer, z, few = Peer(dim_x=4, dim_z=2), np.ones(2), 200
+        peer.F, peer.H, peer.Q, peer.R, peer.P = s.A, s.C, s.Q, s.R, s.P0.copy()
+
+        def loop() -> None:
+            for _ in range(few):
+                peer.update(z)
+                peer.predict()
+
+        row["filterpy"] = least(loop, seconds) / few * N
+    return {by: f"{took:,.3g}" + ("*" if by != OURS and N > 1 else "") for by, took in row.items()}
+
+
+def correctness() -> list[tuple[str, dict[str, str]]]:
+    """Rows (case, by package): how far results are from exact ones."""
+    s = tracking()
+    y = drawn(s, 1, 100)
+    y[0, ::3, 1] = np.nan
+    y[0, 5] = np.nan
+    exact = dense_loglik(s, y[0])
+    likelihood, sensor = {}, {}
+    precise = System(np.array([[1.0, 1.0], [0.0, 1.0]]), np.eye(1, 2), 0.01 * np.eye(2), np.full((1, 1), 1e-12),
+                     np.zeros(2), 100 * np.eye(2))  # fmt: skip
+    series = drawn(precise, 1, 200)
+    truth = np.asarray(ours(precise, series, "sqrt").variance)
+    single = System(*(v.astype(np.float32) for v in precise))
+    extra = {"pykalman": pykalman_likelihood, "statsmodels": lambda s, y: statsmodels(s, y, 0)}
+    for by, run in peers().items():
+        found = _tried(extra.get(by, run), s, y)
+        if isinstance(found, str) or found.loglik is None:
+            likelihood[by] = found if isinstance(found, str) else _finite(found)
+        else:
+            likelihood[by] = f"{abs(float(found.loglik[0]) - exact):.1g}".replace("nan", "NaN")
+        found = _tried(run, single, series.astype(np.float32))
+        if isinstance(found, str):
+            sensor[by] = found
+        else:
+            error = float(np.abs(np.asarray(found.variance, dtype=float) / truth - 1).max())
+            sensor[by] = f"{error:.1g}".replace("nan", "NaN")
+            sensor[by] += "" if _kind(found) == "float32" else " (in float64)"
+    return [
+        ("a third of one sensor's entries missing: error of the log-likelihood of 100 steps, nats", likelihood),
+        ("R = 1e-12, float32 data: largest relative error of a variance", sensor),
+    ]
+
+
+def _tried(run: Filter, s: System, y: Array) -> Result | str:
+    try:
+        return run(s, y.copy())
+    except Exception as error:  # any way in which a peer refuses is the result
+        return f"raises {type(error).__name__}"
+
+
+def _finite(found: Result) -> str:
+    good = bool(np.isfinite(np.asarray(found.mean)).all())
+    return "no likelihood" if good else "means are NaN"
+
+
+def _kind(found: Result) -> str:
+    return str(found.mean.dtype).removeprefix("torch.")
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+PAGE = """# The Kalman filter beside other packages
+
+Made by `python -m benchmarks.kalman_peers --out docs/kalman_performance.md`, with the peers of
+`pip install stateline[peers-classical]` installed: {versions}; torch {torch}.
+
+## Times
+
+Milliseconds of CPU time on one core, the least of several runs, float64. The machine was shared with other work: ratios
+say more than figures. Ours include the log-likelihood, as those of statsmodels, simdkalman and dynamax do; the others'
+do not. \\* extrapolated from a few series of a loop over series. statsmodels stops updating covariances once they have
+settled, which ours never does; dynamax is compiled first, which takes seconds and does not count here.
+
+TIMES
+
+## Correctness
+
+The exact likelihood is that of all observations as one Gaussian, without a filter; the exact variances are those of
+square roots in float64.
+
+CORRECTNESS
+
+Packages that drop a whole row where one entry is missing answer another question, without saying so. Where a sensor is
+far more precise than the prior, `form="sqrt"` keeps twice the digits: [numerics](numerics.md).
+"""
+
+
+def page(rows: list[tuple[str, dict[str, str]]], checks: list[tuple[str, dict[str, str]]]) -> str:
+    """Markdown of both tables."""
+    names = list(peers())
+    versions = ", ".join(f"{name.replace('_', '-')} {importlib.metadata.version(name)}" for name in names[2:])
+    made = PAGE.format(versions=versions, torch=torch.__version__)
+    return made.replace("TIMES", _table(names, rows)).replace("CORRECTNESS", _table(names, checks))
+
+
+def _table(names: list[str], rows: list[tuple[str, dict[str, str]]]) -> str:
+    head = "| | " + " | ".join(name.replace("_", "-") for name in names) + " |"
+    lines = [head, "|---" * (len(names) + 1) + "|"]
+    return "\n".join(
+        lines + [f"| {case} | " + " | ".join(row.get(name, "–") for name in names) + " |" for case, row in rows]
+    )
+
+
+def main() -> None:
+    """Measure, and write or print the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where the page goes; printed otherwise")
+    parser.add_argument("--quick", action="store_true", help="one run of each")
+    options = parser.parse_args()
+    alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    if any(os.environ.get(name) != value for name, value in alone.items()):  # read when numpy is loaded: start again
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.kalman_peers", *sys.argv[1:]], os.environ | alone)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of peers
+    np.seterr(all="ignore")
+    text = page(times(0 if options.quick else 3), correctness())
+    if options.out:
+        options.out.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

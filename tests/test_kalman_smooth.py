@@ -1,0 +1,142 @@
+"""kalman_smooth on every back end against one Gaussian of everything, and the C++ kernel against the definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracles import JointGaussian, pairwise
+from test_kalman import BOUND, USUAL, close, problem, symmetric
+from test_ops import BACKENDS, name_of
+from torch import Tensor
+
+from stateline.ops.kalman import cpu, reference
+from stateline.ops.kalman.smooth import kalman_smooth
+
+RAW = torch.ops.stateline
+GRID: dict[str, list[Any]] = {
+    "backend": BACKENDS, "dtype": list(BOUND), "N": [1, 2, 9], "t": [0, 1, 2, 7], "n": [1, 2, 4, 9], "m": [1, 2, 5],
+    "A": ["one", "time", "series", "both"], "noise": ["one", "time", "series", "both"],
+    "gaps": ["none", "same", "own", "all"], "offsets": ["none", "both"], "start": ["one", "own"],
+}  # fmt: skip
+needs_native = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ library is not built")
+
+
+def operands(s: dict[str, Any]) -> tuple[dict[str, Tensor], list[Any]]:
+    """Leaves, and what the smoother takes: y, A, C, R, d, predicted moments, all float64."""
+    x = problem(USUAL | s | {"dtype": torch.float64}).leaves
+    N = x["y"].shape[0]
+    given = [symmetric(x[k]) if k in "QR" else x[k] for k in "yACQR"] + [x.get("b"), x.get("d"), x["m0"]]
+    start = symmetric(x["P0"]).expand(N, *x["P0"].shape[1:])
+    out = reference.forward(*given, start, form="joseph", keep="all", shared=False)
+    return x, [given[0], given[1], given[2], given[4], given[6], out[2], out[3]]
+
+
+def exact(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    (N, T, m), n = x["y"].shape, x["m0"].shape[1]
+
+    def of(name: str, i: int, *tail: int) -> Tensor:
+        v = x.get(name, torch.zeros(1, 1, *tail, dtype=torch.float64))
+        return (symmetric(v) if name in "QR" else v).expand(N, T, *tail)[i]
+
+    rows: list[tuple[Tensor, ...]] = []
+    for i in range(N):
+        P0 = symmetric(x["P0"].expand(N, n, n)[i])
+        parts = (of("A", i, n, n), of("C", i, m, n), of("Q", i, n, n), of("R", i, m, m))
+        joint = JointGaussian.of(x["y"][i], *parts, x["m0"][i], P0, of("b", i, n), of("d", i, m))
+        mean, cov = joint.given(T)
+        blocks = cov[: n * T, : n * T].reshape(T, n, T, n).permute(0, 2, 1, 3)
+        now, lag = torch.arange(T), torch.arange(max(T - 1, 0))
+        rows.append((mean[: n * T].reshape(T, n), blocks[now, now], blocks[lag, lag + 1]))
+    return tuple(torch.stack(v) for v in zip(*rows, strict=True))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("s", pairwise(GRID), ids=name_of)
+def test_grid(s: dict[str, Any]) -> None:
+    """Values, and gradients as those of the definition."""
+    x, given = operands(s)
+    dtype, backend = s["dtype"], s["backend"]
+    leaves = [None if v is None else v.to(dtype).requires_grad_() for v in given]
+    y, A, C, R, d, before, cov = leaves
+    got = kalman_smooth(y, A, C, R, before, cov, observation_offset=d, backend=backend)
+    wanted = [None if v is None else v.detach().double().requires_grad_() for v in leaves]
+    inner = reference.smooth(*wanted, shared=False)  # type: ignore[arg-type]  # all there but d
+    for name, a, b in zip(("mean", "cov", "lag"), got, exact(x), strict=True):
+        close(name, a, b, BOUND[dtype][0] * 10)
+    slopes = [torch.randn_like(v) for v in inner]
+    options: dict[str, Any] = {"materialize_grads": True}
+    there = [(v, w) for v, w in zip(leaves, wanted, strict=True) if v is not None and w is not None]
+    got_slopes = [v.to(dtype) for v in slopes]
+    grads = torch.autograd.grad(got, [v for v, _ in there], got_slopes, **options)
+    exacts = torch.autograd.grad(inner, [w for _, w in there], slopes, **options)
+    for i, (a, b) in enumerate(zip(grads, exacts, strict=True)):
+        close(f"gradient {i}", a, b, BOUND[dtype][1])
+
+
+@needs_native
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (4, 2), (9, 3), (17, 2), (2, 20)])
+def test_a_series_has_the_same_bits_in_any_batch(n: int, m: int) -> None:
+    _, given = operands({"N": 11, "t": 3, "n": n, "m": m})
+    for dtype in (torch.float64, torch.float32):
+        whole = cpu.smooth(*(None if v is None else v.to(dtype) for v in given), shared=False)  # type: ignore[arg-type]
+        for i in (0, 10):
+            one = [None if v is None else (v if v.shape[0] == 1 else v[i : i + 1]).to(dtype) for v in given]
+            for a, b in zip(whole, cpu.smooth(*one, shared=False), strict=True):  # type: ignore[arg-type]  # seven
+                assert torch.equal(a[i], b[0])
+
+
+@needs_native
+def test_guards_stay_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, guards = torch.empty, []
+
+    def fenced(*shape: Any, dtype: torch.dtype = torch.float32, **rest: Any) -> Tensor:
+        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        count = torch.Size(shape).numel()
+        buffer = empty(count + 128, dtype=torch.float64, **rest).fill_(-77.0).to(dtype)
+        guards.append((buffer[:64], buffer[64 + count :]))
+        return buffer[64 : 64 + count].view(shape)
+
+    for N, n, m in ((1, 3, 2), (5, 4, 2), (2, 17, 3)):
+        _, given = operands({"N": N, "t": 3, "n": n, "m": m})
+        want = reference.smooth(*given, shared=False)
+        monkeypatch.setattr(torch, "empty", fenced)
+        found = cpu.smooth(*given, shared=False)
+        monkeypatch.undo()
+        for a, b in zip(found, want, strict=True):
+            close("values", a, b, 1e-11)
+    assert len(guards) == 9
+    assert all((side == -77.0).all() for pair in guards for side in pair)
+
+
+def test_transforms_and_shared_covariances() -> None:
+    _, given = operands({"gaps": "none", "start": "one", "t": 2})
+    torch.library.opcheck(RAW.kalman_smooth.default, (*given, False, "reference"))
+    y, A, C, R, d, mean, cov = given
+
+    def energy(A: Tensor) -> Tensor:
+        return sum((v * v).sum() for v in kalman_smooth(y, A, C, R, mean, cov))  # type: ignore[return-value]  # not 0
+
+    leaf = A.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(energy(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(energy)(A), wanted)
+    compiled = torch.compile(energy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], wanted)
+    apart = kalman_smooth(y, A, C, R, mean, cov, observation_offset=d)
+    together = kalman_smooth(y, A, C, R, mean, cov[:1].expand_as(cov), observation_offset=d)
+    assert together[1].stride(0) == 0
+    for a, b in zip(together, apart, strict=True):
+        close("shared", a, b, 1e-12)
+
+
+def test_errors_name_the_argument() -> None:
+    _, (y, A, C, R, _, mean, cov) = operands({})
+    for wrong, message in [
+        ({"C": C[..., :2]}, r"^kalman_smooth: C has shape \(1, 1, 2, 2\), expected \(1 or N, 1 or T, 2, 3\)"),
+        ({"predicted_cov": cov[:, :2]}, r"^kalman_smooth: predicted_cov has shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kalman_smooth(**{"y": y, "A": A, "C": C, "R": R, "predicted_mean": mean, "predicted_cov": cov} | wrong)
+    with pytest.raises(TypeError, match="R is float32"):
+        kalman_smooth(y, A, C, R.float(), mean, cov)
