@@ -16,6 +16,7 @@ from stateline.classical.discretize import discretize
 from stateline.classical.horizon import Limits, RecedingHorizon
 from stateline.classical.kalman import Forecast, forecast, kalman_filter
 from stateline.classical.layer import KalmanFilter
+from stateline.classical.learn import Fit, FitOptions, fit
 from stateline.classical.lqg import lqg
 from stateline.classical.model import StateSpace, from_scan, simulate, to_scan
 from stateline.classical.nonlinear import NonlinearModel, extended_kalman_filter, unscented_kalman_filter
@@ -25,6 +26,8 @@ from stateline.ops.kalman import Filtered, KalmanState, SquareRootState
 
 __all__ = [
     "Filtered",
+    "Fit",
+    "FitOptions",
     "Forecast",
     "KalmanFilter",
     "KalmanState",
@@ -40,6 +43,7 @@ __all__ = [
     "constant_velocity",
     "discretize",
     "extended_kalman_filter",
+    "fit",
     "forecast",
     "from_control",
     "from_scan",
