@@ -22,6 +22,7 @@ from stateline.classical.model import StateSpace, from_scan, simulate, to_scan
 from stateline.classical.nonlinear import NonlinearModel, extended_kalman_filter, unscented_kalman_filter
 from stateline.classical.smoother import Smoothed, kalman_smoother, posterior_sample
 from stateline.classical.steady import steady_filter, steady_state
+from stateline.classical.subspace import Subspace, n4sid
 from stateline.ops.kalman import Filtered, KalmanState, SquareRootState
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Smoothed",
     "SquareRootState",
     "StateSpace",
+    "Subspace",
     "analyse",
     "arma",
     "constant_acceleration",
@@ -54,6 +56,7 @@ __all__ = [
     "local_trend",
     "lqg",
     "lqr",
+    "n4sid",
     "oscillator",
     "posterior_sample",
     "seasonal",

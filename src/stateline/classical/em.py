@@ -1,4 +1,4 @@
-"""One step of expectation maximisation: moments of the states given all observations, then the parts that fit them best.
+"""One step of expectation maximisation: moments of the states given all observations, then the parts that fit best.
 
 The states, and the entries that are missing in rows that have others, are what is imagined; empty rows are left out.
 With r the residual of a transition, an observation or the start under the present model, and z what its matrix
@@ -119,7 +119,7 @@ def _start(data: Data, model: StateSpace, smoothed: Smoothed) -> Sums:
 
 
 def _sums(data: Data, r: Tensor, z: Tensor, spread: list[Tensor], states: int, count: Tensor) -> Sums:
-    """Of means r (N, T, a), z (N, T, q) and summed covariances of r and of the first columns of z, if those are states."""
+    """Of means r (N, T, a), z (N, T, q) and summed covariances of r and of z's first columns, if those are states."""
     own, with_state, of_state = (v.expand(len(r), *v.shape[1:]) for v in spread)
     rr, rz, zz = r.mT @ r + own, r.mT @ z, z.mT @ z
     if states:
@@ -234,7 +234,7 @@ def _moment(found: Tensor, old: Tensor, free: Tensor) -> Tensor:
     """The covariances (G, n, n) most likely for second moments `found`, with the frozen entries of `old`."""
     made = old.clone()
     for block in blocks(old, free):
-        at = torch.tensor(block.index)
+        at = torch.tensor(block.at)
         S, before = found[:, at][:, :, at], old[:, at][:, :, at]
         best = _within(S, before) if block.whole else torch.stack(
             [_score(s, b, block.free) for s, b in zip(S, before, strict=True)]
@@ -254,7 +254,7 @@ def _within(S: Tensor, old: Tensor) -> Tensor:
 
 
 def _score(S: Tensor, R: Tensor, free: Tensor) -> Tensor:
-    """R (n, n) of least log det R + tr R⁻¹ S among those that keep the entries which are not free, by Fisher's scoring."""
+    """R (n, n) of least log det R + tr R⁻¹ S that keeps the entries which are not free, by Fisher's scoring."""
     L, problem = torch.linalg.cholesky_ex(R)
     if bool(problem):
         problem_of = "a covariance of which some entries are frozen became singular"

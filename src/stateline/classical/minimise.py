@@ -67,7 +67,7 @@ class Lbfgs:
         ended |= self.slope[rows].abs().amax(-1) == 0 if self.x.shape[1] else torch.ones_like(ended)
         self.end(rows[ended], f"a step gains less than {self.tolerance:g}", converged=True)
         rows, direction, descent = rows[~ended], direction[~ended], descent[~ended]
-        length, found = self.search(rows, direction, -descent)
+        found = self.search(rows, direction, -descent)
         stuck = ~found
         if bool(stuck.any()):
             settled = descent[stuck] < 1e-7 * self.value[rows[stuck]].abs().clamp(min=1)
@@ -77,7 +77,6 @@ class Lbfgs:
             self.end(torch.tensor(fresh, dtype=torch.long), "no step along the slope raises the likelihood", False)
             for _, _, rho in self.pairs:  # forget, and try steepest descent
                 rho[rest] = 0
-        del length
 
     def end(self, rows: Tensor, reason: str, converged: bool) -> None:
         for g in rows.tolist():
@@ -102,8 +101,8 @@ class Lbfgs:
             q += s[rows] * (weight - rho[rows] * (y[rows] * q).sum(-1))[:, None]
         return -q
 
-    def search(self, rows: Tensor, direction: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """Lengths along `direction`, and which were found; x, value and slope of those move there."""
+    def search(self, rows: Tensor, direction: Tensor, slope: Tensor) -> Tensor:
+        """Which problems found a point along `direction`; their x, value and slope move there."""
         start, before, old = self.x[rows].clone(), self.value[rows].clone(), self.slope[rows].clone()
         length, low = torch.ones_like(before), torch.zeros_like(before)
         high, found = torch.full_like(before, torch.inf), torch.zeros_like(before, dtype=torch.bool)
@@ -132,4 +131,4 @@ class Lbfgs:
         clear = product > 1e-14 * moved.norm(dim=-1) * changed.norm(dim=-1)
         rho = torch.where(clear, 1 / product.clamp(min=1e-300), 0.0)
         self.pairs = [*self.pairs, (moved, changed, rho)][-MEMORY:]
-        return best_at, found
+        return found

@@ -1,10 +1,10 @@
 """Numbers without limits, (G, k), that stand for the learned parts of G models: 0 is the start.
 
 A, B, C, D and m0 move by their own entries, in units of the start's size. A covariance without frozen entries is
-F M Mᵀ Fᵀ with the start F Fᵀ and M lower triangular, its diagonal an exponential: it stays positive semidefinite and in
-the start's range, also where that is singular. Parts of it that no entry connects are blocks of their own. In a block of
-which only some entries are frozen, variances are exponentials and the others move as they are; where that is no
-covariance, there is no value. A that stays stable is L K L⁻¹ with ‖K‖ < 1, which every stable matrix is.
+F M Mᵀ Fᵀ with the start F Fᵀ and M lower triangular, its diagonal an exponential: it stays positive semidefinite and
+in the start's range, also where that is singular. Parts of it that no entry connects are blocks of their own. In a
+block of which only some entries are frozen, variances are exponentials and the others move as they are; where that is
+no covariance, there is no value. A that stays stable is L K L⁻¹ with ‖K‖ < 1, which every stable matrix is.
 
 Suffixes: G model (each learned part has G or 1), k parameter.
 """
@@ -26,7 +26,7 @@ COVARIANCES = ("Q", "R", "P0")
 class Block(NamedTuple):
     """Indices of a covariance that its entries connect, and which of their entries are free."""
 
-    index: list[int]
+    at: list[int]
     free: Tensor
 
     @property
@@ -92,14 +92,14 @@ class Covariance:
         self.start, self.blocks, self.roots = start, blocks(start, free), []
         moves = []
         for block in self.blocks:
-            part = start[:, block.index][:, :, block.index]
+            part = start[:, block.at][:, :, block.at]
             if block.whole:
                 F = root(part)
                 self.roots.append(F)
                 moves.append((F != 0).any(-2)[:, torch.tril_indices(*block.free.shape)[0]])
                 continue
             if bool(torch.linalg.cholesky_ex(part)[1].any()):
-                problem = f"{name} is singular in a block of which some entries are frozen (rows {block.index})"
+                problem = f"{name} is singular in a block of which some entries are frozen (rows {block.at})"
                 raise checks.fail(op, f"{problem}.", "Freeze the whole block or none of it, or start inside.")
             self.roots.append(part)
             moves.append(torch.ones(len(start), int(block.free.tril().sum()), dtype=torch.bool))
@@ -112,9 +112,9 @@ class Covariance:
             i, j = block.free.tril().nonzero(as_tuple=True)
             part = x[:, first : first + len(i)]
             first += len(i)
-            kept, at = of(kept, rows), torch.tensor(block.index)
+            kept, at = of(kept, rows), torch.tensor(block.at)
             if block.whole:
-                M = _triangle(part, i, j, len(block.index))
+                M = _triangle(part, i, j, len(block.at))
                 F = kept @ M
                 made = F @ F.mT
             else:

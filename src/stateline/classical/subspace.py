@@ -1,8 +1,8 @@
 """Find a model from inputs and observations without a start: the order and the matrices, by linear algebra alone.
 
-What the past of a record tells of its future goes through the state, so a regression of the future on the past has the
-rank n of the state. In canonical variates, singular values are the correlations of past and future; the first n directions
-of the past are the state, and A, B, C, D and the noise follow from two regressions.
+What the past of a record tells of its future goes through the state, so a regression of the future on the past has
+the rank n of the state. In canonical variates, singular values are the correlations of past and future; the first n
+directions of the past are the state, and A, B, C, D and the noise follow from two regressions.
 Sources: Larimore 1990, "Canonical variate analysis in identification, filtering, and adaptive control"; Van Overschee &
 De Moor 1996, "Subspace identification for linear systems", chapter 4.
 
@@ -53,7 +53,7 @@ def n4sid(
     Args:
         y: (T, m) one record or (N, T, m) several of one system, without gaps.   u: (T, p) or (N, T, p) likewise.
         order: n, the number of states; None takes the suggested one. Look at singular_values before believing it.
-        block_rows: steps of the past that tell of as many in the future; None takes 2 n or 10, less in short records.
+        block_rows: steps of the past that tell of as many in the future; None takes 20 or 2 n, fewer in short records.
         feedthrough: whether y[t] may show u[t] at once (D).
         stable: eigenvalues of A outside the unit circle are moved inside, as `FitOptions(stable=True)` wants them.
 
@@ -79,13 +79,11 @@ def n4sid(
     most = i * m
     if order is not None:
         checks.number(OP, "order", order, low=1, high=most, integer=True)
-    means = torch.cat([v.flatten(0, 1) for v in (y, u) if v is not None], 1).mean(0)
     past, future = _windows(y, u, i)
     left, values = _canonical(past, *future)
     suggested = _suggest(values)
     n = order or suggested
     states = past @ left[:, :n]
-    del means
     return Subspace(_model(states, y, u, i, feedthrough, stable, dtype), values.to(dtype), suggested)
 
 
@@ -99,7 +97,9 @@ def _records(y: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None, torch.
             expected = "(T, ·) or (N, T, ·), records and steps alike"
             raise checks.fail(OP, f"y has shape {tuple(y.shape)}, {name} {tuple(v.shape)}, expected {expected}.")
         if not torch.isfinite(v).all():
-            remedy = "Fill short gaps with the smoothed series of kalman_smoother, or cut the record there, into several."
+            remedy = (
+                "Fill short gaps with the smoothed series of kalman_smoother, or cut the record there, into several."
+            )
             raise checks.fail(OP, f"{name} has entries that are missing or infinite.", remedy)
     y, u = (None if v is None else v.detach().to("cpu", torch.float64) for v in (y, u))  # type: ignore[assignment]
     return (y[None], None if u is None else u[None], given["y"].dtype) if y.dim() == 2 else (y, u, given["y"].dtype)
@@ -118,7 +118,7 @@ def _block_rows(T: int, m: int, p: int, N: int, order: int | None, wanted: int |
             raise checks.fail(OP, f"{problem}.", "Take fewer, or longer records.")
         return wanted
     least = -(-(order or 1) // m)
-    i = max(10, 2 * (order or 1))
+    i = max(20, 2 * (order or 1))
     while i > least and columns(i) < 4 * i * (m + p):
         i -= 1
     if columns(i) <= 2 * i * (m + p):
@@ -177,7 +177,7 @@ def _suggest(values: Tensor) -> int:
 def _model(
     states: Tensor, y: Tensor, u: Tensor | None, i: int, feedthrough: bool, stable: bool, dtype: torch.dtype
 ) -> StateSpace:
-    N, T, m = y.shape
+    N = len(y)
     h = states.unflatten(0, (N, -1))  # at steps i … T − i
     n, steps = h.shape[-1], h.shape[1]
     now_y = y[:, i : i + steps]
