@@ -5,8 +5,8 @@
 
 Needs the extra (pip install 'stateline[classical]') and nfoursid, for its columns (pip install nfoursid).
 
-A record has 200 steps: white input, a white disturbance of a twentieth of its size, and sensor noise 10 dB below what is
-seen. Fit: 100 (1 − |ŷ − y| / |y − mean y|) of a free run over 1,000 steps of another input, from rest, without noise,
+A record has 400 steps: white input, a white disturbance of a twentieth of its size, and sensor noise 10 dB below what
+is seen. Fit: 100 (1 − |ŷ − y| / |y − mean y|) of a free run over 1,000 steps of another input, from rest, without noise,
 mean over sensors. nfoursid stands with windows of 10 rows, as in its documentation, and with the best of four sizes,
 chosen by that very number. Cost: of a regulator of the output, LQG, in closed loop with the true plant, its disturbance
 and its sensor noise, over that of the same design on the true model; all controllers meet the same noise.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from stateline.classical import FitOptions, StateSpace, discretize, fit, lqg, lqr, n4sid
 
-STEPS, NEW, DECIBELS, DISTURBANCE = 200, 1000, 10.0, 0.05**2  # the last is a variance, beside 1 of the input
+STEPS, NEW, DECIBELS, DISTURBANCE = 400, 1000, 10.0, 0.05**2  # the last is a variance, beside 1 of the input
 PLANTS, LOOP = 100, 300  # in closed loop: how many at once, for how many steps
 WINDOWS = (10, 5, 15, 20)
 TORQUE = 0.3  # of the pendulum's input, per mass and squared length

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import JointGaussian
-from test_kalman_filter import CASES, agrees, load, tensor
+from test_kalman_filter import CASES, agrees, load
 from torch import Tensor
 
 from stateline.classical import (
@@ -91,8 +90,7 @@ def test_reference_maximum() -> None:
     assert found.model.Q.item() == pytest.approx(wanted["Q"], rel=1e-6)
     assert found.model.R.item() == pytest.approx(wanted["R"], rel=1e-6)
     assert found.loglik[-1].item() == pytest.approx(wanted["loglik"], abs=1e-9)
-    slow = fit(model, y, steps=3000, options=FitOptions(errors=False, tolerance=1e-9))
-    assert slow.model.Q.item() == pytest.approx(wanted["Q"], rel=1e-3)
+    assert fit(found.model, y, steps=1).loglik.diff().item() < 1e-9
 
 
 # ---- never less likely, and entries that stay ------------------------------------------------------------------------
@@ -102,7 +100,11 @@ MASKS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "rows of A": {"A": [[1, 1, 1], [0, 0, 0], [1, 0, 1]]},
     "diagonal R": {"R": [[0, 1], [1, 0]], "C": [[1, 0, 0], [0, 0, 1]], "D": [[1], [0]]},
-    "some of a block": {"Q": [[1, 0, 0], [0, 0, 1], [0, 1, 0]], "B": [[0], [1], [0]], "P0": [[0, 0, 1]] * 2 + [[1] * 3]},
+    "some of a block": {
+        "Q": [[1, 0, 0], [0, 0, 1], [0, 1, 0]],
+        "B": [[0], [1], [0]],
+        "P0": [[0, 0, 1]] * 2 + [[1] * 3],
+    },
     "some of m0": {"m0": [1, 0, 1]},
 }
 
@@ -112,15 +114,15 @@ MASKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("masks", list(MASKS))
 def test_em_never_lowers_the_likelihood_and_keeps_what_is_frozen(masks: str, gaps: bool, each: bool) -> None:
     truth = system()
-    y, u = data(truth, N=3, T=30, gaps=gaps)
+    y, u = data(truth, N=2, T=12, gaps=gaps)
     start = away(truth)
     if "Q" in MASKS[masks]:
         start = start._replace(Q=truth.Q)
     frozen = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in MASKS[masks].items()}
     learn = tuple(StateSpace._fields)
-    found = fit(start, y, u, learn=learn, frozen=frozen, each=each, steps=8, options=QUICK)
+    found = fit(start, y, u, learn=learn, frozen=frozen, each=each, steps=3, options=QUICK)
     gains = found.loglik.diff(dim=0)
-    assert found.loglik.shape == ((9, 3) if each else (9,)), found.reason
+    assert found.loglik.shape == ((4, 2) if each else (4,)), found.reason
     assert float(gains.min()) > 0
     assert torch.allclose(loglik(found.model, y, u) if each else loglik(found.model, y, u).sum(), found.loglik[-1])
     for name, mask in frozen.items():
@@ -146,17 +148,15 @@ def test_a_step_of_em_is_the_best_answer_to_its_moments(gaps: bool) -> None:
     mean, cov = _given(start, y[0], u[0])
 
     def expected(model: StateSpace) -> Tensor:
-        """E log p(states, completed observations), up to a constant, by draws that are shared: a quadrature of corners."""
-        total, n = -_quadratic(model, mean, y[0], u[0], cov), len(model.A)
-        del n
-        return total
+        """E log p(states, completed observations), up to a constant."""
+        return -_quadratic(model, mean, y[0], u[0], cov)
 
     x = [getattr(found, name).clone().requires_grad_() for name in learn]
     value = expected(StateSpace(*(dict(zip(learn, x, strict=True))[name] for name in StateSpace._fields)))
     for name, v, slope in zip(learn, x, torch.autograd.grad(value, x), strict=True):
         slope = (slope + slope.mT) / 2 if name in ("Q", "R", "P0") else slope
         slope = torch.where(frozen[name], 0.0, slope) if name in frozen else slope
-        assert float(slope.abs().max()) < 1e-6 * max(1.0, float(1 / v.abs().max())), name
+        assert float(slope.abs().max()) < 1e-6 * max(1.0, 1 / float(v.detach().abs().max())), name
 
 
 def _given(model: StateSpace, y: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,12 +215,22 @@ def _quadratic(model: StateSpace, mean: Tensor, y: Tensor, u: Tensor, cov: Tenso
 @pytest.mark.parametrize("each", [False, True])
 def test_both_methods_find_one_maximum(each: bool) -> None:
     truth = system(n=2, m=2)
-    y, u = data(truth, N=4, T=150)
+    y, u = data(truth, N=2, T=60)
     frozen = {"R": torch.tensor([[False, True], [True, False]])}
     start = away(truth)._replace(A=truth.A, R=torch.eye(2, dtype=F64))
     learn = ("B", "R", "m0")
     found = [
-        fit(start, y, u, learn=learn, frozen=frozen, each=each, method=method, steps=2000, options=FitOptions(tolerance=t))
+        fit(
+            start,
+            y,
+            u,
+            learn=learn,
+            frozen=frozen,
+            each=each,
+            method=method,
+            steps=2000,
+            options=FitOptions(tolerance=t),
+        )
         for method, t in (("em", 1e-10), ("lbfgs", 1e-10))
     ]
     for result in found:
@@ -235,12 +245,12 @@ def test_both_methods_find_one_maximum(each: bool) -> None:
 
 def test_models_side_by_side_are_those_of_each_series_alone() -> None:
     truth = system(n=2, m=1)
-    y, u = data(truth, N=3, T=80)
+    y, u = data(truth, N=3, T=30)
     for method in ("em", "lbfgs"):
         options = FitOptions(errors=False, tolerance=1e-7)
-        together = fit(away(truth), y, u, method=method, each=True, steps=40, options=options)
+        together = fit(away(truth), y, u, method=method, each=True, steps=15, options=options)
         for i in range(3):
-            alone = fit(away(truth), y[i], u[i], method=method, steps=40, options=options)
+            alone = fit(away(truth), y[i], u[i], method=method, steps=15, options=options)
             torch.testing.assert_close(together.model.Q[i, 0], alone.model.Q, rtol=1e-6, atol=1e-9)
             assert bool(together.converged[i]) == alone.converged  # type: ignore[index]
 
@@ -257,9 +267,9 @@ def test_standard_errors_are_the_spread_of_estimates() -> None:
 
 
 def test_standard_errors_by_second_derivatives() -> None:
-    """The information of a variance and an entry of A, by the dense likelihood of one Gaussian, differentiated twice."""
-    truth = local_level(level=0.5, noise=2.0, prior=1.0)._replace(A=torch.tensor([[0.9]], dtype=F64))
-    y = simulate(truth, 60, generator=torch.Generator().manual_seed(0))[1]
+    """The information of variances and an entry of A, by the dense likelihood of one Gaussian, differentiated twice."""
+    truth = local_level(level=1.0, noise=0.5, prior=1.0)._replace(A=torch.tensor([[0.9]], dtype=F64))
+    y = simulate(truth, 60, generator=torch.Generator().manual_seed(1))[1]
     found = fit(truth, y, learn=("A", "Q", "R"), method="lbfgs", options=FitOptions(tolerance=1e-12))
 
     def dense(x: Tensor) -> Tensor:
@@ -289,6 +299,15 @@ def test_no_standard_errors_where_coordinates_are_open() -> None:
     assert "Freeze" in found.errors_reason
 
 
+def test_no_standard_errors_where_a_variance_vanished() -> None:
+    walk = local_level(level=1.0, noise=0.5, prior=1.0)
+    y = simulate(walk._replace(R=0 * walk.R), 60, generator=torch.Generator().manual_seed(0))[1]
+    found = fit(walk, y, method="lbfgs", options=FitOptions(tolerance=1e-9))
+    assert found.model.R.item() < 1e-3
+    assert found.errors is None
+    assert "R went to the border" in found.errors_reason
+
+
 # ---- what else ------------------------------------------------------------------------------------------------------
 
 
@@ -309,18 +328,20 @@ def test_singular_noise_keeps_its_range(method: str) -> None:
 
 
 def test_stable_by_construction() -> None:
-    """A drifting record makes maximum likelihood leave the unit circle; stable=True does not, and says what it needs."""
+    """A growing record makes likelihood leave the unit circle; stable=True does not, and says what it needs."""
     t = torch.arange(60, dtype=F64)
     y = (1.03**t)[:, None] + 0.1 * torch.randn(60, 1, dtype=F64, generator=torch.Generator().manual_seed(0))
     eye = torch.eye(2, dtype=F64)
-    start = StateSpace(0.9 * eye + 0.05, None, torch.ones(1, 2, dtype=F64), None, 0.01 * eye, 0.01 * eye[:1, :1], eye[0], eye)
+    start = StateSpace(
+        0.9 * eye + 0.04, None, torch.ones(1, 2, dtype=F64), None, 0.01 * eye, 0.01 * eye[:1, :1], eye[0], eye
+    )
     runs = {
         stable: fit(start, y, learn=("A",), method="lbfgs", steps=100, options=FitOptions(stable=stable, errors=False))
         for stable in (False, True)
     }
     radius = {k: float(torch.linalg.eigvals(v.model.A).abs().max()) for k, v in runs.items()}
     assert radius[False] > 1 > radius[True] > 0.99
-    assert runs[True].loglik[0] == pytest.approx(runs[False].loglik[0], abs=1e-9)
+    assert runs[True].loglik[0].item() == pytest.approx(runs[False].loglik[0].item(), abs=1e-9)
     with pytest.raises(ValueError, match="spectral radius 1"):
         fit(start._replace(A=eye), y, learn=("A",), method="lbfgs", options=FitOptions(stable=True))
 
@@ -352,10 +373,12 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     for method in ("em", "lbfgs"):
         told: list[tuple[int, float]] = []
 
-        def tell(step: int, value: Tensor, model: StateSpace) -> None:
+        def tell(step: int, value: Tensor, model: StateSpace, told: list[tuple[int, float]] = told) -> None:
             told.append((step, value.item() - loglik(model, y).item()))
 
-        fit(away(truth)._replace(A=truth.A), y, method=method, steps=3, options=FitOptions(tolerance=0.0, progress=tell))
+        fit(
+            away(truth)._replace(A=truth.A), y, method=method, steps=3, options=FitOptions(tolerance=0.0, progress=tell)
+        )
         assert [step for step, _ in told] == [1, 2, 3]
         assert max(abs(difference) for _, difference in told) < 1e-9
         fit(truth, y, method=method, steps=2, options=FitOptions(tolerance=0.0, progress=True))
@@ -390,7 +413,7 @@ def test_refuses(given: dict[str, Any], message: str) -> None:
         fit(model._replace(**parts), **({"y": y} | rest))
 
 
-# ---- subspace ---------------------------------------------------------------------------------------------------------
+# ---- subspace --------------------------------------------------------------------------------------------------------
 
 
 def test_n4sid_finds_a_system_without_noise() -> None:
@@ -409,9 +432,11 @@ def test_n4sid_finds_a_system_without_noise() -> None:
 
 def test_n4sid_starts_fit() -> None:
     truth = system(n=2, m=1, p=1, seed=3)._replace(D=None)
-    y, u = data(truth, N=2, T=400, gaps=False)
+    y, u = data(truth, N=2, T=200, gaps=False)
     start = n4sid(y, u, order=2, stable=True).model
-    found = fit(start, y, u, learn=("A", "B", "C", "Q", "R"), method="lbfgs", options=FitOptions(errors=False, stable=True))
+    found = fit(
+        start, y, u, learn=("A", "B", "C", "Q", "R"), method="lbfgs", steps=80, options=FitOptions(errors=False, stable=True)
+    )
     assert found.loglik[-1] > loglik(truth, y, u).sum() - 1
     assert found.loglik[-1] > found.loglik[0]
 
@@ -420,9 +445,9 @@ def test_n4sid_starts_fit() -> None:
     ("change", "message"),
     [
         ({"y": torch.full((300, 1), float("nan"), dtype=F64)}, "missing"),
-        ({"y": torch.zeros(5, 1, dtype=F64), "u": None}, "too short"),
+        ({"y": torch.zeros(4, 1, dtype=F64), "u": None}, "too short"),
         ({"u": torch.ones(300, 1, dtype=F64)}, "dependent"),
-        ({"order": 1000}, "order"),
+        ({"order": 6, "block_rows": 5}, "order"),
         ({"block_rows": 100}, "block_rows"),
         ({"u": torch.ones(299, 1, dtype=F64)}, "steps alike"),
     ],

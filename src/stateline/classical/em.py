@@ -195,25 +195,23 @@ def _regress(rz: Tensor, zz: Tensor, noise: Tensor, free: Tensor) -> Tensor:
         return _solve(zz, rz.mT).mT
     i, j = free.nonzero(as_tuple=True)
     delta = torch.zeros_like(rz)
+    values, vectors = torch.linalg.eigh(noise.expand(len(rz), -1, -1))
+    inside = values > SINGULAR * values[..., -1:]
+    weight = (vectors * torch.where(inside, 1 / values, 0.0)[..., None, :]) @ vectors.mT
+    systems = weight[:, i][:, :, i] * zz[:, j][:, :, j]
+    wanted = (weight @ rz)[:, i, j]
+    if bool(inside.all()):
+        delta[:, i, j] = _solve(systems, wanted[..., None])[..., 0]
+        return delta
     for g in range(len(rz)):
-        values, vectors = torch.linalg.eigh(noise[g])
-        inside = values > SINGULAR * values[-1]
-        if not bool(inside.any()):
-            continue
-        weight = (vectors[:, inside] / values[inside]) @ vectors[:, inside].mT
-        system = weight[i][:, i] * zz[g][j][:, j]
-        wanted = (weight @ rz[g])[i, j]
-        if bool(inside.all()):
-            delta[g, i, j] = _solve(system[None], wanted[None, :, None])[0, :, 0]
-            continue
         # Nothing may move across the range of the noise: each null vector forbids one sum in each column.
-        null = vectors[:, ~inside].mT
+        null = vectors[g][:, ~inside[g]].mT
         columns = torch.arange(free.shape[1])
         forbidden = (null[:, None, i] * (columns[:, None] == j)).flatten(0, 1)
         _, sizes, rows = torch.linalg.svd(forbidden, full_matrices=True)
         allowed = rows[int((sizes > SINGULAR**0.5).sum()) :].mT
         if allowed.shape[1]:
-            reduced = _solve((allowed.mT @ system @ allowed)[None], (allowed.mT @ wanted)[None, :, None])
+            reduced = _solve((allowed.mT @ systems[g] @ allowed)[None], (allowed.mT @ wanted[g])[None, :, None])
             delta[g, i, j] = allowed @ reduced[0, :, 0]
     return delta
 

@@ -34,6 +34,8 @@ ROUNDING = 1e-11
 DIFFERENCE = 1e-5
 #: The least eigenvalue of the information scaled to a unit diagonal: below, a direction changes nothing.
 SINGULAR = 1e-8
+#: A variance whose error is this many times itself has gone to zero, the border, where curvature says nothing.
+VAGUE = 10.0
 Progress = Callable[[int, Tensor, StateSpace], None]
 
 
@@ -109,7 +111,7 @@ def fit(
     >>> _, y = simulate(truth, 400, batch=20, generator=torch.Generator().manual_seed(0))
     >>> found = fit(local_level(level=1.0, noise=1.0, prior=1.0), y, method="lbfgs")
     >>> found.converged, round(found.model.Q.item(), 2), round(found.errors["Q"].item(), 2)
-    (True, 0.5, 0.02)
+    (True, 0.55, 0.03)
     """
     options = options or FitOptions()
     batch, flat, data = _prepare(model, y, u, tuple(learn), each, options)
@@ -440,4 +442,9 @@ def _standard_errors(
                 (row,) = torch.autograd.grad(flat_part[:, i].sum(), x, retain_graph=True)
                 variances.append((row[:, None] @ spread @ row[:, :, None])[:, 0, 0])
             errors[name] = torch.stack(variances, 1).clamp(min=0).sqrt().detach().unflatten(1, part.shape[1:])
+            if name in COVARIANCES:
+                error, variance = (v.detach().diagonal(dim1=-2, dim2=-1) for v in (errors[name], part))
+                if bool((error > VAGUE * variance).any()):
+                    remedy = f"Freeze it there, or leave {name} out of learn."
+                    return None, f"a variance in {name} went to the border, {float(variance.min()):.3g}. {remedy}"
     return errors, ""

@@ -66,7 +66,7 @@ def n4sid(
             are too short, or inputs do not excite the system enough.
 
     >>> from stateline.classical import oscillator, simulate
-    >>> swing = oscillator(period=20.0, damping=0.98, intensity=1.0, noise=0.1)
+    >>> swing = oscillator(period=20.0, variance=1.0, damping=0.98, noise=0.1, prior=1.0)
     >>> _, y = simulate(swing, 2000, generator=torch.Generator().manual_seed(0))
     >>> found = n4sid(y)
     >>> found.suggested_order
@@ -83,6 +83,9 @@ def n4sid(
     left, values = _canonical(past, *future)
     suggested = _suggest(values)
     n = order or suggested
+    if n > left.shape[1]:
+        problem = f"order is {n}, and the past has {left.shape[1]} independent directions"
+        raise checks.fail(OP, f"{problem}.", "Take a lower order.")
     states = past @ left[:, :n]
     return Subspace(_model(states, y, u, i, feedthrough, stable, dtype), values.to(dtype), suggested)
 
@@ -155,7 +158,8 @@ def _canonical(past: Tensor, future_y: Tensor, future_u: Tensor) -> tuple[Tensor
         past_free = past
     white_past, white_future = _whiten(past_free), _whiten(future_y)
     U, values, _ = torch.linalg.svd((past_free @ white_past).mT @ (future_y @ white_future) / c)
-    return white_past @ U[:, : len(values)], values.clamp(max=1.0)
+    rest = future_y.shape[1] - len(values)
+    return white_past @ U[:, : len(values)], torch.nn.functional.pad(values.clamp(max=1.0), (0, rest))
 
 
 def _whiten(X: Tensor) -> Tensor:
