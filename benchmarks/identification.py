@@ -6,7 +6,7 @@
 Needs the extra (pip install 'stateline[classical]') and nfoursid, for its columns (pip install nfoursid).
 
 A record has 400 steps: white input, a white disturbance of a twentieth of its size, and sensor noise 10 dB below what
-is seen. Fit: 100 (1 − |ŷ − y| / |y − mean y|) of a free run over 1,000 steps of another input, from rest, without noise,
+is seen. Fit: 100 (1 − |ŷ − y| / |y − mean y|) of a free run over 1,000 new steps, from rest, without noise,
 mean over sensors. nfoursid stands with windows of 10 rows, as in its documentation, and with the best of four sizes,
 chosen by that very number. Cost: of a regulator of the output, LQG, in closed loop with the true plant, its disturbance
 and its sensor noise, over that of the same design on the true model; all controllers meet the same noise.
@@ -29,7 +29,7 @@ STEPS, NEW, DECIBELS, DISTURBANCE = 400, 1000, 10.0, 0.05**2  # the last is a va
 PLANTS, LOOP = 100, 300  # in closed loop: how many at once, for how many steps
 WINDOWS = (10, 5, 15, 20)
 TORQUE = 0.3  # of the pendulum's input, per mass and squared length
-INPUT_COST = 0.1  # beside outputs in units of their standard deviation
+INPUT_COST = 1.0  # Bryson's rule: inputs and outputs count in units of what they were in the record
 F64 = torch.float64
 
 

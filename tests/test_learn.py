@@ -14,8 +14,10 @@ from torch import Tensor
 from stateline.classical import (
     FitOptions,
     StateSpace,
+    em,
     fit,
     kalman_filter,
+    learn,
     local_level,
     n4sid,
     simulate,
@@ -218,13 +220,13 @@ def test_both_methods_find_one_maximum(each: bool) -> None:
     y, u = data(truth, N=2, T=60)
     frozen = {"R": torch.tensor([[False, True], [True, False]])}
     start = away(truth)._replace(A=truth.A, R=torch.eye(2, dtype=F64))
-    learn = ("B", "R", "m0")
+    names = ("B", "R", "m0")
     found = [
         fit(
             start,
             y,
             u,
-            learn=learn,
+            learn=names,
             frozen=frozen,
             each=each,
             method=method,
@@ -236,7 +238,7 @@ def test_both_methods_find_one_maximum(each: bool) -> None:
     for result in found:
         assert bool(torch.as_tensor(result.converged).all()), result.reason
         assert result.errors is not None, result.errors_reason
-    for name in learn:
+    for name in names:
         a, b = (getattr(result.model, name) for result in found)
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(found[0].errors[name], found[1].errors[name], rtol=1e-2, atol=1e-5)  # type: ignore[index]
@@ -385,6 +387,35 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"fit {method}: step 2 of 2, log-likelihood -" in capsys.readouterr().err
 
 
+def test_a_failed_step_ends_with_the_best_model_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails, whenever: here the third smoothing, then a step that rounding spoils."""
+    walk = local_level(level=0.5, noise=2.0, prior=1.0)
+    y = simulate(walk, 50, generator=torch.Generator().manual_seed(0))[1]
+    good, calls = em.em_step, [0]
+
+    def fails(data: Any, model: StateSpace, free: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise ValueError("kalman: series 0 at step 7")
+        return good(data, model, free)
+
+    monkeypatch.setattr(learn, "em_step", fails)
+    found = fit(walk, y, steps=10, options=QUICK)
+    assert (found.converged, found.reason) == (False, "step 2 failed: kalman: series 0 at step 7")
+    assert len(found.loglik) == 2
+    assert loglik(found.model, y).sum().item() == pytest.approx(found.loglik[-1].item(), abs=1e-12)
+
+    def spoils(data: Any, model: StateSpace, free: Any) -> Any:
+        made, value = good(data, model, free)
+        return {"Q": 100 * made["Q"], "R": made["R"]}, value
+
+    monkeypatch.setattr(learn, "em_step", spoils)
+    found = fit(walk, y, steps=10, options=QUICK)
+    assert found.reason.startswith("step 1 lowered the log-likelihood by")
+    assert torch.equal(found.model.Q, walk.Q)
+    assert found.loglik.diff().tolist() == [0.0]
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"learn": ()}, "learn is empty"),
     ({"learn": ("Z",)}, "learn is 'Z'"),
@@ -435,7 +466,13 @@ def test_n4sid_starts_fit() -> None:
     y, u = data(truth, N=2, T=200, gaps=False)
     start = n4sid(y, u, order=2, stable=True).model
     found = fit(
-        start, y, u, learn=("A", "B", "C", "Q", "R"), method="lbfgs", steps=80, options=FitOptions(errors=False, stable=True)
+        start,
+        y,
+        u,
+        learn=("A", "B", "C", "Q", "R"),
+        method="lbfgs",
+        steps=80,
+        options=FitOptions(errors=False, stable=True),
     )
     assert found.loglik[-1] > loglik(truth, y, u).sum() - 1
     assert found.loglik[-1] > found.loglik[0]

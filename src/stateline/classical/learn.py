@@ -165,8 +165,8 @@ def _prepare(
         if series != 1 and not each:
             problem = f"{name} has shape {tuple(part.shape)}, a value for each series, to be learned for all together"
             raise checks.fail(OP, f"{problem}.", "Give each=True, or one matrix.")
-    T, needed = y.shape[-2], 2 if set(learn) & {"A", "B", "Q"} else 1
-    if T - needed < 0 or torch.Size(frame.batch).numel() == 0:
+    needed = 2 if set(learn) & {"A", "B", "Q"} else 1
+    if y.shape[-2] < needed or torch.Size(frame.batch).numel() == 0:
         raise checks.fail(OP, f"y has shape {tuple(y.shape)}, expected series of at least {needed} steps.")
     if torch.isinf(y).any() or (u is not None and not torch.isfinite(u).all()):
         raise checks.fail(OP, "y has infinite values, or u values that are not finite.", "Only NaN in y is missing.")
@@ -364,15 +364,11 @@ class _Cost:
             parts, bad = self.parameters(x, rows)
             if bool(bad.any()):
                 self.problem = "a covariance with frozen entries is not positive definite"
-                parts = {
-                    k: torch.where(bad.view(-1, *[1] * (v.dim() - 1)), v.detach()[~bad][:1].sum(0), v)
-                    for k, v in parts.items()
-                }
-            if bool(bad.all()):
-                return torch.full_like(x[:, 0], torch.inf), torch.zeros_like(x)
+                good = self.parameters(torch.zeros_like(x), rows)[0]  # the start, which the filter can take
+                parts = {k: torch.where(bad.view(-1, *[1] * (v.dim() - 1)), good[k], v) for k, v in parts.items()}
             try:
                 cost = -self._loglik(parts, rows)
-            except ValueError as error:  # of a trial only; the shapes were checked
+            except ValueError as error:  # a trial too far, of one of them: all take a shorter step
                 self.problem = str(error)
                 return torch.full_like(x[:, 0], torch.inf), torch.zeros_like(x)
             (slope,) = torch.autograd.grad(cost.sum(), x)

@@ -79,6 +79,7 @@ class Lbfgs:
                 rho[rest] = 0
 
     def end(self, rows: Tensor, reason: str, converged: bool) -> None:
+        """Say why the problems `rows` ended."""
         for g in rows.tolist():
             self.reasons[g] = reason
         self.converged[rows] = converged
