@@ -5,7 +5,7 @@
 
 Needs the extra (pip install 'stateline[classical]') and nfoursid, for its columns (pip install nfoursid).
 
-A record has 400 steps: white input, a white disturbance of a twentieth of its size, and sensor noise 10 dB below what
+A record has --steps steps: white input, a white disturbance of a twentieth of its size, and sensor noise 10 dB below what
 is seen. Fit: 100 (1 − |ŷ − y| / |y − mean y|) of a free run over 1,000 new steps, from rest, without noise,
 mean over sensors. nfoursid stands with windows of 10 rows, as in its documentation, and with the best of four sizes,
 chosen by that very number. Cost: of a regulator of the output, LQG, in closed loop with the true plant, its disturbance
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from stateline.classical import FitOptions, StateSpace, discretize, fit, lqg, lqr, n4sid
 
-STEPS, NEW, DECIBELS, DISTURBANCE = 400, 1000, 10.0, 0.05**2  # the last is a variance, beside 1 of the input
+NEW, DECIBELS, DISTURBANCE = 1000, 10.0, 0.05**2  # the last is a variance, beside 1 of the input
 PLANTS, LOOP = 100, 300  # in closed loop: how many at once, for how many steps
 WINDOWS = (10, 5, 15, 20)
 TORQUE = 0.3  # of the pendulum's input, per mass and squared length
@@ -83,17 +83,18 @@ class Record(NamedTuple):
     model: StateSpace
 
 
-def record(plant: Plant, seed: int) -> Record:
+def record(plant: Plant, seed: int, steps: int) -> Record:
+    """What a plant at rest makes of white inputs."""
     generator = torch.Generator().manual_seed(seed)
     n, m = len(plant.A), len(plant.C)
 
     def white(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=F64, generator=generator)
 
-    u, u_new, gust = white(STEPS, 1), white(NEW, 1), math.sqrt(DISTURBANCE) * white(STEPS, 1)
+    u, u_new, gust = white(steps, 1), white(NEW, 1), math.sqrt(DISTURBANCE) * white(steps, 1)
     clean, y_new = run(plant, u + gust), run(plant, u_new)
     deviation = clean.std(0) * 10 ** (-DECIBELS / 20)
-    y = clean + deviation * white(STEPS, m)
+    y = clean + deviation * white(steps, m)
     rest = torch.zeros(n, dtype=F64)
     Q = DISTURBANCE * plant.B @ plant.B.mT
     return Record(u, y, u_new, y_new, StateSpace(plant.A, plant.B, plant.C, None, Q, torch.diag(deviation**2), rest, Q))
@@ -171,14 +172,17 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20, help="records of each plant (default: 20)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of a record (default: 1000)")
+    parser.add_argument("--plant", choices=("spring", "pendulum"), help="only this one")
     parser.add_argument("--alone", action="store_true", help="leave nfoursid out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = ("nfoursid", "its best window", "n4sid", "n4sid + fit", "true linear model")
-    for plant in (two_mass_spring(), pendulum()):
+    plants = {"spring": two_mass_spring, "pendulum": pendulum}
+    for plant in (make() for name, make in plants.items() if options.plant in (None, name)):
         order, rows, seconds = len(plant.A), [], 0.0
         for seed in range(options.seeds):
-            made = record(plant, seed)
+            made = record(plant, seed, options.steps)
             begin = time.perf_counter()
             start, found = ours(made, order)
             seconds += time.perf_counter() - begin
@@ -188,7 +192,9 @@ def main() -> None:
             rows.append([*fits, cost / of_true, of_true / seeing])
             print(f"{plant.name}, seed {seed}: " + ", ".join(f"{v:.4g}" for v in rows[-1]), flush=True)
         mean, most = torch.tensor(rows).mean(0).tolist(), torch.tensor(rows).amax(0).tolist()
-        print(f"{plant.name}, {options.seeds} seeds, {seconds / options.seeds:.2f} s for n4sid and fit")
+        print(
+            f"{plant.name}, {options.seeds} seeds of {options.steps} steps, {seconds / options.seeds:.2f} s for n4sid and fit"
+        )
         print("  fit: " + ", ".join(f"{name} {value:.2f}" for name, value in zip(names, mean, strict=False)))
         print(f"  cost of LQG over the true model's: {mean[5]:.3f}, at most {most[5]:.3f}")
         print(f"  cost of the true model's LQG over LQR that sees the state: {mean[6]:.3f}")

@@ -19,7 +19,6 @@ from stateline.classical import (
     kalman_filter,
     learn,
     local_level,
-    n4sid,
     simulate,
 )  # fmt: skip
 
@@ -245,6 +244,21 @@ def test_both_methods_find_one_maximum(each: bool) -> None:
     assert (found[0].loglik[-1] - found[1].loglik[-1]).abs().max() < 1e-6
 
 
+def test_both_methods_keep_one_entry_of_a_covariance() -> None:
+    truth = system(n=2, m=2)
+    y, u = data(truth, N=2, T=40)
+    frozen = {"Q": torch.tensor([[True, False], [False, False]])}
+    found = [
+        fit(truth, y, u, learn=("Q",), frozen=frozen, method=method, steps=600, options=FitOptions(tolerance=1e-10))
+        for method in ("em", "lbfgs")
+    ]
+    torch.testing.assert_close(found[0].model.Q, found[1].model.Q, rtol=1e-3, atol=1e-5)
+    for result in found:
+        assert result.model.Q[0, 0] == truth.Q[0, 0]
+        assert result.errors is not None
+        assert result.errors["Q"][0, 0] == 0
+
+
 def test_models_side_by_side_are_those_of_each_series_alone() -> None:
     truth = system(n=2, m=1)
     y, u = data(truth, N=3, T=30)
@@ -444,61 +458,7 @@ def test_refuses(given: dict[str, Any], message: str) -> None:
         fit(model._replace(**parts), **({"y": y} | rest))
 
 
-# ---- subspace --------------------------------------------------------------------------------------------------------
-
-
-def test_n4sid_finds_a_system_without_noise() -> None:
-    truth = system(n=3, m=2, p=2)
-    truth = truth._replace(Q=0 * truth.Q, R=0 * truth.R, D=None)
-    u = torch.randn(3, 300, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
-    y = simulate(truth, 300, u, noise=False)[1]
-    found = n4sid(y, u, order=3, block_rows=6)
-    assert found.suggested_order == 3
-    markov = [[m.C @ torch.linalg.matrix_power(m.A, k) @ m.B for k in range(5)] for m in (truth, found.model)]
-    torch.testing.assert_close(torch.stack(markov[1]), torch.stack(markov[0]), rtol=1e-6, atol=1e-6)
-    with_D = truth._replace(D=torch.ones(2, 2, dtype=F64))
-    again = n4sid(simulate(with_D, 300, u, noise=False)[1], u, order=3, block_rows=6, feedthrough=True)
-    torch.testing.assert_close(again.model.D, with_D.D, rtol=1e-6, atol=1e-6)
-
-
-def test_n4sid_starts_fit() -> None:
-    truth = system(n=2, m=1, p=1, seed=3)._replace(D=None)
-    y, u = data(truth, N=2, T=200, gaps=False)
-    start = n4sid(y, u, order=2, stable=True).model
-    found = fit(
-        start,
-        y,
-        u,
-        learn=("A", "B", "C", "Q", "R"),
-        method="lbfgs",
-        steps=80,
-        options=FitOptions(errors=False, stable=True),
-    )
-    assert found.loglik[-1] > loglik(truth, y, u).sum() - 1
-    assert found.loglik[-1] > found.loglik[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"y": torch.full((300, 1), float("nan"), dtype=F64)}, "missing"),
-        ({"y": torch.zeros(4, 1, dtype=F64), "u": None}, "too short"),
-        ({"u": torch.ones(300, 1, dtype=F64)}, "dependent"),
-        ({"order": 6, "block_rows": 5}, "order"),
-        ({"block_rows": 100}, "block_rows"),
-        ({"u": torch.ones(299, 1, dtype=F64)}, "steps alike"),
-    ],
-)  # fmt: skip
-def test_n4sid_refuses(change: dict[str, Any], message: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    given = {"y": torch.randn(300, 1, dtype=F64, generator=generator)}
-    given["u"] = torch.randn(300, 1, dtype=F64, generator=generator)
-    with pytest.raises(ValueError, match=message):
-        n4sid(**(given | change))
-
-
-@pytest.mark.parametrize("module", ["learn", "subspace"])
-def test_examples_of_docstrings(module: str) -> None:
-    failed, tried = doctest.testmod(importlib.import_module(f"stateline.classical.{module}"))
+def test_examples_of_the_docstring() -> None:
+    failed, tried = doctest.testmod(importlib.import_module("stateline.classical.learn"))
     assert tried > 0
     assert failed == 0

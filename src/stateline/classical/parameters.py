@@ -31,6 +31,7 @@ class Block(NamedTuple):
 
     @property
     def whole(self) -> bool:
+        """Whether none of its entries is frozen."""
         return bool(self.free.all())
 
 
@@ -207,6 +208,7 @@ class Parameters:
         return StableA(op, start) if name == "A" and stable else Entries(start, free)
 
     def start(self, G: int) -> Tensor:
+        """x of the start, (G, k)."""
         return self.model.A.new_zeros(G, self.count)
 
     def moves(self, G: int) -> Tensor:
