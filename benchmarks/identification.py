@@ -5,8 +5,8 @@
 
 Needs the extra (pip install 'stateline[classical]') and nfoursid, for its columns (pip install nfoursid).
 
-A record has --steps steps: white input, a white disturbance of a twentieth of its size, and sensor noise 10 dB below what
-is seen. Fit: 100 (1 − |ŷ − y| / |y − mean y|) of a free run over 1,000 new steps, from rest, without noise,
+A record has --steps steps: white input, a white disturbance of a twentieth of its size, and sensor noise 10 dB below
+what is seen. Fit: 100 (1 − |ŷ − y| / |y − mean y|) of a free run over 1,000 new steps, from rest, without noise,
 mean over sensors. nfoursid stands with windows of 10 rows, as in its documentation, and with the best of four sizes,
 chosen by that very number. Cost: of a regulator of the output, LQG, in closed loop with the true plant, its disturbance
 and its sensor noise, over that of the same design on the true model; all controllers meet the same noise.
@@ -192,9 +192,7 @@ def main() -> None:
             rows.append([*fits, cost / of_true, of_true / seeing])
             print(f"{plant.name}, seed {seed}: " + ", ".join(f"{v:.4g}" for v in rows[-1]), flush=True)
         mean, most = torch.tensor(rows).mean(0).tolist(), torch.tensor(rows).amax(0).tolist()
-        print(
-            f"{plant.name}, {options.seeds} seeds of {options.steps} steps, {seconds / options.seeds:.2f} s for n4sid and fit"
-        )
+        print(f"{plant.name}, {options.seeds} seeds × {options.steps} steps, {seconds / options.seeds:.2f} s for ours")
         print("  fit: " + ", ".join(f"{name} {value:.2f}" for name, value in zip(names, mean, strict=False)))
         print(f"  cost of LQG over the true model's: {mean[5]:.3f}, at most {most[5]:.3f}")
         print(f"  cost of the true model's LQG over LQR that sees the state: {mean[6]:.3f}")
