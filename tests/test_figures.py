@@ -91,3 +91,20 @@ def test_the_picture_of_steering_is_of_its_page(monkeypatch: pytest.MonkeyPatch,
     steering.draw(pyplot, made, made, torch.ones(9), tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
     sys.modules.pop("steering")
+
+
+def test_the_picture_of_learning_is_of_its_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The script stops where the page has both smoothed levels, and draws them."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    learning = importlib.import_module("learning")
+    page = learning.PAGE.read_text(encoding="utf-8")
+    assert f"at Aswan, {learning.FIRST} to" in page
+    assert learning.PICTURE.name in page
+    assert learning.run("```python\nafter = 1\n```\ntext\n```python\nafter = 2\n```\n")["after"] == 1
+    made = learning.run(page)
+    assert len(made["flow"]) == 100
+    learning.draw(pyplot, made["flow"], made["before"], made["after"], tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    torch.set_default_dtype(torch.float32)
+    sys.modules.pop("learning")

@@ -16,16 +16,20 @@ from stateline.classical.discretize import discretize
 from stateline.classical.horizon import Limits, RecedingHorizon
 from stateline.classical.kalman import Forecast, forecast, kalman_filter
 from stateline.classical.layer import KalmanFilter
+from stateline.classical.learn import Fit, FitOptions, fit
 from stateline.classical.lqg import lqg
 from stateline.classical.model import StateSpace, from_scan, simulate, to_scan
 from stateline.classical.nonlinear import NonlinearModel, extended_kalman_filter, unscented_kalman_filter
 from stateline.classical.smoother import Smoothed, kalman_smoother, posterior_sample
 from stateline.classical.steady import steady_filter, steady_state
 from stateline.classical.structural import StructuralModel
+from stateline.classical.subspace import Subspace, n4sid
 from stateline.ops.kalman import Filtered, KalmanState, SquareRootState
 
 __all__ = [
     "Filtered",
+    "Fit",
+    "FitOptions",
     "Forecast",
     "KalmanFilter",
     "KalmanState",
@@ -36,12 +40,14 @@ __all__ = [
     "SquareRootState",
     "StateSpace",
     "StructuralModel",
+    "Subspace",
     "analyse",
     "arma",
     "constant_acceleration",
     "constant_velocity",
     "discretize",
     "extended_kalman_filter",
+    "fit",
     "forecast",
     "from_control",
     "from_scan",
@@ -52,6 +58,7 @@ __all__ = [
     "local_trend",
     "lqg",
     "lqr",
+    "n4sid",
     "oscillator",
     "posterior_sample",
     "seasonal",

@@ -1,0 +1,69 @@
+"""Subspace identification: systems without noise come back, refusals, and a start that `fit` goes on from."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from test_learn import F64, data, loglik, system
+
+from stateline.classical import FitOptions, fit, n4sid, simulate
+
+
+def test_n4sid_finds_a_system_without_noise() -> None:
+    truth = system(n=3, m=2, p=2)
+    truth = truth._replace(Q=0 * truth.Q, R=0 * truth.R, D=None)
+    u = torch.randn(3, 300, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    y = simulate(truth, 300, u, noise=False)[1]
+    found = n4sid(y, u, order=3, block_rows=6)
+    assert found.suggested_order == 3
+    markov = [[m.C @ torch.linalg.matrix_power(m.A, k) @ m.B for k in range(5)] for m in (truth, found.model)]
+    torch.testing.assert_close(torch.stack(markov[1]), torch.stack(markov[0]), rtol=1e-6, atol=1e-6)
+    with_D = truth._replace(D=torch.ones(2, 2, dtype=F64))
+    again = n4sid(simulate(with_D, 300, u, noise=False)[1], u, order=3, block_rows=6, feedthrough=True)
+    torch.testing.assert_close(again.model.D, with_D.D, rtol=1e-6, atol=1e-6)
+
+
+def test_n4sid_starts_fit() -> None:
+    truth = system(n=2, m=1, p=1, seed=3)._replace(D=None)
+    y, u = data(truth, N=2, T=200, gaps=False)
+    start = n4sid(y, u, order=2, stable=True).model
+    found = fit(
+        start,
+        y,
+        u,
+        learn=("A", "B", "C", "Q", "R"),
+        method="lbfgs",
+        steps=80,
+        options=FitOptions(errors=False, stable=True),
+    )
+    assert found.loglik[-1] > loglik(truth, y, u).sum() - 1
+    assert found.loglik[-1] > found.loglik[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.full((300, 1), float("nan"), dtype=F64)}, "missing"),
+        ({"y": torch.zeros(4, 1, dtype=F64), "u": None}, "too short"),
+        ({"u": torch.ones(300, 1, dtype=F64)}, "dependent"),
+        ({"order": 6, "block_rows": 5}, "order"),
+        ({"block_rows": 100}, "block_rows"),
+        ({"u": torch.ones(299, 1, dtype=F64)}, "steps alike"),
+    ],
+)  # fmt: skip
+def test_n4sid_refuses(change: dict[str, Any], message: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = {"y": torch.randn(300, 1, dtype=F64, generator=generator)}
+    given["u"] = torch.randn(300, 1, dtype=F64, generator=generator)
+    with pytest.raises(ValueError, match=message):
+        n4sid(**(given | change))
+
+
+def test_examples_of_the_docstring() -> None:
+    failed, tried = doctest.testmod(importlib.import_module("stateline.classical.subspace"))
+    assert tried > 0
+    assert failed == 0
