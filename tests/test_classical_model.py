@@ -22,9 +22,9 @@ from torch.autograd import gradcheck
 from torch.utils import _pytree as pytree
 
 from stateline import ops
-from stateline.classical import components, discretize, model
-from stateline.classical.discretize import process_noise
+from stateline.classical import components, model, sampled
 from stateline.classical.model import StateSpace, check, from_scan, simulate, to_scan, validate
+from stateline.classical.sampled import process_noise
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "control_reference.json").read_text())
 F64 = torch.float64
@@ -71,7 +71,7 @@ def dense_moments(x: StateSpace, steps: int, u: Tensor | None = None) -> tuple[T
     return torch.cat(mean), whole @ noises @ whole.mT
 
 
-@pytest.mark.parametrize("module", [model, discretize, components], ids=lambda x: x.__name__.split(".")[-1])
+@pytest.mark.parametrize("module", [model, sampled, components], ids=lambda x: x.__name__.split(".")[-1])
 def test_docstrings(module: Any) -> None:
     found = doctest.testmod(module)
     assert found.attempted > 2
@@ -239,23 +239,23 @@ def test_what_a_singular_matrix_forgets_has_no_scan_form() -> None:
 def test_reference_values_of_sampling() -> None:
     z, noise = REFERENCE["zoh"], REFERENCE["process_noise"]
     Ac, Bc, L = (torch.tensor(v, dtype=F64) for v in (z["Ac"], z["Bc"], noise["L"]))
-    got = discretize.discretize(Ac, Bc, z["dt"], noise["qc"] * L @ L.mT)
+    got = sampled.discretize(Ac, Bc, z["dt"], noise["qc"] * L @ L.mT)
     assert got.B is not None
     assert got.Q is not None
     close(got.A, z["A"])
     close(got.B, z["B"])
     close(got.Q, noise["Qd"])
-    tustin = discretize.discretize(Ac, Bc, z["dt"], method="bilinear")
+    tustin = sampled.discretize(Ac, Bc, z["dt"], method="bilinear")
     assert tustin.B is not None
     close(tustin.A, z["bilinear_A"])
     close(tustin.B, z["bilinear_B"])
 
 
-@pytest.mark.parametrize("method", discretize.METHODS)
+@pytest.mark.parametrize("method", sampled.METHODS)
 def test_every_rule_beside_scipy(method: str) -> None:
     Ac, Bc = torch.randn(3, 3, dtype=F64), torch.randn(3, 2, dtype=F64)
     theirs = {"forward_euler": "euler", "backward_euler": "backward_diff"}.get(method, method)
-    got = discretize.discretize(Ac, Bc, 0.3, method=method)
+    got = sampled.discretize(Ac, Bc, 0.3, method=method)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         A, B, *_ = signal.cont2discrete((Ac.numpy(), Bc.numpy(), np.eye(3), np.zeros((3, 2))), 0.3, method=theirs)
@@ -303,8 +303,8 @@ def test_a_precise_step_keeps_its_digits() -> None:
 def test_two_steps_are_one(first: float, second: float, seed: int, n: int) -> None:
     g = torch.Generator().manual_seed(seed)
     Ac, Bc, L = (torch.randn(n, k, dtype=F64, generator=g) for k in (n, 2, n))
-    a = discretize.discretize(Ac, Bc, torch.tensor([first, second], dtype=F64), L @ L.mT)
-    b = discretize.discretize(Ac, Bc, first + second, L @ L.mT)
+    a = sampled.discretize(Ac, Bc, torch.tensor([first, second], dtype=F64), L @ L.mT)
+    b = sampled.discretize(Ac, Bc, first + second, L @ L.mT)
     assert a.B is not None
     assert b.B is not None
     assert a.Q is not None
@@ -320,11 +320,11 @@ def test_two_steps_are_one(first: float, second: float, seed: int, n: int) -> No
 def test_irregular_steps_of_several_systems() -> None:
     dt = torch.rand(4, 6, dtype=F64) + 0.1
     Ac, Bc, Qc = torch.randn(4, 1, 3, 3, dtype=F64), torch.randn(3, 2, dtype=F64), spd(3)
-    got = discretize.discretize(Ac, Bc, dt, Qc)
+    got = sampled.discretize(Ac, Bc, dt, Qc)
     assert got.B is not None
     assert got.Q is not None
     assert got.A.shape == got.Q.shape == (4, 6, 3, 3)
-    alone = discretize.discretize(Ac[2, 0], Bc, float(dt[2, 5]), Qc)
+    alone = sampled.discretize(Ac[2, 0], Bc, float(dt[2, 5]), Qc)
     assert alone.B is not None
     assert alone.Q is not None
     close(got.A[2, 5], alone.A, 1e-12)
@@ -336,16 +336,16 @@ def test_sampling_has_gradients() -> None:
     Ac, Bc, L = torch.randn(2, 2, dtype=F64), torch.randn(2, 1, dtype=F64), torch.randn(2, 2, dtype=F64)
     dt = torch.tensor([0.3, 1.7], dtype=F64)
     inputs = [v.requires_grad_() for v in (Ac, Bc, dt, L)]
-    assert gradcheck(lambda a, b, t, f: tuple(discretize.discretize(a, b, t, f @ f.mT)), inputs)
+    assert gradcheck(lambda a, b, t, f: tuple(sampled.discretize(a, b, t, f @ f.mT)), inputs)
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda A: discretize.discretize(A, None, 0.0), r"dt is 0\.0, expected a number above 0"),
-        (lambda A: discretize.discretize(A, None, 1.0, method="foh"), r"discretize: method is 'foh', expected one of"),
-        (lambda A: discretize.discretize(A, A[:1], 1.0), r"discretize: Bc has shape \(1, 2\), .* n = 2 \(set by Ac\)"),
-        (lambda A: discretize.discretize(A, None, 1.0, A.float()), r"discretize: Qc is float32"),
+        (lambda A: sampled.discretize(A, None, 0.0), r"dt is 0\.0, expected a number above 0"),
+        (lambda A: sampled.discretize(A, None, 1.0, method="foh"), r"discretize: method is 'foh', expected one of"),
+        (lambda A: sampled.discretize(A, A[:1], 1.0), r"discretize: Bc has shape \(1, 2\), .* n = 2 \(set by Ac\)"),
+        (lambda A: sampled.discretize(A, None, 1.0, A.float()), r"discretize: Qc is float32"),
     ],
 )
 def test_sampling_refuses(call: Callable[[Tensor], Any], words: str) -> None:

@@ -318,3 +318,11 @@ def test_without_the_extra_it_is_named(package: str, call: Callable[[], Any], mo
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"pip install 'stateline\[classical\]'"):
         call()
+
+
+def test_a_weight_that_varies_ends_with_its_last() -> None:
+    A, B, R = torch.randn(2, 2, dtype=F64), torch.randn(2, 1, dtype=F64), torch.eye(1, dtype=F64)
+    Q = torch.stack([spd(2) for _ in range(5)])
+    got, wanted = lqr(A, B, Q, R, horizon=5), lqr(A, B, Q, R, horizon=5, final=Q[-1])
+    assert torch.equal(got.K, wanted.K)
+    assert got.P.shape == (6, 2, 2)

@@ -374,3 +374,23 @@ def test_errors_name_the_argument() -> None:
 
 def test_explain_names_the_back_end() -> None:
     assert explain(ops.kalman, torch.zeros(1, 2, 1)).name == BACKENDS[-1]
+
+
+@pytest.mark.parametrize("form", ["joseph", "sqrt"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_of_covariances_the_symmetric_part_counts(backend: str, form: str) -> None:
+    """Where Q, R and the start are not symmetric, values and gradients are those of their symmetric parts."""
+    A = torch.tensor([[1.0, 0.1], [0, 1]], dtype=torch.float64)[None, None]
+    y, eye = torch.randn(1, 6, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    skew = torch.tensor([[1.0, 0.5], [0, 1]], dtype=torch.float64)
+
+    def run(Q: Tensor, R: Tensor, P0: Tensor) -> tuple[Tensor, ...]:
+        start = KalmanState(torch.zeros(1, 2, dtype=torch.float64), P0[None])
+        out, state = ops.kalman(y, A, eye[None, None], Q[None, None], R[None, None], start, form=form, backend=backend)
+        return out.loglik, out.cov, state.cov
+
+    for got, wanted in zip(run(skew, skew, skew), run(*[symmetric(skew)] * 3), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda Q, R: run(Q, R, eye)[0], (skew.clone().requires_grad_(), skew.clone().requires_grad_())
+    )

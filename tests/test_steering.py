@@ -18,13 +18,13 @@ from test_classical_model import F64, close, some_model, spd
 from torch import Tensor
 
 from stateline.classical import horizon as horizon_module
-from stateline.classical import lqg as lqg_module
+from stateline.classical import regulator as lqg_module
 from stateline.classical.components import stationary_covariance
 from stateline.classical.control import lqr
-from stateline.classical.discretize import discretize
 from stateline.classical.horizon import Limits, RecedingHorizon
-from stateline.classical.lqg import Lqg, equilibrium, lqg
 from stateline.classical.model import StateSpace
+from stateline.classical.regulator import Lqg, equilibrium, lqg
+from stateline.classical.sampled import discretize
 
 ONE = torch.eye(1, dtype=F64)
 

@@ -12,14 +12,14 @@ from stateline.classical.components import (
     sum_of,
 )
 from stateline.classical.control import analyse, from_control, gramians, lqr, to_control
-from stateline.classical.discretize import discretize
 from stateline.classical.horizon import Limits, RecedingHorizon
 from stateline.classical.kalman import Forecast, forecast, kalman_filter
 from stateline.classical.layer import KalmanFilter
 from stateline.classical.learn import Fit, FitOptions, fit
-from stateline.classical.lqg import lqg
 from stateline.classical.model import StateSpace, from_scan, simulate, to_scan
 from stateline.classical.nonlinear import NonlinearModel, extended_kalman_filter, unscented_kalman_filter
+from stateline.classical.regulator import lqg
+from stateline.classical.sampled import discretize
 from stateline.classical.smoother import Smoothed, kalman_smoother, posterior_sample
 from stateline.classical.steady import steady_filter, steady_state
 from stateline.classical.structural import StructuralModel

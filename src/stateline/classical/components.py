@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical.discretize import discretize
 from stateline.classical.model import StateSpace, check
+from stateline.classical.sampled import discretize
 
 Variance = float | Tensor
 PRIOR = 1e6

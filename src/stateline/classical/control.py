@@ -15,9 +15,9 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.checks import Sizes
-from stateline.classical.discretize import discretize
 from stateline.classical.model import DTYPES, StateSpace, check, covariance, match
 from stateline.classical.riccati import lyapunov, riccati, wide
+from stateline.classical.sampled import discretize
 from stateline.theory.feedback import Loop, feedback
 
 #: Directions reached, or seen, with less than this share of the matrices' norm do not count.
@@ -235,7 +235,9 @@ def lqr(
         if continuous:
             raise checks.fail(op, f"horizon is {horizon} and continuous is True.", "Take `discretize` first.")
         checks.number(op, "horizon", horizon, low=0, integer=True)
-        return _backwards(op, (A, B, Q, R), horizon, Q if final is None else final)
+        if final is None:
+            final = Q if Q.dim() == 2 else Q[..., -1, :, :]
+        return _backwards(op, (A, B, Q, R), horizon, final)
     if final is not None:
         raise checks.fail(op, "final is given and horizon is None.", "All of time has no end.")
     _check(op, A, B, None)
@@ -335,7 +337,7 @@ def from_control(
         sampled = discretize(A, B, dt)
         assert sampled.B is not None
         A, B = sampled.A, sampled.B
-    elif dt is not None and system.dt not in (None, True) and system.dt != dt:
+    elif dt is not None and system.dt is not None and system.dt is not True and system.dt != dt:
         raise checks.fail(op, f"dt is {dt}, and the system's own is {system.dt}.", "Resample it in control first.")
     n, m = len(A), len(C)
     model = StateSpace(

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.classical.control import lqr
-from stateline.classical.lqg import only_controlled, rests
 from stateline.classical.model import StateSpace, covariance, times
+from stateline.classical.regulator import only_controlled, rests
 from stateline.classical.riccati import wide
 
 Bound = float | Tensor

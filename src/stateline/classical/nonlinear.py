@@ -161,7 +161,8 @@ def _prepare(
     except RuntimeError:
         raise checks.fail(op, f"the series of {', '.join(given)} are {shapes}, which do not broadcast.") from None
     N = torch.Size(batch).numel()
-    Q, R = (v.expand(*batch, T, *v.shape[-2:]).reshape(N, T, *v.shape[-2:]) for v in (model.Q, model.R))
+    Q, R, cov = symmetric(model.Q), symmetric(model.R), symmetric(cov)
+    Q, R = (v.expand(*batch, T, *v.shape[-2:]).reshape(N, T, *v.shape[-2:]) for v in (Q, R))
     return batch, (mean.expand(*batch, n).reshape(N, n), cov.expand(*batch, n, n).reshape(N, n, n)), Q, R
 
 

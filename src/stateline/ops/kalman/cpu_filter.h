@@ -140,8 +140,19 @@ struct Filter : Algebra<L> {
             load(given.C, m, n, a.C, t);
             transpose(given.Ct, given.C, m, n);
         }
-        if (!t || a.Q.time) load(Q, n, n, a.Q, t);
-        if (!t || a.R.time) load(given.R, m, m, a.R, t);
+        if (!t || a.Q.time) load_symmetric(Q, n, a.Q, t);
+        if (!t || a.R.time) load_symmetric(given.R, m, a.R, t);
+    }
+    // Of a covariance only the symmetric part counts; factors are taken as they are.
+    void load_symmetric(M to, int k, const Operand& o, int64_t t) const {
+        load(to, k, k, o, t);
+        if (a.factors) return;
+        for (int i = 0; i < k; i++)
+            for (int j = i + 1; j < k; j++) {
+                const E both = (L::one(at(to, i, j)) + L::one(at(to, j, i))) * L::number(R(0.5));
+                L::set(at(to, i, j), both);
+                L::set(at(to, j, i), both);
+            }
     }
     void load_start() {
         const int n = this->n();

@@ -50,7 +50,7 @@ struct Smoother : Filter<L> {
             this->load(this->given.C, m, n, a.C, t);
             transpose(this->given.Ct, this->given.C, m, n);
         }
-        if (once || a.R.time) this->load(this->given.R, m, m, a.R, t);
+        if (once || a.R.time) this->load_symmetric(this->given.R, m, a.R, t);
         this->load(this->mean, 1, n, a.mean0, t);
         this->load(this->P, n, n, a.cov0, t);
         this->observe(t);
