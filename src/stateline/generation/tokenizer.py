@@ -143,7 +143,8 @@ class JsonTokenizer:
 
     def _reads_bytes(self, path: str | Path) -> bool:
         """True for byte-level BPE, False for byte fall-back; other kinds do not say which bytes an id stands for."""
-        decoder = json.dumps(json.loads(self._library.to_str()).get("decoder") or {})
+        # From the file: what the library writes names every id that is free, billions where one is far off.
+        decoder = json.dumps(json.loads(Path(path).read_text("utf-8")).get("decoder") or {})
         kinds = set(re.findall(r'"type": "(\w+)"', decoder))
         if "ByteLevel" in kinds:
             return True
