@@ -168,6 +168,21 @@ def test_a_row_that_is_not_there_is_a_row_that_is_missing(model: str) -> None:
     torch.testing.assert_close(full.forecast(3).sd, some.forecast(3).sd, rtol=1e-7, atol=1e-7)
 
 
+def test_matrices_find_data_however_far_from_zero() -> None:
+    learn = {"A": [[1]], "C": [[1]], "Q": "learn", "R": "learn"}
+    near, far = (SeriesFilter(learn).fit(series_of(walk(400) + off)).variances for off in (0.0, 1e6))
+    for name, (value,) in near.items():
+        assert far[name][0] == pytest.approx(value, rel=1e-2)
+
+
+def test_what_was_observed_is_written_whole(run: Callable[..., str]) -> None:
+    numbers = ["123456887.25", "123456888.25", "123456887.5"]
+    write("x.csv", torch.tensor([[float(x)] for x in numbers], dtype=F64))
+    run("x.csv", "--model", "local-level", "--out", "o.csv", "--quiet")
+    found = csv.DictReader(io.StringIO(Path("o.csv").read_text()))
+    assert [row["observed"] for row in found] == numbers
+
+
 def test_matrices_are_a_model() -> None:
     values = walk(50)
     level = {"A": [[1]], "C": [[1]], "Q": [[0.3]], "R": [[0.5]], "m0": [20], "P0": [[9.0]]}

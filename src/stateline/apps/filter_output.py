@@ -56,7 +56,7 @@ class Table:
         for t, row in enumerate(series.rows):
             label = row.label if row.moment is not None else str(first + t)
             for c, name in enumerate(series.columns):
-                line = [label, name, "data", _cell(seen[t][c]), *self._moments(mean[t][c], sd[t][c])]
+                line = [label, name, "data", _cell(seen[t][c], 15), *self._moments(mean[t][c], sd[t][c])]
                 if late is not None and late_sd is not None:
                     line += [_cell(late[t][c]), _cell(late_sd[t][c])]
                 lines.append(line)
@@ -76,8 +76,8 @@ class Table:
         return [_cell(x) for x in (mean, sd, mean - self._reach * sd, mean + self._reach * sd)]
 
 
-def _cell(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.8g}"
+def _cell(value: float, digits: int = 8) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 @dataclass

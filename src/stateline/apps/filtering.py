@@ -346,7 +346,9 @@ class SeriesFilter:
         m0, P0 = A.new_zeros(apart, plan.n), PRIOR * torch.eye(plan.n, dtype=F64)
         if plan.levels:
             m0[:, list(plan.levels)] = self._middle.reshape(apart, -1).to(F64)
-        scale = self._scale.amax().expand(apart) if plan.joint else self._scale
+        # Without a level that begins among the data, the start is 0 and must allow for how far off they are.
+        scale = self._scale if plan.levels else self._scale + self._middle.to(F64).square()
+        scale = scale.amax().expand(apart) if plan.joint else scale
         P0 = scale[:, None, None] * P0
         if plan.m0 is not None:
             m0 = plan.m0.expand(apart, plan.n)
