@@ -1,8 +1,8 @@
 # `make demo` and `make test` set everything up by themselves in .venv; the rest builds on them.
 PYTHON ?= python3
 VENV   := .venv
-# Files side by side on up to four processors; each process computes on one thread.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# Files side by side on up to four processors, in their order: files of few long tests would else come last and alone.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*) $(wildcard src/stateline/ops/*/cpu*.cpp src/stateline/ops/*/*.h)

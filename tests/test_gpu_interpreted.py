@@ -17,17 +17,17 @@ QUICK = (
     " or test_step and float32"
 )
 FILES = {
-    "gpu_ops": "",
+    "gpu_ops": "test_norm or test_cross_entropy or test_steps or test_a_row or test_convolution and float32 or whole",
     "gated_scan_gpu": "",
     "kalman_gpu": "test_gradients and float64 or test_steps and float32 or test_the_first or test_what",
     "linear_scan_gpu": "test_step and True-True or test_a_row or (test_grid and packed)",
-    "s4_kernel_gpu": "",
+    "s4_kernel_gpu": "test_kernels and 70 or test_cauchy and 16 or test_float64",
     "parts_gpu": "False-None-Mamba3",
     "s4_scan_gpu": "test_step or test_a_row or zoh or (test_grid and packed and float32)",
     "sampling_gpu": "",
     "scan_triton": QUICK,
-    "ssd_gpu": "test_step or test_sizes or test_each or gated or (test_grid and packed)",
-    "trapezoid_ssd_gpu": "test_step or test_sizes or refused or test_grid and packed and float32",
+    "ssd_gpu": "test_step or test_each or gated or (test_grid and packed)",
+    "trapezoid_ssd_gpu": "test_step or refused or test_grid and packed and float32",
 }
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0"
