@@ -190,7 +190,7 @@ def test_simulation_of_series_that_differ() -> None:
     u = torch.randn(3, 6, 2, dtype=F64)
     h, _ = simulate(x, 6, u)
     for i in range(3):
-        alone = StateSpace(*(v if v is None or v.dim() < 4 else v[i, 0] for v in x))  # type: ignore[arg-type]
+        alone = StateSpace(*(v if v is None or v.dim() < 4 else v[i, 0] for v in x))  # type: ignore[arg-type]  # eight parts in order
         close(h[i], simulate(alone, 6, u[i])[0])
     assert simulate(x, 0, u[:, :0])[1].shape == (3, 0, 2)
 

@@ -472,9 +472,9 @@ def test_times_go_on_as_they_are_written(times: list[str], form: str | None, exp
     lines = ["t,a", *(f"{t},1" for t in times)]
     rows = list(SeriesReader("x", lines, time="t", time_format=form))
     clock = Clock.of(rows, None, form)
-    last = clock.position(rows[-1].moment)  # type: ignore[arg-type]
+    last = clock.position(rows[-1].moment)  # type: ignore[arg-type]  # rows have moments
     assert [clock.written(last + i * clock.step) for i in (1, 2)] == expected
-    places = [clock.position(row.moment) for row in rows]  # type: ignore[arg-type]
+    places = [clock.position(row.moment) for row in rows]  # type: ignore[arg-type]  # rows have moments
     if clock.kind == "months" and times[0].endswith("01"):
         assert {clock.steps(b - a) for a, b in pairwise(places)} == {1.0}
 

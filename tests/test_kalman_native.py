@@ -84,8 +84,8 @@ def check(given: list[Any], form: str = "joseph", shared: bool = False) -> None:
     if form == "joseph":
         slopes = tuple(torch.randn_like(v) for v in want[:7])  # type: ignore[arg-type]  # all kept
         moments = want[2:4]
-        exact = reference.backward(slopes, *given, *moments, shared=shared)  # type: ignore[arg-type]
-        assert_near(cpu.backward(slopes, *given, *moments, shared=shared), exact, 10 * BOUND[torch.float64])  # type: ignore[arg-type]
+        exact = reference.backward(slopes, *given, *moments, shared=shared)  # type: ignore[arg-type]  # in order
+        assert_near(cpu.backward(slopes, *given, *moments, shared=shared), exact, 10 * BOUND[torch.float64])  # type: ignore[arg-type]  # in order
 
 
 @pytest.mark.parametrize("form", ["joseph", "sqrt"])

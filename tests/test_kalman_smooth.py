@@ -80,7 +80,7 @@ def test_grid(s: dict[str, Any]) -> None:
 def test_a_series_has_the_same_bits_in_any_batch(n: int, m: int) -> None:
     _, given = operands({"N": 11, "t": 3, "n": n, "m": m})
     for dtype in (torch.float64, torch.float32):
-        whole = cpu.smooth(*(None if v is None else v.to(dtype) for v in given), shared=False)  # type: ignore[arg-type]
+        whole = cpu.smooth(*(None if v is None else v.to(dtype) for v in given), shared=False)  # type: ignore[arg-type]  # in order
         for i in (0, 10):
             one = [None if v is None else (v if v.shape[0] == 1 else v[i : i + 1]).to(dtype) for v in given]
             for a, b in zip(whole, cpu.smooth(*one, shared=False), strict=True):  # type: ignore[arg-type]  # seven

@@ -240,7 +240,7 @@ def test_both_methods_find_one_maximum(each: bool) -> None:
     for name in names:
         a, b = (getattr(result.model, name) for result in found)
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(found[0].errors[name], found[1].errors[name], rtol=1e-2, atol=1e-5)  # type: ignore[index]
+        torch.testing.assert_close(found[0].errors[name], found[1].errors[name], rtol=1e-2, atol=1e-5)  # type: ignore[index]  # one of each series
     assert (found[0].loglik[-1] - found[1].loglik[-1]).abs().max() < 1e-6
 
 
@@ -268,14 +268,14 @@ def test_models_side_by_side_are_those_of_each_series_alone() -> None:
         for i in range(3):
             alone = fit(away(truth), y[i], u[i], method=method, steps=15, options=options)
             torch.testing.assert_close(together.model.Q[i, 0], alone.model.Q, rtol=1e-6, atol=1e-9)
-            assert bool(together.converged[i]) == alone.converged  # type: ignore[index]
+            assert bool(together.converged[i]) == alone.converged  # type: ignore[index]  # one of each series
 
 
 def test_standard_errors_are_the_spread_of_estimates() -> None:
     truth = local_level(level=0.5, noise=2.0, prior=1.0)
     y = simulate(truth, 300, batch=200, generator=torch.Generator().manual_seed(0))[1]
     found = fit(truth, y, method="lbfgs", each=True)
-    assert bool(found.converged.all()), found.reason  # type: ignore[union-attr]
+    assert bool(found.converged.all()), found.reason  # type: ignore[union-attr]  # one of each series
     assert found.errors is not None
     for name in ("Q", "R"):
         spread = getattr(found.model, name).std().item()

@@ -150,7 +150,7 @@ def test_a_rate_is_checked_where_it_is_set() -> None:
     layer = sl.S5(8, 16)
     for wrong in (0.0, -2.0, "fast"):
         with pytest.raises((ValueError, TypeError), match=r"^S5: rate is"):
-            layer.rate = wrong  # type: ignore[assignment]
+            layer.rate = wrong  # type: ignore[assignment]  # wrong on purpose
     assert layer.rate == 1
 
 

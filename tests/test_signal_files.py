@@ -159,7 +159,7 @@ def test_folders_of_sound(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_signals(tmp_path, rate=4000).X[1][20:180, 0], tone[::2][20:180], atol=2e-2)
     assert read_signals(tmp_path / "int16").y is None
     (tmp_path / "float" / "1.wav").rename(tmp_path / "float" / "1.WAV")  # as many recorders name them
-    assert read_signals(tmp_path).y.tolist() == sorted(forms)  # type: ignore[union-attr]
+    assert read_signals(tmp_path).y.tolist() == sorted(forms)  # type: ignore[union-attr]  # labels are there
     wavfile.write(tmp_path / "int16" / "2.wav", 16000, forms["int16"](tone))
     with pytest.raises(ValueError, match=r"has sound at 8000, 16000 samples a second\. Name one"):
         read_signals(tmp_path)

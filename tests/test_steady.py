@@ -185,7 +185,7 @@ def test_refusals(call: Any, words: str) -> None:
 
 def test_a_state_that_is_no_tensor_is_refused() -> None:
     with pytest.raises(TypeError, match=r"initial_state is a tuple, .* A Kalman filter's state has it as `mean`"):
-        steady_filter(steady_state(track()), torch.ones(5, 2, dtype=F64), initial_state=(1,))  # type: ignore[arg-type]
+        steady_filter(steady_state(track()), torch.ones(5, 2, dtype=F64), initial_state=(1,))  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_noise_that_is_singular_is_allowed_where_the_answer_is() -> None:

@@ -326,9 +326,9 @@ class SeriesFilter:
         if key not in self._kept:
             if len(self._kept) > 8:  # uneven series have gaps of their own in each piece
                 self._kept.clear()
-            self._kept[key] = plan.transitions(different)  # type: ignore[assignment]
+            self._kept[key] = plan.transitions(different)  # type: ignore[assignment]  # a pair
         A, units = self._kept[key]
-        return A[which], {name: Q[which] for name, Q in units.items()}  # type: ignore[attr-defined]
+        return A[which], {name: Q[which] for name, Q in units.items()}  # type: ignore[attr-defined]  # a pair
 
     def _model(
         self, A: Tensor, units: Mapping[str, Tensor], values: Mapping[str, Tensor], i: int | None = None

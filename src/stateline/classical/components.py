@@ -286,7 +286,7 @@ def side_by_side(*models: StateSpace) -> StateSpace:
 
 
 def _joined(models: Sequence[StateSpace], B: Tensor | None, C: Tensor, D: Tensor | None, R: Tensor) -> StateSpace:
-    A, Q, P0 = (_blocks([model[i] for model in models]) for i in (0, 4, 7))  # type: ignore[misc]
+    A, Q, P0 = (_blocks([model[i] for model in models]) for i in (0, 4, 7))  # type: ignore[misc]  # three fields
     m0 = _columns([model.m0[..., None, :] for model in models])[..., 0, :]
     return StateSpace(A, B, C, D, Q, R, m0, P0)
 

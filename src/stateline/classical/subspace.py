@@ -104,7 +104,7 @@ def _records(y: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None, torch.
                 "Fill short gaps with the smoothed series of kalman_smoother, or cut the record there, into several."
             )
             raise checks.fail(OP, f"{name} has entries that are missing or infinite.", remedy)
-    y, u = (None if v is None else v.detach().to("cpu", torch.float64) for v in (y, u))  # type: ignore[assignment]
+    y, u = (None if v is None else v.detach().to("cpu", torch.float64) for v in (y, u))  # type: ignore[assignment]  # y stays a tensor
     return (y[None], None if u is None else u[None], given["y"].dtype) if y.dim() == 2 else (y, u, given["y"].dtype)
 
 

@@ -81,7 +81,7 @@ def _announce() -> bool:
 
 # What torch.compiler.assume_constant_result sets, without the compiler that it imports: `_announce` runs while a graph
 # is traced, before inductor gets it.
-_announce._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_announce._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch does
 
 
 def _plain(args: Sequence[Any]) -> bool:

@@ -71,7 +71,7 @@ def _adopted(grad: Tensor | None, offset: int, shape: tuple[int, ...]) -> Tensor
     base = None if grad is None else grad._base
     if grad is None or base is None or getattr(base, "stateline_room", (0, ()))[1] != shape:
         return None
-    start = base.stateline_room[0]  # type: ignore[attr-defined]
+    start = base.stateline_room[0]  # type: ignore[attr-defined]  # set above
     room = base.as_strided(shape, (shape[1] * shape[2], shape[2], 1), start)
     return room if _same_place(grad, room[..., offset : offset + grad.shape[-1]]) else None
 
