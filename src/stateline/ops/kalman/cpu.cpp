@@ -187,17 +187,9 @@ int run_all(const Args& a) {
     return int(job.failed);
 }
 
-template <class R>
-int dispatch(const Args& a) {
-    const int64_t most = a.n > a.m ? a.n : a.m;
-    if (most <= WIDEST_IN_LANES && a.series > 2 && !a.shared) return run_all<Lanes<R>>(a);
-    if (SL_BYTES > 32 && most * int64_t(sizeof(R)) <= 32) return run_all<Row<R, SL_BYTES < 32 ? SL_BYTES : 32>>(a);
-    return run_all<Row<R, SL_BYTES>>(a);
-}
-
 int filter(const Args& a) {
     a.info[0] = a.info[1] = -1;
-    const int status = a.is_double ? dispatch<double>(a) : dispatch<float>(a);
+    const int status = in_layout(a, !a.shared, [&]<class L>() { return run_all<L>(a); });
     if (a.info[0] >= 0) a.info[1] = a.info[0] / a.series, a.info[0] = a.at(a.info[0] % a.series);
     return status;
 }

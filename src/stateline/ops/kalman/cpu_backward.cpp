@@ -300,18 +300,10 @@ int run_all(const Args& a) {
     return int(plan.failed);
 }
 
-template <class R>
-int dispatch(const Args& a) {
-    const int64_t most = a.n > a.m ? a.n : a.m;
-    if (most <= WIDEST_IN_LANES && a.series > 2) return run_all<Lanes<R>>(a);
-    if (SL_BYTES > 32 && most * int64_t(sizeof(R)) <= 32) return run_all<Row<R, SL_BYTES < 32 ? SL_BYTES : 32>>(a);
-    return run_all<Row<R, SL_BYTES>>(a);
-}
-
 }  // namespace
 
 // There is a step at least. mean0 and cov0 are here the predicted moments of every step.
 SL_KERNEL(kalman_backward) {
     const Args& a = *(const Args*)args;
-    return a.is_double ? dispatch<double>(a) : dispatch<float>(a);
+    return in_layout(a, true, [&]<class L>() { return run_all<L>(a); });
 }

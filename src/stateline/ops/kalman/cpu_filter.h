@@ -360,4 +360,18 @@ struct Filter : Algebra<L> {
     }
 };
 
+// run.operator()<Layout>(), in the layout that suits the sizes: series side by side where there are several, `together`
+// allows it and they are small; else one series with its columns in lanes.
+template <class R, class Run>
+int in_layout(const Args& a, bool together, Run run) {
+    const int64_t most = a.n > a.m ? a.n : a.m;
+    if (most <= WIDEST_IN_LANES && a.series > 2 && together) return run.template operator()<Lanes<R>>();
+    if (SL_BYTES > 32 && most * int64_t(sizeof(R)) <= 32) return run.template operator()<Row<R, SL_BYTES < 32 ? SL_BYTES : 32>>();
+    return run.template operator()<Row<R, SL_BYTES>>();
+}
+template <class Run>
+int in_layout(const Args& a, bool together, Run run) {
+    return a.is_double ? in_layout<double>(a, together, run) : in_layout<float>(a, together, run);
+}
+
 }  // namespace
