@@ -26,6 +26,7 @@ from benchmarks import (
     cases_gpu,
     cases_gpu_accelerate,
     cases_gpu_gated,
+    cases_gpu_kalman,
     cases_gpu_linear,
     cases_gpu_mamba2,
     cases_gpu_mamba3,
@@ -140,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         *cases_gpu_gated.cases(),
         *cases_gpu_linear.linear(),
         *cases_gpu_s4.structured(),
+        *cases_gpu_kalman.kalman(),
         *cases_gpu_accelerate.accelerated(),
     )
     named = {f"{case.op} {case.shape}".lower(): case for case in every}
