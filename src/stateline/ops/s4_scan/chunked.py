@@ -286,7 +286,8 @@ class DenseScan(torch.autograd.Function):
 
     @staticmethod
     def forward(given: Tensor, matrix: Tensor, place: Tensor | None, rest: Tensor | None) -> Tensor:
-        return _doubled(given, matrix, place)
+        states = _doubled(given, matrix, place)
+        return states.clone() if states is given else states  # of one chunk: autograd wants a tensor of its own
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
