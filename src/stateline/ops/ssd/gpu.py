@@ -194,11 +194,13 @@ class Call:
         return clock
 
     def sweep(
-        self, clock: Tensor, ends: Tensor, dy: Tensor | None = None, mark: bool = False, gated: bool = False
-    ) -> Tensor | None:
+        self, clock: Tensor, ends: Tensor, dy: Tensor | None = None, mark: bool = False, gated: bool = False,
+        last: bool = True,
+    ) -> Tensor | None:  # fmt: skip
         """Write what each run adds to a state into `ends`; `mark`: states before tiles from those before runs.
 
         With dy, gradients of states, from the end of time; those after tiles. gated: dy has not passed the gate.
+        last: whether `combine` will give a result, which what the last run adds is for.
         """
         adjoint = dy is not None
         u, u_at = (self.x, self.x_at) if dy is None else _heads(dy)
@@ -214,7 +216,7 @@ class Call:
         )  # fmt: skip
         constants = (
             self.h, self.g, self.p, self.n, adjoint, mark, self.reverse, self.half, terms, self.precision, plan.tile,
-            plan.run, plan.channels, plan.states, plan.stages[0],
+            plan.run, plan.channels, plan.states, plan.stages[0], last,
         )  # fmt: skip
         _sweep((self.runs.count * self.parts, 1, 1), arguments, constants, plan.warps[0])
         return made
@@ -235,7 +237,7 @@ class Call:
 
     def states(self, clock: Tensor, starts: Tensor, state: Tensor | None, decay: Tensor | None) -> None:
         """The state before each run, (runs, h, p, n), the last one and the total decay into what is given."""
-        self.sweep(clock, starts)
+        self.sweep(clock, starts, last=state is not None)
         self.combine(clock, starts, self.initial, state, decay)
 
     def outputs(
@@ -341,7 +343,7 @@ class _Gradient:
             call.outputs(clock, starts, gated, self.dy, self.dz)
             self.dy = gated
         before = call.sweep(clock, starts, mark=True)
-        call.sweep(clock, ends, self.dy)
+        call.sweep(clock, ends, self.dy, last=self.dinitial is not None)
         call.combine(clock, ends, self.dstate, self.dinitial, decay, adjoint=True)
         after = call.sweep(clock, ends, self.dy, mark=True)
         pieces, crossing = self.tiles(clock, before, after)

@@ -166,16 +166,20 @@ def sweep(
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, ADJOINT: tl.constexpr,
     MARK: tl.constexpr, REVERSE: tl.constexpr, HALF: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, RUN: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
     """Sums of decayed u⊗W of a run: the states from x and B or, ADJOINT, their gradients from dy and C, from the end.
 
     MARK: start from `ends` and leave what is before (ADJOINT: after) each tile in `marks`; otherwise start from 0 and
-    leave the sum in `ends`, float32. TERMS: bfloat16 numbers that the scaled u is cut into. z: u counts times silu(z).
+    leave the sum in `ends`, float32, but for the last run's unless LAST: only the state after it would need it.
+    TERMS: bfloat16 numbers that the scaled u is cut into. z: u counts times silu(z).
     """
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
     run, part = program // (heads * PARTS), program % (heads * PARTS)
     sequence, row, first, length, origin, exists = place(table, tiles, run, t, runs, RUN, REVERSE)
+    if not LAST:
+        exists = exists & (first > 0 if ADJOINT else first + RUN < length)
     if exists:
         wide = run.to(tl.int64)
         head, p0 = (part // PARTS).to(tl.int64), part % PARTS * PB

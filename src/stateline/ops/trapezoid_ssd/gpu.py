@@ -268,7 +268,7 @@ class _Gradient:
         self._unmoved(last, last_k)
         ends = call.empty(*starts.shape)
         gated = call.z is not None
-        call.sweep(clock, ends, self.dy, gated=gated)
+        call.sweep(clock, ends, self.dy, gated=gated, last=self.dinitial is not None)
         call.combine(clock, ends, self.dssm, self.dinitial, None, adjoint=True)
         after = call.sweep(clock, ends, self.dy, mark=True, gated=gated)
         edge = None
