@@ -155,6 +155,9 @@ def test_every_op_folder_has_the_same_shape() -> None:
             "gpu_kernels.py",
             "gpu_backward_kernels.py",
             "gpu_table_kernels.py",
+            "gpu_controls.py",
+            "gpu_controls_kernels.py",
+            "controls.py",
         }
         assert (
             scripts

@@ -27,7 +27,7 @@ FILES = {
     "sampling_gpu": "",
     "scan_triton": QUICK,
     "ssd_gpu": "test_step or test_each or gated or (test_grid and packed)",
-    "trapezoid_ssd_gpu": "test_step or refused or test_grid and packed and float32",
+    "trapezoid_ssd_gpu": "test_step or refused or (test_grid and packed or test_controls) and float32",
 }
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0"

@@ -35,7 +35,7 @@ import stateline
 from stateline import ModelConfig, ops
 from stateline import nn as sl
 from stateline.generation import Engine, SamplingConfig, Stream, generate_tokens
-from stateline.nn.mamba3 import heavy_tail
+from stateline.ops.trapezoid_ssd.controls import heavy_tail
 from stateline.ops.trapezoid_ssd.reference import turn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

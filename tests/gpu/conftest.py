@@ -68,6 +68,9 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(ssd, "plan", small)
         monkeypatch.setattr(ssd, "PRECISION", "ieee")  # the interpreter knows no products in parts
+        from stateline.ops.trapezoid_ssd import controls
+
+        monkeypatch.setattr(controls, "_on_gpu", lambda _: True)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from where import DEVICE, INTERPRETED
 
 from stateline import backends, ops
 from stateline.nn import Mamba3
-from stateline.ops.trapezoid_ssd import gpu, reference
+from stateline.ops.trapezoid_ssd import controls, gpu, reference
 
 # Triton's interpreter cuts bfloat16 off instead of rounding, which is beyond the bound.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
@@ -255,6 +255,33 @@ def test_a_graph_replays_forward_and_step(monkeypatch: pytest.MonkeyPatch) -> No
     for part in state:
         part.zero_()
     assert torch.equal(out[1], ops.trapezoid_ssd_step_(state, **token, backend="gpu"))
+
+
+@pytest.mark.parametrize("activation", controls.A_ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "h", "s"), [((2, 17), 5, 3), ((1, 16), 32, 0), ((33,), 3, 20), ((0, 4), 2, 2)])
+def test_controls(shape: tuple[int, ...], h: int, s: int, dtype: torch.dtype, activation: str) -> None:
+    """Values to the digit wherever they lie: step sizes of 10⁻⁵ and angles of 10⁻³ as well as large ones."""
+    torch.manual_seed(0)
+    wider = (
+        torch.randn(*shape, 2 + 3 * h + s, device=DEVICE)
+        * torch.tensor([12.0, 1.0, 1e-3], device=DEVICE)[torch.randint(3, (*shape, 2 + 3 * h + s), device=DEVICE)]
+    )
+    raw, bias = wider.to(dtype)[..., 2:], torch.randn(h, device=DEVICE)
+    slopes = [torch.randn(*shape, n, device=DEVICE) for n in (h, h, h, s)]
+
+    def run(of: Any, *given: Tensor) -> tuple[Any, Any]:
+        leaves = [v.detach().requires_grad_() for v in given]
+        out = of(*leaves, activation, 0.3)
+        return out, torch.autograd.grad(out, leaves, [v.to(o.dtype) for v, o in zip(slopes, out, strict=True)])
+
+    (got, grads), (want, exact) = run(controls.controls, raw, bias), run(controls.formula, raw.double(), bias.double())
+    for name, a, b in zip(("dt", "A", "blend", "rates"), got, want, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-30, msg=lambda m, name=name: f"{name}: {m}")
+    rough = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(grads[0].double(), exact[0], rtol=rough, atol=1e-6)
+    torch.testing.assert_close(grads[1].double(), exact[1], rtol=1e-5, atol=1e-5)
 
 
 @needs_cuda

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateline import checks, ops
@@ -28,27 +27,10 @@ from stateline.nn.mixer import Lengths, Mixer, check_input, check_state, zero_pa
 from stateline.nn.norm import GatedRMSNorm, RMSNorm
 from stateline.nn.precision import keep_wide, wide
 from stateline.ops.parts import split
+from stateline.ops.trapezoid_ssd.controls import A_ACTIVATIONS, controls
 
 OP = "Mamba3"
 System = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # x, dt, A, blend, B, C
-
-
-def heavy_tail(x: Tensor) -> Tensor:
-    """1 + x for x ≥ 0, 1 / (1 − x) below: positive, of slope 1 at 0, and slow to vanish.
-
-    >>> heavy_tail(torch.tensor([-3.0, 0.0, 3.0])).tolist()
-    [0.25, 1.0, 4.0]
-    """
-    return F.relu(x) + 1 / (1 - x.clamp(max=0))
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), exact in float64 too."""
-    return F.softplus(x, threshold=40)
-
-
-#: What makes −A of what in_proj gives, by name.
-A_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"heavy_tail": heavy_tail, "softplus": softplus}
 
 
 @dataclass
@@ -224,18 +206,16 @@ class Mamba3(Mixer):
         """z (…, h, p), the system's tensors, and its other arguments."""
         full, widths = wide(projected.dtype), self._widths()
         z, x, B, C, narrow = split(projected, [*widths[:4], sum(widths[4:])])
-        dt, A, trap, angles = narrow.to(full).split(widths[4:], dim=-1)
-        dt = softplus(dt + self.dt_bias.to(full))
-        A = -A_ACTIVATIONS[self.A_activation](A).clamp(min=self.A_floor)
+        dt, A, blend, rates = controls(narrow, self.dt_bias.to(full), self.A_activation, self.A_floor)
         ranks = (self.mimo_rank, self.ngroups, self.d_state)
         B, C = (norm(v.unflatten(-1, ranks))[0] for norm, v in ((self.B_norm, B), (self.C_norm, C)))
         options: dict[str, Any] = {"D": self.D.to(full), "interleaved": self.rope_interleaved}
         options |= {"B_bias": self.B_bias.to(full), "C_bias": self.C_bias.to(full)}
-        options["rates"] = torch.tanh(angles) / 2 if self.num_rope_angles else None  # π of 2π
+        options["rates"] = rates if self.num_rope_angles else None
         x, z = (v.unflatten(-1, (self.nheads, self.headdim)) for v in (x, z))
         mix, z_mix, y_mix = (None if v is None else v.to(full) for v in (self.mimo_x, self.mimo_z, self.mimo_o))
         options |= {"mix": mix} if self.norm is not None else {"mix": mix, "z": z, "z_mix": z_mix, "y_mix": y_mix}
-        return z, (x, dt, A, torch.sigmoid(trap), B, C), options
+        return z, (x, dt, A, blend, B, C), options
 
     def _finish(self, y: Tensor, z: Tensor) -> Tensor:
         """y (…, h, p), or (…, h, r, p) before norm and gate, and z (…, h, p) -> (…, d_model)."""

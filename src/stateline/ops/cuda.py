@@ -138,10 +138,13 @@ class Kernel:
 
     Triton looks at every argument of every call to find the variant compiled for it; here a variant is found by what
     matters to these kernels: dtypes, alignment, and the constants. The first argument decides the device.
+
+    registers: the most a thread may have, so that more programs fit on a multiprocessor; 0: as many as it takes.
     """
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, registers: int = 0) -> None:
         self._function = function
+        self._options = {"maxnreg": registers} if registers else {}
         self._variants: dict[tuple[object, ...], Any] = {}
 
     def __call__(self, grid: Grid, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> None:
@@ -172,12 +175,12 @@ class Kernel:
         variant = self._variants.get(key)
         if _launching.jobs is not None:
             if variant is None:
-                promised = self._function.warmup(*arguments, *constants, grid=grid, num_warps=warps)
+                promised = self._function.warmup(*arguments, *constants, grid=grid, num_warps=warps, **self._options)
                 _launching.jobs.append((device, promised))
         elif variant is None:
             if _launching.held:
                 raise _NotCompiledError
-            self._variants[key] = self._function[grid](*arguments, *constants, num_warps=warps)
+            self._variants[key] = self._function[grid](*arguments, *constants, num_warps=warps, **self._options)
         else:
             variant[grid](*plain, *constants)
 

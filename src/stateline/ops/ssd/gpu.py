@@ -66,7 +66,7 @@ def plan(t: int, h: int, p: int, n: int, half: bool, memory: int) -> Plan:
     most = 64 if half else 16 if states > 64 else 32
     channels = max(16, min(most, cuda.power_of_2(p)))
     programs = h * cuda.ceil_div(p, channels)
-    run = next((r for r in (1024, 512) if t * programs >= 128 * r), 256)
+    run = next((r for r, least in ((2048, 512), (1024, 128), (512, 128)) if t * programs >= least * r), 256)
     tile = 64 if half and memory >= 200 * 1024 else 32
     # a share in which 128 programs take a sequence: fewer sums to add, where it is long
     shares = min(cuda.ceil_div(programs, 16), cuda.ceil_div(128 * tile, max(t, 1)))

@@ -19,7 +19,10 @@ from stateline.ops import gpu_kernels as shared
 from stateline.ops.ssd import gpu as ssd
 from stateline.ops.trapezoid_ssd import gpu_backward_kernels as backward_kernels
 from stateline.ops.trapezoid_ssd import gpu_kernels as kernels
+from stateline.ops.trapezoid_ssd.gpu_controls import controls, controls_backward
 from stateline.ops.trapezoid_ssd.reference import Inputs
+
+__all__ = ["controls", "controls_backward"]
 
 #: Precision of A that the kernels compute in.
 DTYPES = frozenset({torch.float32})
@@ -31,15 +34,14 @@ _prepare, _spans, _wind, _follow, _turn, _gather, _step = map(
     (kernels.prepare, kernels.spans, kernels.wind, kernels.follow, kernels.turn, kernels.gather, kernels.step),
 )
 _inputs, _projections = map(cuda.Kernel, (backward_kernels.inputs, backward_kernels.projections))
-_unmoved, _unturn, _finish = map(
-    cuda.Kernel, (backward_kernels.unmoved, backward_kernels.unturn, backward_kernels.finish)
-)
+_unmoved, _finish = map(cuda.Kernel, (backward_kernels.unmoved, backward_kernels.finish))
+_unturn = cuda.Kernel(backward_kernels.unturn, registers=128)
 _reduce = cuda.Kernel(shared.reduce)
 #: Heads of a program of `finish`, and steps of one of `turn` and `unturn`.
 SHARE, ROWS = 8, 32
 #: Warps of `inputs` and `projections`.
 WARPS = (4, 4)
-#: Loads of `unturn` on their way; warps and loads of `gather`.
+#: Loads of `unturn` and `finish` on their way; warps and loads of `gather`.
 STAGES, GATHER = 3, (8, 3)
 
 
@@ -358,7 +360,7 @@ class _Gradient:
             call.dt_full, call.A_full, call.blend, call.rates, *pieces, self.dangle, edge, *call.where,
             self.ddt, self.dA, self.dblend, drates, self.start, call.t, call.tiles.each, size,
         )  # fmt: skip
-        constants = (call.h, call.pairs, call.reverse, shares, SHARE, call.plan.tile, wide)
+        constants = (call.h, call.pairs, call.reverse, shares, SHARE, call.plan.tile, wide, STAGES)
         _finish((count * shares, 1, 1), arguments, constants, 4)
         if drates is not None:
             self.drates = drates.sum(0)

@@ -298,7 +298,7 @@ def finish(
     dt, A, blend, rates, slopes, crossing, turns, carries, dangle, edge, table, tiles, ddt, dA, dblend, drates, start,
     t, each, size_of_share,
     heads: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr, SHARES: tl.constexpr, TAKEN: tl.constexpr,
-    Q: tl.constexpr, SB: tl.constexpr,
+    Q: tl.constexpr, SB: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of dt, A and blend of a tile and TAKEN heads, and a share of those of rates, (SHARES, b, t, S).
 
@@ -313,7 +313,7 @@ def finish(
         drate = tl.zeros((Q, SB), tl.float32)
         if S > 0:
             rate = rows(at(rates, row * t, S, S, origin, first, Q, REVERSE), i, S, first, length, Q, SB)
-        for head in tl.range(share * TAKEN, tl.minimum((share + 1) * TAKEN, heads)):
+        for head in tl.range(share * TAKEN, tl.minimum((share + 1) * TAKEN, heads), num_stages=STAGES):
             mine, there = tile * heads + head, live[:, None]
             step_at = at(dt + head, row * t, heads, heads, origin, first, Q, REVERSE)
             blend_at = at(blend + head, row * t, heads, heads, origin, first, Q, REVERSE)
