@@ -261,7 +261,7 @@ def test_a_graph_replays_forward_and_step(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "h", "s"), [((2, 17), 5, 3), ((1, 16), 32, 0), ((33,), 3, 20), ((0, 4), 2, 2)])
 def test_controls(shape: tuple[int, ...], h: int, s: int, dtype: torch.dtype, activation: str) -> None:
-    """Values to the digit wherever they lie: step sizes of 10⁻⁵ and angles of 10⁻³ as well as large ones."""
+    """Values to the digit wherever they lie, down to e^−45, whose argument float32 knows to 45 · 6·10⁻⁸."""
     torch.manual_seed(0)
     wider = (
         torch.randn(*shape, 2 + 3 * h + s, device=DEVICE)
@@ -278,7 +278,7 @@ def test_controls(shape: tuple[int, ...], h: int, s: int, dtype: torch.dtype, ac
     (got, grads), (want, exact) = run(controls.controls, raw, bias), run(controls.formula, raw.double(), bias.double())
     for name, a, b in zip(("dt", "A", "blend", "rates"), got, want, strict=True):
         assert a.dtype == torch.float32
-        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-30, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(a.double(), b, rtol=5e-6, atol=1e-30, msg=lambda m, name=name: f"{name}: {m}")
     rough = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     torch.testing.assert_close(grads[0].double(), exact[0], rtol=rough, atol=1e-6)
     torch.testing.assert_close(grads[1].double(), exact[1], rtol=1e-5, atol=1e-5)

@@ -224,7 +224,7 @@ def _run_kept(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     module = _kernel(backend, (x, *rest[:9]))
     if hasattr(module, "forward_kept"):
         return module.forward_kept(x, *rest)
-    return (*module.forward(x, *rest), x.new_empty(0), x.new_empty(0))
+    return (*module.forward(x, *rest), *(x.new_empty(0) for _ in range(4)))
 
 
 def _run_backward(dy: Tensor, *args: Any, in_room: bool = False) -> tuple[Tensor, ...]:
@@ -256,8 +256,8 @@ def _fake(x: Tensor, dt: Tensor, A: Tensor, blend: Tensor, B: Tensor, C: Tensor,
 def _fake_kept(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rest, backend = args
     shapes = getattr(_kernel(backend, (x, *rest[:9])), "kept_shapes", None)
-    made = ((0,), (0,)) if shapes is None else shapes(Inputs(x, *rest))
-    return (*_fake(x, *args), *(x.new_empty(shape, dtype=torch.float32) for shape in made))
+    made = [((0,), x.dtype)] * 4 if shapes is None else shapes(Inputs(x, *rest))
+    return (*_fake(x, *args), *(x.new_empty(shape, dtype=dtype) for shape, dtype in made))
 
 
 def _fake_backward(dy: Tensor, dangle: Tensor, dssm: Tensor, dk: Tensor, dv: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -276,8 +276,8 @@ _ARGS = (
 )
 _WHERE = "Tensor? angle, Tensor? ssm, Tensor? k, Tensor? v, Tensor? segments, bool reverse, str? backend"
 _forward = define(f"{OP}({_ARGS}, {_WHERE}) -> ({', '.join(['Tensor'] * 5)})", _run, _fake)
-# The last two results spare the gradient work; their shapes are the back end's own, and they are empty if it has none.
-_forward_kept = define(f"{OP}_kept({_ARGS}, {_WHERE}) -> ({', '.join(['Tensor'] * 7)})", _run_kept, _fake_kept)
+# The last four results spare the gradient work; their shapes are the back end's own, and they are empty if it has none.
+_forward_kept = define(f"{OP}_kept({_ARGS}, {_WHERE}) -> ({', '.join(['Tensor'] * 9)})", _run_kept, _fake_kept)
 _backward = define(
     f"{OP}_backward(Tensor dy, Tensor dangle, Tensor dssm, Tensor dk, Tensor dv, {_ARGS}, {_WHERE}, Tensor[] kept) -> "
     f"({', '.join(['Tensor'] * 18)})",
@@ -305,7 +305,7 @@ class _TrapezoidSSD(Function):
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         inputs = (x, dt, A, blend, B, C, rates, B_bias, C_bias, mix, D, z, z_mix, y_mix)
         args = (*inputs, interleaved, angle, ssm, k, v, table, reverse, backend)
-        return _forward_kept(*args) if keep else (*_forward(*args), None, None)
+        return _forward_kept(*args) if keep else (*_forward(*args), *[None] * 4)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:

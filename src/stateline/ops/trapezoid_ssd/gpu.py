@@ -70,14 +70,13 @@ def detail(*args: Any) -> str:
 
 
 class _Call(ssd.Call):
-    """A call of ssd's kernels whose B and C are k and q, with the launches that make them."""
+    """A call of ssd's kernels whose B and C are k and q, `turned` or still to be, with the launches that turn them."""
 
-    def __init__(self, given: Inputs) -> None:
+    def __init__(self, given: Inputs, turned: tuple[Tensor, ...] = ()) -> None:
         self.given = given
         B, C = given.B[:, :, 0], given.C[:, :, 0]
-        shape = (*given.x.shape[:3], B.shape[3])
-        kind = torch.bfloat16 if ssd.halves(given.x, B, C) else torch.float32
-        k, q = (cuda.empty(shape, kind, given.x) for _ in "kq")
+        shape, kind = (*given.x.shape[:3], B.shape[3]), _kind(given.x, B, C)
+        k, q = turned or (cuda.empty(shape, kind, given.x) for _ in "kq")
         self.dt_full, self.A_full, self.blend = (_contiguous(v) for v in (given.dt, given.A, given.blend))
         free = (False, -math.inf, math.inf)
         super().__init__(
@@ -147,24 +146,19 @@ class _Call(ssd.Call):
         constants = (*self.sizes, plan.tile, rows, cuda.power_of_2(self.p), plan.states)
         _turn((count * (plan.tile // rows) * self.h, 1, 1), arguments, constants, 4)
 
-    def gather(
-        self, angles: Tensor, state: tuple[Tensor | None, Tensor | None], clock: Tensor, ends: Tensor,
-        mark: bool = False,
-    ) -> Tensor | None:  # fmt: skip
+    def gather(self, angles: Tensor, state: tuple[Tensor | None, Tensor | None], clock: Tensor, ends: Tensor) -> None:
         """`turn` and `sweep`, which with bfloat16 are one kernel."""
         if not self.half:
             self.turn(angles, state)
-            return self.sweep(clock, ends, mark=mark)
-        plan, made = self.plan, None
-        if mark:
-            made = self.empty(self.tiles.count, self.h, self.p, self.n, dtype=torch.bfloat16)
+            self.sweep(clock, ends)
+            return
+        plan = self.plan
         arguments = (
             self.raw_B, self.raw_C, *self.biases, self.x, angles, clock, self.runs.table, self.runs.tiles,
-            self.tiles.firsts, self.B, self.C, ends, made, *state, self.t, self.runs.each, self.tiles.each, *self.steps,
+            self.tiles.firsts, self.B, self.C, ends, *state, self.t, self.runs.each, self.tiles.each, *self.steps,
         )  # fmt: skip
         constants = (*self.sizes, plan.tile, plan.run, plan.channels, cuda.power_of_2(self.p), plan.states, GATHER[1])
         _gather((self.runs.count * self.parts, 1, 1), arguments, constants, GATHER[0])
-        return made
 
     def angles(self, last: Tensor, angles: Tensor) -> None:
         """Write `angles` of all steps, (tiles, h, Q, s), and the last one of each sequence, into `last`."""
@@ -208,28 +202,36 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
 
 @cuda.side_by_side
 def forward_kept(*args: Any) -> tuple[Tensor, ...]:
-    """As `forward`, and last what spares `backward` a sweep: states before runs, and angles."""
+    """As `forward`, and last what spares `backward` a sweep and turning: states before runs, angles, k and q."""
     given = Inputs(*args)
     call = _Call(given)
     y = cuda.tokens(call.x, call.segments)
     angle, k, v = _passed_on(given, (given.angle, None if given.k is None else call.paired(given.k), given.v), call)
     state = call.empty(call.sequences, call.h, call.p, call.n)
-    starts, angles = (call.empty(*shape) for shape in kept_shapes(given))
+    starts, angles = (call.empty(*shape) for shape, _ in kept_shapes(given)[:2])
     if call.works():
         clock, own = call.clocks()
         call.angles(angle, angles)
         call.gather(angles, (k, v), clock, starts)
         call.combine(clock, starts, call.initial, state, None)
         call.outputs(clock, starts, y, own=own)
-    return y.unsqueeze(3), angle, call.paired(state, back=True), call.paired(k, back=True), v, starts, angles
+    last = (angle, call.paired(state, back=True), call.paired(k, back=True), v)
+    return y.unsqueeze(3), *last, starts, angles, call.B, call.C
 
 
-def kept_shapes(given: Inputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what `forward_kept` keeps for `backward`, float32."""
+def kept_shapes(given: Inputs) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of what `forward_kept` keeps for `backward`."""
     x, B, C = given.x, given.B[:, :, 0], given.C[:, :, 0]
     starts = ssd.kept_shape(x, B, C, given.segments)
     tile, count = ssd.tiles_of(x, B, C, given.segments)
-    return starts, (count, x.shape[2], tile, 0 if given.rates is None else given.rates.shape[2])
+    angles = (count, x.shape[2], tile, 0 if given.rates is None else given.rates.shape[2])
+    turned = ((*x.shape[:3], B.shape[3]), _kind(x, B, C))
+    return (starts, torch.float32), (angles, torch.float32), turned, turned
+
+
+def _kind(x: Tensor, B: Tensor, C: Tensor) -> torch.dtype:
+    """Of k and q."""
+    return torch.bfloat16 if ssd.halves(x, B, C) else torch.float32
 
 
 class _Gradient:
@@ -254,19 +256,18 @@ class _Gradient:
         self.dinitial = None if call.initial is None else call.empty(*call.initial.shape)
 
     def run(self, kept: tuple[Tensor, ...] | None) -> None:
-        """kept: states before runs, angles, the last state and k, as the forward pass found them, or None."""
+        """kept: states before runs, angles, k, q, the last state and k, as the forward pass found them, or None."""
         call = self.call
         clock, own = call.clocks()
         if kept is None:
-            starts, angles = (call.empty(*shape) for shape in kept_shapes(call.given))
+            starts, angles = (call.empty(*shape) for shape, _ in kept_shapes(call.given)[:2])
             last, last_k, last_x = (call.empty(*v.shape) for v in (self.dssm, self.dk, self.dv))
             call.angles(call.empty(*self.dangle.shape), angles)
             call.gather(angles, (last_k, last_x), clock, starts)
             call.combine(clock, starts, call.initial, last, None)
-            before = call.sweep(clock, starts, mark=True)
         else:
-            starts, angles, last, last_k = *kept[:2], *map(call.paired, kept[2:])
-            before = call.gather(angles, (None, None), clock, starts, mark=True)
+            starts, angles, last, last_k = *kept[:2], *map(call.paired, kept[4:])
+        before = call.sweep(clock, starts, mark=True)
         self._unmoved(last, last_k)
         ends = call.empty(*starts.shape)
         gated = call.z is not None
@@ -377,7 +378,7 @@ def backward(
     in_room: see ops/parts.py.
     """
     given = Inputs(*args)
-    call = _Call(given)
+    call = _Call(given, () if kept is None else kept[2:4])
     grad = _Gradient(call, (dy, dangle, dssm, dk, dv), in_room)
     first: tuple[Tensor | None, ...] = (None,) * 4
     if call.works():

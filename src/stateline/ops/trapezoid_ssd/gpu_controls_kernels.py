@@ -51,7 +51,8 @@ def backward(
     live, turns = (r < rows) & (c < H)[None, :], (r < rows) & (c < S)[None, :]
     raw += r * raw_r + c[None, :]
     draw += r * (3 * H + S) + c[None, :]
-    out, kind = r * H + c[None, :], draw.dtype.element_ty
+    kind = draw.dtype.element_ty
+    out = r * H + c[None, :]
     step = tl.load(raw, mask=live, other=0.0).to(tl.float32) + tl.load(bias + c, mask=c < H, other=0.0)[None, :]
     decay = tl.load(raw + H, mask=live, other=0.0).to(tl.float32)
     blend = tl.sigmoid(tl.load(raw + 2 * H, mask=live, other=0.0).to(tl.float32))

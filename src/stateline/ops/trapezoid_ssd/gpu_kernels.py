@@ -234,17 +234,14 @@ def turn(
 
 @triton.jit(do_not_specialize=("t", "runs", "each"))
 def gather(
-    B, Cs, B_bias, C_bias, x, angles, clock, table, tiles, firsts, k, q, ends, marks, last_k, last_x, t, runs, each,
+    B, Cs, B_bias, C_bias, x, angles, clock, table, tiles, firsts, k, q, ends, last_k, last_x, t, runs, each,
     B_b, B_t, B_g, C_b, C_t, C_g, x_b, x_t, x_h,
     heads: tl.constexpr, groups: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
     INTERLEAVED: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr, RUN: tl.constexpr, PB: tl.constexpr,
     XB: tl.constexpr, NB: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`turn` and ssd's `sweep` at once, of a run and a part: k is read by nobody before it is counted. bfloat16.
-
-    marks: if there are any, start from `ends` and leave what is before each tile there; otherwise start from 0 and
-    leave the sum in `ends`, for which both factors are two numbers of bfloat16.
-    """
+    """`turn` and ssd's `sweep` at once, of a run and a part: k is read by nobody before it is counted. bfloat16, two
+    numbers of it for both factors of the sums in `ends`."""
     PARTS: tl.constexpr = (P + PB - 1) // PB
     program = tl.program_id(0)
     run, part = program // (heads * PARTS), program % (heads * PARTS)
@@ -260,8 +257,6 @@ def gather(
         B_shift = bias_of(B_bias, head, N, NB, INTERLEAVED)
         C_shift = bias_of(C_bias, head, N, NB, INTERLEAVED)
         state = tl.zeros((NB, PB), tl.float32)
-        if marks is not None:
-            state = tl.load(ends + own, mask=exist, other=0.0)
         for done in tl.range(0, count, num_stages=STAGES):
             first = begin + done * Q
             mine = (first_tile + done).to(tl.int64) * heads + head
@@ -280,21 +275,16 @@ def gather(
             most_k = key.to(tl.bfloat16)
             k_at = at(k + head * N, row * t, heads * N, heads * N, origin, first, Q, REVERSE)
             put(k_at, n, N, first, length, most_k, Q, NB)
-            if last_k is not None:
-                pass_on(key, x, last_k, last_x, sequence, head, heads, row, origin, first, length, x_b, x_t, x_h,
-                        P, N, Q, XB, NB, REVERSE)  # fmt: skip
-            if marks is not None:
-                tl.store(marks + mine * (P * N) + own, state.to(marks.dtype.element_ty), mask=exist)
+            pass_on(key, x, last_k, last_x, sequence, head, heads, row, origin, first, length, x_b, x_t, x_h,
+                    P, N, Q, XB, NB, REVERSE)  # fmt: skip
             size, _enter, leave, _exponent, _rest, whole_tile = clock_of(clock, first_tile + done, head, heads, Q, True)
             value = value.to(tl.float32) * (leave * size)[:, None]
             state *= whole_tile
             most = value.to(tl.bfloat16)
             state = tl.dot(tl.trans(most_k), most, state)
-            if marks is None:
-                state = tl.dot(tl.trans(most_k), (value - most.to(tl.float32)).to(tl.bfloat16), state)
-                state = tl.dot(tl.trans((key - most_k.to(tl.float32)).to(tl.bfloat16)), most, state)
-        if marks is None:
-            tl.store(ends + own, state, mask=exist)
+            state = tl.dot(tl.trans(most_k), (value - most.to(tl.float32)).to(tl.bfloat16), state)
+            state = tl.dot(tl.trans((key - most_k.to(tl.float32)).to(tl.bfloat16)), most, state)
+        tl.store(ends + own, state, mask=exist)
 
 
 @triton.jit
