@@ -15,7 +15,7 @@ from torch import Tensor
 from where import DEVICE, INTERPRETED
 
 from stateline import backends, ops
-from stateline.ops.kalman import KalmanState, SquareRootState, gpu, reference
+from stateline.ops.kalman import Filtered, KalmanState, SquareRootState, gpu, reference
 
 GRID: dict[str, list[Any]] = {
     "backend": ["gpu"], "dtype": list(BOUND), "form": ["joseph"], "A": ["one", "time", "series", "both"],
@@ -134,6 +134,11 @@ def test_the_first_failure_is_told_and_its_series_is_nan(stepwise: bool) -> None
     assert info.tolist() == [1, 2]
     assert torch.isnan(loglik).cpu().sum(1).tolist() == [0, 2, 1, 2]
     assert not torch.isnan(mean[0]).any()
+    found = Filtered(mean, None, None, None, loglik)
+    with pytest.raises(ValueError, match=r"^kalman: loglik\[1, 2\] is NaN: .* form=\"sqrt\""):
+        found.check()
+    fine = Filtered(mean, None, None, None, loglik[:1])
+    assert fine.check() is fine
 
 
 @pytest.mark.parametrize("dtype", list(BOUND), ids=str)

@@ -1,6 +1,6 @@
 // The Kalman filter on a GPU, a thread a series. See gpu_matrix.cuh for the arithmetic, gpu_stage.cuh for the traffic.
 
-// Filled by gpu.py in this order; every field has eight bytes.
+// Filled by gpu.py in this order; every field has eight bytes. Results lie step by step: (steps, series, …).
 struct Filter {
     i64 series, steps;
     View y, A, C, Q, R, b, d, mean0, cov0;
@@ -19,11 +19,7 @@ struct Room {
     Part<M, 1> d;
     i64 failed[LANES];
     Stage<M> y;
-    Stage<1> loglik;
-    Stage<N * N> cov; // the state too, coming and going
-    Stage<N> mean;
-    Stage<N * N> before_cov;
-    Stage<N> before;
+    Covariances cov, before_cov; // cov: the state's too, at the end
 };
 #ifdef ROOM
 static_assert(sizeof(Room) == ROOM, "gpu.py and gpu.cu lay shared memory out alike");
@@ -68,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_forward(const 
         EACH_LANE {
             T y[M], d[M], e[M], w[M], C[M][N], R[M][M];
             room.y.get(lane, t, y), room.d.get(lane, d), room.C.get(lane, C), room.R.get(lane, R);
-            if (k.before) room.before.put(lane, t, m[own]), room.before_cov.put(lane, t, (const T*)P[own]);
+            if (k.before) store<N>(k.before, g, lane, t, k.series, m[own]), room.before_cov.put(lane, P[own]);
             look(e, C, R, y, d, m[own]);
             Correction now;
             now.of(P[own], P[own], C, R);
@@ -80,19 +76,12 @@ extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_forward(const 
             T loglik = now.loglik(e, w, count);
             apply(m[own], m[own], now.K, e);
             if (slot[own] < 0) loglik = (T)0, clear(m[own]), clear(P[own]);
-            room.loglik.put(lane, t, &loglik);
-            if (k.mean) room.mean.put(lane, t, m[own]), room.cov.put(lane, t, (const T*)P[own]);
+            store<1>(k.loglik, g, lane, t, k.series, &loglik);
+            if (k.mean) store<N>(k.mean, g, lane, t, k.series, m[own]), room.cov.put(lane, P[own]);
         }
         MEET();
-        if (room.loglik.full(t, k.steps)) room.loglik.flush(k.loglik, g, g.count, t, k.steps);
-        if (k.mean) {
-            if (room.mean.full(t, k.steps)) room.mean.flush(k.mean, g, g.count, t, k.steps);
-            if (room.cov.full(t, k.steps)) room.cov.flush(k.cov, g, covs, t, k.steps);
-        }
-        if (k.before) {
-            if (room.mean.full(t, k.steps)) room.before.flush(k.before, g, g.count, t, k.steps);
-            if (room.cov.full(t, k.steps)) room.before_cov.flush(k.before_cov, g, covs, t, k.steps);
-        }
+        if (k.before) room.before_cov.flush(k.before_cov, g, covs, t, k.shared ? 1 : k.series);
+        if (k.mean) room.cov.flush(k.cov, g, covs, t, k.shared ? 1 : k.series);
         EACH_LANE {
             T A[N][N], Q[N][N], b[N];
             room.A.get(lane, A), room.Q.get(lane, Q), room.b.get(lane, b);
@@ -107,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_forward(const 
 #pragma unroll
             for (int i = 0; i < N; ++i) k.mean_next[slot[own] * N + i] = m[own][i];
         }
-        room.cov.put(lane, 0, (const T*)P[own]);
+        room.cov.put(lane, P[own]);
     }
     MEET();
     EACH_LANE {
@@ -116,12 +105,11 @@ extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_forward(const 
             for (int i = 0; i < LANES; ++i) first = room.failed[i] < first ? room.failed[i] : first;
             k.failed[blockIdx.x] = first;
         }
-        for (int q = lane; q < LANES * N * N; q += LANES) {
-            const int row = q / (N * N);
-            const i64 to = row < covs ? slot_of(k, g.first + row) : -1;
-            if (to >= 0) k.cov_next[to * (N * N) + q % (N * N)] = room.cov.at(row, 0)[q % (N * N)];
-        }
     }
+    for_each<Row<N * N>::PIECES>(0, [&](int row, int i, i64) {
+        const i64 to = row < covs ? slot_of(k, g.first + row) : -1;
+        if (to >= 0) ((Row<N * N>::Piece*)k.cov_next)[to * Row<N * N>::PIECES + i] = room.cov.rows[row * Covariances::PITCH + i];
+    });
 }
 
 // info (2): series and step of the first failure of all, or (−1, −1). One block.

@@ -1,7 +1,7 @@
 """kalman in CUDA C++ (gpu.cu, gpu_backward.cu), compiled at first use: the same functions as reference.py.
 
-A thread computes one series, and its bits depend on nothing else. Whether all series miss the same entries only y tells,
-and nothing is read back from a GPU: covariances are shared where the caller says so, and else each series has its own.
+A thread computes one series, whose bits depend on no other. Whether all series miss the same entries, only y tells, and
+nothing is read back from a GPU: covariances are shared where the caller says so, and else each series has its own.
 
 Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n state, m observation.
 """
@@ -24,8 +24,8 @@ DTYPES = frozenset({torch.float32, torch.float64})
 MOST = 8
 #: As in the sources: series of a warp, each of which is a block.
 LANES = 32
-#: Bytes of a series that a warp moves at a time, at least: forward, backward (timings: benchmarks/NOTES.md).
-LINES = (64, 32)
+#: Bytes of a series that a warp moves at a time, at least, where they lie series by series: what memory moves at once.
+LINE = 32
 _DIMS = (1, 2, 2, 2, 2, 1, 1)  # adjacent dimensions of y, A, C, Q, R, b, d
 
 
@@ -62,13 +62,12 @@ def source(file: str) -> str:
 def options(file: str, v: Variant) -> tuple[str, ...]:
     """What a source is compiled with for a variant."""
     back, wide = file == "gpu_backward.cu", max(v.n, v.m) * v.size
-    line = LINES[back]
     unrolled = ((8, 6), (6, 4))[back][v.size == 8]
     warps = (20, 8)[back] if wide <= 16 else 8
-    room = backward_room(v, line) if back else forward_room(v, line)["all"]
+    room = backward_room(v) if back else forward_room(v)[1]
     return (
         f"-DSTATES={v.n}", f"-DOBSERVED={v.m}", f"-DNUMBER={'double' if v.size == 8 else 'float'}", f"-DOWN={v.own:d}",
-        f"-DLINE={line}", f"-DSMALL={unrolled}", f"-DWARPS={warps}", f"-DROOM={room}", "--fmad=false",
+        f"-DLINE={LINE}", f"-DSMALL={unrolled}", f"-DWARPS={warps}", f"-DROOM={room}", "--fmad=false",
     )  # fmt: skip
 
 
@@ -83,13 +82,18 @@ def _after(offset: int, count: int, align: int) -> int:
     return -(-offset // align) * align + count
 
 
-def _stage(offset: int, count: int, size: int, line: int) -> int:
+def _row(offset: int, count: int, steps: int, size: int) -> int:
+    """Where 32 rows of `count` numbers a step end, an odd number of pieces apart."""
+    piece = next(bytes_ for bytes_ in (16, 8, size) if count * size % bytes_ == 0)
+    return _after(offset, LANES * (count * size // piece * steps | 1) * piece, piece)
+
+
+def _stage(offset: int, count: int, size: int) -> int:
     """Where a `Stage` of `count` numbers ends."""
-    each, piece = count * size, size if count * size % 16 else 16
     steps = 1
-    while each * steps < line:
+    while count * size * steps < LINE:
         steps *= 2
-    return _after(offset, LANES * (each * steps // piece | 1) * piece, piece)
+    return _row(offset, count, steps, size)
 
 
 def _part(offset: int, count: int, v: Variant) -> int:
@@ -97,27 +101,22 @@ def _part(offset: int, count: int, v: Variant) -> int:
     return _after(offset, -(-count * v.size * (LANES if v.own else 1) // 16) * 16, 16)
 
 
-def forward_room(v: Variant, line: int) -> dict[str, int]:
-    """Bytes of shared memory of a warp of gpu.cu, for each `keep`."""
+def forward_room(v: Variant) -> tuple[int, int]:
+    """Bytes of shared memory of a warp of gpu.cu, without predicted moments and with them."""
     n, m, end = v.n, v.m, 0
     for count in (n * n, n * n, m * n, m * m, n, m):
         end = _part(end, count, v)
-    end = _after(end, LANES * 8, 8)
-    ends = {}
-    for keep, counts in (("loglik", (m, 1, n * n)), ("filtered", (n,)), ("all", (n * n, n))):
-        for count in counts:
-            end = _stage(end, count, v.size, line)
-        ends[keep] = _after(end, 0, 16)
-    return ends
+    filtered = _row(_stage(_after(end, LANES * 8, 8), m, v.size), n * n, 1, v.size)
+    return _after(filtered, 0, 16), _after(_row(filtered, n * n, 1, v.size), 0, 16)
 
 
-def backward_room(v: Variant, line: int) -> int:
+def backward_room(v: Variant) -> int:
     """Bytes of shared memory of a warp of gpu_backward.cu."""
     n, m, end = v.n, v.m, 0
     for count in (n * n, m * n, m * m, m):
         end = _part(end, count, v)
     for count in (m, m, 1, n, n * n):
-        end = _stage(end, count, v.size, line)
+        end = _stage(end, count, v.size)
     return _after(_after(end, LANES * (max(n, m) ** 2 | 1) * v.size, v.size), 0, 16)
 
 
@@ -168,6 +167,13 @@ def _rows(cov: Tensor) -> Tensor:
     return cov if cov.stride(0) == 0 and cov[0].is_contiguous() and not cov.is_neg() else cuda.plain(cov)  # type: ignore[return-value]  # a tensor is given
 
 
+def _pieces(v: Tensor, dims: int) -> Tensor:
+    """`v` (·, ·, …) with `dims` adjacent dimensions, for reading 16 bytes at a time."""
+    fits = v[:1, :1].is_contiguous() and not v.is_neg() and v.data_ptr() % 16 == 0
+    whole = v.shape[-1] ** dims
+    return v if fits and not any(v.stride(i) % whole for i in (0, 1)) else v.resolve_neg().clone()
+
+
 def _address(v: Tensor | None) -> int:
     return 0 if v is None else v.data_ptr()
 
@@ -184,7 +190,7 @@ def forward(
     (N, T, _), n, s = y.shape, mean0.shape[1], 1 if shared else y.shape[0]
     shapes = ((N, T, n), (s, T, n, n), (N, T, n), (s, T, n, n), (N, T), (N, n), (s, n, n))
     out = [
-        None if name in DROPPED[keep] else cuda.empty(shape, y.dtype, y)
+        None if name in DROPPED[keep] else cuda.empty(shape, y.dtype, y) if "next" in name else _steps_first(shape, y)
         for name, shape in zip(RESULTS, shapes, strict=True)
     ]
     if not y.numel():
@@ -193,6 +199,12 @@ def forward(
             v.copy_(start)
         return (*out, torch.full((2,), -1, device=y.device))
     return (*out, _run((y, A, C, Q, R, b, d), mean0, cov0, None, out, keep, shared))
+
+
+def _steps_first(shape: tuple[int, ...], y: Tensor) -> Tensor:
+    """Memory for moments (s, T, …) that lie step by step."""
+    s, T, *rest = shape
+    return cuda.empty((T, s, *rest), y.dtype, y).transpose(0, 1)
 
 
 def _run(
@@ -210,7 +222,7 @@ def _run(
         _address(index), index is not None and index.dtype == torch.int64, shared, system.times,
         *map(_address, out), failed.data_ptr(),
     ]  # fmt: skip
-    room = forward_room(system.variant, LINES[0])[keep]
+    room = forward_room(system.variant)[keep in ("all", "predicted")]
     system.launch("gpu.cu", "kalman_forward", blocks, room, record)
     system.launch("gpu.cu", "first_failure", 1, LANES * 8, record)
     return failed[blocks:]
@@ -232,13 +244,15 @@ def backward(
         shapes.append(torch.Size((0,) if v is None else (rows, *v.shape[1:])))
     shapes += [torch.Size((y.shape[0], n)), torch.Size((y.shape[0], n, n))]
     parts = [None if v is None else cuda.empty(shape, y.dtype, y) for v, shape in zip(given, shapes, strict=True)]
-    before, slopes = (cuda.plain(predicted_mean), _rows(predicted_cov)), [cuda.plain(g) for g in grads]
+    before = _pieces(predicted_mean, 1), _pieces(predicted_cov, 2)
+    dloglik = grads[4].resolve_neg() if grads[4] is not None else None
+    slopes = [cuda.plain(g) for i, g in enumerate(grads) if i != 4]
     record = [
         y.shape[0], y.shape[1], *(x for i in (0, 1, 2, 4, 6) for x in system.views[i]),
-        *(x for v in before for x in _view(v)), *map(_address, slopes), *map(_address, parts),
+        *(x for v in (*before, dloglik) for x in _view(v)), *map(_address, slopes), *map(_address, parts),
         shared, system.times, system.rows,
     ]  # fmt: skip
-    system.launch("gpu_backward.cu", "kalman_backward", blocks, backward_room(system.variant, LINES[1]), record)
+    system.launch("gpu_backward.cu", "kalman_backward", blocks, backward_room(system.variant), record)
     return tuple(
         None if v is None or part is None else part if part.shape == v.shape else part.sum(0, keepdim=True)
         for v, part in zip(given, parts, strict=True)

@@ -1,12 +1,12 @@
 // The gradient of the Kalman filter, a thread a series: that of `step_backward` in reference.py, under the same names.
 
 // Filled by gpu.py in this order; every field has eight bytes. times, rows: bits of A, C, Q, R, b, d (1, 2, 4 …) that vary in
-// time, and that each series has of its own. Gradients of results are contiguous, null for zero. Of what all series share,
+// time, and that each series has of its own. Gradients of moments are contiguous, null for zero. Of what all series share,
 // results hold a row for each warp.
 struct Gradient {
     i64 series, steps;
-    View y, A, C, R, d, before, before_cov;
-    const T *mean, *cov, *predicted_mean, *predicted_cov, *loglik, *mean_next, *cov_next;
+    View y, A, C, R, d, before, before_cov, loglik;
+    const T *mean, *cov, *predicted_mean, *predicted_cov, *mean_next, *cov_next;
     T *dy, *dA, *dC, *dQ, *dR, *db, *dd, *dmean0, *dcov0;
     i64 shared, times, rows;
 };
@@ -166,9 +166,9 @@ extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_backward(const
     }
     for (i64 t = k.steps - 1; t >= 0; --t) {
         if (room.y.full(t, k.steps)) room.y.fetch(k.y, g, t, k.steps);
-        if (room.before.full(t, k.steps)) room.before.fetch(k.before, g, t, k.steps);
-        if (room.before_cov.full(t, k.steps)) room.before_cov.fetch(k.before_cov, g, t, k.steps);
-        if (k.loglik && room.loglik.full(t, k.steps)) room.loglik.fetch({k.loglik, k.steps, 1}, g, t, k.steps);
+        if (room.before.full(t, k.steps)) room.before.template fetch<true>(k.before, g, t, k.steps);
+        if (room.before_cov.full(t, k.steps)) room.before_cov.template fetch<true>(k.before_cov, g, t, k.steps);
+        if (k.loglik.p && room.loglik.full(t, k.steps)) room.loglik.fetch(k.loglik, g, t, k.steps);
         if (t < k.steps - 1) {
             if (k.times & 1) room.A.template fetch<false>(k.A, g, t);
             if (k.times & 2) room.C.template fetch<false>(k.C, g, t);
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_backward(const
             T slope = (T)0;
             room.y.get(lane, t, y), room.d.get(lane, d), room.C.get(lane, C), room.R.get(lane, R);
             room.before.get(lane, t, before), room.before_cov.get(lane, t, (T*)P), room.A.get(lane, A);
-            if (k.loglik) room.loglik.get(lane, t, &slope);
+            if (k.loglik.p) room.loglik.get(lane, t, &slope);
             look(e, C, R, y, d, before);
             Correction now;
             now.of(F, P, C, R);
@@ -196,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_backward(const
             room.dy.put(lane, t, x.y);
         }
         MEET();
-        if (room.dy.begins(t)) room.dy.flush(k.dy, g, g.count, t, k.steps);
+        if (room.dy.begins(t)) room.dy.flush(k.dy, g, t, k.steps);
         if (k.times & 1) room.sums.template give<N * N>(k.dA, g, t, k.steps, k.rows & 1, [&](int own) { return (const T*)lanes[own].A; });
         if (k.times & 2) room.sums.template give<M * N>(k.dC, g, t, k.steps, k.rows & 2, [&](int own) { return (const T*)lanes[own].C; });
         if (k.times & 4) room.sums.template give<N * N>(k.dQ, g, t, k.steps, k.rows & 4, [&](int own) { return (const T*)lanes[own].Q; });

@@ -1,5 +1,6 @@
-// How the Kalman filter's numbers reach a warp of 32 series, a lane each, and leave it: through shared memory, so that the warp
-// reads and writes runs of adjacent bytes of each series, several steps at a time where a step has few. Follows gpu_matrix.cuh.
+// How the Kalman filter's numbers reach a warp of 32 series, a lane each, and leave it, so that neighbouring lanes read and write
+// neighbouring bytes. Moments lie step by step, one series beside the other: what a warp writes at a step is one piece of memory.
+// What lies series by series, as observations do, is moved several steps at a time. Follows gpu_matrix.cuh.
 //
 // LINE: bytes of a run at least.   OWN: whether anything of the system belongs to a series alone.
 // What a lane keeps is an array over WIDTH, of one on a GPU. `EACH_LANE` is then no loop; where a compiler of C++ stands in for
@@ -53,59 +54,92 @@ template <int COUNT, class Do> __device__ __forceinline__ void for_each(i64 apar
     }
 }
 
-// COUNT numbers a step of each of 32 series, for some steps, of which one run of a series is adjacent. Rows are an odd number of
-// pieces apart, so that lanes meet different banks.
-template <int COUNT> struct Stage {
-    static constexpr int STEPS = depth(COUNT * sizeof(T)), BYTES = COUNT * sizeof(T) % 16 ? sizeof(T) : 16;
-    static constexpr int EACH = BYTES / sizeof(T), PIECES = STEPS * COUNT / EACH, PITCH = PIECES | 1;
+// The largest piece that rows of COUNT numbers are read and written in.
+template <int COUNT> struct Row {
+    static constexpr int BYTES = COUNT * sizeof(T) % 16 == 0 ? 16 : COUNT * sizeof(T) % 8 == 0 ? 8 : sizeof(T);
+    static constexpr int EACH = BYTES / sizeof(T), PIECES = COUNT / EACH;
     struct alignas(BYTES) Piece {
         T x[EACH];
     };
-    Piece rows[LANES * PITCH];
-
-    static __device__ __forceinline__ int place(i64 t) { return (int)t & (STEPS - 1); }
-    __device__ __forceinline__ T* at(int lane, i64 t) { return rows[lane * PITCH].x + place(t) * COUNT; }
-
-    __device__ __forceinline__ void put(int lane, i64 t, const T* x) {
-        Piece* to = rows + lane * PITCH + place(t) * (COUNT / EACH);
+    static __device__ __forceinline__ void put(Piece* to, const T* x) {
 #pragma unroll
-        for (int i = 0; i < COUNT / EACH; ++i) {
+        for (int i = 0; i < PIECES; ++i) {
             Piece v;
 #pragma unroll
             for (int j = 0; j < EACH; ++j) v.x[j] = x[i * EACH + j];
             to[i] = v;
         }
     }
-    __device__ __forceinline__ void get(int lane, i64 t, T* x) const {
-        const Piece* from = rows + lane * PITCH + place(t) * (COUNT / EACH);
+    static __device__ __forceinline__ void get(const Piece* from, T* x) {
 #pragma unroll
-        for (int i = 0; i < COUNT / EACH; ++i) {
+        for (int i = 0; i < PIECES; ++i) {
             const Piece v = from[i];
 #pragma unroll
             for (int j = 0; j < EACH; ++j) x[i * EACH + j] = v.x[j];
         }
     }
-    // The run that holds step t, from an operand with any strides.
-    __device__ __forceinline__ void fetch(const View& v, Group g, i64 t, i64 steps) {
+};
+
+// COUNT numbers of a lane to its row of a result (steps, series, COUNT): neighbours lie side by side.
+template <int COUNT> __device__ __forceinline__ void store(T* out, Group g, int lane, i64 t, i64 series, const T* x) {
+    typedef Row<COUNT> Row;
+    if (lane < g.count) Row::put((typename Row::Piece*)out + (t * series + g.first + lane) * Row::PIECES, x);
+}
+
+// COUNT numbers a step of each of 32 series, for so many steps that a run of one series has LINE bytes. Rows are an odd number of
+// pieces apart, so that lanes meet different banks.
+template <int COUNT> struct Stage {
+    typedef typename Row<COUNT>::Piece Piece;
+    static constexpr int STEPS = depth(COUNT * sizeof(T)), EACH = Row<COUNT>::EACH;
+    static constexpr int A_STEP = Row<COUNT>::PIECES, PIECES = STEPS * A_STEP, PITCH = PIECES | 1;
+    Piece rows[LANES * PITCH];
+
+    static __device__ __forceinline__ int place(i64 t) { return (int)t & (STEPS - 1); }
+    __device__ __forceinline__ void put(int lane, i64 t, const T* x) { Row<COUNT>::put(rows + lane * PITCH + place(t) * A_STEP, x); }
+    __device__ __forceinline__ void get(int lane, i64 t, T* x) const { Row<COUNT>::get(rows + lane * PITCH + place(t) * A_STEP, x); }
+
+    // The run that holds step t, from an operand with any strides; of WHOLE ones, pieces lie as they should.
+    template <bool WHOLE = false> __device__ __forceinline__ void fetch(const View& v, Group g, i64 t, i64 steps) {
+        constexpr int SIZE = WHOLE ? A_STEP : COUNT, STRIDE = WHOLE ? EACH : 1;
         const i64 start = t - place(t);
         const T* from = v.p + g.first * v.s + start * v.t;
-        for_each<STEPS * COUNT>(v.s, [&](int row, int i, i64 along) {
-            const int step = i / COUNT;
-            if (row < g.count && start + step < steps) rows[row * PITCH].x[i] = from[along + step * v.t + i % COUNT];
+        for_each<STEPS * SIZE>(v.s, [&](int row, int i, i64 along) {
+            const int step = i / SIZE;
+            if (row < g.count && start + step < steps) {
+                const T* number = from + along + step * v.t + i % SIZE * STRIDE;
+                if constexpr (WHOLE) rows[row * PITCH + i] = *(const Piece*)number;
+                else rows[row * PITCH].x[i] = *number;
+            }
         });
     }
-    // The run that holds step t of `count` series, to a result (series, steps, COUNT).
-    __device__ __forceinline__ void flush(T* out, Group g, int count, i64 t, i64 steps) const {
-        const i64 start = t - place(t), left = steps - start, apart = steps * (COUNT / EACH);
-        const int used = (left < STEPS ? (int)left : STEPS) * (COUNT / EACH);
+    // The run that holds step t, to a result (series, steps, COUNT).
+    __device__ __forceinline__ void flush(T* out, Group g, i64 t, i64 steps) const {
+        const i64 start = t - place(t), left = steps - start;
+        const int used = (left < STEPS ? (int)left : STEPS) * A_STEP;
         Piece* to = (Piece*)(out + (g.first * steps + start) * COUNT);
-        for_each<PIECES>(apart, [&](int row, int i, i64 along) {
-            if (row < count && i < used) to[along + i] = rows[row * PITCH + i];
+        for_each<PIECES>(steps * A_STEP, [&](int row, int i, i64 along) {
+            if (row < g.count && i < used) to[along + i] = rows[row * PITCH + i];
         });
     }
     // Whether step t is the last of its run, or the first.
     static __device__ __forceinline__ bool full(i64 t, i64 steps) { return place(t) == STEPS - 1 || t == steps - 1; }
     static __device__ __forceinline__ bool begins(i64 t) { return place(t) == 0; }
+};
+
+// A covariance a lane, on its way to a result.
+struct Covariances {
+    typedef Row<N * N> Row_;
+    static constexpr int PITCH = Row_::PIECES | 1;
+    typename Row_::Piece rows[LANES * PITCH];
+
+    __device__ __forceinline__ void put(int lane, const T (&P)[N][N]) { Row_::put(rows + lane * PITCH, (const T*)P); }
+    // Those of the warp's first `count` series, to step t of a result (steps, series, N, N).
+    __device__ __forceinline__ void flush(T* out, Group g, int count, i64 t, i64 series) const {
+        typename Row_::Piece* to = (typename Row_::Piece*)out + (t * series + g.first) * Row_::PIECES;
+        for_each<Row_::PIECES>(Row_::PIECES, [&](int row, int i, i64 along) {
+            if (row < count) to[along + i] = rows[row * PITCH + i];
+        });
+    }
 };
 
 // A matrix of the system as it is now, of each lane (OWN) or of all.
