@@ -19,7 +19,8 @@ QUICK = (
 FILES = {
     "gpu_ops": "test_norm or test_cross_entropy or test_steps or test_a_row or test_convolution and float32 or whole",
     "gated_scan_gpu": "",
-    "kalman_gpu": "test_gradients and float64 or test_steps and float32 or test_the_first or test_what",
+    "kalman_gpu": "test_gradients and float64 or test_steps and float32 or test_runs and float32 or test_the_first"
+    " or test_keep or test_shared or test_what",
     "linear_scan_gpu": "test_step and True-True or test_a_row or (test_grid and packed)",
     "s4_kernel_gpu": "test_kernels and 70 or test_cauchy and 16 or test_float64",
     "parts_gpu": "False-None-Mamba3",
