@@ -63,7 +63,7 @@ def options(file: str, v: Variant) -> tuple[str, ...]:
     """What a source is compiled with for a variant."""
     back, wide = file == "gpu_backward.cu", max(v.n, v.m) * v.size
     unrolled = ((8, 6), (6, 4))[back][v.size == 8]
-    warps = (20, 8)[back] if wide <= 16 else 8
+    warps = 8 if back or wide > 16 else 16 if wide > 8 else 28  # of a multiprocessor (timings: benchmarks/NOTES.md)
     room = backward_room(v) if back else forward_room(v)[1]
     return (
         f"-DSTATES={v.n}", f"-DOBSERVED={v.m}", f"-DNUMBER={'double' if v.size == 8 else 'float'}", f"-DOWN={v.own:d}",
@@ -101,6 +101,7 @@ def _part(offset: int, count: int, v: Variant) -> int:
     return _after(offset, -(-count * v.size * (LANES if v.own else 1) // 16) * 16, 16)
 
 
+@functools.cache
 def forward_room(v: Variant) -> tuple[int, int]:
     """Bytes of shared memory of a warp of gpu.cu, without predicted moments and with them."""
     n, m, end = v.n, v.m, 0
@@ -110,6 +111,7 @@ def forward_room(v: Variant) -> tuple[int, int]:
     return _after(filtered, 0, 16), _after(_row(filtered, n * n, 1, v.size), 0, 16)
 
 
+@functools.cache
 def backward_room(v: Variant) -> int:
     """Bytes of shared memory of a warp of gpu_backward.cu."""
     n, m, end = v.n, v.m, 0
@@ -149,9 +151,12 @@ class _System:
         self.like, self.device = y, y.get_device()
         self.variant = Variant(C.shape[-1], C.shape[-2], y.dtype.itemsize, any(s for _, s, _ in self.views[1:]))
 
-    def launch(self, file: str, kernel: str, blocks: int, shared: int, record: Sequence[int]) -> None:
+    def launch(self, file: str, record: Sequence[int], *kernels: tuple[str, int, int]) -> None:
+        """Run kernels of a file one after the other: name, blocks, bytes of shared memory."""
         with torch.cuda.device_of(self.like):
-            library(file, self.variant, self.device).launch(kernel, blocks, LANES, shared, record)
+            there = library(file, self.variant, self.device)
+            for name, blocks, shared in kernels:
+                there.launch(name, blocks, LANES, shared, record)
 
 
 def _view(v: Tensor | None) -> tuple[int, int, int]:
@@ -223,8 +228,7 @@ def _run(
         *map(_address, out), failed.data_ptr(),
     ]  # fmt: skip
     room = forward_room(system.variant)[keep in ("all", "predicted")]
-    system.launch("gpu.cu", "kalman_forward", blocks, room, record)
-    system.launch("gpu.cu", "first_failure", 1, LANES * 8, record)
+    system.launch("gpu.cu", record, ("kalman_forward", blocks, room), ("first_failure", 1, LANES * 8))
     return failed[blocks:]
 
 
@@ -252,7 +256,7 @@ def backward(
         *(x for v in (*before, dloglik) for x in _view(v)), *map(_address, slopes), *map(_address, parts),
         shared, system.times, system.rows,
     ]  # fmt: skip
-    system.launch("gpu_backward.cu", "kalman_backward", blocks, backward_room(system.variant), record)
+    system.launch("gpu_backward.cu", record, ("kalman_backward", blocks, backward_room(system.variant)))
     return tuple(
         None if v is None or part is None else part if part.shape == v.shape else part.sum(0, keepdim=True)
         for v, part in zip(given, parts, strict=True)
