@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -45,6 +46,8 @@ needs_triton = pytest.mark.skipif(
 )
 def test_kernels_compute_the_same_under_the_interpreter(name: str, chosen: str) -> None:
     """In a process of its own: Triton reads the switch when it is imported."""
+    if name == "kalman_gpu" and shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("kalman's kernels are CUDA C++, and no C++ compiler is here to stand in for NVRTC")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "-k", chosen, str(TESTS / f"test_{name}.py")],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

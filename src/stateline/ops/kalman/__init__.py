@@ -126,8 +126,8 @@ def kalman(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; on the CPU also series and step
-            whose innovation covariance C P Cᵀ + R is not positive definite. Elsewhere nothing waits to learn of it: that
-            series' results are NaN from there on, others are untouched, and `out.check()` raises when you ask.
+            whose innovation covariance C P Cᵀ + R is not positive definite. Elsewhere nothing waits to learn of it:
+            results of that series are NaN from there on, others are untouched, `out.check()` raises when you ask.
 
     >>> one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     >>> start = KalmanState(torch.zeros(1, 1, dtype=torch.float64), one[0])
