@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import host
 import pytest
 import torch
 from torch import Tensor
@@ -67,6 +68,9 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
             return ssd.Plan(4, 8, 16, max(16, cuda.power_of_2(n)), 2, (1,) * 4, (1,) * 4)
 
         monkeypatch.setattr(ssd, "plan", small)
+        from stateline.ops.kalman import gpu as kalman
+
+        monkeypatch.setattr(kalman, "library", host.kalman)  # CUDA C++, which no interpreter knows
         monkeypatch.setattr(ssd, "PRECISION", "ieee")  # the interpreter knows no products in parts
         from stateline.ops.trapezoid_ssd import controls
 

@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
+from stateline.ops.kalman.reference import DROPPED, RESULTS, square_root
 from stateline.ops.library import call, define, first_only, first_only_of, or_empty
 from stateline.ops.selective_scan import check_slots
 
@@ -68,6 +69,22 @@ class Filtered(NamedTuple):
     factor: Tensor | None = None
     predicted_factor: Tensor | None = None
 
+    def check(self) -> Filtered:
+        """These results, once it is known that every step could be computed; waits for the device.
+
+        Raises ValueError naming the first entry of loglik (by step, then series) that is NaN: on a GPU, `kalman` itself
+        does not wait to learn of an innovation covariance that is not positive definite.
+        """
+        bad = torch.isnan(self.loglik.detach())
+        if bool(bad.any()):
+            bad = bad.movedim(-1, 0)
+            step, *series = bad.nonzero()[0].tolist()
+            where = f"loglik{[*series, step]} is NaN: the innovation covariance C P Cᵀ + R is not positive definite"
+            raise checks.fail(
+                OP, f"{where} there, or an input is not finite.", _remedy("joseph" if self.factor is None else "sqrt")
+            )
+        return self
+
 
 def kalman(
     y: Tensor,
@@ -101,14 +118,16 @@ def kalman(
     Returns:
         `Filtered`, and the state at the observation that would come next, of the kind of `form`: give it as
         `initial_state` to go on, with equal results. Series that share all matrices and miss the same entries share
-        covariances, which on the CPU are then computed once and expanded.
+        covariances, which on the CPU are then computed once and expanded. On a GPU, where finding that out would mean
+        to wait for it, each series has its own; results there lie in memory step by step (strides of (T, N, …)).
 
     Differentiable in every tensor, NaN entries of y having zero, and out of every result; first derivatives only. No
     jitter is added anywhere: Q, R = 0 or P = 0 are used as they are.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; on the CPU also series and step
-            whose innovation covariance C P Cᵀ + R is not positive definite. (Elsewhere its results are NaN.)
+            whose innovation covariance C P Cᵀ + R is not positive definite. Elsewhere nothing waits to learn of it:
+            results of that series are NaN from there on, others are untouched, `out.check()` raises when you ask.
 
     >>> one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     >>> start = KalmanState(torch.zeros(1, 1, dtype=torch.float64), one[0])
@@ -129,7 +148,8 @@ def kalman(
     cov = initial_state.cov[:1] if shared else initial_state.cov
     inputs = (y, A, C, Q, R, transition_offset, observation_offset, initial_state.mean, cov)
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    results = call(_Kalman, *inputs, *roots, form, "all" if wanted else keep, shared, backend)
+    needed = keep if not wanted else "predicted" if keep == "loglik" else "all"
+    results = call(_Kalman, *inputs, *roots, form, needed, shared, backend)
     mean, cov, predicted_mean, predicted_cov, loglik, mean_next, cov_next, factor, predicted_factor, root = results
     if form == "sqrt" and cov_next.requires_grad:
         root = call(_Factor, cov_next, root)
@@ -200,38 +220,6 @@ def advance(
     check_slots(STEP, sizes, second, index)
     mean, cov, loglik = _step(state.mean, second, y, *system, index, "sqrt" if root else "joseph", backend)
     return Filtered(mean, cov @ cov.mT if root else cov, None, None, loglik, cov if root else None)
-
-
-def square_root(S: Tensor, op: str = "square_root", name: str = "S") -> Tensor:
-    """F (…, n, n), lower triangular with a diagonal ≥ 0, such that F Fᵀ = S; S positive semidefinite. No gradient.
-
-    By Cholesky where it succeeds, else by eigenvectors of S scaled to a unit diagonal, so that small variances beside
-    large ones keep their digits.
-
-    Raises:
-        ValueError: on the CPU, if S has an eigenvalue below 0 by more than rounding explains. `op`, `name`: who asks.
-    """
-    with torch.no_grad():
-        S = (S + S.mT) / 2
-        L, problem = torch.linalg.cholesky_ex(S)
-        if checks.can_read(S) and not problem.any():
-            return L.contiguous()
-        n, scale = S.shape[-1], S.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        inverse = torch.where(scale > 0, 1 / scale, 0.0)
-        unit = torch.where(torch.isfinite(S), S, 0.0) * inverse[..., :, None] * inverse[..., None, :]
-        values, vectors = torch.linalg.eigh(unit)
-        if checks.can_read(S):
-            tolerance = 16 * n * torch.finfo(S.dtype).eps
-            rest = S * ((scale == 0)[..., :, None] | (scale == 0)[..., None, :])  # 0 unless S is indefinite
-            if not bool(torch.isfinite(S).all()) or bool(rest.any()) or float(values.min()) < -tolerance:
-                problem_of = f"{name} is not positive semidefinite"
-                raise checks.fail(
-                    op, f"{problem_of}.", "A covariance has no eigenvalue below 0; look for a wrong sign."
-                )
-        F = scale[..., :, None] * vectors * values.clamp(min=0).sqrt()[..., None, :]
-        G = torch.linalg.qr(F.mT, mode="r").R.mT.tril()
-        G = G * torch.where(G.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G)[..., None, :]
-        return torch.where((problem != 0)[..., None, None], G, L).contiguous()
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -324,9 +312,13 @@ def _raise_failed(info: Tensor, form: str, what: str) -> None:
     series, step = info.tolist()
     if step >= 0:
         where = f"series {series}" + (f" at step {step}" if what == OP else "")
-        remedy = 'form="sqrt" keeps twice the digits.' if form == "joseph" else "Give the observations noise, R > 0."
         problem = f"the innovation covariance C P Cᵀ + R of {where} is not positive definite."
-        raise checks.fail(what, problem, f"Nothing is added to it to hide that. {remedy}")
+        raise checks.fail(what, problem, _remedy(form))
+
+
+def _remedy(form: str) -> str:
+    remedy = 'form="sqrt" keeps twice the digits.' if form == "joseph" else "Give the observations noise, R > 0."
+    return f"Nothing is added to it to hide that. {remedy}"
 
 
 def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -335,7 +327,14 @@ def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
         module = _kernel(y, backend, *system, form)
         *results, info = module.forward(y, *system, form=form, keep=keep, shared=shared)
     _raise_failed(info, form, OP)
+    if y.is_cuda:
+        results[:5] = [v if v is None else _steps_first(v) for v in results[:5]]
     return tuple(or_empty(v, y) for v in results)
+
+
+def _steps_first(v: Tensor) -> Tensor:
+    """v (·, T, …) as it lies in memory on a GPU, whatever computed it: step by step, one series beside the other."""
+    return v.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -365,9 +364,12 @@ def _fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (N, T, _), n, s = y.shape, mean0.shape[1], 1 if shared else y.shape[0]
     shapes = ((N, T, n), (s, T, n, n), (N, T, n), (s, T, n, n))
-    kept = {"all": 4, "filtered": 2, "loglik": 0}[keep]
-    moments = (y.new_empty(shape if i < kept else (0,)) for i, shape in enumerate(shapes))
-    return (*moments, y.new_empty((N, T)), y.new_empty((N, n)), y.new_empty((s, n, n)))
+    dropped = DROPPED[keep]
+    moments = [y.new_empty((0,) if name in dropped else x) for name, x in zip(RESULTS, shapes, strict=False)]
+    moments.append(y.new_empty((N, T)))
+    if y.device.type == "cuda":
+        moments = [v if v.dim() < 2 else _steps_first(v) for v in moments]
+    return (*moments, y.new_empty((N, n)), y.new_empty((s, n, n)))
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -409,8 +411,7 @@ def _filter(
     if form == "sqrt":
         Q, R, cov0 = roots  # type: ignore[assignment]  # all there in this form
     raw = _forward(y, A, C, Q, R, b, d, mean0, cov0, form, keep, shared, backend)
-    dropped = {"all": (), "filtered": (2, 3), "loglik": (0, 1, 2, 3)}[keep]
-    results = [None if i in dropped else v for i, v in enumerate(raw)]
+    results = [None if name in DROPPED[keep] else v for name, v in zip(RESULTS, raw, strict=True)]
     if form == "joseph":
         return (*results, None, None, None)
     factors = [results[i] for i in (1, 3, 6)]

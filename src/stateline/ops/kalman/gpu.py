@@ -1,36 +1,189 @@
-"""kalman on a GPU: the same functions as reference.py, over the kernels of gpu_kernels.py, for small systems.
+"""kalman in CUDA C++ (gpu.cu, gpu_backward.cu), compiled at first use: the same functions as reference.py.
+
+A thread computes one series, whose bits depend on no other. Whether all series miss the same entries, only y tells, and
+nothing is read back from a GPU: covariances are shared where the caller says so, and else each series has its own.
 
 Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n state, m observation.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib.resources
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stateline.ops import cuda
-from stateline.ops.kalman import gpu_backward_kernels, gpu_kernels
+from stateline.ops import cuda, nvrtc
 from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 DTYPES = frozenset({torch.float32, torch.float64})
-#: The largest system: Triton takes seconds to compile one of four states, minutes for six, though eight would fit.
-STATES, OBSERVED = 4, 4
-#: Series of a program, one a lane.
+#: The largest system: more would not fit in the registers of a thread, nor in what it may spill.
+MOST = 8
+#: As in the sources: series of a warp, each of which is a block.
 LANES = 32
+#: Bytes of a series that a warp moves at a time, at least, where they lie series by series: what memory moves at once.
+LINE = 32
 _DIMS = (1, 2, 2, 2, 2, 1, 1)  # adjacent dimensions of y, A, C, Q, R, b, d
-_forward, _backward = map(cuda.Kernel, (gpu_kernels.forward, gpu_backward_kernels.backward))
 
 
 def problem(y: object = None, A: object = None, C: object = None, *rest: object) -> str | None:
     """Why the kernels do not cover such a system, or None. rest: what else the operation takes, its form among it."""
     if "sqrt" in [v for v in rest if isinstance(v, str)] or any(hasattr(v, "factor") for v in rest):
         return 'its GPU kernels compute form="joseph"; square roots are those of the reference.'
-    if isinstance(C, Tensor) and (C.shape[-1] > STATES or C.shape[-2] > OBSERVED):
+    if isinstance(C, Tensor) and max(C.shape[-2:]) > MOST:
         sizes = f"{C.shape[-1]} states and {C.shape[-2]} observed values"
-        return f"the system has {sizes}, its GPU kernels keep up to {STATES} and {OBSERVED} in registers."
+        return f"the system has {sizes}, a thread of its GPU kernels has room for {MOST} of each."
+    if isinstance(y, Tensor) and y.is_cuda and (why := nvrtc.problem(y.get_device())):
+        return f"its GPU kernels cannot be compiled here: {why.rstrip('.')}."
     return None
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for: sizes, bytes of a number, whether anything of the system is one series' alone."""
+
+    n: int
+    m: int
+    size: int
+    own: bool
+
+
+def source(file: str) -> str:
+    """A kernel file with what both share in front."""
+    folder = importlib.resources.files("stateline.ops.kalman")
+    return "".join((folder / part).read_text() for part in ("gpu_matrix.cuh", "gpu_stage.cuh", file))
+
+
+def options(file: str, v: Variant) -> tuple[str, ...]:
+    """What a source is compiled with for a variant."""
+    back, wide = file == "gpu_backward.cu", max(v.n, v.m) * v.size
+    unrolled = ((8, 6), (6, 4))[back][v.size == 8]
+    warps = 8 if back or wide > 16 else 16 if wide > 8 else 28  # of a multiprocessor (timings: benchmarks/NOTES.md)
+    room = backward_room(v) if back else forward_room(v)[1]
+    return (
+        f"-DSTATES={v.n}", f"-DOBSERVED={v.m}", f"-DNUMBER={'double' if v.size == 8 else 'float'}", f"-DOWN={v.own:d}",
+        f"-DLINE={LINE}", f"-DSMALL={unrolled}", f"-DWARPS={warps}", f"-DROOM={room}", "--fmad=false",
+    )  # fmt: skip
+
+
+@functools.cache
+def library(file: str, variant: Variant, device: int) -> nvrtc.Library:
+    """The kernels of a file on a device, whose context is current."""
+    return nvrtc.Library(source(file), options(file, variant), device)
+
+
+def _after(offset: int, count: int, align: int) -> int:
+    """Where a field of `count` bytes ends."""
+    return -(-offset // align) * align + count
+
+
+def _row(offset: int, count: int, steps: int, size: int) -> int:
+    """Where 32 rows of `count` numbers a step end, an odd number of pieces apart."""
+    piece = next(bytes_ for bytes_ in (16, 8, size) if count * size % bytes_ == 0)
+    return _after(offset, LANES * (count * size // piece * steps | 1) * piece, piece)
+
+
+def _stage(offset: int, count: int, size: int) -> int:
+    """Where a `Stage` of `count` numbers ends."""
+    steps = 1
+    while count * size * steps < LINE:
+        steps *= 2
+    return _row(offset, count, steps, size)
+
+
+def _part(offset: int, count: int, v: Variant) -> int:
+    """Where a `Part` of `count` numbers ends."""
+    return _after(offset, -(-count * v.size * (LANES if v.own else 1) // 16) * 16, 16)
+
+
+@functools.cache
+def forward_room(v: Variant) -> tuple[int, int]:
+    """Bytes of shared memory of a warp of gpu.cu, without predicted moments and with them."""
+    n, m, end = v.n, v.m, 0
+    for count in (n * n, n * n, m * n, m * m, n, m):
+        end = _part(end, count, v)
+    filtered = _row(_stage(_after(end, LANES * 8, 8), m, v.size), n * n, 1, v.size)
+    return _after(filtered, 0, 16), _after(_row(filtered, n * n, 1, v.size), 0, 16)
+
+
+@functools.cache
+def backward_room(v: Variant) -> int:
+    """Bytes of shared memory of a warp of gpu_backward.cu."""
+    n, m, end = v.n, v.m, 0
+    for count in (n * n, m * n, m * m, m):
+        end = _part(end, count, v)
+    for count in (m, m, 1, n, n * n):
+        end = _stage(end, count, v.size)
+    return _after(_after(end, LANES * (max(n, m) ** 2 | 1) * v.size, v.size), 0, 16)
+
+
+# ---- operands --------------------------------------------------------------------------------------------------------
+
+
+class _System:
+    """y, A, C, Q, R, b, d as kernels read them, kept alive.
+
+    views: for each its address and the elements between series and between steps.   times, rows: bits of A, C, Q, R, b,
+    d (1, 2, 4 …) that vary in time, and that each series has of its own.
+    """
+
+    def __init__(self, given: Sequence[Tensor | None]) -> None:
+        self.used: list[Tensor | None] = []
+        self.views: list[tuple[int, int, int]] = []
+        self.times = self.rows = 0
+        for i, (v, dims) in enumerate(zip(given, _DIMS, strict=True)):
+            if v is not None:
+                v = v if v[:1, :1].is_contiguous() and not v.is_neg() else cuda.plain(v)
+                assert v is not None
+                assert v.dim() == dims + 2
+                self.times |= (1 << i - 1) if i and v.shape[1] > 1 else 0
+                self.rows |= (1 << i - 1) if i and v.shape[0] > 1 else 0
+            self.used.append(v)
+            self.views.append(_view(v))
+        y, C = given[0], given[2]
+        assert y is not None
+        assert C is not None
+        self.like, self.device = y, y.get_device()
+        self.variant = Variant(C.shape[-1], C.shape[-2], y.dtype.itemsize, any(s for _, s, _ in self.views[1:]))
+
+    def launch(self, file: str, record: Sequence[int], *kernels: tuple[str, int, int]) -> None:
+        """Run kernels of a file one after the other: name, blocks, bytes of shared memory."""
+        with torch.cuda.device_of(self.like):
+            there = library(file, self.variant, self.device)
+            for name, blocks, shared in kernels:
+                there.launch(name, blocks, LANES, shared, record)
+
+
+def _view(v: Tensor | None) -> tuple[int, int, int]:
+    """Address and strides over series and steps; 0 where there is one for all."""
+    if v is None:
+        return 0, 0, 0
+    shape, strides = v.shape, v.stride()
+    return v.data_ptr(), strides[0] if shape[0] > 1 else 0, strides[1] if shape[1] > 1 else 0
+
+
+def _rows(cov: Tensor) -> Tensor:
+    """Matrices (·, …, n, n) with adjacent entries; rows that are one in memory stay so."""
+    return cov if cov.stride(0) == 0 and cov[0].is_contiguous() and not cov.is_neg() else cuda.plain(cov)  # type: ignore[return-value]  # a tensor is given
+
+
+def _pieces(v: Tensor, dims: int) -> Tensor:
+    """`v` (·, ·, …) with `dims` adjacent dimensions, for reading 16 bytes at a time."""
+    fits = v[:1, :1].is_contiguous() and not v.is_neg() and v.data_ptr() % 16 == 0
+    whole = v.shape[-1] ** dims
+    return v if fits and not any(v.stride(i) % whole for i in (0, 1)) else v.resolve_neg().clone()
+
+
+def _address(v: Tensor | None) -> int:
+    return 0 if v is None else v.data_ptr()
+
+
+# ---- the functions ---------------------------------------------------------------------------------------------------
 
 
 def forward(
@@ -42,7 +195,7 @@ def forward(
     (N, T, _), n, s = y.shape, mean0.shape[1], 1 if shared else y.shape[0]
     shapes = ((N, T, n), (s, T, n, n), (N, T, n), (s, T, n, n), (N, T), (N, n), (s, n, n))
     out = [
-        None if name in DROPPED[keep] else cuda.empty(shape, y.dtype, y)
+        None if name in DROPPED[keep] else cuda.empty(shape, y.dtype, y) if "next" in name else _steps_first(shape, y)
         for name, shape in zip(RESULTS, shapes, strict=True)
     ]
     if not y.numel():
@@ -50,67 +203,33 @@ def forward(
             assert v is not None
             v.copy_(start)
         return (*out, torch.full((2,), -1, device=y.device))
-    failed = _run((y, A, C, Q, R, b, d), cuda.plain(mean0), _rows(cov0), None, out, shared)
-    return (*out, _info(failed, T))
+    return (*out, _run((y, A, C, Q, R, b, d), mean0, cov0, None, out, keep, shared))
 
 
-def _rows(cov: Tensor) -> Tensor:
-    """Matrices (·, n, n) with adjacent entries; rows that are one in memory stay so."""
-    return cov if cov.stride(0) == 0 and cov[0].is_contiguous() and not cov.is_neg() else cuda.plain(cov)  # type: ignore[return-value]  # a tensor is given
+def _steps_first(shape: tuple[int, ...], y: Tensor) -> Tensor:
+    """Memory for moments (s, T, …) that lie step by step."""
+    s, T, *rest = shape
+    return cuda.empty((T, s, *rest), y.dtype, y).transpose(0, 1)
 
 
 def _run(
-    system: tuple[Tensor | None, ...], mean0: Tensor | None, cov0: Tensor, index: Tensor | None,
-    out: list[Tensor | None], shared: bool,
+    given: Sequence[Tensor | None], mean0: Tensor, cov0: Tensor, index: Tensor | None, out: Sequence[Tensor | None],
+    keep: str, shared: bool,
 ) -> Tensor:  # fmt: skip
-    """Launch over y, A, C, Q, R, b, d; the first step (N) at which each series failed, or T."""
-    used, strides, times = _operands(system)
-    y, C = used[0], used[2]
-    assert y is not None
-    assert C is not None
-    assert mean0 is not None
-    (N, T, m), n = y.shape, C.shape[-1]
-    failed = cuda.empty((N,), torch.int64, y)
-    if index is not None:
-        failed.fill_(T)
-    starts = (mean0.stride(0), cov0.stride(0) if cov0.shape[0] > 1 else 0)
-    tensors = (*used, mean0, cov0, cuda.plain(index), *out, failed)
-    grid, own = (cuda.ceil_div(N, LANES), 1, 1), _of_their_own(system)
-    _forward(grid, (*tensors, N, T, *strides, *starts), (n, m, times, own, shared, LANES), 1)
-    return failed
-
-
-def _operands(system: tuple[Tensor | None, ...]) -> tuple[list[Tensor | None], list[int], int]:
-    """y, A, C, Q, R, b, d as kernels read them, their strides over series and steps, and the bits of `TIMES`."""
-    used: list[Tensor | None] = []
-    strides: list[int] = []
-    times = 0
-    for i, (v, dims) in enumerate(zip(system, _DIMS, strict=True)):
-        if v is not None:
-            inner = v[:1, :1]
-            v = v if inner.is_contiguous() and not v.is_neg() else cuda.plain(v)
-            assert v is not None
-            times |= (1 << i - 1) if i and v.shape[1] > 1 else 0
-        used.append(v)
-        strides += (0, 0) if v is None else (_stride(v, 0), _stride(v, 1))
-        assert v is None or v.dim() == dims + 2
-    return used, strides, times
-
-
-def _of_their_own(system: tuple[Tensor | None, ...]) -> int:
-    """The bits of `ROWS` of y, A, C, Q, R, b, d."""
-    return sum((1 << i) for i, v in enumerate(system[1:]) if v is not None and v.shape[0] > 1)
-
-
-def _stride(v: Tensor, i: int) -> int:
-    return v.stride(i) if v.shape[i] > 1 else 0
-
-
-def _info(failed: Tensor, steps: int) -> Tensor:
-    """Series and step of the first failure, by step, then series, or (−1, −1); found where `failed` (N) is."""
-    N = failed.shape[0]
-    rank = (failed * N + torch.arange(N, device=failed.device)).min()
-    return torch.where(rank < steps * N, torch.stack([rank % N, rank // N]), -1)
+    """Launch over y, A, C, Q, R, b, d into the seven results; info."""
+    system = _System(given)
+    y, mean0, cov0, index = system.like, cuda.plain(mean0), _rows(cov0), cuda.plain(index)  # type: ignore[assignment]  # given
+    blocks = cuda.ceil_div(y.shape[0], LANES)
+    failed = cuda.empty((blocks + 2,), torch.int64, y)
+    record = [
+        y.shape[0], y.shape[1], *(x for view in system.views for x in view),
+        mean0.data_ptr(), mean0.stride(0), 0, cov0.data_ptr(), cov0.stride(0) if cov0.shape[0] > 1 else 0, 0,
+        _address(index), index is not None and index.dtype == torch.int64, shared, system.times,
+        *map(_address, out), failed.data_ptr(),
+    ]  # fmt: skip
+    room = forward_room(system.variant)[keep in ("all", "predicted")]
+    system.launch("gpu.cu", record, ("kalman_forward", blocks, room), ("first_failure", 1, LANES * 8))
+    return failed[blocks:]
 
 
 def backward(
@@ -122,21 +241,22 @@ def backward(
     given = (y, A, C, Q, R, b, d, mean0, cov0)
     if not y.numel():
         return _unseen(grads, given)
-    (N, T, m), n, programs = y.shape, mean0.shape[1], cuda.ceil_div(y.shape[0], LANES)
-    system, strides, times = _operands(given[:7])
-    before, before_cov = cuda.plain(predicted_mean), _rows(predicted_cov)
-    assert before is not None
-    own = _of_their_own(given[:7])
-    parts: list[Tensor | None] = [cuda.empty(y.shape, y.dtype, y)]
+    system, blocks = _System(given[:7]), cuda.ceil_div(y.shape[0], LANES)
+    n, shapes = mean0.shape[1], [y.shape]
     for v in given[1:7]:
-        rows = 0 if v is None else N if v.shape[0] > 1 else programs
-        parts.append(None if v is None else cuda.empty((rows, *v.shape[1:]), y.dtype, y))
-    parts += [cuda.empty((N, n), y.dtype, y), cuda.empty((N, n, n), y.dtype, y)]
-    used = [system[i] for i in (0, 1, 2, 4, 6)]
-    steps = [strides[2 * i + k] for i in (0, 1, 2, 4, 6) for k in (0, 1)]
-    steps += [x for v in (before, before_cov) for x in (_stride(v, 0), _stride(v, 1))]
-    tensors = (*used, before, before_cov, *(cuda.plain(g) for g in grads), *parts)
-    _backward((programs, 1, 1), (*tensors, N, T, *steps), (n, m, times, own, shared, LANES), 1)
+        rows = blocks if v is None or v.shape[0] == 1 else v.shape[0]
+        shapes.append(torch.Size((0,) if v is None else (rows, *v.shape[1:])))
+    shapes += [torch.Size((y.shape[0], n)), torch.Size((y.shape[0], n, n))]
+    parts = [None if v is None else cuda.empty(shape, y.dtype, y) for v, shape in zip(given, shapes, strict=True)]
+    before = _pieces(predicted_mean, 1), _pieces(predicted_cov, 2)
+    dloglik = grads[4].resolve_neg() if grads[4] is not None else None
+    slopes = [cuda.plain(g) for i, g in enumerate(grads) if i != 4]
+    record = [
+        y.shape[0], y.shape[1], *(x for i in (0, 1, 2, 4, 6) for x in system.views[i]),
+        *(x for v in (*before, dloglik) for x in _view(v)), *map(_address, slopes), *map(_address, parts),
+        shared, system.times, system.rows,
+    ]  # fmt: skip
+    system.launch("gpu_backward.cu", record, ("kalman_backward", blocks, backward_room(system.variant)))
     return tuple(
         None if v is None or part is None else part if part.shape == v.shape else part.sum(0, keepdim=True)
         for v, part in zip(given, parts, strict=True)
@@ -163,14 +283,9 @@ def step(
     mean and cov, a negative one skips. A series that fails has a state of NaN.
     """
     rows, n = y.shape[0], mean.shape[1]
-    made = [cuda.empty(shape, y.dtype, y) for shape in ((rows, 1, n), (rows, 1, n, n), (rows, 1))]
-    if index is not None:
-        for v in made:
-            v.zero_()
-    failed = None
-    if rows:
-        system = tuple(None if v is None else v[:, None] for v in (y, A, C, Q, R, b, d))
-        out = [made[0], made[1], None, None, made[2], mean, cov]
-        failed = _run(system, mean, cov, index, out, False)
-    info = torch.full((2,), -1, device=y.device) if failed is None else _info(failed, 1)
-    return made[0][:, 0], made[1][:, 0], made[2][:, 0], info
+    made = [cuda.empty(shape, y.dtype, y) for shape in ((rows, n), (rows, n, n), (rows,))]
+    if not rows:
+        return made[0], made[1], made[2], torch.full((2,), -1, device=y.device)
+    system = [None if v is None else v[:, None] for v in (y, A, C, Q, R, b, d)]
+    out = [made[0], made[1], None, None, made[2], mean, cov]
+    return made[0], made[1], made[2], _run(system, mean, cov, index, out, "filtered", False)

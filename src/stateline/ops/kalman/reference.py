@@ -25,9 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: What `forward` returns before the status, in order, and what each `keep` leaves out (None).
+from stateline import checks
+
+#: What `forward` returns before the status, in order, and what each `keep` leaves out (None). "predicted" is what a
+#: gradient needs where a user keeps only log-likelihoods.
 RESULTS = ("mean", "cov", "predicted_mean", "predicted_cov", "loglik", "mean_next", "cov_next")
-DROPPED = {"all": (), "filtered": RESULTS[2:4], "loglik": RESULTS[:4]}
+DROPPED = {"all": (), "filtered": RESULTS[2:4], "predicted": RESULTS[:2], "loglik": RESULTS[:4]}
 
 
 def forward(
@@ -358,3 +361,35 @@ def outer(x: Tensor, y: Tensor) -> Tensor:
 def symmetric(P: Tensor) -> Tensor:
     """(P + Pᵀ)/2."""
     return (P + P.mT) / 2
+
+
+def square_root(S: Tensor, op: str = "square_root", name: str = "S") -> Tensor:
+    """F (…, n, n), lower triangular with a diagonal ≥ 0, such that F Fᵀ = S; S positive semidefinite. No gradient.
+
+    By Cholesky where it succeeds, else by eigenvectors of S scaled to a unit diagonal, so that small variances beside
+    large ones keep their digits.
+
+    Raises:
+        ValueError: on the CPU, if S has an eigenvalue below 0 by more than rounding explains. `op`, `name`: who asks.
+    """
+    with torch.no_grad():
+        S = (S + S.mT) / 2
+        L, problem = torch.linalg.cholesky_ex(S)
+        if checks.can_read(S) and not problem.any():
+            return L.contiguous()
+        n, scale = S.shape[-1], S.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        inverse = torch.where(scale > 0, 1 / scale, 0.0)
+        unit = torch.where(torch.isfinite(S), S, 0.0) * inverse[..., :, None] * inverse[..., None, :]
+        values, vectors = torch.linalg.eigh(unit)
+        if checks.can_read(S):
+            tolerance = 16 * n * torch.finfo(S.dtype).eps
+            rest = S * ((scale == 0)[..., :, None] | (scale == 0)[..., None, :])  # 0 unless S is indefinite
+            if not bool(torch.isfinite(S).all()) or bool(rest.any()) or float(values.min()) < -tolerance:
+                problem_of = f"{name} is not positive semidefinite"
+                raise checks.fail(
+                    op, f"{problem_of}.", "A covariance has no eigenvalue below 0; look for a wrong sign."
+                )
+        F = scale[..., :, None] * vectors * values.clamp(min=0).sqrt()[..., None, :]
+        G = torch.linalg.qr(F.mT, mode="r").R.mT.tril()
+        G = G * torch.where(G.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G)[..., None, :]
+        return torch.where((problem != 0)[..., None, None], G, L).contiguous()
