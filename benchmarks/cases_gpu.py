@@ -37,7 +37,7 @@ class Case:
     bytes: that must move.   exponentials: that must be taken.   operations: of a matrix product.
     tokens: of a call.   bar: milliseconds to be under.
     many: launches too much to queue, so only whole calls are timed.
-    steps: that a call makes; all figures are of one.
+    steps: that a call makes; all figures are of one.   dtype: of the data.
     """
 
     op: str
@@ -51,6 +51,7 @@ class Case:
     bar: float | None = None
     many: bool = False
     steps: int = 1
+    dtype: str = "bfloat16"
 
     def missing(self) -> str | None:
         """Why a kernel that this case is about does not run here, or None."""

@@ -73,7 +73,9 @@ def streaming(b: int, t: int, d: int, taps: int) -> Case:
         whole = without_grad(lambda: ops.long_conv(u, k))
         return {"whole": whole, f"in chunks of {CHUNK}": without_grad(chunks)}
 
-    return Case("long_conv stream", f"b{b} t{t} d{d} l{taps}", make, ("long_conv",), tokens=b * t, many=True)
+    return Case(
+        "long_conv stream", f"b{b} t{t} d{d} l{taps}", make, ("long_conv",), tokens=b * t, many=True, dtype="float32"
+    )
 
 
 def _both(
@@ -86,5 +88,6 @@ def _both(
     def backward() -> dict[str, Work]:
         return {name: gradients(run, leaves()) for name, run in runs.items()}
 
-    yield Case(f"{op} fwd", shape, forward, (op,), many=True)
-    yield Case(f"{op} fwd+bwd", shape, backward, (op,), many=True)
+    dtype = next((name for name in ("bfloat16", "complex64") if name in shape), "float32")
+    yield Case(f"{op} fwd", shape, forward, (op,), many=True, dtype=dtype)
+    yield Case(f"{op} fwd+bwd", shape, backward, (op,), many=True, dtype=dtype)

@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def rows(case: Case, seconds: float, rates: dict[str, float]) -> Iterator[dict[s
     """Figures of one case. Rates that it measures are remembered for the floors of the rest."""
     work, ours = case.make(), None
     for name, run in work.items():
-        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": "bfloat16", "by": name}
+        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "by": name}
         row |= figures(run, case.many, case.steps, seconds)
         best = row.get("ms_device", row["ms_p50"])
         if case.op.startswith("limit: "):
@@ -140,8 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         *cases_gpu_mamba3.cases(),
         *cases_gpu_gated.cases(),
         *cases_gpu_linear.linear(),
-        *cases_gpu_s4.structured(),
-        *cases_gpu_kalman.kalman(),
+        *(replace(case, dtype="float32") for case in (*cases_gpu_s4.structured(), *cases_gpu_kalman.kalman())),
         *cases_gpu_accelerate.accelerated(),
     )
     named = {f"{case.op} {case.shape}".lower(): case for case in every}
