@@ -195,6 +195,12 @@ def test_what_is_no_table_of_numbers_is_refused(tmp_path: Path, data: str, messa
         read_series(tmp_path / "x.csv", time="t")
 
 
+def test_arrays_are_series() -> None:
+    assert series_of([1, None, 3]).values[:, 0].isnan().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="the values are not numbers"):
+        series_of([["high"]])
+
+
 def test_smoothing_filters_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what it gives beside is what the filter alone gives, its state too."""
     values = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)

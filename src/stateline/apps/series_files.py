@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -371,7 +372,10 @@ class Series:
 
 def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence[str] | None = None) -> Series:
     """A series from an array (T) or (T, columns), and times (T): numbers or datetimes."""
-    table = torch.as_tensor(values, dtype=torch.float64)
+    try:
+        table = values.double() if isinstance(values, Tensor) else torch.tensor(np.asarray(values, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise checks.fail(OP, f"the values are not numbers ({error}).", "Expected an array (T, columns).") from error
     table = table[:, None] if table.dim() == 1 else table
     if table.dim() != 2:
         raise checks.fail(OP, f"the values have shape {tuple(table.shape)}, expected (T) or (T, columns).")
