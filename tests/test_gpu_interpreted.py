@@ -34,21 +34,35 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-@needs_triton
-@pytest.mark.parametrize(
-    ("name", "chosen"),
-    [
-        *FILES.items(),
-        *(pytest.param(name, "", marks=pytest.mark.full) for name, chosen in FILES.items() if chosen),
-    ],
-)
-def test_kernels_compute_the_same_under_the_interpreter(name: str, chosen: str) -> None:
-    """In a process of its own: Triton reads the switch when it is imported."""
+def interpreted(chosen: str, *files: str) -> None:
+    """Run tests of tests/gpu in a process of their own: Triton reads the switch when it is imported."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-k", chosen, str(TESTS / f"test_{name}.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-k",
+            chosen,
+            *(str(TESTS / f"test_{name}.py") for name in files),
+        ],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout
     assert " passed" in run.stdout
+
+
+@needs_triton
+def test_kernels_compute_the_same_under_the_interpreter() -> None:
+    """All files at once: starting a process takes as long as the kernels of a file."""
+    interpreted(" or ".join(f"test_{name}.py and ({chosen or name})" for name, chosen in FILES.items()), *FILES)
+
+
+@needs_triton
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name, chosen in FILES.items() if chosen])
+def test_all_of_a_file_under_the_interpreter(name: str) -> None:
+    interpreted("", name)
