@@ -14,13 +14,13 @@ from stateline.generation import SamplingConfig, Stream
 
 
 def main(limit: int | None) -> None:
-    """Write, hand over another beginning every 400 tokens, and go on from the same state."""
+    """Write, hand over another beginning every 200 tokens, and go on from the same state."""
     stream = Stream(stateline.load("bundled"), sampling=SamplingConfig(temperature=0.8, seed=1))
     size, written = state.num_bytes(stream.state), 0
     for beginning in itertools.cycle(["My fellow citizens", "\n\nThe economy", "\n\nAbroad, "]):
         stream.feed(beginning)  # what was written before is remembered, not read again
         print(beginning, end="")
-        for piece in stream.text(400):
+        for piece in stream.text(200):
             print(piece, end="", flush=True)
             written += len(piece)
             if limit is not None and written >= limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # and processes that tests start: threads that outnumber processors spin
 
 # A script's background jobs inherit an ignored Ctrl-C; tests, and the processes they start, do interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

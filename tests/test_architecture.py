@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,12 @@ def sources() -> list[Path]:
     return sorted(SOURCE.rglob("*.py"))
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """A file, parsed once for all that look at it."""
+    return ast.parse(path.read_text())
+
+
 def part_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
@@ -64,7 +71,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     if part in ("__init__", "__main__"):
         return
     assert part in ORDER, f"{part} has no place in the order of parts"
-    for name, node in imports(ast.parse(path.read_text())):
+    for name, node in imports(parsed(path)):
         if not name.startswith("stateline."):
             continue
         other = name.split(".")[1]
@@ -82,7 +89,7 @@ def test_native_files_stay_small() -> None:
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(SOURCE)))
 def test_module_level_imports_are_core_only(path: Path) -> None:
     """Extras are imported where they are used, so that the core installs and starts alone."""
-    for node in ast.parse(path.read_text()).body:
+    for node in parsed(path).body:
         for name, _ in imports(node) if isinstance(node, ast.Import | ast.ImportFrom) else []:
             known = CORE | {"triton"} if path.name.endswith("_kernels.py") else CORE  # on a CUDA tensor
             assert name.split(".")[0] in known, f"{path.name} imports {name} at module level"
@@ -90,9 +97,8 @@ def test_module_level_imports_are_core_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*sources(), *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: p.name)
 def test_files_and_functions_stay_small(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= FILE_LINES
-    for node in ast.walk(ast.parse(text)):
+    assert path.read_text().count("\n") <= FILE_LINES
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < FUNCTION_LINES, f"{path.name}: {node.name} is too long"
 
@@ -126,7 +132,7 @@ def public_definitions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.C
 
 def test_public_functions_are_documented() -> None:
     for path in sources():
-        for node in public_definitions(ast.parse(path.read_text()).body):
+        for node in public_definitions(parsed(path).body):
             assert node.name in OVERRIDES or ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
 
 

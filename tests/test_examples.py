@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ARGUMENTS = {"stream_forever.py": ["500"], "train_on_your_text.py": ["--minutes", "0.05"]}
+ARGUMENTS = {"stream_forever.py": ["250"], "train_on_your_text.py": ["--minutes", "0.05"]}
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py")))

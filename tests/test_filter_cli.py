@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from stateline.apps import filter_models, filter_output, filtering, series_files
-from stateline.apps.filtering import SeriesFilter, read_series, series_of
-from stateline.apps.series_files import Clock, SeriesReader
+from stateline.apps.filtering import SeriesFilter, series_of
 from stateline.classical import kalman_filter, kalman_smoother, local_level
 from stateline.cli import main
 from stateline.cli.filter import _followed
@@ -280,6 +279,20 @@ def test_a_bad_line_ends_a_stream_and_what_came_before_is_saved(
     assert lines == [[n, "1", k] for n, k in zip("123234", ["data", "forecast", "forecast"] * 2, strict=True)]
 
 
+def test_a_reader_that_goes_away_ends_a_stream_and_what_it_got_is_saved(tmp_path: Path) -> None:
+    with follow(tmp_path, "-", "--save-state", "s.safetensors") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("3.0\n")
+        process.stdin.flush()
+        assert [process.stdout.readline()[:7] for _ in range(2)] == ["time,co", "1,1,dat"]
+        process.stdout.close()
+        process.stdin.write("4.0\n5.0\n")
+        process.stdin.close()
+        assert process.wait(60) == 141
+    assert SeriesFilter.load(tmp_path / "s.safetensors").rows == 2  # the second met nobody
+
+
 def test_ctrl_c_keeps_what_was_read(
     run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -371,7 +384,7 @@ WRONG = [
     (["x.csv", "--model", "local-trend:2"], "damping of local-trend is 2"),
     (["x.csv", "--model", "constant-velocity+seasonal:12"], "seasonal is of one column"),
     (["x.csv", "--model", "absent.yaml"], "absent.yaml: No such file"),
-    (["x.csv", "--columns", "c"], "x.csv has no column 'c' (--columns); it has a, b"),
+    (["x.csv", "--columns", "c"], "x.csv has no column 'c' (--columns); its first line says a, b"),
     (["x.csv", "--columns", "a,1"], "'a' is asked for twice"),
     (["x.csv", "--time", "t"], "x.csv has no column 't' (--time)"),
     (["x.csv", "--time-format", "%d"], "--time-format needs --time"),
@@ -434,49 +447,12 @@ def test_complaints_are_one_line_and_nothing_is_done(
     assert {path: path.read_bytes() for path in Path().iterdir()} == before
 
 
-# ---- files and times -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "columns", "values"),
-    [
-        ("a,b\n1,2\n3,\n", ("a", "b"), [[1, 2], [3, None]]),
-        ("1;2\n3;NA\n", ("1", "2"), [[1, 2], [3, None]]),
-        ("\ufeffx\ty\n\n# note\n1\t?\n", ("x", "y"), [[1, None]]),
-        ("1 2\nnan 4", ("1", "2"), [[1, 2], [None, 4]]),
-        ('"a, b",c\n1,2\n', ("a, b", "c"), [[1, 2]]),
-    ],
-)
-def test_files_are_understood(tmp_path: Path, text: str, columns: tuple[str, ...], values: list[Any]) -> None:
-    (tmp_path / "x.csv").write_text(text, encoding="utf-8")
-    series = read_series(tmp_path / "x.csv")
-    assert series.columns == columns
-    assert [[None if math.isnan(v) else v for v in row] for row in series.values.tolist()] == values
-
-
-@pytest.mark.parametrize(
-    ("times", "form", "expected"),
-    [
-        (["2020-01-01", "2020-02-01", "2020-03-01"], None, ["2020-04-01", "2020-05-01"]),
-        (["2019-10-31", "2019-11-30", "2019-12-31"], None, ["2020-01-31", "2020-02-29"]),
-        (["2018-07-01", "2019-07-01", "2020-07-01"], None, ["2021-07-01", "2022-07-01"]),
-        (["2024-02-27", "2024-02-28"], None, ["2024-02-29", "2024-03-01"]),
-        (["2024-01-01 23:00", "2024-01-02 00:00"], None, ["2024-01-02 01:00", "2024-01-02 02:00"]),
-        (["2024-01-01T00:00:00+02:00", "2024-01-01T00:00:10+02:00"], None,
-         ["2024-01-01T00:00:20+02:00", "2024-01-01T00:00:30+02:00"]),
-        (["31/12/2023", "01/01/2024"], "%d/%m/%Y", ["02/01/2024", "03/01/2024"]),
-        (["0.5", "0.75"], None, ["1", "1.25"]),
-    ],
-)  # fmt: skip
-def test_times_go_on_as_they_are_written(times: list[str], form: str | None, expected: list[str]) -> None:
-    lines = ["t,a", *(f"{t},1" for t in times)]
-    rows = list(SeriesReader("x", lines, time="t", time_format=form))
-    clock = Clock.of(rows, None, form)
-    last = clock.position(rows[-1].moment)  # type: ignore[arg-type]  # rows have moments
-    assert [clock.written(last + i * clock.step) for i in (1, 2)] == expected
-    places = [clock.position(row.moment) for row in rows]  # type: ignore[arg-type]  # rows have moments
-    if clock.kind == "months" and times[0].endswith("01"):
-        assert {clock.steps(b - a) for a, b in pairwise(places)} == {1.0}
+def test_a_column_that_is_the_time_by_its_name_is_told(run: Callable[..., str], capsys: Any) -> None:
+    write("x.csv", walk(30), [str(t) for t in range(30)])
+    assert main(["filter", "x.csv", "--model", "local-level"]) == 0
+    assert "note: 'time' is filtered as a series; --time time takes it for the time" in capsys.readouterr().err
+    assert main(["filter", "x.csv", "--model", "local-level", "--time", "time"]) == 0
+    assert "note" not in capsys.readouterr().err
 
 
 def test_help_lists_every_model() -> None:

@@ -356,6 +356,7 @@ def test_diagnosis_sees_what_a_model_leaves_out() -> None:
         ({}, [[1.0] * 9, [1.0, 2.0]], "series 1 has 2 values, and no structure can be fitted"),
         ({"transform": "log"}, [[1.0] * 9, [1.0, 2.0, -3.0, 4.0, 5.0]], "series 1 has 5 values, and no structure"),
         ({}, [["a", "b"]], "not made of numbers"),
+        ({}, [np.arange("2024-01", "2024-12", dtype="M8[M]")], "not made of numbers"),
     ],
 )
 def test_refusals(change: dict[str, Any], y: Any, message: str) -> None:

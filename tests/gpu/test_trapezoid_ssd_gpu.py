@@ -31,7 +31,7 @@ GRID: dict[str, list[Any]] = {
     "z": FLAG, "initial": FLAG, "strided": FLAG,
 }  # fmt: skip
 if INTERPRETED:
-    GRID |= {"t": [0, 1, 20], "p": [1, 17], "n": [2, 3, 17]}
+    GRID |= {"h": [1, 2, 3], "t": [0, 1, 20], "p": [1, 17], "n": [2, 3, 17]}
 else:
     GRID |= {"t": [0, 1, 2, 63, 64, 65, 300, 1100], "p": [1, 3, 16, 40, 64, 130], "n": [2, 3, 16, 35, 64, 128]}
 

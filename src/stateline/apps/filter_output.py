@@ -133,7 +133,7 @@ class Picture:
                 _band(axis, later, ahead.mean[:, c], deviations(self.level) * ahead.sd[:, c], "tab:orange", "forecast")
             axis.set_ylabel(sensor.columns[c])
             _frame(axis, seen[:, c], best[:, c], ahead, c)
-        axes[0, 0].legend(fontsize="small", loc="upper left", ncols=3)
+        axes[0, 0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
         axes[-1, 0].set_xlabel(sensor.time or "row")
         figure.autofmt_xdate() if sensor.clock.kind in ("seconds", "months") else None
         figure.savefig(path, dpi=90)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from torch import Tensor
 
 from stateline import checks, state
 from stateline.apps.filter_models import F64, Blueprint, blueprint, described
-from stateline.apps.series_files import Clock, Row, Series, read_series, series_of
-from stateline.classical import KalmanState, StateSpace, kalman_filter, kalman_smoother
+from stateline.apps.series_files import NUMBERS, Clock, Row, Series, read_series, series_of
+from stateline.classical import KalmanState, StateSpace, kalman_filter
+from stateline.classical.smoother import filter_and_smooth
 
 __all__ = ["Ahead", "Clean", "SeriesFilter", "read_series", "series_of"]
 
@@ -144,6 +146,8 @@ class SeriesFilter:
         self.columns, self.time = series.columns, series.time
         self.time_format, self.names = series.time_format, series.names
         self.clock = Clock.of(series.rows, self.step, series.time_format)
+        if self.clock.kind == "numbers":  # also where a file begins with 202401, say
+            self.time_format = NUMBERS
         plan = self._plan = self._blueprint(len(self.columns))
         values = series.values
         seen = values.isfinite().sum(0)
@@ -151,7 +155,8 @@ class SeriesFilter:
             for name, count in zip(self.columns, seen.tolist(), strict=True):
                 if count < 2 + plan.n:
                     need = f"{len(plan.free)} variances are to be learnt and it has {count} values, expected more"
-                    raise checks.fail(OP, f"{series.source}, column {name!r}: {need} than {1 + plan.n}.")
+                    remedy = "" if count else "Leave it out: --columns names those to filter."
+                    raise checks.fail(OP, f"{series.source}, column {name!r}: {need} than {1 + plan.n}.", remedy)
         self._middle = torch.nan_to_num(values.nanmedian(0).values if len(values) else torch.zeros(values.shape[1]))
         spread = torch.stack([column[column.isfinite()].var(correction=0) for column in values.T])
         known = max([value for name, value in plan.fixed.items() if name in plan.names] or [0.0]) or 1.0
@@ -208,11 +213,11 @@ class SeriesFilter:
         plan, T = self._plan, len(series.rows)
         assert plan is not None
         if smooth:
-            return self._whole(series)
+            return self._piece(series.values, series.rows, series.source, smooth=True)
         size = self.chunk
         for at in range(0, T, size):
             rows = series.rows[at : at + size]
-            parts.append(self._chunk(series.values[at : at + size], rows, series.source))
+            parts.append(self._piece(series.values[at : at + size], rows, series.source))
         if not parts:
             nothing = torch.empty(0, len(self.columns), dtype=F64)
             return Clean(nothing, nothing, torch.empty(0, dtype=F64))
@@ -252,22 +257,24 @@ class SeriesFilter:
         where = [self.last + (i + 1) * self.clock.step for i in range(len(ahead.times))]
         return where if self.clock.kind == "numbers" else [self.clock.moment(x) for x in where]
 
-    def _whole(self, series: Series) -> Clean:
-        model, y, start, skip, _ = self._prepared(series.values, series.rows, series.source)
-        both = kalman_smoother(model, y, initial_state=start)
-        mean, variance = self._shown(both.mean[:, skip:], both.cov[:, skip:])
-        clean = self.extend(series)
-        return replace(clean, smoothed=self._flat(mean), smoothed_sd=self._flat(variance.sqrt()))
-
-    def _chunk(self, values: Tensor, rows: list[Row], source: str) -> Clean:
+    def _piece(self, values: Tensor, rows: list[Row], source: str, smooth: bool = False) -> Clean:
         model, y, start, skip, end = self._prepared(values, rows, source)
-        out, last = kalman_filter(model, y, initial_state=start)
+        late: tuple[Tensor, ...] = ()
+        if smooth:
+            out, last, whole = filter_and_smooth(model, y, initial_state=start)
+            late = self._signal(whole.mean, whole.cov, skip)
+        else:
+            out, last = kalman_filter(model, y, initial_state=start)
         assert out.mean is not None
         assert out.cov is not None
-        mean, variance = self._shown(out.mean[:, skip:], out.cov[:, skip:])
         assert isinstance(last, KalmanState)
         self._state, self.last, self.rows = last, end, self.rows + len(rows)
-        return Clean(self._flat(mean), self._flat(variance.sqrt()), out.loglik[:, skip:].sum(0))
+        return Clean(*self._signal(out.mean, out.cov, skip), out.loglik[:, skip:].sum(0), *late)
+
+    def _signal(self, mean: Tensor, cov: Tensor, skip: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (T, columns) of the signal, without the first rows."""
+        shown, variance = self._shown(mean[:, skip:], cov[:, skip:])
+        return self._flat(shown), self._flat(variance.sqrt())
 
     def _shown(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (N, T, m) of what a state (N, T, n) shows; as sums, a row's bits are its own."""
@@ -301,8 +308,7 @@ class SeriesFilter:
         before = -math.inf if last is None or math.isnan(last) else last
         for row in rows:
             if row.moment is None or not self.clock.fits(row.moment):
-                kind = "numbers" if self.clock.kind == "numbers" else "dates"
-                raise checks.fail(OP, f"{source}, line {row.line}: the time {row.label!r} is unlike the {kind} before.")
+                raise checks.fail(OP, f"{source}, line {row.line}: {self._unlike(row)}")
             place = self.clock.position(row.moment)
             if place < before:
                 back = f"the time {row.label!r} is before that of the row ahead, {self.clock.written(before)!r}"
@@ -312,6 +318,14 @@ class SeriesFilter:
             before = place
             found.append(place)
         return found
+
+    def _unlike(self, row: Row) -> str:
+        """What is wrong with the time of a row that does not fit the clock."""
+        if self.clock.kind == "numbers" or not isinstance(row.moment, datetime):
+            kind = "numbers" if self.clock.kind == "numbers" else "dates"
+            return f"the time {row.label!r} is unlike the {kind} before."
+        has, had = ("no", "have one") if row.moment.tzinfo is None else ("a", "have none")
+        return f"the time {row.label!r} has {has} time zone, and those before {had}."
 
     def _steps(self, places: list[float], stop: bool) -> Tensor:
         """Gaps (T) in steps from each place to the next; none after the last."""
@@ -389,10 +403,9 @@ class SeriesFilter:
     def save(self, path: str | Path) -> None:
         """Write all that is needed to go on to a safetensors file, whole or not at all."""
         self._ready()
-        clock = {name: getattr(self.clock, name) for name in ("kind", "step", "form", "example", "zone")}
         about = {
             "model": self.spec, "columns": self.columns, "time": self.time, "time_format": self.time_format,
-            "names": self.names, "rows": self.rows, "clock": clock, "step": self.step,
+            "names": self.names, "rows": self.rows, "clock": asdict(self.clock), "step": self.step,
         }  # fmt: skip
         tensors = {f"variance {name}": value for name, value in self._values.items()}
         tensors |= {"middle": self._middle, "scale": self._scale, "last": torch.tensor(self.last, dtype=F64)}

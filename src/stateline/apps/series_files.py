@@ -3,6 +3,9 @@
 A row is a moment, a column a series. Cells are separated by tabs, semicolons, commas or blanks, as in the first line.
 That is a header if one of its cells is neither a number, nor missing, nor a date; without one, columns are called 1, 2,
 …. Missing is an empty cell, nan, na, null, none or ?. Lines that are empty or begin with # are passed over.
+
+Times are numbers or ISO dates. Digits alone are a number, unless the first time of the file is a day or a month of 1900
+to 2099, as in 20240131 or 202401: then all are dates of that form, and one that is none is an error.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +31,9 @@ MISSING = ("", "nan", "na", "n/a", "null", "none", "?")
 #: Of a step: gaps nearer than this to a whole number of steps are that.
 EVEN = 1e-6
 MONTH = 28 * 86400.0
+#: Forms of dates of digits alone, by how many there are; and what says, in place of a form, that digits are numbers.
+COMPACT = {8: "%Y%m%d", 6: "%Y%m"}
+NUMBERS = "number"
 Moment = float | datetime
 
 
@@ -47,7 +54,7 @@ class SeriesReader:
         source: what errors call it.   lines: of text, read as they come.
         time: the name or the number, from 1, of the column of times; None if there is none.
         columns: names or numbers of those to read, in order; None for all but the time.
-        time_format: of dates, as for strptime; None for numbers or ISO 8601.
+        time_format: of dates, as for strptime; "number"; None to find out, and then it says what was found.
         names: of all columns, for lines without a header that go on with a file that had one.
     """
 
@@ -65,10 +72,13 @@ class SeriesReader:
         self._lines = enumerate(lines, 1)
         self._waiting: list[tuple[int, list[str]]] = []
         self._aware: bool | None = None
+        self._first_time, self._compact = True, False
+        if time_format not in (None, NUMBERS) and "%" not in str(time_format):
+            raise checks.fail(OP, f"the time format {time_format!r} has no %.", 'As in "%d/%m/%Y", or number.')
         self.delimiter = ""
         number, cells = self._first()
         names = list(names) if len(names) == len(cells) else [str(i) for i in range(1, len(cells) + 1)]
-        if any(not (_plain(cell) or _date(cell, time_format)) for cell in cells):
+        if any(not (_plain(cell) or _date(cell, self._form)) for cell in cells):
             names = [name or str(i) for i, name in enumerate(cells, 1)]
             if len(set(names)) < len(names):
                 twice = next(name for name in names if names.count(name) > 1)
@@ -102,6 +112,9 @@ class SeriesReader:
     def _first(self) -> tuple[int, list[str]]:
         for number, line in self._lines:
             if (text := line.strip("\ufeff\r\n")).strip() and not text.lstrip().startswith("#"):
+                if any(mark < " " and mark != "\t" for mark in text):
+                    remedy = "Unpack what is compressed, save a spreadsheet as CSV, and write UTF-8."
+                    raise checks.fail(OP, f"{self.source}, line {number}: this is no text.", remedy)
                 self.delimiter = next((mark for mark in "\t;," if mark in text), " ")
                 return number, self._split(text)
         raise checks.fail(OP, f"{self.source} is empty.", "Expected a row a moment, a column a series.")
@@ -109,7 +122,7 @@ class SeriesReader:
     def _split(self, line: str) -> list[str]:
         if self.delimiter == " ":
             return line.split()
-        quoted = '"' in line
+        quoted = '"' in line and len(line) < csv.field_size_limit()
         cells = next(csv.reader([line], delimiter=self.delimiter)) if quoted else line.split(self.delimiter)
         return [cell.strip() for cell in cells]
 
@@ -121,13 +134,17 @@ class SeriesReader:
             if text.strip() and not text.lstrip().startswith("#"):
                 yield number, self._split(text)
 
+    @property
+    def _form(self) -> str | None:
+        return None if self.time_format == NUMBERS else self.time_format
+
     def _place(self, name: str, option: str) -> int:
         if name in self._names:
             return self._names.index(name)
         if name.isdigit() and 1 <= int(name) <= self.width:
             return int(name) - 1
         known = ", ".join(self._names[:20])
-        raise checks.fail(OP, f"{self.source} has no column {name!r} ({option}); it has {known}.")
+        raise checks.fail(OP, f"{self.source} has no column {name!r} ({option}); its first line says {known}.")
 
     def _number(self, line: int, i: int, cell: str) -> float:
         try:
@@ -136,26 +153,35 @@ class SeriesReader:
             if cell.lower() in MISSING:
                 return math.nan
             place = f"{self.source}, line {line}, column {self._names[i]!r}"
-            dated = _date(cell, self.time_format) is not None
-            hint = f"The time? Say --time {self._names[i]}." if dated else "Missing is an empty cell or nan."
-            others = "" if self.width == 1 or dated else " --columns chooses columns."
-            raise checks.fail(OP, f"{place}: {cell[:40]!r} is no number.", hint + others) from None
+            dated = _date(cell, self._form) is not None
+            hint = "Missing is an empty cell or nan." + (" --columns chooses columns." if self.width > 1 else "")
+            if dated:
+                hint = f"The time? Say --time {self._names[i]}."
+            elif _plain(cell.replace(",", ".")):
+                hint = "Decimals are written with points; in a file without other commas, sed 's/,/./g' makes them."
+            raise checks.fail(OP, f"{place}: {cell[:40]!r} is no number.", hint) from None
         if math.isinf(value):
             raise checks.fail(OP, f"{self.source}, line {line}, column {self._names[i]!r}: {cell!r} is infinite.")
         return value
 
     def _moment(self, line: int, text: str) -> Moment:
         place = f"{self.source}, line {line}, column {self.time!r}"
-        if self.time_format is None:
+        if self._first_time and self.time_format is None and (form := _compact(text)):
+            self.time_format, self._compact = form, True
+        self._first_time = False
+        if self._form is None:
             try:
                 value = float(text)
             except ValueError:
                 value = math.nan
             if math.isfinite(value):
                 return value
-        found = _date(text, self.time_format)
+        if self._compact and _compact(text) != self.time_format:
+            problem = f"{text[:40]!r} is no date of digits, as those before"
+            raise checks.fail(OP, f"{place}: {problem}.", "--time-format number says that they are numbers.")
+        found = None if self.time_format == NUMBERS else _date(text, self._form)
         if found is None:
-            form = "a number or a date as in 2024-03-01 12:30" if self.time_format is None else self.time_format
+            form = self.time_format or "a number or a date as in 2024-03-01 12:30"
             raise checks.fail(
                 OP, f"{place}: {text[:40]!r} is no time, expected {form}.", "--time-format says how dates are written."
             )
@@ -183,6 +209,12 @@ def _date(text: str, form: str | None) -> datetime | None:
         return None
 
 
+def _compact(text: str) -> str | None:
+    """The form of a date of digits alone."""
+    form = COMPACT.get(len(text)) if text.isascii() and text.isdigit() else None
+    return form if form and 1900 <= int(text[:4]) < 2100 and _date(text, form) else None
+
+
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +225,7 @@ class Clock:
     kind: "rows" (no times: a row a step), "numbers", "seconds" or "months"; in the last a month is 1, of whatever
         length, so that monthly and yearly series are even.   step: positions that one step of a model is.
     form: of dates, as for strftime; "" for ISO.   example: how the first was written.   zone: minutes, or None.
+    day: from where months count, in days after their first; the last day in months that are shorter.
     """
 
     kind: str = "rows"
@@ -200,6 +233,7 @@ class Clock:
     form: str = ""
     example: str = ""
     zone: int | None = None
+    day: float = 0.0
 
     @classmethod
     def of(cls, rows: Sequence[Row], step: float | None = None, form: str | None = None) -> Clock:
@@ -207,16 +241,17 @@ class Clock:
         if not rows or rows[0].moment is None:
             return cls() if step is None else cls(step=step)
         first = rows[0].moment
-        kind, zone = "numbers", None
-        if isinstance(first, datetime):
-            seconds = cls(kind="seconds")
-            kind = "months" if step is None and _middle_gap(seconds, rows, MONTH - 1) >= MONTH else "seconds"
+        if not isinstance(first, datetime):
+            clock = cls("numbers", example=rows[0].label)
+        else:
             offset = first.utcoffset()
             zone = None if offset is None else int(offset.total_seconds() // 60)
-        clock = cls(kind, 1.0, form or "", rows[0].label, zone)
+            clock = cls("seconds", 1.0, form or "", rows[0].label, zone)
+            if step is None and (day := _months_from(clock, rows)) is not None:
+                clock = replace(clock, kind="months", day=day)
         if step is None:
             step = _middle_gap(clock, rows, 1.0)
-            step = round(step) if kind == "months" and abs(step - round(step)) < 0.05 else step
+            step = round(step) if clock.kind == "months" and abs(step - round(step)) < 0.05 else step
         return replace(clock, step=step)
 
     def position(self, moment: Moment) -> float:
@@ -225,13 +260,24 @@ class Clock:
             return float(moment)
         if self.kind == "seconds":
             return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        day = (moment.hour + (moment.minute + moment.second / 60) / 60) / 24
-        length = calendar.monthrange(moment.year, moment.month)[1]
-        return 12 * moment.year + moment.month - 1 + (moment.day - 1 + day) / length
+        local = moment.replace(tzinfo=None)
+        month = 12 * moment.year + moment.month - 1
+        month -= local < self._begins(month)
+        begins = self._begins(month)
+        return month + (local - begins) / (self._begins(month + 1) - begins)
+
+    def _begins(self, month: int) -> datetime:
+        """Where a month since year 0 begins to count."""
+        first = datetime(month // 12, month % 12 + 1, 1)
+        whole, part = divmod(self.day, 1.0)
+        last = calendar.monthrange(first.year, first.month)[1] - 1
+        return first + timedelta(days=min(whole, last) + part)
 
     def fits(self, moment: Moment) -> bool:
-        """Whether a moment is of this clock's kind."""
-        return isinstance(moment, datetime) == (self.kind in ("seconds", "months"))
+        """Whether a moment is of this clock's kind: a number, a date, or one with a time zone."""
+        if isinstance(moment, datetime):
+            return self.kind in ("seconds", "months") and (moment.tzinfo is None) == (self.zone is None)
+        return self.kind == "numbers"
 
     def steps(self, gap: float) -> float:
         """How many steps a gap between positions is."""
@@ -241,12 +287,12 @@ class Clock:
     def moment(self, position: float) -> datetime:
         """The date of a position, for a clock of dates."""
         if self.kind == "months":
-            number, part = divmod(position + 1e-9, 1.0)
-            year, month = divmod(int(number), 12)
-            unit = 24 if len(self.example) <= 10 else 1  # months end on different days: whole ones, where days are
-            hours = round(part * calendar.monthrange(year, month + 1)[1] * 24 / unit) * unit
+            month, part = divmod(position + 1e-9, 1.0)
+            begins = self._begins(int(month))
+            ahead = (self._begins(int(month) + 1) - begins) * part
+            unit = timedelta(days=1) if self._days else timedelta(hours=1)  # months differ in length
             own = None if self.zone is None else timezone(timedelta(minutes=self.zone))
-            return datetime(year, month + 1, 1, tzinfo=own) + timedelta(hours=hours)
+            return (begins + round(ahead / unit) * unit).replace(tzinfo=own)
         zone = UTC if self.zone is None else timezone(timedelta(minutes=self.zone))
         moment = datetime.fromtimestamp(round(position, 3), zone)
         return moment if self.zone is not None else moment.replace(tzinfo=None)
@@ -254,15 +300,45 @@ class Clock:
     def written(self, position: float) -> str:
         """A position as times are written in the series."""
         if self.kind == "numbers":
-            return f"{position:.12g}"
+            return str(int(position)) if position.is_integer() else f"{position:.15g}"
         moment = self.moment(position)
         if self.form:
             return moment.strftime(self.form)
-        if len(self.example) <= 10 and moment.hour == moment.minute == moment.second == 0:
+        if self._days and moment.hour == moment.minute == moment.second == 0:
             return moment.date().isoformat()
-        separator = self.example[10] if len(self.example) > 10 else " "
-        short = moment.second == 0 and moment.microsecond == 0 and len(self.example) == 16
-        return moment.isoformat(separator, "minutes" if short else "auto")
+        separator = "T" if "T" in self.example else " "
+        short = moment.second == 0 and moment.microsecond == 0 and self.example[16:17] != ":"
+        text = moment.isoformat(separator, "minutes" if short else "auto")
+        return text.removesuffix("+00:00") + "Z" if self.example.endswith("Z") else text
+
+    @property
+    def _days(self) -> bool:
+        """Whether dates are written without an hour."""
+        return len(self.example) <= 10
+
+
+def _months_from(clock: Clock, rows: Sequence[Row]) -> float | None:
+    """Where months begin to count (`Clock.day`), None if rows are not months apart.
+
+    They are if they lie on one day of the month, or on its last day where it is shorter. Rows at least a month apart on
+    other days are too, unless they come evenly, every 28 days say.
+    """
+    places = [clock.position(row.moment) for row in rows if row.moment is not None]
+    middle = _middle_gap(clock, rows, 0.0)
+    if middle < MONTH:
+        return None
+    dates = [row.moment.replace(tzinfo=None) for row in rows if isinstance(row.moment, datetime)]
+    if all(date.day == calendar.monthrange(date.year, date.month)[1] for date in dates):
+        day = 30.0
+    else:
+        day = float(max(date.day for date in dates) - 1)
+    first = dates[0]
+    day += (first - first.replace(hour=0, minute=0, second=0, microsecond=0)) / timedelta(days=1)
+    aligned = replace(clock, kind="months", day=day)
+    if all(aligned.position(date).is_integer() for date in dates):
+        return day
+    counts = [(b - a) / middle for a, b in pairwise(places)]
+    return None if all(abs(count - round(count)) < EVEN for count in counts) else 0.0
 
 
 def _middle_gap(clock: Clock, rows: Sequence[Row], default: float) -> float:
@@ -296,7 +372,10 @@ class Series:
 
 def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence[str] | None = None) -> Series:
     """A series from an array (T) or (T, columns), and times (T): numbers or datetimes."""
-    table = torch.as_tensor(values, dtype=torch.float64)
+    try:
+        table = values.double() if isinstance(values, Tensor) else torch.tensor(np.asarray(values, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise checks.fail(OP, f"the values are not numbers ({error}).", "Expected an array (T, columns).") from error
     table = table[:, None] if table.dim() == 1 else table
     if table.dim() != 2:
         raise checks.fail(OP, f"the values have shape {tuple(table.shape)}, expected (T) or (T, columns).")
@@ -341,4 +420,4 @@ def read_series(
         reader = SeriesReader(str(path), file, time=time, columns=columns, time_format=time_format)
         rows = list(reader)
     values = torch.tensor([row.values for row in rows], dtype=torch.float64).reshape(len(rows), len(reader.columns))
-    return Series(values, reader.columns, rows, str(path), reader.time, time_format, reader.names)
+    return Series(values, reader.columns, rows, str(path), reader.time, reader.time_format, reader.names)

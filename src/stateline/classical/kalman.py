@@ -99,7 +99,7 @@ def kalman_filter(
     flat = flatten("kalman_filter", model, y, u, initial_state, form)
     if parallel and y.shape[-2]:
         with exact(y):
-            return _shaped(flat, *parallel_filter(flat, keep))
+            return shaped(flat, *parallel_filter(flat, keep))
     return _run(flat, form, keep, backend)
 
 
@@ -189,10 +189,10 @@ def run(flat: Flat, form: str, keep: str, backend: str | None) -> tuple[Filtered
 
 
 def _run(flat: Flat, form: str, keep: str, backend: str | None) -> tuple[Filtered, State]:
-    return _shaped(flat, *run(flat, form, keep, backend))
+    return shaped(flat, *run(flat, form, keep, backend))
 
 
-def _shaped(flat: Flat, out: Filtered, state: State) -> tuple[Filtered, State]:
+def shaped(flat: Flat, out: Filtered, state: State) -> tuple[Filtered, State]:
     """Results with the leading dimensions (…) of the series."""
     shaped: Any = [None if v is None else v.reshape(*flat.batch, *v.shape[1:]) for v in out]
     second = state.factor if isinstance(state, SquareRootState) else state.cov

@@ -150,7 +150,10 @@ def _rows(op: str, y: Any, lengths: ArrayLike | None) -> list[Any]:
 
 def _floats(op: str, name: str, x: Any) -> Any:
     try:
-        made = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
+        given = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
+        if given.dtype.kind in "mM":
+            raise TypeError(f"but of {given.dtype}")
+        made = given.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise checks.fail(
             op, f"{name} is not made of numbers ({error}).", f"Expected {KINDS}.", error=TypeError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical.kalman import Flat, exact, flatten, run
+from stateline.classical.kalman import Flat, exact, flatten, run, shaped
 from stateline.classical.model import StateSpace, simulate, times
 from stateline.ops.kalman import FORMS, Filtered, State, square_root
 from stateline.ops.kalman.reference import lower
@@ -57,10 +57,23 @@ def kalman_smoother(
     >>> [round(m, 3) for m in smoothed.mean[:, 0].tolist()], smoothed.lag_cov.shape
     ([1.067, 1.081, 1.083, 1.084], torch.Size([3, 1, 1]))
     """
+    return filter_and_smooth(model, y, u, initial_state=initial_state, form=form, backend=backend)[2]
+
+
+def filter_and_smooth(
+    model: StateSpace,
+    y: Tensor,
+    u: Tensor | None = None,
+    *,
+    initial_state: State | None = None,
+    form: str = "joseph",
+    backend: str | None = None,
+) -> tuple[Filtered, State, Smoothed]:
+    """What `kalman_filter` and `kalman_smoother` return, with one pass forwards for both; arguments as theirs."""
     op = "kalman_smoother"
     checks.choice(op, "form", form, FORMS)
     flat = flatten(op, model, y, u, initial_state, form)
-    out, _ = run(flat, form, "all", backend)
+    out, state = run(flat, form, "all", backend)
     with exact(y):
         if form == "sqrt":
             if torch.is_grad_enabled() and out.loglik.requires_grad:
@@ -76,7 +89,7 @@ def kalman_smoother(
             mean, cov, lag = kalman_smooth(flat.y, flat.A, flat.C, flat.R, *before, **options)
     N = flat.y.shape[0]
     parts = (v.expand(N, *v.shape[1:]).reshape(*flat.batch, *v.shape[1:]) for v in (mean, cov, lag, out.loglik))
-    return Smoothed(*parts)
+    return *shaped(flat, out, state), Smoothed(*parts)
 
 
 def posterior_sample(

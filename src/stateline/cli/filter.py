@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
@@ -54,7 +55,8 @@ models (default: local-trend), of which variances are learnt:
 data:
   A row a moment, a column a series; tabs, semicolons, commas or blanks between. With a header or without (columns are
   then 1, 2, …). Missing is an empty cell or nan; rows may be missing too, if there are times: numbers, or dates as in
-  2024-03-01 12:30. A step of a model is the middle gap between times, a month in monthly data.
+  2024-03-01 12:30; a file whose first time is a day, 20240131, or a month, 202401, has such (if it has not:
+  --time-format number). A step of a model is the middle gap between times, a month in monthly data.
 
 output:
   A line for each row and column: time, column, kind (data or forecast), observed, mean, sd, lower, upper; with --smooth
@@ -64,6 +66,7 @@ Ctrl-C ends it early: what was read is written and saved.
 """
 SECONDS = 5.0  # between lines of progress
 LEARN_ROWS = 5000
+TIMES = ("time", "date", "datetime", "timestamp", "day", "month", "year", "seconds", "t")  # what times are often called
 POLL = 0.2  # seconds between looks at a file that is followed
 
 
@@ -74,7 +77,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("data", nargs="?", metavar="DATA", help="a CSV file, or - for stdin")
     what = parser.add_argument_group("what the data is")
     what.add_argument("--time", metavar="COLUMN", help="name or number of the column of times (default: even rows)")
-    what.add_argument("--time-format", metavar="FORM", help="how dates are written, as in %%d/%%m/%%Y (default: ISO)")
+    what.add_argument("--time-format", metavar="FORM", help="how dates are written, as in %%d/%%m/%%Y; or number")
     what.add_argument("--columns", metavar="A,B", help="names or numbers of those to filter (default: all)")
     what.add_argument("--step", type=float, metavar="X", help="what is one step: seconds, or units of numeric times")
     model = parser.add_argument_group("how it is filtered")
@@ -250,8 +253,8 @@ class Job:
                 if o.follow:
                     self._ahead()
                     self.table.out.flush()
-        except ValueError:
-            if o.follow and self.sensor.rows:
+        except (ValueError, OSError):  # a bad line; or whoever reads the answers went away
+            if o.follow:
                 self._save()
             raise
 
@@ -277,12 +280,15 @@ class Job:
             self.sensor.save(self.options.save_state)
 
     def _learn(self, rows: list[Row]) -> None:
+        assert self._reader is not None
         if not rows:
             if self.stop.asked:
                 return
-            assert self._reader is not None
             raise UsageError(f"{self._reader.source} has no rows below its header")
         learns = self.sensor.learns
+        for name in self._reader.columns if self._reader.time is None and not self.options.quiet else ():
+            if name.lower() in TIMES:
+                print(f"note: {name!r} is filtered as a series; --time {name} takes it for the time", file=sys.stderr)
         began = time.perf_counter()
         self.sensor.fit(self._series(rows), learn=learns)
         if learns and not self.options.quiet:
@@ -385,6 +391,8 @@ def _output(options: argparse.Namespace) -> Iterator[TextIO]:
 @contextmanager
 def _lines(options: argparse.Namespace) -> Iterator[Iterable[str]]:
     if options.data == "-":
+        if isinstance(sys.stdin, TextIOWrapper):  # read as files are, whatever the locale
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         yield sys.stdin
         return
     with open(Path(options.data).expanduser(), encoding="utf-8", errors="replace") as file:

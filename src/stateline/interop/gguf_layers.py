@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stateline.interop.huggingface import beyond_mamba2
 from stateline.nn import Mamba, Mamba2
 from stateline.ops.ssd import check_limit
 
@@ -177,17 +178,7 @@ def _mamba2_options(fields: Fields, d_model: int) -> dict[str, Any]:
 
 
 def _mamba2_problems(mixer: Mamba2, norm_eps: float) -> list[str]:
-    problems = _shared_problems(mixer)
-    if mixer.d_mlp:
-        problems.append(f"d_ssm is {mixer.d_ssm} (all {mixer.d_inner} channels there)")
-    if mixer.D_has_hdim:
-        problems.append("D_has_hdim is True (one weight a head there)")
-    if mixer.norm is None:
-        problems.append("rmsnorm is False (there is a norm there)")
-    elif mixer.norm.norm_before_gate:
-        problems.append("norm_before_gate is True (the gate comes first there)")
-    elif mixer.norm.eps != norm_eps:
-        problems.append(f"the mixer's norm_eps is {mixer.norm.eps}, the model's {norm_eps} (one for all there)")
+    problems = _shared_problems(mixer) + beyond_mamba2(mixer, norm_eps)
     low, high = check_limit("save", mixer.dt_limit)
     if low > 0 or high < math.inf:
         problems.append(f"dt_limit is {mixer.dt_limit} (step sizes have no limits there)")

@@ -272,7 +272,7 @@ def problems(model: LanguageModel) -> list[str]:
     if mixer.expand != int(mixer.expand):
         found.append(f"expand is {mixer.expand} (whole numbers only there)")
     if kind is MAMBA2:
-        found += _beyond_mamba2(mixer, config.norm_eps)
+        found += beyond_mamba2(mixer, config.norm_eps)
     if kind is MAMBA3:
         found += _beyond_mamba3(mixer, config.norm_eps)
     return found
@@ -293,8 +293,8 @@ def _defaults(mixer: Any, kind: Kind) -> dict[str, Any]:
     return {name: parameters[name].default for name in kind.mixer}
 
 
-def _beyond_mamba2(mixer: Any, eps: float) -> list[str]:
-    """What their Mamba2 has no words for."""
+def beyond_mamba2(mixer: Any, eps: float) -> list[str]:
+    """What their Mamba2, and llama.cpp's, has no words for."""
     problems = []
     if mixer.d_mlp:
         problems.append(f"d_ssm is {mixer.d_ssm} (all {mixer.d_inner} channels there)")

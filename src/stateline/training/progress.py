@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from stateline.checks import fail
 from stateline.training.board import Board
@@ -34,22 +34,15 @@ class Meter:
         self.speed = speed if self.speed is None else SMOOTH * self.speed + (1 - SMOOTH) * speed
 
 
-class Reporter:
-    """Terminal output on stderr: `mode` is bar, lines, off, or auto (bar on a terminal with tqdm, lines elsewhere)."""
+class _Terminal:
+    """A bar that is closed at the end, or lines some seconds apart, on stderr."""
 
-    def __init__(self, mode: str, start: float = 0.0) -> None:
+    def __init__(self, mode: str) -> None:
         self.mode = _resolve(mode)
-        self._begun = time.perf_counter()
-        self._first: tuple[float, float] | None = None  # time and share of the first step, which is slower than others
         self._last_line = -LINE_SECONDS
         self._bar: Any = None
-        if self.mode == "bar":
-            from tqdm import tqdm
 
-            layout = "{percentage:3.0f}% {bar:24} {desc}"
-            self._bar = tqdm(total=1.0, initial=start, bar_format=layout, file=sys.stderr, dynamic_ncols=True)
-
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -57,6 +50,26 @@ class Reporter:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def _print(self, line: str, last: bool) -> None:
+        now = time.perf_counter()
+        if last or now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            print(line, file=sys.stderr, flush=True)
+
+
+class Reporter(_Terminal):
+    """Terminal output on stderr: `mode` is bar, lines, off, or auto (bar on a terminal with tqdm, lines elsewhere)."""
+
+    def __init__(self, mode: str, start: float = 0.0) -> None:
+        super().__init__(mode)
+        self._begun = time.perf_counter()
+        self._first: tuple[float, float] | None = None  # time and share of the first step, which is slower than others
+        if self.mode == "bar":
+            from tqdm import tqdm
+
+            layout = "{percentage:3.0f}% {bar:24} {desc}"
+            self._bar = tqdm(total=1.0, initial=start, bar_format=layout, file=sys.stderr, dynamic_ncols=True)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
@@ -78,10 +91,7 @@ class Reporter:
             else:
                 self._bar.update(0)
             return
-        now = time.perf_counter()
-        if last or now - self._last_line >= LINE_SECONDS:
-            self._last_line = now
-            print(line, file=sys.stderr, flush=True)
+        self._print(line, last)
 
     def _left(self, share: float) -> str:
         now = time.perf_counter()
@@ -92,30 +102,19 @@ class Reporter:
         return f"{clock(spent * (1 - share) / gained)} left" if gained > 0 else "… left"
 
 
-class EpochReporter:
+class EpochReporter(_Terminal):
     """Figures of epochs on stderr: a bar on a terminal with tqdm, lines elsewhere; nothing where `verbose` is 0."""
 
     def __init__(self, verbose: int) -> None:
-        self._mode = _resolve("auto") if verbose else "off"
-        self._bar: Any = None
-        self._last_line = -LINE_SECONDS
-
-    def __enter__(self) -> EpochReporter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        super().__init__("auto" if verbose else "off")
 
     def __call__(self, figures: dict[str, float], epochs: int) -> None:
         """Show an epoch's figures; `epochs` are planned."""
-        if self._mode == "off":
+        if self.mode == "off":
             return
         shown = {k: v for k, v in figures.items() if k not in ("epoch", "seconds")}
         line = " · ".join(f"{name.replace('_', '-')} {value:.4f}" for name, value in shown.items())
-        if self._mode == "bar":
+        if self.mode == "bar":
             if self._bar is None:
                 from tqdm import tqdm
 
@@ -123,10 +122,7 @@ class EpochReporter:
             self._bar.set_description_str(line, refresh=False)
             self._bar.update(1)
             return
-        now = time.perf_counter()
-        if figures["epoch"] == epochs or now - self._last_line >= LINE_SECONDS:
-            self._last_line = now
-            print(f"epoch {figures['epoch']:.0f} of {epochs} · {line}", file=sys.stderr, flush=True)
+        self._print(f"epoch {figures['epoch']:.0f} of {epochs} · {line}", figures["epoch"] == epochs)
 
 
 class MetricsLog:
