@@ -6,7 +6,6 @@ Shapes follow the model's: series y (…, T, m), inputs u (…, T, p), moments (
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from stateline import checks
 from stateline.classical.model import Frame, StateSpace, check, times
 from stateline.classical.parallel import parallel_filter
-from stateline.ops.kalman import FORMS, KEEPS, Filtered, KalmanState, SquareRootState, State, kalman
+from stateline.ops.kalman import FORMS, KEEPS, Filtered, KalmanState, SquareRootState, State, exact, kalman
 
 
 class Flat(NamedTuple):
@@ -174,17 +173,23 @@ def drive(M: Tensor, u: Tensor) -> Tensor:
     return u @ M.mT if M.dim() == 2 else times(M, u)
 
 
-def exact(like: Tensor) -> Any:
-    """Autocast off where `like` lives: what is estimated keeps its digits."""
-    on = torch.is_autocast_enabled(like.device.type)
-    return torch.autocast(like.device.type, enabled=False) if on else contextlib.nullcontext()
+def filter_by_factors(
+    model: StateSpace, factors: tuple[Tensor, Tensor], y: Tensor, u: Tensor | None, state: State
+) -> tuple[Filtered, State]:
+    """`kalman_filter` in square-root form with factors of Q (n, n) and R (m, m) that are at hand."""
+    flat = flatten("kalman_filter", model, y, u, state, "sqrt")
+    Q, R = factors
+    return _shaped(flat, *run(flat, "sqrt", "all", None, (Q[None, None], R[None, None])))
 
 
-def run(flat: Flat, form: str, keep: str, backend: str | None) -> tuple[Filtered, State]:
+def run(
+    flat: Flat, form: str, keep: str, backend: str | None, factors: tuple[Tensor, Tensor] | None = None
+) -> tuple[Filtered, State]:
     """The operation on flattened series."""
     return kalman(
         flat.y, flat.A, flat.C, flat.Q, flat.R, flat.state, transition_offset=flat.transition_offset,
-        observation_offset=flat.observation_offset, form=form, keep=keep, backend=backend,
+        observation_offset=flat.observation_offset, form=form, factors=factors, keep=keep,
+        backend=backend,
     )  # fmt: skip
 
 

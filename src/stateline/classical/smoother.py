@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical.kalman import Flat, exact, flatten, run
+from stateline.classical.kalman import Flat, flatten, run
 from stateline.classical.model import StateSpace, simulate, times
-from stateline.ops.kalman import FORMS, Filtered, State, square_root
+from stateline.ops.kalman import FORMS, Filtered, State, exact, square_root
 from stateline.ops.kalman.reference import lower
 from stateline.ops.kalman.smooth import kalman_smooth
 

@@ -199,7 +199,8 @@ def advance(
     check_slots(STEP, sizes, state.mean, index)
     check_slots(STEP, sizes, second, index)
     mean, cov, loglik = _step(state.mean, second, y, *system, index, "sqrt" if root else "joseph", backend)
-    return Filtered(mean, cov @ cov.mT if root else cov, None, None, loglik, cov if root else None)
+    with exact(y):
+        return Filtered(mean, cov @ cov.mT if root else cov, None, None, loglik, cov if root else None)
 
 
 def square_root(S: Tensor, op: str = "square_root", name: str = "S") -> Tensor:
@@ -317,11 +318,13 @@ def _kernel(y: Tensor, backend: str | None, *args: Any) -> ModuleType:
     return backends.kernel(OP, y.device.type, backend, y.dtype, (y, *args))
 
 
-def _raise_failed(info: Tensor, form: str, what: str) -> None:
+def raise_failed(info: Tensor | list[int], form: str, what: str) -> None:
     """Raise if `info` (series, step) says so; not read on devices that would have to be waited for."""
-    if info.device.type != "cpu":
-        return
-    series, step = info.tolist()
+    if isinstance(info, Tensor):
+        if info.device.type != "cpu":
+            return
+        info = info.tolist()
+    series, step = info
     if step >= 0:
         where = f"series {series}" + (f" at step {step}" if what == OP else "")
         remedy = 'form="sqrt" keeps twice the digits.' if form == "joseph" else "Give the observations noise, R > 0."
@@ -331,29 +334,29 @@ def _raise_failed(info: Tensor, form: str, what: str) -> None:
 
 def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *system, form, keep, shared, backend = args
-    with _exact(y):
+    with exact(y):
         module = _kernel(y, backend, *system, form)
         *results, info = module.forward(y, *system, form=form, keep=keep, shared=shared)
-    _raise_failed(info, form, OP)
+    raise_failed(info, form, OP)
     return tuple(or_empty(v, y) for v in results)
 
 
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     grads, y, rest, (shared, backend) = args[:7], args[7], args[8:-2], args[-2:]
-    with _exact(y):
+    with exact(y):
         found = _kernel(y, backend, *rest).backward(grads, y, *rest, shared=shared)
     return tuple(or_empty(v, y) for v in found)
 
 
 def _run_step(mean: Tensor, cov: Tensor, *args: Any) -> tuple[Tensor, ...]:
     y, *system, index, form, backend = args
-    with _exact(y):
+    with exact(y):
         *results, info = _kernel(y, backend, *system, form).step(y, *system, mean, cov, index, form=form)
-    _raise_failed(info, form, STEP)
+    raise_failed(info, form, STEP)
     return tuple(results)
 
 
-def _exact(y: Tensor) -> Any:
+def exact(y: Tensor) -> Any:
     """Autocast off: products of covariances keep their digits."""
     on = torch.is_autocast_enabled(y.device.type)
     return torch.autocast(y.device.type, enabled=False) if on else contextlib.nullcontext()

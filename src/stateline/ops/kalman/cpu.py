@@ -5,7 +5,9 @@ Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n sta
 
 from __future__ import annotations
 
+import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +17,16 @@ from stateline.ops.kalman import reference
 from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 ABSENT3 = (0, 0, 0)
+CPU = torch.device("cpu")  # said each time: another device may be the default
 _DIMS = (1, 2, 2, 2, 2, 1, 1, 1, 2)  # adjacent dimensions of y, A, C, Q, R, b, d, mean0, cov0
 #: Numbers from which a result is much.
 LARGE = 1 << 19
+#: mean (b, n), cov (b, n, n), loglik (b), and series and step of a failure, −1 for none.
+Stepped = tuple[Tensor, Tensor, Tensor, list[int]]
+_FINE = (-1, -1)
 _NO_GRADIENTS = (*ABSENT3 * 7, *(0,) * 9)
+#: In a record of a step: of Q and R, lower triangles of factors are given.
+FACTORS = 2
 
 
 def forward(
@@ -46,7 +54,7 @@ def forward(
     shapes = ((N, T, n), (s, T, n, n), (N, T, n), (s, T, n, n), (N, T), (N, n), (s, n, n))
     dropped = DROPPED[keep]
     results = [None if name in dropped else _empty(shape, y.dtype) for name, shape in zip(RESULTS, shapes, strict=True)]
-    info = torch.empty(2, dtype=torch.int64)
+    info = torch.empty(2, dtype=torch.int64, device=CPU)
     system, fields = _system((y, A, C, Q, R, b, d, mean0, cov0), y.dtype)
     native.call(
         "kalman_forward",
@@ -128,37 +136,103 @@ def step(
     index: Tensor | None,
     *,
     form: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Stepped:
     """One observation y (b, m), in place: filtered mean (b, n), cov (b, n, n), loglik (b), and info as of `forward`.
 
     A (·, n, n), C (·, m, n), Q, R, b (·, n), d (·, m): the first dimension is that of y or 1. index (b) picks rows of
     mean and cov, a negative one skips. A series that fails keeps its state; others may not.
     """
     if form == "sqrt" and y.dtype is torch.float32:
-        wide_mean, wide_cov = mean.double(), cov.double()
-        b, d = None if b is None else b.double(), None if d is None else d.double()
-        system = y.double(), A.double(), C.double(), Q.double(), R.double()
-        m, P, loglik, info = step(*system, b, d, wide_mean, wide_cov, index, form=form)
-        mean.copy_(wide_mean), cov.copy_(wide_cov)
-        return m.float(), P.float(), loglik.float(), info
-    rows, n, make = y.shape[0], mean.shape[1], torch.empty if index is None else torch.zeros
-    out = make(rows, n, dtype=y.dtype), make(rows, n, n, dtype=y.dtype), make(rows, dtype=y.dtype)
+        return _wide_step(y, (A, C, Q, R, b, d), mean, cov, index)
     means, covs = native.parameter(mean, y.dtype), native.parameter(cov, y.dtype)
-    index, info = native.slots(index), torch.empty(2, dtype=torch.int64)
-    alive, fields = _system((y, A, C, Q, R, b, d, means, covs), y.dtype)
-    native.call(
-        "kalman_step",
-        (
-            rows, 1, n, y.shape[1], torch.get_num_threads(), y.dtype == torch.float64, form == "sqrt", False, *fields,
-            out[0].data_ptr(), out[1].data_ptr(), 0, 0, out[2].data_ptr(), means.data_ptr(), covs.data_ptr(),
-            info.data_ptr(), 0, native.pointer(index), means.shape[0], *_NO_GRADIENTS,
-        ),
-    )  # fmt: skip
-    del alive
+    found = _advance(y, (A, C, Q, R, b, d), means, covs, index, form == "sqrt")
     for state, used in ((mean, means), (cov, covs)):
         if state is not used:
             state.copy_(used)
-    return (*out, info)
+    return found
+
+
+def update(
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    Q_factor: Tensor,
+    R_factor: Tensor,
+    b: Tensor | None,
+    d: Tensor | None,
+    mean: Tensor,
+    cov: Tensor,
+    *,
+    form: str,
+) -> Stepped:
+    """`step` of one system, A (n, n), C (m, n), whose noise comes as factors in either form: of Q_factor (n, n), R_factor
+    (m, m) the lower triangles count. All tensors are contiguous, of one dtype and on the CPU, as is the state."""
+    noise = FACTORS + (form == "sqrt")
+    if form == "sqrt" and y.dtype is torch.float32:
+        return _wide_step(y, (A, C, Q_factor, R_factor, b, d), mean, cov, None, noise)
+    rows, n = mean.shape
+    m, dtype = y.shape[1], y.dtype
+    m_out, P_out, loglik = torch.empty_like(mean), torch.empty_like(cov), torch.empty(rows, dtype=dtype, device=CPU)
+    info = array.array("q", _FINE)
+    native.call(
+        "kalman_step",
+        (
+            rows, 1, n, m, torch.get_num_threads(), dtype is torch.float64, noise, 0,
+            y.data_ptr(), m, 0, A.data_ptr(), 0, 0, C.data_ptr(), 0, 0, Q_factor.data_ptr(), 0, 0,
+            R_factor.data_ptr(), 0, 0, 0 if b is None else b.data_ptr(), n, 0, 0 if d is None else d.data_ptr(), m, 0,
+            mean.data_ptr(), n, 0, cov.data_ptr(), n * n, 0, m_out.data_ptr(), P_out.data_ptr(), 0, 0,
+            loglik.data_ptr(), mean.data_ptr(), cov.data_ptr(), info.buffer_info()[0], 0, 0, rows, *_NO_GRADIENTS,
+        ),
+    )  # fmt: skip
+    return m_out, P_out, loglik, info.tolist()
+
+
+def _wide_step(
+    y: Tensor, system: tuple[Tensor | None, ...], mean: Tensor, cov: Tensor, index: Tensor | None, noise: int = 1
+) -> Stepped:
+    """A step of factors in float64, of float32 data; of the state's rows only those that are used become wide."""
+    system = tuple(None if v is None else v.double() for v in system)
+    if index is None:
+        wide, rows = (mean.double(), cov.double()), index
+    else:
+        rows = index.long()
+        wide = mean[rows.clamp(min=0)].double(), cov[rows.clamp(min=0)].double()
+        index = torch.where(rows < 0, rows, torch.arange(len(rows), device=CPU))
+    m, P, loglik, info = _advance(y.double(), system, *wide, index, noise)
+    for state, new in zip((mean, cov), wide, strict=True):
+        if rows is None:
+            state.copy_(new)
+        else:
+            state[rows[rows >= 0]] = new[rows >= 0].float()
+    return m.float(), P.float(), loglik.float(), info
+
+
+def _advance(
+    y: Tensor, system: tuple[Tensor | None, ...], means: Tensor, covs: Tensor, index: Tensor | None, noise: int | bool
+) -> Stepped:
+    """Results of a step, whose state is contiguous and of the dtype of y; `noise` as the field `factors` of the record."""
+    (rows, m), n, dtype = y.shape, means.shape[1], y.dtype
+    make = torch.empty if index is None else torch.zeros
+    kind: Any = {"dtype": dtype, "device": CPU}
+    out = make(rows, n, **kind), make(rows, n, n, **kind), make(rows, **kind)
+    index, info = native.slots(index), array.array("q", _FINE)
+    alive: list[Tensor | None] = []
+    fields: list[int] = []
+    for v, own in zip((y, *system, means, covs), _DIMS, strict=True):
+        if v is not None and (v.dtype is not dtype or not v.is_contiguous() or v.is_neg()):
+            v = native.parameter(v, dtype)
+        alive.append(v)
+        fields += ABSENT3 if v is None else (v.data_ptr(), v.stride(0) if v.dim() > own and len(v) > 1 else 0, 0)
+    native.call(
+        "kalman_step",
+        (
+            rows, 1, n, m, torch.get_num_threads(), dtype is torch.float64, noise, False, *fields,
+            out[0].data_ptr(), out[1].data_ptr(), 0, 0, out[2].data_ptr(), means.data_ptr(), covs.data_ptr(),
+            info.buffer_info()[0], 0, native.pointer(index), means.shape[0], *_NO_GRADIENTS,
+        ),
+    )  # fmt: skip
+    del alive
+    return (*out, info.tolist())
 
 
 def smooth(
@@ -194,7 +268,7 @@ def smooth(
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory for a result, in large pages where there is much: finding pages else takes longer than the filter."""
-    result = torch.empty(shape, dtype=dtype)
+    result = torch.empty(shape, dtype=dtype, device=CPU)
     if result.numel() > LARGE:
         native.large_pages(result)
     return result

@@ -16,7 +16,8 @@ struct Operand {
 
 // Laid out as Python packs it: every field is eight bytes. Pointers that do not apply are null.
 struct Args {
-    int64_t series, steps, n, m, threads, is_double, factors, shared;  // factors: Q, R and covariances are square roots
+    // factors: Q, R and covariances are square roots. A step may have 2 more: Q and R are, of which the lower triangles count.
+    int64_t series, steps, n, m, threads, is_double, factors, shared;
     Operand y, A, C, Q, R, b, d, mean0, cov0;
     char *mean, *cov, *predicted_mean, *predicted_cov, *loglik, *mean_next, *cov_next;
     int64_t* info;  // two: series and step of the first failure, or −1; meanwhile their rank in the first

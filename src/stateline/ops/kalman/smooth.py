@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.kalman import DTYPES, PRECISION, _exact
+from stateline.ops.kalman import DTYPES, PRECISION, exact
 from stateline.ops.kalman.reference import smooth, smooth_backward
 from stateline.ops.library import call, define, first_only_of
 
@@ -84,7 +84,7 @@ def _same_gaps(y: Tensor) -> bool:
 
 def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *given, shared, backend = args
-    with _exact(y):
+    with exact(y):
         module = backends.kernel(OP, y.device.type, backend, y.dtype, (y, *given))
         return tuple(v.contiguous() for v in module.smooth(y, *given, shared=shared))
 
@@ -116,6 +116,6 @@ class _Smooth(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs: Any = ctx.saved_tensors
-        with _exact(inputs[0]):
+        with exact(inputs[0]):
             found: Any = smooth_backward(grads, *inputs, shared=ctx.options[0])
         return (*first_only_of(OP, inputs, found, *(v for v in grads if v is not None)), None, None)
