@@ -283,15 +283,19 @@ def joseph_correct(
     """Filtered mean and covariance, loglik, whether S failed.
 
     S = C P Cᵀ + R,  K = P Cᵀ S⁻¹,  P ← (I − K C) P (I − K C)ᵀ + K R Kᵀ. A missing entry has a row of zeros in C and in
-    R, but for a unit diagonal: exact, since nothing then depends on it.
+    R, but for a unit diagonal: exact, since nothing then depends on it. S has failed too where a pivot of its factorisation
+    is no more than rounding of the variance it is left from.
     """
     C, R = masked(C, R, seen[: P.shape[0]])
     CP = C @ P
-    L, problem = torch.linalg.cholesky_ex(symmetric(CP @ C.mT + R))
+    S = symmetric(CP @ C.mT + R)
+    L, problem = torch.linalg.cholesky_ex(S)
+    pivots, tolerance = L.diagonal(dim1=-2, dim2=-1).square(), S.shape[-1] * torch.finfo(S.dtype).eps
+    failed = (problem != 0) | ~(pivots > tolerance * S.diagonal(dim1=-2, dim2=-1)).all(-1)
     K = torch.cholesky_solve(CP, L).mT
     rest = torch.eye(P.shape[-1]).to(P) - K @ C
     loglik = normal(e, L, seen)
-    return m + times(K, e), symmetric(rest @ P @ rest.mT + K @ R @ K.mT), loglik, problem != 0
+    return m + times(K, e), symmetric(rest @ P @ rest.mT + K @ R @ K.mT), loglik, failed
 
 
 def joseph_predict(P: Tensor, A: Tensor, Q: Tensor) -> Tensor:
