@@ -446,11 +446,18 @@ class _Kalman(Function):
         *saved, predicted_mean, predicted_cov = ctx.saved_tensors
         inputs, roots = tuple(saved[:9]), tuple(saved[9:])
         form, _, shared, backend = ctx.options
-        if predicted_mean is None:  # a transform wanted a derivative that forward did not see coming
-            predicted_mean, predicted_cov = _filter(inputs, roots, form, "all", shared, backend)[2:4]
-        args = (*grads[:7], *inputs, predicted_mean, predicted_cov)
         if form == "sqrt":  # covariances of such systems need the digits that their factors had
-            args = tuple(None if v is None else v.double() for v in args)
+            y, A, C, _, _, *rest, _ = (None if v is None else v.double() for v in inputs)
+            wide = tuple(v.double() for v in roots)
+            Q, R, cov0 = (F @ F.mT for F in wide)
+            moments = y, A, C, Q, R, *rest, cov0
+            if predicted_mean is None or inputs[0].dtype is torch.float32:
+                predicted_mean, predicted_cov = _filter(moments, wide, form, "all", shared, backend)[2:4]
+            args = (*(None if v is None else v.double() for v in grads[:7]), *moments, predicted_mean, predicted_cov)
+        else:
+            if predicted_mean is None:  # a transform wanted a derivative that forward did not see coming
+                predicted_mean, predicted_cov = _filter(inputs, roots, form, "all", shared, backend)[2:4]
+            args = (*grads[:7], *inputs, predicted_mean, predicted_cov)
         found = _backward(*args, shared, backend)
         found = tuple(v.to(inputs[0].dtype) for v in found)
         return (*first_only_of(OP, inputs, found, *(v for v in grads[:7] if v is not None)), *[None] * 7)

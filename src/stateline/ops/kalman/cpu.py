@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stateline import checks
 from stateline.ops import native
 from stateline.ops.kalman import reference
 from stateline.ops.kalman.reference import DROPPED, RESULTS
@@ -91,6 +92,7 @@ def backward(
     results = [None if v is None else _empty(v.shape, dtype) for v in given]
     operands = [None if v is None else _spread(v) for v in given[:7]]
     system, fields = _system([*operands, predicted_mean, predicted_cov], dtype)
+    info = array.array("q", _FINE)
     slopes = [
         _operand(None if g is None else _spread(g), dtype, dims)
         for g, dims in zip(grads, (1, 2, 1, 2, 0, 1, 2), strict=True)
@@ -98,10 +100,14 @@ def backward(
     native.call(
         "kalman_backward",
         (
-            *_sizes(y, n, "joseph", shared), *fields, *(0,) * 11, *(x for _, f in slopes for x in f),
-            *(native.pointer(v) for v in results),
+            *_sizes(y, n, "joseph", shared), *fields, *(0,) * 7, info.buffer_info()[0], 0, 0, 0,
+            *(x for _, f in slopes for x in f), *(native.pointer(v) for v in results),
         ),
     )  # fmt: skip
+    if info[0] >= 0:
+        step, series = divmod(info[0], y.shape[0])
+        problem = f"the gradient of series {series} at step {step} takes more digits than {y.dtype} covariances have."
+        raise checks.fail("kalman", problem, "The values stand; rescale or merge the sensors that are all but one.")
     del system, slopes
     dR = results[4]
     assert dR is not None
