@@ -245,6 +245,19 @@ def test_covariances_are_shared_where_they_can_be(backend: str, form: str) -> No
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_leaf_that_is_one_row_in_memory_has_gradients_of_each_row(form: str) -> None:
+    whole = problem(USUAL | {"gaps": "none", "N": 3}).leaves
+    y, A, C, Q, R = (symmetric(v) if k in "QR" else v for k, v in whole.items() if k in "yACQR")
+    n, weights, found = A.shape[-1], torch.arange(1.0, 4.0, dtype=torch.float64)[:, None], []
+    one = torch.eye(n, dtype=torch.float64).expand(3, n, n)
+    for leaf in (one.clone(), one.detach()):
+        leaf.requires_grad_()
+        out, _ = kalman(y, A, C, Q, R, KalmanState(y.new_zeros(3, n), leaf), form=form)
+        found.append(torch.autograd.grad((out.loglik * weights).sum(), leaf)[0])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_what_is_not_kept_is_none(form: str) -> None:
     case = problem(USUAL | {"form": form})
     whole, state = case.run(case.leaves)

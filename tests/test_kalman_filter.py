@@ -282,8 +282,13 @@ def test_forecasts_cover_what_comes() -> None:
     inside = ((low <= y[:, 50:]) & (y[:, 50:] <= high)).double().mean()
     assert ahead.cov.shape == (2000, 10, 2, 2)
     assert abs(inside - 0.9) < 0.006  # four deviations of what 2,000 series tell
-    with pytest.raises(ValueError, match="level"):
-        ahead.interval(1.5)
+    for level in (0, 1, 0.0, 1.0, 95, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"^interval: level is"):
+            ahead.interval(level)
+    with pytest.raises(ValueError, match=r"between 0 and 1, such as 0.95. In per cent it would be 95 %: give 0.95"):
+        ahead.interval(95)
+    low, high = ahead._replace(mean=ahead.mean.float(), cov=ahead.cov.float()).interval(1 - 1e-12)
+    assert ((high - low) / 2 / ahead.cov.diagonal(dim1=-2, dim2=-1).sqrt()).sub(7.13051).abs().max() < 1e-3
     with pytest.raises(ValueError, match=r"^forecast: u is None"):
         forecast(model, state, 10)
 
@@ -302,6 +307,23 @@ def test_paths_have_the_moments_of_the_posterior(form: str) -> None:
     assert ((lag - smoothed.lag_cov).abs() / scale).max() < 7 / 2000**0.5
     generator.manual_seed(3)
     assert torch.equal(paths, posterior_sample(model, y, u, samples=2000, form=form, generator=generator))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_paths_go_on_from_a_state(form: str) -> None:
+    """Of the second half of a series, given the first: as the halves of whole paths."""
+    model, y, u = load(CASES["track2d_inputs"])
+    assert u is not None
+    _, state = kalman_filter(model, y[:97], u[:97], form=form)
+    smoothed = kalman_smoother(model, y[97:], u[97:], initial_state=state, form=form)
+    draw: dict[str, Any] = {"samples": 2000, "initial_state": state, "form": form}
+    paths = posterior_sample(model, y[97:], u[97:], generator=torch.Generator().manual_seed(1), **draw)
+    deviation = smoothed.cov.diagonal(dim1=-2, dim2=-1).sqrt()
+    assert paths.shape == (2000, 3, 4)
+    assert ((paths.mean(0) - smoothed.mean).abs() / deviation).max() < 5 / 2000**0.5
+    assert (paths.std(0) / deviation - 1).abs().max() < 5 / 4000**0.5
+    with pytest.raises(TypeError, match=r"^posterior_sample: the state is a tuple"):
+        posterior_sample(model, y, u, initial_state=(state.mean, state.cov))  # type: ignore[arg-type]  # wrong
 
 
 # ---- the module ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from test_kalman import BOUND, USUAL, close, problem, symmetric
 from test_ops import BACKENDS, name_of
 from torch import Tensor
 
+from stateline.ops import kalman_smooth
 from stateline.ops.kalman import cpu, reference
-from stateline.ops.kalman.smooth import kalman_smooth
 
 RAW = torch.ops.stateline
 GRID: dict[str, list[Any]] = {
@@ -128,6 +128,16 @@ def test_transforms_and_shared_covariances() -> None:
     assert together[1].stride(0) == 0
     for a, b in zip(together, apart, strict=True):
         close("shared", a, b, 1e-12)
+
+
+def test_a_leaf_that_is_one_row_in_memory_has_gradients_of_each_row() -> None:
+    _, (y, A, C, R, d, mean, cov) = operands({"gaps": "none", "start": "one", "t": 2})
+    found = []
+    for leaf in (cov[:1].expand_as(cov).clone(), cov[:1].expand_as(cov)):
+        leaf.requires_grad_()
+        moments = kalman_smooth(y, A, C, R, mean, leaf, observation_offset=d)
+        found.append(torch.autograd.grad(sum(v.square().sum() for v in moments), leaf)[0])  # type: ignore[arg-type]  # not 0
+    torch.testing.assert_close(*found)
 
 
 def test_errors_name_the_argument() -> None:

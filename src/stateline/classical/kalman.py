@@ -44,9 +44,9 @@ class Forecast(NamedTuple):
     state_cov: Tensor
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Lower and upper ends (…, T, m) between which each observed value lies with probability `level`."""
-        checks.number("interval", "level", level, low=0.0, high=1.0)
-        half = torch.special.ndtri(self.mean.new_tensor((1 + level) / 2))
+        """Lower and upper ends (…, T, m) between which each observed value lies with probability `level` in (0, 1)."""
+        checks.probability("interval", "level", level)
+        half = -float(torch.special.ndtri(torch.tensor((1 - level) / 2, dtype=torch.float64, device="cpu")))
         deviation = half * self.cov.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         return self.mean - deviation, self.mean + deviation
 

@@ -15,7 +15,6 @@ from torch.autograd import Function
 from stateline import backends, checks
 from stateline.checks import Sizes
 from stateline.ops.library import call, define, first_only, first_only_of, or_empty
-from stateline.ops.selective_scan import check_slots
 
 OP = "kalman"
 STEP = "kalman_step_"
@@ -196,8 +195,8 @@ def advance(
     """`kalman_step_` with a system that is known to fit y and state: A, C, Q, R (or their roots), b, d."""
     root = isinstance(state, SquareRootState)
     second = state.factor if isinstance(state, SquareRootState) else state.cov
-    check_slots(STEP, sizes, state.mean, index)
-    check_slots(STEP, sizes, second, index)
+    checks.slots(STEP, sizes, state.mean, index)
+    checks.slots(STEP, sizes, second, index)
     mean, cov, loglik = _step(state.mean, second, y, *system, index, "sqrt" if root else "joseph", backend)
     with exact(y):
         return Filtered(mean, cov @ cov.mT if root else cov, None, None, loglik, cov if root else None)
@@ -292,12 +291,17 @@ def _shared(y: Tensor, system: Sequence[Tensor], state: State) -> bool:
     if y.shape[0] < 2 or any(v.shape[0] != 1 for v in system) or not checks.can_read(y):
         return False
     cov = state.factor if isinstance(state, SquareRootState) else state.cov
-    if cov.stride(0) != 0 and (cov.requires_grad or not checks.can_read(cov) or not bool((cov == cov[:1]).all())):
+    if not expanded(cov) and (cov.requires_grad or not checks.can_read(cov) or not bool((cov == cov[:1]).all())):
         return False
     if not bool(torch.isnan(y.detach().sum())):  # no entry is missing
         return True
     holes = torch.isnan(y)
     return bool((holes == holes[:1]).all())
+
+
+def expanded(v: Tensor) -> bool:
+    """Whether all rows are one in memory and the gradients of each end up in one sum: not so in a leaf of that shape."""
+    return v.stride(0) == 0 and not (v.requires_grad and v.is_leaf)
 
 
 def _roots(

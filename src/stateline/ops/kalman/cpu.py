@@ -171,8 +171,8 @@ def update(
     *,
     form: str,
 ) -> Stepped:
-    """`step` of one system, A (n, n), C (m, n), whose noise comes as factors in either form: of Q_factor (n, n), R_factor
-    (m, m) the lower triangles count. All tensors are contiguous, of one dtype and on the CPU, as is the state."""
+    """`step` of one system, A (n, n), C (m, n), whose noise comes as factors in either form: the lower triangles of
+    Q_factor (n, n) and R_factor (m, m). All tensors are contiguous, of one dtype and on the CPU, as is the state."""
     noise = FACTORS + (form == "sqrt")
     if form == "sqrt" and y.dtype is torch.float32:
         return _wide_step(y, (A, C, Q_factor, R_factor, b, d), mean, cov, None, noise)
@@ -216,7 +216,7 @@ def _wide_step(
 def _advance(
     y: Tensor, system: tuple[Tensor | None, ...], means: Tensor, covs: Tensor, index: Tensor | None, noise: int | bool
 ) -> Stepped:
-    """Results of a step, whose state is contiguous and of the dtype of y; `noise` as the field `factors` of the record."""
+    """Results of a step, whose state is contiguous and of the dtype of y; `noise`: the record's `factors`."""
     (rows, m), n, dtype = y.shape, means.shape[1], y.dtype
     make = torch.empty if index is None else torch.zeros
     kind: Any = {"dtype": dtype, "device": CPU}

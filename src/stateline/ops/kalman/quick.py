@@ -30,7 +30,6 @@ def quick_step(
     given = (y, state.mean, second, *system, *offsets)
     if not (isinstance(y, Tensor) and isinstance(state.mean, Tensor) and isinstance(second, Tensor)):
         return None
-        return None
     if not seen_by_nobody(given) or y.dim() != 2 or system[1].dim() != 2:
         return None
     (rows, _), (m, n), dtype = y.shape, system[1].shape, y.dtype

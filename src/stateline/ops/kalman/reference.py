@@ -283,8 +283,8 @@ def joseph_correct(
     """Filtered mean and covariance, loglik, whether S failed.
 
     S = C P Cᵀ + R,  K = P Cᵀ S⁻¹,  P ← (I − K C) P (I − K C)ᵀ + K R Kᵀ. A missing entry has a row of zeros in C and in
-    R, but for a unit diagonal: exact, since nothing then depends on it. S has failed too where a pivot of its factorisation
-    is no more than rounding of the variance it is left from.
+    R, but for a unit diagonal: exact, since nothing then depends on it. S has failed too where a pivot of
+    its factorisation is no more than rounding of the variance it is left from.
     """
     C, R = masked(C, R, seen[: P.shape[0]])
     CP = C @ P
