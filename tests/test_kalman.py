@@ -252,7 +252,7 @@ def test_a_leaf_that_is_one_row_in_memory_has_gradients_of_each_row(form: str) -
     one = torch.eye(n, dtype=torch.float64).expand(3, n, n)
     for leaf in (one.clone(), one.detach()):
         leaf.requires_grad_()
-        out, _ = kalman(y, A, C, Q, R, KalmanState(y.new_zeros(3, n), leaf), form=form)
+        out, _ = ops.kalman(y, A, C, Q, R, KalmanState(y.new_zeros(3, n), leaf), form=form)
         found.append(torch.autograd.grad((out.loglik * weights).sum(), leaf)[0])
     torch.testing.assert_close(*found)
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stateline import checks
 from stateline.ops import native
 from stateline.ops.kalman import reference
 from stateline.ops.kalman.reference import DROPPED, RESULTS
@@ -106,8 +105,7 @@ def backward(
     )  # fmt: skip
     if info[0] >= 0:
         step, series = divmod(info[0], y.shape[0])
-        problem = f"the gradient of series {series} at step {step} takes more digits than {y.dtype} covariances have."
-        raise checks.fail("kalman", problem, "The values stand; rescale or merge the sensors that are all but one.")
+        raise reference.too_few_digits(series, step, y.dtype)
     del system, slopes
     dR = results[4]
     assert dR is not None
