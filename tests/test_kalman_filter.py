@@ -98,7 +98,9 @@ def stress(name: str, dtype: torch.dtype, form: str) -> tuple[float, float, floa
     out, _ = kalman_filter(model, y, form=form)
     assert out.cov is not None
     assert out.mean is not None
-    ends = [(out.cov[t].diagonal().double(), tensor(case[f"filtered_var_{w}"])) for t, w in ((0, "first"), (-1, "last"))]
+    ends = [
+        (out.cov[t].diagonal().double(), tensor(case[f"filtered_var_{w}"])) for t, w in ((0, "first"), (-1, "last"))
+    ]
     variance = max(float(((got - wanted).abs() / wanted).max()) for got, wanted in ends)
     wanted = tensor(case["filtered_mean"])
     mean = float((out.mean.double() - wanted).abs().max() / wanted.abs().max())
@@ -144,7 +146,9 @@ def test_square_roots_have_gradients_of_float32_data(name: str) -> None:
     model, y, _ = load(STRESS["near_collinear_float64"])
     for backend in (None, "reference"):
         out, _ = kalman_filter(model._replace(A=model.A.requires_grad_()), y, form="sqrt", backend=backend)
-        with pytest.raises(ValueError, match=r"^kalman: the gradient of series 0 at step 0 takes more digits than float64"):
+        with pytest.raises(
+            ValueError, match=r"^kalman: the gradient of series 0 at step 0 takes more digits than float64"
+        ):
             out.loglik.sum().backward()
 
 
@@ -435,12 +439,14 @@ def test_square_roots_are_never_multiplied_out() -> None:
     """What the module keeps as factors reaches the filter as factors: 1e-6 beside 1 is nothing in float32 else."""
     model, y, _ = load(STRESS["near_collinear_float32"], torch.float32)
     spread = torch.tensor([[1.0, 0.0], [1.0, 1e-6]])  # its square is singular to working precision
+    P0 = torch.tensor([[1.0, 0, 0], [1.0, 1e-6, 0], [1, 1, 1e-6]])
     roots = KalmanFilter(model._replace(R=torch.eye(2)), form="sqrt")
     with torch.no_grad():
         roots.R_factor.copy_(spread)
-        roots.P0_factor.copy_(torch.tensor([[1.0, 0, 0], [1.0, 1e-6, 0], [1, 1, 1e-6]]))
+        roots.P0_factor.copy_(P0)
     wide = StateSpace(*(None if v is None else v.double() for v in model))._replace(  # type: ignore[arg-type]  # B, D
-        R=spread.double() @ spread.double().mT, P0=roots.P0_factor.detach().double() @ roots.P0_factor.detach().double().mT
+        R=spread.double() @ spread.double().mT,
+        P0=roots.P0_factor.detach().double() @ roots.P0_factor.detach().double().mT,
     )
     wanted = kalman_filter(wide, y.double(), form="sqrt")[0].loglik.sum()
     state, online = roots.init_state(1), torch.zeros(1)

@@ -17,12 +17,11 @@ from stateline.ops.kalman import (
     KalmanState,
     SquareRootState,
     State,
-    advance,
     check_state,
     exact,
     square_root,
 )
-from stateline.ops.kalman.quick import quick_step
+from stateline.ops.kalman.step import advance, quick_step
 
 OP = "KalmanFilter"
 
@@ -134,7 +133,7 @@ class KalmanFilter(nn.Module):
         if index is None and A is not None and C is not None and Q is not None and R is not None:
             plain = u is None and B is None and D is None
             if plain and (self.form == "sqrt" or not isinstance(state, SquareRootState)):
-                out = quick_step(state, y, (A, C, Q, R), (None, None))
+                out = quick_step(state, y, (A, C, Q, R), (None, None), triangles=True)
                 if out is not None:
                     return out
         with torch.no_grad():
@@ -154,13 +153,15 @@ class KalmanFilter(nn.Module):
             sizes.match("u", u, "b p", "Zeros are given as zeros.")  # type: ignore[arg-type]  # None is refused there
         with exact(y):
             b, d = (None if u is None or M is None else u @ M.mT for M in (B, D))
-        if index is None and (out := quick_step(state, y, (self.A, self.C, self.Q_factor, self.R_factor), (b, d))):
-            return out
+        if index is None:
+            system = (self.A, self.C, self.Q_factor, self.R_factor)
+            if (out := quick_step(state, y, system, (b, d), triangles=True)) is not None:
+                return out
         model = self.model()
         roots = isinstance(state, SquareRootState)
         noise = (self.Q_factor.tril(), self.R_factor.tril()) if roots else (model.Q, model.R)
-        system = (v[None] for v in (model.A, model.C, *noise))
-        return advance(sizes, state, y, (*system, b, d), index, None)
+        rows = (v[None] for v in (model.A, model.C, *noise))
+        return advance(sizes, state, y, (*rows, b, d), index, None)
 
     def extra_repr(self) -> str:
         m, n = self.C.shape
@@ -172,6 +173,7 @@ class KalmanFilter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KalmanFilter:
         """What `.to`, `.half()` and the like do, except that nothing falls below float32."""
+
         def careful(v: Tensor) -> Tensor:
             moved = fn(v)
             if moved.is_floating_point() and moved.dtype.itemsize < 4:

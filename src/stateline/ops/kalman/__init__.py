@@ -14,10 +14,10 @@ from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
+from stateline.ops.kalman import cpu
 from stateline.ops.library import call, define, first_only, first_only_of, or_empty
 
 OP = "kalman"
-STEP = "kalman_step_"
 DTYPES = (torch.float32, torch.float64)
 FORMS = ("joseph", "sqrt")
 KEEPS = ("all", "filtered", "loglik")
@@ -118,7 +118,7 @@ def kalman(
     sizes = Sizes(OP)
     sizes.match("y", y, "N T m")
     offsets = {"transition_offset": transition_offset, "observation_offset": observation_offset}
-    _check_system(OP, sizes, y, A, C, Q, R, offsets, form, factors)
+    check_system(OP, sizes, y, A, C, Q, R, offsets, form, factors)
     checks.choice(OP, "keep", keep, KEEPS)
     check_state(OP, sizes, y, initial_state, form, "N")
     given = {"y": y, "A": A, "C": C, "Q": Q, "R": R, "initial_state": initial_state.mean}
@@ -145,61 +145,6 @@ def kalman(
     last = whole(cov_next if form == "joseph" else root)
     assert last is not None
     return out, KalmanState(mean_next, last) if form == "joseph" else SquareRootState(mean_next, last)
-
-
-def kalman_step_(
-    state: State,
-    y: Tensor,
-    A: Tensor,
-    C: Tensor,
-    Q: Tensor,
-    R: Tensor,
-    *,
-    transition_offset: Tensor | None = None,
-    observation_offset: Tensor | None = None,
-    factors: tuple[Tensor, Tensor] | None = None,
-    index: Tensor | None = None,
-    backend: str | None = None,
-) -> Filtered:
-    """Take one observation a series into `state` in place; mean (b, n), cov (b, n, n) given it, and loglik (b).
-
-    Args:
-        state: `KalmanState`, or `SquareRootState` for the form by factors, of any number of rows, contiguous.
-        y: (b, m), NaN: missing.   A: (·, n, n), C: (·, m, n), Q: (·, n, n), R: (·, m, m), the first dimension b or 1.
-        transition_offset: (·, n).   observation_offset: (·, m).
-        factors: square roots of Q and R, as in `kalman`; without them they are computed for every call.
-        index: (b) distinct rows of the state; a negative one skips: its results are 0 and no row is touched. None: all.
-
-    Predicted moments are in the state: None here. No gradient: for streams.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came; as `kalman` for a failed step.
-    """
-    sizes = Sizes(STEP)
-    sizes.match("y", y, "b m")
-    form = "sqrt" if isinstance(state, SquareRootState) else "joseph"
-    offsets = {"transition_offset": transition_offset, "observation_offset": observation_offset}
-    _check_system(STEP, sizes, y, A, C, Q, R, offsets, form, factors)
-    check_state(STEP, sizes, y, state, form, "slots")
-    checks.same_device(STEP, {"y": y, "A": A, "C": C, "Q": Q, "R": R, "state": state.mean, "index": index} | offsets)
-    with torch.no_grad():
-        if form == "sqrt" and factors is None:
-            factors = square_root(Q, STEP, "Q"), square_root(R, STEP, "R")
-        noise = factors or (Q, R)
-        return advance(sizes, state, y, (A, C, *noise, transition_offset, observation_offset), index, backend)
-
-
-def advance(
-    sizes: Sizes, state: State, y: Tensor, system: tuple[Tensor | None, ...], index: Tensor | None, backend: str | None
-) -> Filtered:
-    """`kalman_step_` with a system that is known to fit y and state: A, C, Q, R (or their roots), b, d."""
-    root = isinstance(state, SquareRootState)
-    second = state.factor if isinstance(state, SquareRootState) else state.cov
-    checks.slots(STEP, sizes, state.mean, index)
-    checks.slots(STEP, sizes, second, index)
-    mean, cov, loglik = _step(state.mean, second, y, *system, index, "sqrt" if root else "joseph", backend)
-    with exact(y):
-        return Filtered(mean, cov @ cov.mT if root else cov, None, None, loglik, cov if root else None)
 
 
 def square_root(S: Tensor, op: str = "square_root", name: str = "S") -> Tensor:
@@ -237,7 +182,7 @@ def square_root(S: Tensor, op: str = "square_root", name: str = "S") -> Tensor:
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_system(
+def check_system(
     op: str, sizes: Sizes, y: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor,
     offsets: dict[str, Tensor | None], form: str, factors: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
@@ -300,7 +245,7 @@ def _shared(y: Tensor, system: Sequence[Tensor], state: State) -> bool:
 
 
 def expanded(v: Tensor) -> bool:
-    """Whether all rows are one in memory and the gradients of each end up in one sum: not so in a leaf of that shape."""
+    """Whether all rows are one in memory and the gradients of each go into one sum: not so in a leaf of that shape."""
     return v.stride(0) == 0 and not (v.requires_grad and v.is_leaf)
 
 
@@ -318,7 +263,9 @@ def _roots(
 # ---- raw ops ---------------------------------------------------------------------------------------------------------
 
 
-def _kernel(y: Tensor, backend: str | None, *args: Any) -> ModuleType:
+def kernel(y: Tensor, backend: str | None, *args: Any) -> ModuleType:
+    if backend is None and y.is_cpu and backends.native_problem() is None:
+        return cpu  # what would be chosen, sooner
     return backends.kernel(OP, y.device.type, backend, y.dtype, (y, *args))
 
 
@@ -339,7 +286,7 @@ def raise_failed(info: Tensor | list[int], form: str, what: str) -> None:
 def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *system, form, keep, shared, backend = args
     with exact(y):
-        module = _kernel(y, backend, *system, form)
+        module = kernel(y, backend, *system, form)
         *results, info = module.forward(y, *system, form=form, keep=keep, shared=shared)
     raise_failed(info, form, OP)
     return tuple(or_empty(v, y) for v in results)
@@ -348,16 +295,8 @@ def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     grads, y, rest, (shared, backend) = args[:7], args[7], args[8:-2], args[-2:]
     with exact(y):
-        found = _kernel(y, backend, *rest).backward(grads, y, *rest, shared=shared)
+        found = kernel(y, backend, *rest).backward(grads, y, *rest, shared=shared)
     return tuple(or_empty(v, y) for v in found)
-
-
-def _run_step(mean: Tensor, cov: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    y, *system, index, form, backend = args
-    with exact(y):
-        *results, info = _kernel(y, backend, *system, form).step(y, *system, mean, cov, index, form=form)
-    raise_failed(info, form, STEP)
-    return tuple(results)
 
 
 def exact(y: Tensor) -> Any:
@@ -382,29 +321,18 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     return tuple(y.new_empty((0,) if v is None else v.shape) for v in args[7:16])
 
 
-def _fake_step(mean: Tensor, cov: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    b, n = y.shape[0], mean.shape[1]
-    return y.new_empty((b, n)), y.new_empty((b, n, n)), y.new_empty((b,))
-
-
-_SYSTEM = "Tensor y, Tensor A, Tensor C, Tensor Q, Tensor R, Tensor? b, Tensor? d"
+SYSTEM = "Tensor y, Tensor A, Tensor C, Tensor Q, Tensor R, Tensor? b, Tensor? d"
 _SEVEN = ", ".join(["Tensor"] * 7)
 _forward = define(
-    f"{OP}({_SYSTEM}, Tensor mean0, Tensor cov0, str form, str keep, bool shared, str? backend) -> ({_SEVEN})",
+    f"{OP}({SYSTEM}, Tensor mean0, Tensor cov0, str form, str keep, bool shared, str? backend) -> ({_SEVEN})",
     _run,
     _fake,
 )
 _backward = define(
-    f"{OP}_backward({', '.join(f'Tensor? d{i}' for i in range(7))}, {_SYSTEM}, Tensor mean0, Tensor cov0, "
+    f"{OP}_backward({', '.join(f'Tensor? d{i}' for i in range(7))}, {SYSTEM}, Tensor mean0, Tensor cov0, "
     f"Tensor predicted_mean, Tensor predicted_cov, bool shared, str? backend) -> ({_SEVEN}, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
-)
-_step = define(
-    f"{STEP}(Tensor(a!) mean, Tensor(b!) cov, {_SYSTEM}, Tensor? index, str form, str? backend) -> "
-    "(Tensor, Tensor, Tensor)",
-    _run_step,
-    _fake_step,
 )
 
 

@@ -160,20 +160,19 @@ def update(
     y: Tensor,
     A: Tensor,
     C: Tensor,
-    Q_factor: Tensor,
-    R_factor: Tensor,
+    Q: Tensor,
+    R: Tensor,
     b: Tensor | None,
     d: Tensor | None,
     mean: Tensor,
     cov: Tensor,
-    *,
-    form: str,
+    noise: int,
 ) -> Stepped:
-    """`step` of one system, A (n, n), C (m, n), whose noise comes as factors in either form: the lower triangles of
-    Q_factor (n, n) and R_factor (m, m). All tensors are contiguous, of one dtype and on the CPU, as is the state."""
-    noise = FACTORS + (form == "sqrt")
-    if form == "sqrt" and y.dtype is torch.float32:
-        return _wide_step(y, (A, C, Q_factor, R_factor, b, d), mean, cov, None, noise)
+    """`step` of rows 0 … b−1 with one system for all, A (n, n) or (1, n, n) and so on; all tensors are contiguous, of one
+    dtype, on the CPU, and so is the state. noise: 1 if the state has factors, and so Q, R; + FACTORS if these have anyway,
+    of which the lower triangles count."""
+    if noise & 1 and y.dtype is torch.float32:
+        return _wide_step(y, (A, C, Q, R, b, d), mean, cov, None, noise)
     rows, n = mean.shape
     m, dtype = y.shape[1], y.dtype
     m_out, P_out, loglik = torch.empty_like(mean), torch.empty_like(cov), torch.empty(rows, dtype=dtype, device=CPU)
@@ -182,8 +181,8 @@ def update(
         "kalman_step",
         (
             rows, 1, n, m, torch.get_num_threads(), dtype is torch.float64, noise, 0,
-            y.data_ptr(), m, 0, A.data_ptr(), 0, 0, C.data_ptr(), 0, 0, Q_factor.data_ptr(), 0, 0,
-            R_factor.data_ptr(), 0, 0, 0 if b is None else b.data_ptr(), n, 0, 0 if d is None else d.data_ptr(), m, 0,
+            y.data_ptr(), m, 0, A.data_ptr(), 0, 0, C.data_ptr(), 0, 0, Q.data_ptr(), 0, 0,
+            R.data_ptr(), 0, 0, 0 if b is None else b.data_ptr(), n, 0, 0 if d is None else d.data_ptr(), m, 0,
             mean.data_ptr(), n, 0, cov.data_ptr(), n * n, 0, m_out.data_ptr(), P_out.data_ptr(), 0, 0,
             loglik.data_ptr(), mean.data_ptr(), cov.data_ptr(), info.buffer_info()[0], 0, 0, rows, *_NO_GRADIENTS,
         ),
