@@ -149,7 +149,8 @@ class KalmanFilter(nn.Module):
         check_state(OP, sizes, y, state, self.form, "slots")
         checks.same_device(OP, {"the model": self.m0, "y": y, "state": state.mean, "u": u, "index": index})
         if u is not None or B is not None or D is not None:
-            sizes.bind("p", (B if B is not None else D).shape[1] if B is not None or D is not None else 0, "the model")
+            p = next((int(M.shape[1]) for M in (B, D) if M is not None), 0)
+            sizes.bind("p", p, "the model")
             sizes.match("u", u, "b p", "Zeros are given as zeros.")  # type: ignore[arg-type]  # None is refused there
         with exact(y):
             b, d = (None if u is None or M is None else u @ M.mT for M in (B, D))

@@ -168,9 +168,9 @@ def update(
     cov: Tensor,
     noise: int,
 ) -> Stepped:
-    """`step` of rows 0 … b−1 with one system for all, A (n, n) or (1, n, n) and so on; all tensors are contiguous, of one
-    dtype, on the CPU, and so is the state. noise: 1 if the state has factors, and so Q, R; + FACTORS if these have anyway,
-    of which the lower triangles count."""
+    """`step` of rows 0 … b−1 with one system for all, A (n, n) or (1, n, n) and so on; all contiguous, of one dtype, on
+    the CPU, as is the state. noise: 1 if the state has factors, and so Q, R; + FACTORS if these have anyway, whose
+    lower triangles count."""
     if noise & 1 and y.dtype is torch.float32:
         return _wide_step(y, (A, C, Q, R, b, d), mean, cov, None, noise)
     rows, n = mean.shape
