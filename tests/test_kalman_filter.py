@@ -491,6 +491,9 @@ def test_updates_in_place(form: str, dtype: torch.dtype) -> None:
         assert one.cov is not None
         assert one.cov.dtype == dtype
     assert torch.equal(first.mean, second.mean[:1])
+    blind = KalmanFilter(model._replace(B=None, D=None, R=0 * model.R, P0=0 * model.P0), form=form)
+    with pytest.raises(ValueError, match=r"^kalman_step_: the innovation covariance C P Cᵀ \+ R of series 1 is not"):
+        blind.update_(torch.stack([torch.full_like(y[0], torch.nan), y[0]]), blind.init_state(2))
     good = plain.init_state(1)
     for run, message in [
         (lambda: plain.update_(y[:1, :1], good), r"y has shape \(1, 1\), expected \(b, m\) with m = 2"),

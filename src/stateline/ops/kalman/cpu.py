@@ -251,10 +251,13 @@ def smooth(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mean (N, T, n), cov (s, T, n, n) and Cov(h[t], h[t+1]) (s, T−1, n, n) given all of y, from predicted moments.
 
-    Of many series that share covariances the definition's few large products are faster than a loop for each."""
+    Series that share covariances have those of the first, and means by products over all series at a step."""
     (N, T, _), n = y.shape, predicted_mean.shape[2]
-    if (shared and N > 1) or not y.numel():
+    if not y.numel():
         return reference.smooth(y, A, C, R, d, predicted_mean, predicted_cov, shared=shared)
+    if shared and N > 1:
+        one = smooth(y[:1], A, C, R, None if d is None else d[:1], predicted_mean[:1], predicted_cov, shared=False)
+        return _shared_means(y, A, C, R, d, predicted_mean, predicted_cov), *one[1:]
     shapes = ((N, T, n), (N, T, n, n), (N, T - 1, n, n))
     mean, cov, lag = (_empty(shape, y.dtype) for shape in shapes)
     system, fields = _system((y, A, C, A, R, None, d, predicted_mean, predicted_cov), y.dtype)
@@ -267,6 +270,29 @@ def smooth(
     )  # fmt: skip
     del system
     return mean, cov, lag
+
+
+def _shared_means(
+    y: Tensor, A: Tensor, C: Tensor, R: Tensor, d: Tensor | None, predicted_mean: Tensor, predicted_cov: Tensor
+) -> Tensor:
+    """What `reference.smooth` says of means (N, T, n), with a step's series as rows of one matrix."""
+    T, m = y.shape[1:]
+    rows, before, P = y.transpose(0, 1), predicted_mean.transpose(0, 1), predicted_cov[0]
+    e = torch.baddbmm(rows, before, C[0].mT.expand(T, -1, m), alpha=-1)
+    if d is not None:
+        e -= d.transpose(0, 1)
+    seen = ~torch.isnan(rows[:, 0])
+    e.masked_fill_(~seen[:, None], 0.0)
+    C, R = reference.masked(C[0], R[0], seen)
+    S = torch.linalg.cholesky_ex(reference.symmetric(C @ P @ C.mT + R)).L
+    K = torch.cholesky_solve(C @ P, S).mT
+    rest = torch.eye(A.shape[-1], dtype=y.dtype, device=CPU) - K @ C
+    L, PA = (A[0] @ rest).expand_as(P), (rest @ P @ rest.mT + K @ R @ K.mT) @ A[0].mT
+    g = torch.bmm(e, torch.cholesky_solve(C, S))
+    r = torch.zeros_like(g)
+    for t in range(T - 1, 0, -1):
+        torch.addmm(g[t], r[t], L[t], out=r[t - 1])
+    return torch.baddbmm(before, e, K.mT).baddbmm_(r, PA.mT).transpose(0, 1)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
