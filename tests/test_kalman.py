@@ -266,7 +266,7 @@ def test_the_short_way_of_a_step_has_the_bits_of_the_long_one(
     y, A, C, Q, R = (symmetric(v) if k in "QR" else v for k, v in whole.items() if k in "yACQR")
     offsets = {"transition_offset": whole["b"][:, 0], "observation_offset": whole["d"][:, 0]}
     y, A, C, Q, R = (v[:, 0] for v in (y, A, C, Q, R))
-    noise = (torch.linalg.cholesky(Q), torch.linalg.cholesky(R)) if form == "sqrt" else None
+    noise = (square_root(Q), square_root(R)) if form == "sqrt" else None
     found: list[Any] = []
     taken: list[bool] = []
     quick = step.quick_step

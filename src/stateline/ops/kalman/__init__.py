@@ -264,6 +264,7 @@ def _roots(
 
 
 def kernel(y: Tensor, backend: str | None, *args: Any) -> ModuleType:
+    """The module whose functions compute for y and what else is given."""
     if backend is None and y.is_cpu and backends.native_problem() is None:
         return cpu  # what would be chosen, sooner
     return backends.kernel(OP, y.device.type, backend, y.dtype, (y, *args))
