@@ -32,6 +32,8 @@ from stateline.ops.kalman import KalmanState
 
 Array = Any
 OURS, ROOTS = "stateline", "stateline, square roots"
+#: What is imported of packages that are named otherwise.
+MODULES = {"fast_kalman": "kalman"}
 
 
 class System(NamedTuple):
@@ -46,10 +48,10 @@ class System(NamedTuple):
 
 
 class Result(NamedTuple):
-    """mean and variances of the states (N, T, n), log-likelihood (N) or None."""
+    """mean and variances of the states (N, T, n), log-likelihood (N); None for what there is not."""
 
     mean: Array
-    variance: Array
+    variance: Array | None
     loglik: Array | None
 
 
@@ -182,12 +184,66 @@ def _dynamax() -> Any:
     return jax.jit(jax.vmap(one, in_axes=(*(None,) * 6, 0)))
 
 
+def cuthbert(system: System, y: Array) -> Result:
+    """All series at once by vmap, compiled, in square roots; the time of compiling does not count."""
+    import jax
+
+    jax.config.update("jax_enable_x64", y.dtype == np.float64)
+    roots = (np.linalg.cholesky(v).astype(y.dtype) for v in (system.Q, system.R, system.P0))
+    mean, factor, loglik = jax.tree.map(np.asarray, _cuthbert()(system.A, system.C, *roots, system.m0, y))
+    return Result(mean, np.square(factor).sum(-1), loglik)
+
+
+@functools.cache
+def _cuthbert() -> Any:
+    import jax
+
+    return jax.jit(jax.vmap(_cuthbert_one, in_axes=(*(None,) * 6, 0)))
+
+
+def _cuthbert_one(A: Array, C: Array, Q: Array, R: Array, P0: Array, m0: Array, y: Array) -> tuple[Array, ...]:
+    """One series (T, p); Q, R and P0 are factors. Its state begins before the first observation, and the step
+    from there leads from anything to the prior."""
+    from cuthbert import filter as run
+    from cuthbert.gaussian.kalman import build_filter
+    from jax import numpy as jnp
+
+    peer = build_filter(
+        jnp.zeros_like(m0), jnp.eye(len(m0), dtype=y.dtype),
+        lambda t: (jnp.where(t == 0, 0, A), jnp.where(t == 0, m0, 0), jnp.where(t == 0, P0, Q)),
+        lambda t: (C, jnp.zeros(len(C), y.dtype), R, y[t]),
+    )  # fmt: skip
+    steps = jnp.arange(len(y))
+    found = run(peer, steps, peer.init_prepare())
+    return found.mean[1:], found.chol_cov[1:], found.log_normalizing_constant[-1]
+
+
+def fast_kalman(system: System, y: Array) -> Result:
+    """One series after another, of which it tells the last state only; no entry may be missing."""
+    if np.isnan(y).any():
+        raise ValueError("takes no missing entries")
+    means = []
+    for series in y:
+        peer = _fast_kalman(system)
+        peer.correct(series[0].tolist())
+        peer.update_many(series[1:])
+        means.append(np.asarray(peer.x))
+    return Result(np.stack(means)[:, None], None, None)
+
+
+def _fast_kalman(s: System) -> Any:
+    from kalman import LinearKalmanFilter
+
+    A, C, Q, R, m0, P0 = (v.ravel().tolist() for v in s)
+    return LinearKalmanFilter(s.A.shape[0], s.C.shape[0], x=m0, P=P0, F=A, Q=Q, H=C, R=R)
+
+
 def peers() -> dict[str, Filter]:
     """Those that are installed, ours first."""
     known = {"statsmodels": statsmodels, "simdkalman": simdkalman, "torch_kf": torch_kf, "filterpy": filterpy}
-    known |= {"pykalman": pykalman, "dynamax": dynamax}
+    known |= {"pykalman": pykalman, "dynamax": dynamax, "cuthbert": cuthbert, "fast_kalman": fast_kalman}
     roots = {OURS: ours, ROOTS: lambda s, y: ours(s, y, "sqrt")}
-    return roots | {name: run for name, run in known.items() if find_spec(name)}
+    return roots | {name: run for name, run in known.items() if find_spec(MODULES.get(name, name))}
 
 
 # ---- problems --------------------------------------------------------------------------------------------------------
@@ -207,15 +263,18 @@ def random_system(n: int, p: int) -> System:
     return System(A, rng.standard_normal((p, n)) / n**0.5, 0.1 * np.eye(n), 0.5 * np.eye(p), np.zeros(n), np.eye(n))
 
 
-def drawn(s: System, N: int, T: int) -> Array:
-    """N series of T observations (N, T, p)."""
+def drawn(s: System, N: int, T: int, gaps: float = 0.0) -> Array:
+    """N series of T observations (N, T, p), of which a share has nothing seen."""
     rng = np.random.default_rng(1)
     roots = [np.linalg.cholesky(v) for v in (s.Q, s.R, s.P0)]
     h, y = s.m0 + rng.standard_normal((N, len(s.A))) @ roots[2].T, []
     for _ in range(T):
         y.append(h @ s.C.T + rng.standard_normal((N, len(s.C))) @ roots[1].T)
         h = h @ s.A.T + rng.standard_normal((N, len(s.A))) @ roots[0].T
-    return np.stack(y, 1)
+    series = np.stack(y, 1)
+    if gaps:
+        series[rng.random((N, T)) < gaps] = np.nan
+    return series
 
 
 def dense_loglik(s: System, y: Array) -> float:
@@ -260,26 +319,69 @@ def times(seconds: float) -> list[tuple[str, dict[str, str]]]:
     """Rows (case, by package)."""
     small, large = tracking(), random_system(64, 32)
     cases = [
-        ("one series, n = 4, p = 2, T = 10,000", small, 1, 10_000),
-        ("1,000 series, n = 4, p = 2, T = 1,000", small, 1000, 1000),
-        ("one series, n = 64, p = 32, T = 1,000", large, 1, 1000),
+        ("one series, n = 4, p = 2, T = 10,000", small, 1, 10_000, 0.0),
+        ("1,000 series, n = 4, p = 2, T = 1,000", small, 1000, 1000, 0.0),
+        ("the same, a tenth of each series' rows missing", small, 1000, 1000, 0.1),
+        ("one series, n = 64, p = 32, T = 1,000", large, 1, 1000, 0.0),
     ]
+    return [(f"filter: {name}", filters(name, system, drawn(system, N, T, gaps), seconds))
+            for name, system, N, T, gaps in cases] + others(small, seconds)  # fmt: skip
+
+
+def filters(name: str, system: System, y: Array, seconds: float) -> dict[str, str]:
+    """Every package's filter."""
     loops = {"filterpy": 2, "pykalman": 1, "statsmodels": 50}  # series after which a loop over series is extrapolated
-    rows = []
-    for name, system, N, T in cases:
-        y = drawn(system, N, T)
-        row = {}
-        for by, run in peers().items():
-            some = min(N, loops.get(by, N))
-            took = least(functools.partial(run, system, y[:some]), seconds) * N / some
-            row[by] = f"{took:,.3g}" if took < 100 else f"{took:,.0f}"
-            row[by] += "*" if some < N else ""
-            print(f"{name}: {by} {row[by]} ms", file=sys.stderr)
-        rows.append((f"filter: {name}", row))
+    row = {}
+    for by, run in peers().items():
+        some = min(len(y), loops.get(by, len(y)))
+        found = _tried(run, system, y[:some])
+        if isinstance(found, str):
+            row[by] = "–"
+            continue
+        took = least(functools.partial(run, system, y[:some]), seconds) * len(y) / some
+        row[by] = f"{took:,.3g}" if took < 100 else f"{took:,.0f}"
+        row[by] += "*" if some < len(y) else ""
+        row[by] = row[by] if np.isfinite(np.asarray(found.mean)).all() else "NaN"
+        print(f"{name}: {by} {row[by]} ms", file=sys.stderr)
+    return row
+
+
+def others(small: System, seconds: float) -> list[tuple[str, dict[str, str]]]:
+    """Rows that are not of filters alone."""
+    rows = [("gradient of the likelihood in A, C, Q, R: one series, n = 4, p = 2, T = 1,000",
+             gradients(small, drawn(small, 1, 1000), seconds))]  # fmt: skip
     rows.append(("smoother: one series, n = 4, p = 2, T = 10,000", smoothers(small, drawn(small, 1, 10_000), seconds)))
     rows.append(("new observation of one series, n = 4, p = 2", updates(small, 1, seconds)))
     rows.append(("new observation of each of 10,000 series", updates(small, 10_000, seconds)))
     return rows
+
+
+def gradients(s: System, y: Array, seconds: float) -> dict[str, str]:
+    """The log-likelihood and its slopes together, of packages that differentiate it."""
+    leaves = [torch.as_tensor(v).clone().requires_grad_() for v in (s.A, s.C, s.Q, s.R)]
+    A, C, Q, R = leaves
+    model, series = _model(s)._replace(A=A, C=C, Q=Q, R=R), torch.as_tensor(y)
+    work: dict[str, Callable[[], object]] = {}
+    for by, form in ((OURS, "joseph"), (ROOTS, "sqrt")):
+        run = functools.partial(kalman_filter, model, series, form=form, keep="loglik")
+        work[by] = lambda run=run: torch.autograd.grad(run()[0].loglik.sum(), leaves)  # type: ignore[misc]  # a default
+    if find_spec("dynamax") or find_spec("cuthbert"):
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+    if find_spec("dynamax"):
+        dynamax_slope = jax.jit(jax.grad(lambda *v: _dynamax()(*v, s.m0, s.P0, y)[2].sum(), argnums=(0, 1, 2, 3)))
+        work["dynamax"] = lambda: jax.block_until_ready(dynamax_slope(s.A, s.C, s.Q, s.R))
+    if find_spec("cuthbert"):
+        P0 = np.linalg.cholesky(s.P0)
+
+        def likelihood(A: Array, C: Array, Q: Array, R: Array) -> Array:
+            roots = (jax.numpy.linalg.cholesky(v) for v in (Q, R))
+            return _cuthbert()(A, C, *roots, P0, s.m0, y)[2].sum()
+
+        cuthbert_slope = jax.jit(jax.grad(likelihood, argnums=(0, 1, 2, 3)))
+        work["cuthbert"] = lambda: jax.block_until_ready(cuthbert_slope(s.A, s.C, s.Q, s.R))
+    return {by: f"{least(run, seconds):,.3g}" for by, run in work.items()}
 
 
 def smoothers(s: System, y: Array, seconds: float) -> dict[str, str]:
@@ -317,6 +419,15 @@ def updates(s: System, N: int, seconds: float) -> dict[str, str]:
                 peer.predict()
 
         row["filterpy"] = least(loop, seconds) / few * N
+    if find_spec("kalman"):
+        fast, seen, many = _fast_kalman(s), [1.0, 1.0], 1000
+
+        def steps() -> None:
+            for _ in range(many):
+                fast.correct(seen)
+                fast.predict()
+
+        row["fast_kalman"] = least(steps, seconds) / many * N
     return {by: f"{took:,.3g}" + ("*" if by != OURS and N > 1 else "") for by, took in row.items()}
 
 
@@ -343,6 +454,8 @@ def correctness() -> list[tuple[str, dict[str, str]]]:
         found = _tried(run, single, series.astype(np.float32))
         if isinstance(found, str):
             sensor[by] = found
+        elif found.variance is None:
+            sensor[by] = "no variances of every step"
         else:
             error = float(np.abs(np.asarray(found.variance, dtype=float) / truth - 1).max())
             sensor[by] = f"{error:.1g}".replace("nan", "NaN")
@@ -382,7 +495,9 @@ Made by `python -m benchmarks.kalman_peers --out docs/kalman_performance.md`, wi
 Milliseconds of CPU time on one core, the least of several runs, float64. The machine was shared with other work: ratios
 say more than figures. Ours include the log-likelihood, as those of statsmodels, simdkalman and dynamax do; the others'
 do not. \\* extrapolated from a few series of a loop over series. statsmodels stops updating covariances once they have
-settled, which ours never does; dynamax is compiled first, which takes seconds and does not count here.
+settled, which ours never does; dynamax and cuthbert are compiled first, which takes seconds and does not count here.
+fast-kalman returns the last state only, takes no missing entries and at most eight states. Of these packages only ours,
+dynamax and cuthbert differentiate the likelihood; statsmodels evaluates it once or twice for each parameter.
 
 TIMES
 

@@ -133,7 +133,7 @@ __attribute__((constructor)) void choose() {
 
 // The layout of the records that kernels read. Python refuses a library of another layout; count up when a record changes
 // or a kernel is new.
-SL_PUBLIC int sl_layout() { return 3; }
+SL_PUBLIC int sl_layout() { return 4; }
 // Name of the instruction set in use, or an empty string if there is a problem.
 SL_PUBLIC const char* sl_isa() { return chosen ? chosen->name : ""; }
 // Why no instruction set was chosen, or an empty string.

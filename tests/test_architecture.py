@@ -167,7 +167,17 @@ def test_every_op_folder_has_the_same_shape() -> None:
         }
         assert (
             scripts
-            <= {"__init__.py", "reference.py", "cpu.py", "pack.py", "chunked.py", "fuse.py", "smooth.py", "spectrum.py"}
+            <= {
+                "__init__.py",
+                "reference.py",
+                "cpu.py",
+                "pack.py",
+                "chunked.py",
+                "fuse.py",
+                "smooth.py",
+                "spectrum.py",
+                "step.py",
+            }
             | gpu
         ), folder.name
 

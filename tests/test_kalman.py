@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stateline import ops
 from stateline.backends import explain
-from stateline.ops.kalman import Filtered, KalmanState, SquareRootState, State, square_root
+from stateline.ops.kalman import Filtered, KalmanState, SquareRootState, State, square_root, step
 
 RAW = torch.ops.stateline
 FORMS = ["joseph", "sqrt"]
@@ -242,6 +242,49 @@ def test_covariances_are_shared_where_they_can_be(backend: str, form: str) -> No
     assert out.cov is not None
     assert out.cov.stride(0) != 0
     assert not torch.allclose(out.cov[2, 3], out.cov[1, 3])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_leaf_that_is_one_row_in_memory_has_gradients_of_each_row(form: str) -> None:
+    whole = problem(USUAL | {"gaps": "none", "N": 3}).leaves
+    y, A, C, Q, R = (symmetric(v) if k in "QR" else v for k, v in whole.items() if k in "yACQR")
+    n, weights, found = A.shape[-1], torch.arange(1.0, 4.0, dtype=torch.float64)[:, None], []
+    one = torch.eye(n, dtype=torch.float64).expand(3, n, n)
+    for leaf in (one.clone(), one.detach()):
+        leaf.requires_grad_()
+        out, _ = ops.kalman(y, A, C, Q, R, KalmanState(y.new_zeros(3, n), leaf), form=form)
+        found.append(torch.autograd.grad((out.loglik * weights).sum(), leaf)[0])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("b", [1, 9])
+def test_the_short_way_of_a_step_has_the_bits_of_the_long_one(
+    form: str, b: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = problem(USUAL | {"N": b, "t": 1, "offsets": "both", "form": form}).leaves
+    y, A, C, Q, R = (symmetric(v) if k in "QR" else v for k, v in whole.items() if k in "yACQR")
+    offsets = {"transition_offset": whole["b"][:, 0], "observation_offset": whole["d"][:, 0]}
+    y, A, C, Q, R = (v[:, 0] for v in (y, A, C, Q, R))
+    noise = (square_root(Q), square_root(R)) if form == "sqrt" else None
+    found: list[Any] = []
+    taken: list[bool] = []
+    quick = step.quick_step
+
+    def tried(*given: Any) -> Filtered | None:
+        out = quick(*given) if not taken else None  # None: it does not serve
+        taken.append(out is not None)
+        return out
+
+    monkeypatch.setattr(step, "quick_step", tried)
+    for _ in range(2):
+        eye = torch.eye(A.shape[-1], dtype=torch.float64).expand(b, -1, -1).clone()
+        state = (SquareRootState if form == "sqrt" else KalmanState)(y.new_zeros(b, A.shape[-1]), eye)
+        out = ops.kalman_step_(state, y, A, C, Q, R, factors=noise, **offsets)
+        found.append([v for v in (*out, state.mean, state.cov) if v is not None])
+    assert taken == ["cpu" in BACKENDS, False]
+    assert len(found[0]) == len(found[1])
+    assert all(torch.equal(x, z) for x, z in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("form", FORMS)

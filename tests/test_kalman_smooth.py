@@ -11,8 +11,8 @@ from test_kalman import BOUND, USUAL, close, problem, symmetric
 from test_ops import BACKENDS, name_of
 from torch import Tensor
 
+from stateline.ops import kalman_smooth
 from stateline.ops.kalman import cpu, reference
-from stateline.ops.kalman.smooth import kalman_smooth
 
 RAW = torch.ops.stateline
 GRID: dict[str, list[Any]] = {
@@ -128,6 +128,41 @@ def test_transforms_and_shared_covariances() -> None:
     assert together[1].stride(0) == 0
     for a, b in zip(together, apart, strict=True):
         close("shared", a, b, 1e-12)
+
+
+@needs_native
+@pytest.mark.parametrize(("N", "t", "n", "m"), [(2, 1, 1, 1), (5, 7, 4, 2), (3, 4, 9, 3)])
+@pytest.mark.parametrize("gaps", ["none", "same", "all"])
+def test_series_that_share_covariances_follow_the_definition(N: int, t: int, n: int, m: int, gaps: str) -> None:
+    for change in ("one", "time"):
+        s = {
+            "N": N,
+            "t": t,
+            "n": n,
+            "m": m,
+            "gaps": gaps,
+            "start": "one",
+            "A": change,
+            "noise": change,
+            "offsets": "both",
+        }
+        _, (y, A, C, R, d, mean, cov) = operands(s)
+        given = [y, *(v[:1] for v in (A, C, R)), d, mean, cov[:1]]
+        wanted = reference.smooth(*given, shared=True)
+        for dtype in BOUND:
+            got = cpu.smooth(*(None if v is None else v.to(dtype) for v in given), shared=True)  # type: ignore[arg-type]  # in order
+            for name, a, b in zip(("mean", "cov", "lag"), got, wanted, strict=True):
+                close(name, a, b, BOUND[dtype][0] * 10)
+
+
+def test_a_leaf_that_is_one_row_in_memory_has_gradients_of_each_row() -> None:
+    _, (y, A, C, R, d, mean, cov) = operands({"gaps": "none", "start": "one", "t": 2})
+    found = []
+    for leaf in (cov[:1].expand_as(cov).clone(), cov[:1].expand_as(cov)):
+        leaf.requires_grad_()
+        moments = kalman_smooth(y, A, C, R, mean, leaf, observation_offset=d)
+        found.append(torch.autograd.grad(sum(v.square().sum() for v in moments), leaf)[0])  # type: ignore[arg-type]  # not 0
+    torch.testing.assert_close(*found)
 
 
 def test_errors_name_the_argument() -> None:

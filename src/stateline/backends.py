@@ -43,7 +43,7 @@ CHUNKED = ("long_conv", "s4_scan", "ssd", "trapezoid_ssd")
 #: The argument whose dtype decides, where it is not the first: a scan computes in the precision of its A.
 DECIDES = {"gated_scan": 2, "linear_scan": 1, "selective_scan": 2, "ssd": 2, "trapezoid_ssd": 2}
 #: What `sl_layout` of a fitting library says.
-LAYOUT = 3
+LAYOUT = 4
 REBUILD = "Reinstall stateline, or build it again."
 
 _forked = False

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
 
 
 def fail(op: str, problem: str, remedy: str = "", *, error: type[Exception] = ValueError) -> Exception:
@@ -82,6 +83,23 @@ def same_device(op: str, tensors: Mapping[str, Tensor | None]) -> None:
             )
 
 
+def slots(op: str, sizes: Sizes, state: Tensor, index: Tensor | None) -> None:
+    """Check a step form's state and slot index; reads the index's values only on CPU tensors outside tracing."""
+    if not state.is_contiguous():
+        raise fail(op, "state is not contiguous.", "It is written in place: keep it as state.contiguous().")
+    rows, b = state.shape[0], sizes["b"]
+    if index is None:
+        if rows != b:
+            raise fail(op, f"state has {rows} rows for a batch of {b}.", "Give index= to pick rows.")
+        return
+    sizes.match("index", index, "b")
+    dtype(op, "index", index, INTEGERS)
+    if can_read(index) and b:
+        used = [i for i in index.tolist() if i >= 0]
+        if used and (max(used) >= rows or len(set(used)) < len(used)):
+            raise fail(op, f"index is {index.tolist()}, expected distinct slots below {rows} (negative: skip).")
+
+
 def choice(op: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
@@ -109,6 +127,14 @@ def number(
         bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
         bounds += [f"at most {high:g}"] if high < math.inf else []
         raise fail(op, f"{name} is {value!r}, expected {kind} {' and '.join(bounds) or 'that is finite'}.")
+
+
+def probability(op: str, name: str, value: float) -> None:
+    """Raise unless `value` is a number strictly between 0 and 1."""
+    number(op, name, value)
+    if not 0 < value < 1:
+        remedy = f"In per cent it would be {value:g} %: give {value / 100:g}." if 1 < value < 100 else ""
+        raise fail(op, f"{name} is {value!r}, expected a probability between 0 and 1, such as 0.95.", remedy)
 
 
 def can_read(tensor: Tensor) -> bool:

@@ -6,7 +6,6 @@ Shapes follow the model's: series y (…, T, m), inputs u (…, T, p), moments (
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from stateline import checks
 from stateline.classical.model import Frame, StateSpace, check, times
 from stateline.classical.parallel import parallel_filter
-from stateline.ops.kalman import FORMS, KEEPS, Filtered, KalmanState, SquareRootState, State, kalman
+from stateline.ops.kalman import FORMS, KEEPS, Filtered, KalmanState, SquareRootState, State, exact, kalman
 
 
 class Flat(NamedTuple):
@@ -45,9 +44,9 @@ class Forecast(NamedTuple):
     state_cov: Tensor
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Lower and upper ends (…, T, m) between which each observed value lies with probability `level`."""
-        checks.number("interval", "level", level, low=0.0, high=1.0)
-        half = torch.special.ndtri(self.mean.new_tensor((1 + level) / 2))
+        """Lower and upper ends (…, T, m) between which each observed value lies with probability `level` in (0, 1)."""
+        checks.probability("interval", "level", level)
+        half = -float(torch.special.ndtri(torch.tensor((1 - level) / 2, dtype=torch.float64, device="cpu")))
         deviation = half * self.cov.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         return self.mean - deviation, self.mean + deviation
 
@@ -174,17 +173,23 @@ def drive(M: Tensor, u: Tensor) -> Tensor:
     return u @ M.mT if M.dim() == 2 else times(M, u)
 
 
-def exact(like: Tensor) -> Any:
-    """Autocast off where `like` lives: what is estimated keeps its digits."""
-    on = torch.is_autocast_enabled(like.device.type)
-    return torch.autocast(like.device.type, enabled=False) if on else contextlib.nullcontext()
+def filter_by_factors(
+    model: StateSpace, factors: tuple[Tensor, Tensor], y: Tensor, u: Tensor | None, state: State
+) -> tuple[Filtered, State]:
+    """`kalman_filter` in square-root form with factors of Q (n, n) and R (m, m) that are at hand."""
+    flat = flatten("kalman_filter", model, y, u, state, "sqrt")
+    Q, R = factors
+    return shaped(flat, *run(flat, "sqrt", "all", None, (Q[None, None], R[None, None])))
 
 
-def run(flat: Flat, form: str, keep: str, backend: str | None) -> tuple[Filtered, State]:
+def run(
+    flat: Flat, form: str, keep: str, backend: str | None, factors: tuple[Tensor, Tensor] | None = None
+) -> tuple[Filtered, State]:
     """The operation on flattened series."""
     return kalman(
         flat.y, flat.A, flat.C, flat.Q, flat.R, flat.state, transition_offset=flat.transition_offset,
-        observation_offset=flat.observation_offset, form=form, keep=keep, backend=backend,
+        observation_offset=flat.observation_offset, form=form, factors=factors, keep=keep,
+        backend=backend,
     )  # fmt: skip
 
 

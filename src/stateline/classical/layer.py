@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stateline import checks, state
+from stateline import checks
 from stateline.checks import Sizes
-from stateline.classical.kalman import exact, kalman_filter
+from stateline.classical.kalman import filter_by_factors, kalman_filter
 from stateline.classical.model import StateSpace, validate
 from stateline.ops.kalman import (
     FORMS,
@@ -18,10 +17,11 @@ from stateline.ops.kalman import (
     KalmanState,
     SquareRootState,
     State,
-    advance,
     check_state,
+    exact,
     square_root,
 )
+from stateline.ops.kalman.step import advance, quick_step
 
 OP = "KalmanFilter"
 
@@ -78,7 +78,6 @@ class KalmanFilter(nn.Module):
         for name in ("Q", "R", "P0"):
             root = square_root(getattr(model, name), OP, name)
             self.register_parameter(f"{name}_factor", nn.Parameter(root))
-        self._kept: tuple[Any, tuple[Any, ...]] | None = None
 
     def model(self) -> StateSpace:
         """The model as it is now, differentiable."""
@@ -88,21 +87,30 @@ class KalmanFilter(nn.Module):
 
     def init_state(self, batch: int, *, device: torch.device | str | None = None) -> State:
         """What is known before the first observation, one row a series."""
+        checks.number(OP, "batch", batch, low=0, integer=True)
         with torch.no_grad():
-            P0 = self.P0_factor.tril()
-            second = square_root(P0 @ P0.mT, OP, "P0") if self.form == "sqrt" else P0 @ P0.mT
-            n = len(self.m0)
-            parts = (self.m0.expand(batch, n).clone(), second.expand(batch, n, n).contiguous())
-        kind = SquareRootState if self.form == "sqrt" else KalmanState
-        return kind(*(v.to(device) if device is not None else v for v in parts))
+            start, n = self._start(), len(self.m0)
+            second = start.factor if isinstance(start, SquareRootState) else start.cov
+            parts = (self.m0.detach().expand(batch, n).clone(), second.expand(batch, n, n).contiguous())
+        return type(start)(*(v.to(device) if device is not None else v for v in parts))
+
+    def _start(self) -> State:
+        """The state before the first observation, differentiable, without rows of series."""
+        if self.form == "joseph":
+            with exact(self.m0):
+                return KalmanState(self.m0, self.P0_factor.tril() @ self.P0_factor.tril().mT)
+        F = self.P0_factor.tril()
+        return SquareRootState(self.m0, F * torch.where(F.diagonal() < 0, -1.0, 1.0).to(F))
 
     def forward(self, y: Tensor, u: Tensor | None = None) -> Filtered:
         """Moments of each series y (b, T, m) from its first observation on; u (b, T, p). As of `kalman_filter`."""
-        return kalman_filter(self.model(), y, u, form=self.form)[0]
+        return self.extend(y, self._start(), u)[0]
 
     def extend(self, y: Tensor, state: State, u: Tensor | None = None) -> tuple[Filtered, State]:
         """Go on from `state` (b rows) with observations y (b, T, m), inputs u (b, T, p); moments and the new state."""
-        return kalman_filter(self.model(), y, u, initial_state=state, form=self.form)
+        if self.form == "joseph":
+            return kalman_filter(self.model(), y, u, initial_state=state)
+        return filter_by_factors(self.model(), (self.Q_factor.tril(), self.R_factor.tril()), y, u, state)
 
     def update(self, y: Tensor, state: State, u: Tensor | None = None) -> tuple[Filtered, State]:
         """Go on by one observation y (b, m), input u (b, p): mean (b, n), cov (b, n, n), loglik (b), and the new state.
@@ -116,24 +124,45 @@ class KalmanFilter(nn.Module):
         return self.update_(y, state, u), state
 
     def update_(self, y: Tensor, state: State, u: Tensor | None = None, *, index: Tensor | None = None) -> Filtered:
-        """`update` in place, without gradient, for streams: some microseconds a call.
+        """`update` in place, without gradient, for streams: some microseconds a call on a CPU.
 
         state: any number of rows. index (b): the row of each y, negative to skip it; None: row i.
         """
-        sizes = Sizes(OP)
+        find = self._parameters.get  # past the module's search for attributes, which takes longer than the step
+        A, C, Q, R, B, D = find("A"), find("C"), find("Q_factor"), find("R_factor"), find("B"), find("D")
+        if index is None and A is not None and C is not None and Q is not None and R is not None:
+            plain = u is None and B is None and D is None
+            if plain and (self.form == "sqrt" or not isinstance(state, SquareRootState)):
+                out = quick_step(state, y, (A, C, Q, R), (None, None), triangles=True)
+                if out is not None:
+                    return out
+        with torch.no_grad():
+            return self._update(y, state, u, index)
+
+    def _update(self, y: Tensor, state: State, u: Tensor | None, index: Tensor | None) -> Filtered:
+        """`update_` on any device, with every check."""
+        sizes, B, D = Sizes(OP), self.B, self.D
         sizes.bind("n", self.m0.shape[0], "the model")
         sizes.bind("m", self.C.shape[0], "the model")
         sizes.match("y", y, "b m")
         checks.dtype(OP, "y", y, (self.m0.dtype,), "Observations and model share one dtype.")
         check_state(OP, sizes, y, state, self.form, "slots")
         checks.same_device(OP, {"the model": self.m0, "y": y, "state": state.mean, "u": u, "index": index})
-        A, C, Q, R, B, D = self._system(isinstance(state, SquareRootState))
         if u is not None or B is not None or D is not None:
-            sizes.bind("p", (B if B is not None else D).shape[1] if B is not None or D is not None else 0, "the model")
+            p = next((int(M.shape[1]) for M in (B, D) if M is not None), 0)
+            sizes.bind("p", p, "the model")
             sizes.match("u", u, "b p", "Zeros are given as zeros.")  # type: ignore[arg-type]  # None is refused there
         with exact(y):
             b, d = (None if u is None or M is None else u @ M.mT for M in (B, D))
-        return advance(sizes, state, y, (A, C, Q, R, b, d), index, None)
+        if index is None:
+            system = (self.A, self.C, self.Q_factor, self.R_factor)
+            if (out := quick_step(state, y, system, (b, d), triangles=True)) is not None:
+                return out
+        model = self.model()
+        roots = isinstance(state, SquareRootState)
+        noise = (self.Q_factor.tril(), self.R_factor.tril()) if roots else (model.Q, model.R)
+        rows = (v[None] for v in (model.A, model.C, *noise))
+        return advance(sizes, state, y, (*rows, b, d), index, None)
 
     def extra_repr(self) -> str:
         m, n = self.C.shape
@@ -143,21 +172,8 @@ class KalmanFilter(nn.Module):
         second = state.factor if isinstance(state, SquareRootState) else state.cov
         return [*self.parameters(), y, state.mean, second, *([] if u is None else [u])]
 
-    def _system(self, roots: bool) -> tuple[Any, ...]:
-        """A, C, Q, R (or square roots of Q and R), B and D as the step takes them; kept until a parameter changes."""
-        key = [(p.data_ptr(), p._version) for p in self._parameters.values() if p is not None]
-        if self._kept is None or self._kept[0] != (key, roots):
-            with torch.no_grad():
-                model = self.model()
-                noise = (square_root(v, OP) for v in (model.Q, model.R)) if roots else (model.Q, model.R)
-                system = tuple(v.detach()[None] for v in (model.A, model.C, *noise))
-                inputs = tuple(None if v is None else v.detach() for v in (model.B, model.D))
-            self._kept = ((key, roots), (*system, *inputs))
-        return self._kept[1]
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KalmanFilter:
         """What `.to`, `.half()` and the like do, except that nothing falls below float32."""
-        self._kept = None
 
         def careful(v: Tensor) -> Tensor:
             moved = fn(v)
@@ -170,5 +186,8 @@ class KalmanFilter(nn.Module):
 
 def _copy(given: State) -> State:
     """A copy in memory of its own, each row apart."""
-    copied: State = state.clone(given)
-    return copied
+    if not isinstance(given, KalmanState | SquareRootState):
+        return given  # the step says what is wrong
+    second = given.factor if isinstance(given, SquareRootState) else given.cov
+    whole = torch.contiguous_format
+    return type(given)(given.mean.clone(memory_format=whole), second.clone(memory_format=whole))

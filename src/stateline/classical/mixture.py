@@ -60,9 +60,7 @@ class StructuralForecast:
         """
         if isinstance(q, list):
             return np.stack([self.quantile(one) for one in q])
-        checks.number("quantile", "q", q, low=0.0, high=1.0, open_low=True)
-        if q == 1:
-            raise checks.fail("quantile", "q is 1, expected less.", "There is no largest value.")
+        checks.probability("quantile", "q", q)
         ends = self.location + self.deviation * torch.special.ndtri(torch.tensor(q, dtype=torch.float64))
         ends = self._back(ends)
         used = self._weights() > 0
@@ -75,8 +73,8 @@ class StructuralForecast:
         return _array(low + (high - low) / 2)
 
     def interval(self, level: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Lower and upper ends (N, S) between which each value lies with probability `level`."""
-        checks.number("interval", "level", level, low=0.0, high=1.0, open_low=True)
+        """Lower and upper ends (N, S) between which each value lies with probability `level` in (0, 1)."""
+        checks.probability("interval", "level", level)
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 
     def _weights(self) -> Tensor:

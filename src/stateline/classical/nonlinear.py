@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical.kalman import exact
-from stateline.ops.kalman import Filtered, KalmanState
+from stateline.ops.kalman import Filtered, KalmanState, exact
 from stateline.ops.kalman.reference import joseph_correct, joseph_predict, outer, symmetric
 
 Function = Callable[..., Tensor]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical.kalman import Flat, exact, flatten, run, shaped
+from stateline.classical.kalman import Flat, flatten, run, shaped
 from stateline.classical.model import StateSpace, simulate, times
-from stateline.ops.kalman import FORMS, Filtered, State, square_root
+from stateline.ops.kalman import FORMS, Filtered, SquareRootState, State, exact, square_root
 from stateline.ops.kalman.reference import lower
 from stateline.ops.kalman.smooth import kalman_smooth
 
@@ -98,6 +98,7 @@ def posterior_sample(
     u: Tensor | None = None,
     *,
     samples: int = 1,
+    initial_state: State | None = None,
     form: str = "joseph",
     generator: torch.Generator | None = None,
     backend: str | None = None,
@@ -105,7 +106,12 @@ def posterior_sample(
     """Whole paths of the state (samples, …, T, n) drawn from their distribution given all observations. No gradient.
 
     A path of the model is drawn first, then moved by what the smoother makes of the difference between its observations
-    and y; singular covariances are nothing special. `generator`: one seed on one machine gives the same paths again.
+    and y; singular covariances are nothing special.
+
+    Args:
+        initial_state: what an earlier call returned, to go on there; None starts from m0, P0.
+        generator: one seed on one machine gives the same paths again.
+        others: as in `kalman_filter`.
 
     Raises:
         ValueError, TypeError: as `kalman_smoother`.
@@ -113,11 +119,17 @@ def posterior_sample(
     op = "posterior_sample"
     checks.number(op, "samples", samples, low=1, integer=True)
     with torch.no_grad(), exact(y):
-        batch = flatten(op, model, y, u, None, form).batch
+        batch = flatten(op, model, y, u, initial_state, form).batch
+        start = None
+        if initial_state is not None:
+            model = model._replace(m0=initial_state.mean, P0=initial_state.cov)
+            second = initial_state.factor if isinstance(initial_state, SquareRootState) else initial_state.cov
+            start = type(initial_state)(torch.zeros_like(initial_state.mean), second)
         h, drawn = simulate(model, y.shape[-2], u, batch=(samples, *batch), generator=generator)
         # The smoother is affine in y: for the difference of two series, means and inputs cancel.
         centred = model._replace(B=None, D=None, m0=torch.zeros_like(model.m0))
-        return h + kalman_smoother(centred, y - drawn, form=form, backend=backend).mean
+        moved = kalman_smoother(centred, y - drawn, initial_state=start, form=form, backend=backend)
+        return h + moved.mean
 
 
 # ---- square-root form ------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from stateline.ops.causal_conv1d import causal_conv1d, causal_conv1d_step_
 from stateline.ops.cross_entropy import cross_entropy
 from stateline.ops.gated_scan import gated_scan, gated_scan_step_
-from stateline.ops.kalman import kalman, kalman_step_
+from stateline.ops.kalman import kalman
+from stateline.ops.kalman.smooth import kalman_smooth
+from stateline.ops.kalman.step import kalman_step_
 from stateline.ops.linear_scan import linear_scan, linear_scan_step_
 from stateline.ops.long_conv import fuse_cascade, fuse_parallel, long_conv, long_conv_step_
 from stateline.ops.packed_linear import packed_linear
@@ -24,6 +26,7 @@ __all__ = [
     "gated_scan",
     "gated_scan_step_",
     "kalman",
+    "kalman_smooth",
     "kalman_step_",
     "linear_scan",
     "linear_scan_step_",

@@ -55,18 +55,21 @@ def _direct(op: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., An
     def direct(*args: Any) -> Any:
         if WRITES_OUT and torch.compiler.is_dynamo_compiling():
             _announce()
-        if (
-            torch.compiler.is_compiling()
-            or not _plain(args)
-            or torch._C._get_tracing_state()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._are_functorch_transforms_active()
-            or torch.autograd._profiler_enabled()
-        ):
-            return op(*args)
-        return run(*args)
+        return run(*args) if seen_by_nobody(args) else op(*args)
 
     return direct
+
+
+def seen_by_nobody(args: Sequence[Any]) -> bool:
+    """Whether an op's memory may be read and written at once: plain tensors, and nothing that traces or transforms."""
+    return not (
+        torch.compiler.is_compiling()
+        or not _plain(args)
+        or torch._C._get_tracing_state()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _announce() -> bool:
@@ -110,12 +113,15 @@ def _counted(run: Callable[..., Any], mutable: int) -> Callable[..., Any]:
     @functools.wraps(run)
     def counted(*args: Any) -> Any:
         out = run(*args)
-        for state in args[:mutable]:
-            if not state.is_inference():
-                torch.autograd.graph.increment_version(state)
+        count_write(*args[:mutable])
         return out
 
     return counted
+
+
+def count_write(*written: torch.Tensor) -> None:
+    """Tell autograd that tensors were written behind its back."""
+    torch.autograd.graph.increment_version([v for v in written if not v.is_inference()])
 
 
 def _one_by_one(op: Callable[..., Any], info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:

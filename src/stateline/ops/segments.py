@@ -9,9 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from stateline.checks import can_read, choice, fail
-
-INTEGERS = (torch.int32, torch.int64)
+from stateline.checks import INTEGERS, can_read, choice, fail
 
 
 @dataclass(frozen=True)

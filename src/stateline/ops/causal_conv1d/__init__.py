@@ -15,7 +15,6 @@ from stateline.checks import Sizes
 from stateline.ops import parts
 from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.segments import Segments, build
-from stateline.ops.selective_scan import check_slots
 
 OP = "causal_conv1d"
 STEP = "causal_conv1d_step_"
@@ -117,7 +116,7 @@ def causal_conv1d_step_(
     _check_taps(STEP, sizes, x, weight, bias, activation)
     sizes.match("state", state, "slots k-1 d")
     _check_state(STEP, "state", state, x)
-    check_slots(STEP, sizes, state, index)
+    checks.slots(STEP, sizes, state, index)
     checks.same_device(STEP, {"x": x, "weight": weight, "bias": bias, "state": state, "index": index})
     with torch.no_grad():
         return _step(state, x, weight, bias, activation == "silu", index, backend)

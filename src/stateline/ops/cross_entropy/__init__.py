@@ -11,7 +11,6 @@ from torch.autograd import Function
 from stateline import backends, checks
 from stateline.checks import Sizes
 from stateline.ops.library import call, define, first_only
-from stateline.ops.segments import INTEGERS
 
 OP = "cross_entropy"
 #: Bounds of ignore_index, so that kernels may keep it in 32 bits.
@@ -47,7 +46,7 @@ def cross_entropy(
     sizes.match("logits", logits, "r v")
     sizes.match("targets", targets, "r")
     checks.dtype(OP, "logits", logits, checks.REAL_DTYPES)
-    checks.dtype(OP, "targets", targets, INTEGERS, "Targets are column numbers.")
+    checks.dtype(OP, "targets", targets, checks.INTEGERS, "Targets are column numbers.")
     if classes is None:
         classes = logits.shape[1]
     checks.number(OP, "classes", classes, low=1, high=logits.shape[1], integer=True)

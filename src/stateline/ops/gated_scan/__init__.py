@@ -14,7 +14,6 @@ from stateline import backends, checks
 from stateline.checks import Sizes
 from stateline.ops.library import call, define, first_only_of
 from stateline.ops.segments import build
-from stateline.ops.selective_scan import check_slots
 
 OP = "gated_scan"
 STEP = "gated_scan_step_"
@@ -94,7 +93,7 @@ def gated_scan_step_(
     _check_system(STEP, sizes, "b", v, g, A, activation)
     sizes.match("state", state, "slots n")
     _check_state(STEP, "state", state, A)
-    check_slots(STEP, sizes, state, index)
+    checks.slots(STEP, sizes, state, index)
     checks.same_device(STEP, {"v": v, "g": g, "A": A, "state": state, "index": index})
     with torch.no_grad():
         return _step(state, v, g, A, activation, index, backend).to(v.dtype)

@@ -14,12 +14,11 @@ from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
+from stateline.ops.kalman import cpu
 from stateline.ops.kalman.reference import DROPPED, RESULTS, square_root
 from stateline.ops.library import call, define, first_only, first_only_of, or_empty
-from stateline.ops.selective_scan import check_slots
 
 OP = "kalman"
-STEP = "kalman_step_"
 DTYPES = (torch.float32, torch.float64)
 FORMS = ("joseph", "sqrt")
 KEEPS = ("all", "filtered", "loglik")
@@ -138,7 +137,7 @@ def kalman(
     sizes = Sizes(OP)
     sizes.match("y", y, "N T m")
     offsets = {"transition_offset": transition_offset, "observation_offset": observation_offset}
-    _check_system(OP, sizes, y, A, C, Q, R, offsets, form, factors)
+    check_system(OP, sizes, y, A, C, Q, R, offsets, form, factors)
     checks.choice(OP, "keep", keep, KEEPS)
     check_state(OP, sizes, y, initial_state, form, "N")
     given = {"y": y, "A": A, "C": C, "Q": Q, "R": R, "initial_state": initial_state.mean}
@@ -168,64 +167,10 @@ def kalman(
     return out, KalmanState(mean_next, last) if form == "joseph" else SquareRootState(mean_next, last)
 
 
-def kalman_step_(
-    state: State,
-    y: Tensor,
-    A: Tensor,
-    C: Tensor,
-    Q: Tensor,
-    R: Tensor,
-    *,
-    transition_offset: Tensor | None = None,
-    observation_offset: Tensor | None = None,
-    factors: tuple[Tensor, Tensor] | None = None,
-    index: Tensor | None = None,
-    backend: str | None = None,
-) -> Filtered:
-    """Take one observation a series into `state` in place; mean (b, n), cov (b, n, n) given it, and loglik (b).
-
-    Args:
-        state: `KalmanState`, or `SquareRootState` for the form by factors, of any number of rows, contiguous.
-        y: (b, m), NaN: missing.   A: (·, n, n), C: (·, m, n), Q: (·, n, n), R: (·, m, m), the first dimension b or 1.
-        transition_offset: (·, n).   observation_offset: (·, m).
-        factors: square roots of Q and R, as in `kalman`; without them they are computed for every call.
-        index: (b) distinct rows of the state; a negative one skips: its results are 0 and no row is touched. None: all.
-
-    Predicted moments are in the state: None here. No gradient: for streams.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came; as `kalman` for a failed step.
-    """
-    sizes = Sizes(STEP)
-    sizes.match("y", y, "b m")
-    form = "sqrt" if isinstance(state, SquareRootState) else "joseph"
-    offsets = {"transition_offset": transition_offset, "observation_offset": observation_offset}
-    _check_system(STEP, sizes, y, A, C, Q, R, offsets, form, factors)
-    check_state(STEP, sizes, y, state, form, "slots")
-    checks.same_device(STEP, {"y": y, "A": A, "C": C, "Q": Q, "R": R, "state": state.mean, "index": index} | offsets)
-    with torch.no_grad():
-        if form == "sqrt" and factors is None:
-            factors = square_root(Q, STEP, "Q"), square_root(R, STEP, "R")
-        noise = factors or (Q, R)
-        return advance(sizes, state, y, (A, C, *noise, transition_offset, observation_offset), index, backend)
-
-
-def advance(
-    sizes: Sizes, state: State, y: Tensor, system: tuple[Tensor | None, ...], index: Tensor | None, backend: str | None
-) -> Filtered:
-    """`kalman_step_` with a system that is known to fit y and state: A, C, Q, R (or their roots), b, d."""
-    root = isinstance(state, SquareRootState)
-    second = state.factor if isinstance(state, SquareRootState) else state.cov
-    check_slots(STEP, sizes, state.mean, index)
-    check_slots(STEP, sizes, second, index)
-    mean, cov, loglik = _step(state.mean, second, y, *system, index, "sqrt" if root else "joseph", backend)
-    return Filtered(mean, cov @ cov.mT if root else cov, None, None, loglik, cov if root else None)
-
-
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_system(
+def check_system(
     op: str, sizes: Sizes, y: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor,
     offsets: dict[str, Tensor | None], form: str, factors: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
@@ -279,12 +224,17 @@ def _shared(y: Tensor, system: Sequence[Tensor], state: State) -> bool:
     if y.shape[0] < 2 or any(v.shape[0] != 1 for v in system) or not checks.can_read(y):
         return False
     cov = state.factor if isinstance(state, SquareRootState) else state.cov
-    if cov.stride(0) != 0 and (cov.requires_grad or not checks.can_read(cov) or not bool((cov == cov[:1]).all())):
+    if not expanded(cov) and (cov.requires_grad or not checks.can_read(cov) or not bool((cov == cov[:1]).all())):
         return False
     if not bool(torch.isnan(y.detach().sum())):  # no entry is missing
         return True
     holes = torch.isnan(y)
     return bool((holes == holes[:1]).all())
+
+
+def expanded(v: Tensor) -> bool:
+    """Whether all rows are one in memory and the gradients of each go into one sum: not so in a leaf of that shape."""
+    return v.stride(0) == 0 and not (v.requires_grad and v.is_leaf)
 
 
 def _roots(
@@ -301,15 +251,20 @@ def _roots(
 # ---- raw ops ---------------------------------------------------------------------------------------------------------
 
 
-def _kernel(y: Tensor, backend: str | None, *args: Any) -> ModuleType:
+def kernel(y: Tensor, backend: str | None, *args: Any) -> ModuleType:
+    """The module whose functions compute for y and what else is given."""
+    if backend is None and y.is_cpu and backends.native_problem() is None:
+        return cpu  # what would be chosen, sooner
     return backends.kernel(OP, y.device.type, backend, y.dtype, (y, *args))
 
 
-def _raise_failed(info: Tensor, form: str, what: str) -> None:
+def raise_failed(info: Tensor | list[int], form: str, what: str) -> None:
     """Raise if `info` (series, step) says so; not read on devices that would have to be waited for."""
-    if info.device.type != "cpu":
-        return
-    series, step = info.tolist()
+    if isinstance(info, Tensor):
+        if info.device.type != "cpu":
+            return
+        info = info.tolist()
+    series, step = info
     if step >= 0:
         where = f"series {series}" + (f" at step {step}" if what == OP else "")
         problem = f"the innovation covariance C P Cᵀ + R of {where} is not positive definite."
@@ -323,10 +278,10 @@ def _remedy(form: str) -> str:
 
 def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *system, form, keep, shared, backend = args
-    with _exact(y):
-        module = _kernel(y, backend, *system, form)
+    with exact(y):
+        module = kernel(y, backend, *system, form)
         *results, info = module.forward(y, *system, form=form, keep=keep, shared=shared)
-    _raise_failed(info, form, OP)
+    raise_failed(info, form, OP)
     if y.is_cuda:
         results[:5] = [v if v is None else _steps_first(v) for v in results[:5]]
     return tuple(or_empty(v, y) for v in results)
@@ -339,20 +294,12 @@ def _steps_first(v: Tensor) -> Tensor:
 
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     grads, y, rest, (shared, backend) = args[:7], args[7], args[8:-2], args[-2:]
-    with _exact(y):
-        found = _kernel(y, backend, *rest).backward(grads, y, *rest, shared=shared)
+    with exact(y):
+        found = kernel(y, backend, *rest).backward(grads, y, *rest, shared=shared)
     return tuple(or_empty(v, y) for v in found)
 
 
-def _run_step(mean: Tensor, cov: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    y, *system, index, form, backend = args
-    with _exact(y):
-        *results, info = _kernel(y, backend, *system, form).step(y, *system, mean, cov, index, form=form)
-    _raise_failed(info, form, STEP)
-    return tuple(results)
-
-
-def _exact(y: Tensor) -> Any:
+def exact(y: Tensor) -> Any:
     """Autocast off: products of covariances keep their digits."""
     on = torch.is_autocast_enabled(y.device.type)
     return torch.autocast(y.device.type, enabled=False) if on else contextlib.nullcontext()
@@ -377,29 +324,18 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     return tuple(y.new_empty((0,) if v is None else v.shape) for v in args[7:16])
 
 
-def _fake_step(mean: Tensor, cov: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    b, n = y.shape[0], mean.shape[1]
-    return y.new_empty((b, n)), y.new_empty((b, n, n)), y.new_empty((b,))
-
-
-_SYSTEM = "Tensor y, Tensor A, Tensor C, Tensor Q, Tensor R, Tensor? b, Tensor? d"
+SYSTEM = "Tensor y, Tensor A, Tensor C, Tensor Q, Tensor R, Tensor? b, Tensor? d"
 _SEVEN = ", ".join(["Tensor"] * 7)
 _forward = define(
-    f"{OP}({_SYSTEM}, Tensor mean0, Tensor cov0, str form, str keep, bool shared, str? backend) -> ({_SEVEN})",
+    f"{OP}({SYSTEM}, Tensor mean0, Tensor cov0, str form, str keep, bool shared, str? backend) -> ({_SEVEN})",
     _run,
     _fake,
 )
 _backward = define(
-    f"{OP}_backward({', '.join(f'Tensor? d{i}' for i in range(7))}, {_SYSTEM}, Tensor mean0, Tensor cov0, "
+    f"{OP}_backward({', '.join(f'Tensor? d{i}' for i in range(7))}, {SYSTEM}, Tensor mean0, Tensor cov0, "
     f"Tensor predicted_mean, Tensor predicted_cov, bool shared, str? backend) -> ({_SEVEN}, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
-)
-_step = define(
-    f"{STEP}(Tensor(a!) mean, Tensor(b!) cov, {_SYSTEM}, Tensor? index, str form, str? backend) -> "
-    "(Tensor, Tensor, Tensor)",
-    _run_step,
-    _fake_step,
 )
 
 
@@ -444,11 +380,18 @@ class _Kalman(Function):
         *saved, predicted_mean, predicted_cov = ctx.saved_tensors
         inputs, roots = tuple(saved[:9]), tuple(saved[9:])
         form, _, shared, backend = ctx.options
-        if predicted_mean is None:  # a transform wanted a derivative that forward did not see coming
-            predicted_mean, predicted_cov = _filter(inputs, roots, form, "all", shared, backend)[2:4]
-        args = (*grads[:7], *inputs, predicted_mean, predicted_cov)
         if form == "sqrt":  # covariances of such systems need the digits that their factors had
-            args = tuple(None if v is None else v.double() for v in args)
+            y, A, C, _, _, *rest, _ = (None if v is None else v.double() for v in inputs)
+            wide = tuple(v.double() for v in roots)
+            Q, R, cov0 = (F @ F.mT for F in wide)
+            moments = y, A, C, Q, R, *rest, cov0
+            if predicted_mean is None or inputs[0].dtype is torch.float32:
+                predicted_mean, predicted_cov = _filter(moments, wide, form, "all", shared, backend)[2:4]
+            args = (*(None if v is None else v.double() for v in grads[:7]), *moments, predicted_mean, predicted_cov)
+        else:
+            if predicted_mean is None:  # a transform wanted a derivative that forward did not see coming
+                predicted_mean, predicted_cov = _filter(inputs, roots, form, "all", shared, backend)[2:4]
+            args = (*grads[:7], *inputs, predicted_mean, predicted_cov)
         found = _backward(*args, shared, backend)
         found = tuple(v.to(inputs[0].dtype) for v in found)
         return (*first_only_of(OP, inputs, found, *(v for v in grads[:7] if v is not None)), *[None] * 7)

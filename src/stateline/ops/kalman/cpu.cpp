@@ -196,11 +196,46 @@ int filter(const Args& a) {
 
 }  // namespace
 
+namespace {
+
+// The lower triangle of F (k, k) in `to`, or its product with its transpose.
+template <class R>
+void triangle_of(R* to, const R* F, int64_t k, bool product) {
+    for (int64_t i = 0; i < k * k; i++) to[i] = 0;
+    if (!product) {
+        for (int64_t i = 0; i < k; i++)
+            for (int64_t j = 0; j <= i; j++) to[i * k + j] = F[i * k + j];
+        return;
+    }
+    R* column = to + k * k;  // column by column, so that rows of `to` are added side by side
+    for (int64_t c = 0; c < k; c++) {
+        for (int64_t i = c; i < k; i++) column[i] = F[i * k + c];
+        for (int64_t i = c; i < k; i++)
+            for (int64_t j = c; j <= i; j++) to[i * k + j] += column[i] * column[j];
+    }
+    for (int64_t i = 0; i < k; i++)
+        for (int64_t j = i + 1; j < k; j++) to[i * k + j] = to[j * k + i];
+}
+template <class R>
+void take_triangles(Args& a, char* memory) {
+    const bool product = !a.factors;
+    R *Q = (R*)memory, *S = Q + a.n * a.n + a.n;
+    triangle_of(Q, (const R*)a.Q.data, a.n, product);
+    triangle_of(S, (const R*)a.R.data, a.m, product);
+    a.Q.data = (char*)Q, a.R.data = (char*)S;
+}
+
+}  // namespace
+
 // One observation of each row of y; index picks rows of the state, a negative one skips.
 static int one_step(const Args& given) {
-    int64_t* memory = (int64_t*)malloc(2 * sizeof(int64_t) * (given.series + 1));
-    if (!memory) return SL_NO_MEMORY;
     Args a = given;
+    a.factors = given.factors & 1;
+    const bool triangles = given.factors & 2;
+    const size_t rows = 2 * sizeof(int64_t) * (given.series + 1), numbers = (a.n + 1) * a.n + (a.m + 1) * a.m;
+    int64_t* memory = (int64_t*)malloc(rows + triangles * numbers * sizeof(double));
+    if (!memory) return SL_NO_MEMORY;
+    if (triangles) (a.is_double ? take_triangles<double> : take_triangles<float>)(a, (char*)memory + rows);
     int64_t *place = memory, *slot = memory + given.series + 1, count = 0;
     for (int64_t i = 0; i < given.series; i++) {
         const int64_t row = given.slot ? given.slot[i] : i;

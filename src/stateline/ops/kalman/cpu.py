@@ -5,7 +5,9 @@ Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n sta
 
 from __future__ import annotations
 
+import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +17,16 @@ from stateline.ops.kalman import reference
 from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 ABSENT3 = (0, 0, 0)
+CPU = torch.device("cpu")  # said each time: another device may be the default
 _DIMS = (1, 2, 2, 2, 2, 1, 1, 1, 2)  # adjacent dimensions of y, A, C, Q, R, b, d, mean0, cov0
 #: Numbers from which a result is much.
 LARGE = 1 << 19
+#: mean (b, n), cov (b, n, n), loglik (b), and series and step of a failure, −1 for none.
+Stepped = tuple[Tensor, Tensor, Tensor, list[int]]
+_FINE = (-1, -1)
 _NO_GRADIENTS = (*ABSENT3 * 7, *(0,) * 9)
+#: In a record of a step: of Q and R, lower triangles of factors are given.
+FACTORS = 2
 
 
 def forward(
@@ -46,7 +54,7 @@ def forward(
     shapes = ((N, T, n), (s, T, n, n), (N, T, n), (s, T, n, n), (N, T), (N, n), (s, n, n))
     dropped = DROPPED[keep]
     results = [None if name in dropped else _empty(shape, y.dtype) for name, shape in zip(RESULTS, shapes, strict=True)]
-    info = torch.empty(2, dtype=torch.int64)
+    info = torch.empty(2, dtype=torch.int64, device=CPU)
     system, fields = _system((y, A, C, Q, R, b, d, mean0, cov0), y.dtype)
     native.call(
         "kalman_forward",
@@ -83,6 +91,7 @@ def backward(
     results = [None if v is None else _empty(v.shape, dtype) for v in given]
     operands = [None if v is None else _spread(v) for v in given[:7]]
     system, fields = _system([*operands, predicted_mean, predicted_cov], dtype)
+    info = array.array("q", _FINE)
     slopes = [
         _operand(None if g is None else _spread(g), dtype, dims)
         for g, dims in zip(grads, (1, 2, 1, 2, 0, 1, 2), strict=True)
@@ -90,10 +99,13 @@ def backward(
     native.call(
         "kalman_backward",
         (
-            *_sizes(y, n, "joseph", shared), *fields, *(0,) * 11, *(x for _, f in slopes for x in f),
-            *(native.pointer(v) for v in results),
+            *_sizes(y, n, "joseph", shared), *fields, *(0,) * 7, info.buffer_info()[0], 0, 0, 0,
+            *(x for _, f in slopes for x in f), *(native.pointer(v) for v in results),
         ),
     )  # fmt: skip
+    if info[0] >= 0:
+        step, series = divmod(info[0], y.shape[0])
+        raise reference.too_few_digits(series, step, y.dtype)
     del system, slopes
     dR = results[4]
     assert dR is not None
@@ -128,37 +140,102 @@ def step(
     index: Tensor | None,
     *,
     form: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Stepped:
     """One observation y (b, m), in place: filtered mean (b, n), cov (b, n, n), loglik (b), and info as of `forward`.
 
     A (·, n, n), C (·, m, n), Q, R, b (·, n), d (·, m): the first dimension is that of y or 1. index (b) picks rows of
     mean and cov, a negative one skips. A series that fails keeps its state; others may not.
     """
     if form == "sqrt" and y.dtype is torch.float32:
-        wide_mean, wide_cov = mean.double(), cov.double()
-        b, d = None if b is None else b.double(), None if d is None else d.double()
-        system = y.double(), A.double(), C.double(), Q.double(), R.double()
-        m, P, loglik, info = step(*system, b, d, wide_mean, wide_cov, index, form=form)
-        mean.copy_(wide_mean), cov.copy_(wide_cov)
-        return m.float(), P.float(), loglik.float(), info
-    rows, n, make = y.shape[0], mean.shape[1], torch.empty if index is None else torch.zeros
-    out = make(rows, n, dtype=y.dtype), make(rows, n, n, dtype=y.dtype), make(rows, dtype=y.dtype)
+        return _wide_step(y, (A, C, Q, R, b, d), mean, cov, index)
     means, covs = native.parameter(mean, y.dtype), native.parameter(cov, y.dtype)
-    index, info = native.slots(index), torch.empty(2, dtype=torch.int64)
-    alive, fields = _system((y, A, C, Q, R, b, d, means, covs), y.dtype)
-    native.call(
-        "kalman_step",
-        (
-            rows, 1, n, y.shape[1], torch.get_num_threads(), y.dtype == torch.float64, form == "sqrt", False, *fields,
-            out[0].data_ptr(), out[1].data_ptr(), 0, 0, out[2].data_ptr(), means.data_ptr(), covs.data_ptr(),
-            info.data_ptr(), 0, native.pointer(index), means.shape[0], *_NO_GRADIENTS,
-        ),
-    )  # fmt: skip
-    del alive
+    found = _advance(y, (A, C, Q, R, b, d), means, covs, index, form == "sqrt")
     for state, used in ((mean, means), (cov, covs)):
         if state is not used:
             state.copy_(used)
-    return (*out, info)
+    return found
+
+
+def update(
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    Q: Tensor,
+    R: Tensor,
+    b: Tensor | None,
+    d: Tensor | None,
+    mean: Tensor,
+    cov: Tensor,
+    noise: int,
+) -> Stepped:
+    """`step` of rows 0 … b−1 with one system for all, A (n, n) or (1, n, n) and so on; all contiguous, of one dtype, on
+    the CPU, as is the state. noise: 1 if the state has factors, and so Q, R; + FACTORS if these have anyway, whose
+    lower triangles count."""
+    if noise & 1 and y.dtype is torch.float32:
+        return _wide_step(y, (A, C, Q, R, b, d), mean, cov, None, noise)
+    rows, n = mean.shape
+    m, dtype = y.shape[1], y.dtype
+    m_out, P_out, loglik = torch.empty_like(mean), torch.empty_like(cov), torch.empty(rows, dtype=dtype, device=CPU)
+    info = array.array("q", _FINE)
+    native.call(
+        "kalman_step",
+        (
+            rows, 1, n, m, torch.get_num_threads(), dtype is torch.float64, noise, 0,
+            y.data_ptr(), m, 0, A.data_ptr(), 0, 0, C.data_ptr(), 0, 0, Q.data_ptr(), 0, 0,
+            R.data_ptr(), 0, 0, 0 if b is None else b.data_ptr(), n, 0, 0 if d is None else d.data_ptr(), m, 0,
+            mean.data_ptr(), n, 0, cov.data_ptr(), n * n, 0, m_out.data_ptr(), P_out.data_ptr(), 0, 0,
+            loglik.data_ptr(), mean.data_ptr(), cov.data_ptr(), info.buffer_info()[0], 0, 0, rows, *_NO_GRADIENTS,
+        ),
+    )  # fmt: skip
+    return m_out, P_out, loglik, info.tolist()
+
+
+def _wide_step(
+    y: Tensor, system: tuple[Tensor | None, ...], mean: Tensor, cov: Tensor, index: Tensor | None, noise: int = 1
+) -> Stepped:
+    """A step of factors in float64, of float32 data; of the state's rows only those that are used become wide."""
+    system = tuple(None if v is None else v.double() for v in system)
+    if index is None:
+        wide, rows = (mean.double(), cov.double()), index
+    else:
+        rows = index.long()
+        wide = mean[rows.clamp(min=0)].double(), cov[rows.clamp(min=0)].double()
+        index = torch.where(rows < 0, rows, torch.arange(len(rows), device=CPU))
+    m, P, loglik, info = _advance(y.double(), system, *wide, index, noise)
+    for state, new in zip((mean, cov), wide, strict=True):
+        if rows is None:
+            state.copy_(new)
+        else:
+            state[rows[rows >= 0]] = new[rows >= 0].float()
+    return m.float(), P.float(), loglik.float(), info
+
+
+def _advance(
+    y: Tensor, system: tuple[Tensor | None, ...], means: Tensor, covs: Tensor, index: Tensor | None, noise: int | bool
+) -> Stepped:
+    """Results of a step, whose state is contiguous and of the dtype of y; `noise`: the record's `factors`."""
+    (rows, m), n, dtype = y.shape, means.shape[1], y.dtype
+    make = torch.empty if index is None else torch.zeros
+    kind: Any = {"dtype": dtype, "device": CPU}
+    out = make(rows, n, **kind), make(rows, n, n, **kind), make(rows, **kind)
+    index, info = native.slots(index), array.array("q", _FINE)
+    alive: list[Tensor | None] = []
+    fields: list[int] = []
+    for v, own in zip((y, *system, means, covs), _DIMS, strict=True):
+        if v is not None and (v.dtype is not dtype or not v.is_contiguous() or v.is_neg()):
+            v = native.parameter(v, dtype)
+        alive.append(v)
+        fields += ABSENT3 if v is None else (v.data_ptr(), v.stride(0) if v.dim() > own and len(v) > 1 else 0, 0)
+    native.call(
+        "kalman_step",
+        (
+            rows, 1, n, m, torch.get_num_threads(), dtype is torch.float64, noise, False, *fields,
+            out[0].data_ptr(), out[1].data_ptr(), 0, 0, out[2].data_ptr(), means.data_ptr(), covs.data_ptr(),
+            info.buffer_info()[0], 0, native.pointer(index), means.shape[0], *_NO_GRADIENTS,
+        ),
+    )  # fmt: skip
+    del alive
+    return (*out, info.tolist())
 
 
 def smooth(
@@ -174,10 +251,13 @@ def smooth(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mean (N, T, n), cov (s, T, n, n) and Cov(h[t], h[t+1]) (s, T−1, n, n) given all of y, from predicted moments.
 
-    Of many series that share covariances the definition's few large products are faster than a loop for each."""
+    Series that share covariances have those of the first, and means by products over all series at a step."""
     (N, T, _), n = y.shape, predicted_mean.shape[2]
-    if (shared and N > 1) or not y.numel():
+    if not y.numel():
         return reference.smooth(y, A, C, R, d, predicted_mean, predicted_cov, shared=shared)
+    if shared and N > 1:
+        one = smooth(y[:1], A, C, R, None if d is None else d[:1], predicted_mean[:1], predicted_cov, shared=False)
+        return _shared_means(y, A, C, R, d, predicted_mean, predicted_cov), *one[1:]
     shapes = ((N, T, n), (N, T, n, n), (N, T - 1, n, n))
     mean, cov, lag = (_empty(shape, y.dtype) for shape in shapes)
     system, fields = _system((y, A, C, A, R, None, d, predicted_mean, predicted_cov), y.dtype)
@@ -192,9 +272,32 @@ def smooth(
     return mean, cov, lag
 
 
+def _shared_means(
+    y: Tensor, A: Tensor, C: Tensor, R: Tensor, d: Tensor | None, predicted_mean: Tensor, predicted_cov: Tensor
+) -> Tensor:
+    """What `reference.smooth` says of means (N, T, n), with a step's series as rows of one matrix."""
+    T, m = y.shape[1:]
+    rows, before, P = y.transpose(0, 1), predicted_mean.transpose(0, 1), predicted_cov[0]
+    e = torch.baddbmm(rows, before, C[0].mT.expand(T, -1, m), alpha=-1)
+    if d is not None:
+        e -= d.transpose(0, 1)
+    seen = ~torch.isnan(rows[:, 0])
+    e.masked_fill_(~seen[:, None], 0.0)
+    C, R = reference.masked(C[0], R[0], seen)
+    S = torch.linalg.cholesky_ex(reference.symmetric(C @ P @ C.mT + R)).L
+    K = torch.cholesky_solve(C @ P, S).mT
+    rest = torch.eye(A.shape[-1], dtype=y.dtype, device=CPU) - K @ C
+    L, PA = (A[0] @ rest).expand_as(P), (rest @ P @ rest.mT + K @ R @ K.mT) @ A[0].mT
+    g = torch.bmm(e, torch.cholesky_solve(C, S))
+    r = torch.zeros_like(g)
+    for t in range(T - 1, 0, -1):
+        torch.addmm(g[t], r[t], L[t], out=r[t - 1])
+    return torch.baddbmm(before, e, K.mT).baddbmm_(r, PA.mT).transpose(0, 1)
+
+
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory for a result, in large pages where there is much: finding pages else takes longer than the filter."""
-    result = torch.empty(shape, dtype=dtype)
+    result = torch.empty(shape, dtype=dtype, device=CPU)
     if result.numel() > LARGE:
         native.large_pages(result)
     return result

@@ -135,6 +135,7 @@ struct Adjoint : Filter<L> {
         this->load(this->P, n, n, a.cov0, t);
         this->observe(t);
         this->correct_cov();
+        this->check(t);  // what factors tell apart, covariances may not
         transpose(K, this->gain, m, n);
         this->template correct_mean<L>(this->gains());
         if (n > LITERAL) {

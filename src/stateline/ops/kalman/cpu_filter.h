@@ -16,7 +16,8 @@ struct Operand {
 
 // Laid out as Python packs it: every field is eight bytes. Pointers that do not apply are null.
 struct Args {
-    int64_t series, steps, n, m, threads, is_double, factors, shared;  // factors: Q, R and covariances are square roots
+    // factors: Q, R and covariances are square roots. A step may have 2 more: Q and R are, of which the lower triangles count.
+    int64_t series, steps, n, m, threads, is_double, factors, shared;
     Operand y, A, C, Q, R, b, d, mean0, cov0;
     char *mean, *cov, *predicted_mean, *predicted_cov, *loglik, *mean_next, *cov_next;
     int64_t* info;  // two: series and step of the first failure, or −1; meanwhile their rank in the first
@@ -258,7 +259,8 @@ struct Filter : Algebra<L> {
         }
         mirror(Pf, n);
     }
-    // P holds Gᵀ, R its factor. [Fᵀ 0; holes 0; GᵀCᵀ Gᵀ], made triangular, is [U  S^-½ C P; 0 G'ᵀ].
+    // P holds Gᵀ, R its factor. [GᵀCᵀ Gᵀ; Fᵀ 0; holes 0], made triangular, is [U  S^-½ C P; 0 G'ᵀ]. Rows that may be large come
+    // first: a reflection's rounding is that of the row it is in, but for the first, which takes up what is below.
     void correct_factor() {
         const int n = this->n(), m = this->m(), rows = 2 * m + n;
         const E zero = L::number(R(0)), one = L::number(R(1));
@@ -266,12 +268,12 @@ struct Filter : Algebra<L> {
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < n + m; j++) {
                 E x = zero;
-                if (i < m && j < m)
-                    x = L::one(at(now.R, j, i));
-                else if (i < 2 * m && j == i - m)
+                if (i < n)
+                    x = j < m ? L::one(at(KR, i, j)) : L::one(at(P, i, j - m));
+                else if (i < n + m && j < m)
+                    x = L::one(at(now.R, j, i - n));
+                else if (j == i - n - m)
                     x = one - L::one(at(seen, 0, j));
-                else if (i >= 2 * m)
-                    x = j < m ? L::one(at(KR, i - 2 * m, j)) : L::one(at(P, i - 2 * m, j - m));
                 L::set(at(stack, i, j), x);
             }
         Base::triangle(stack, rows, n + m, sums.p);

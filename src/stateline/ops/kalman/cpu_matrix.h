@@ -252,13 +252,16 @@ struct Algebra {
 
     // U over S = Uᵀ D U, with ones on the diagonal and zeros below; D to `pivots`, its reciprocals to `inverse`. One precise
     // sensor's gain is then one division, so that 1 − K C is exact where it vanishes: no square root, which would round twice.
-    // least: the least pivot, not above zero where S is not positive definite.
+    // least: the least pivot less the rounding of what it was subtracted from, not above zero where S is not positive definite as
+    // far as its digits tell.
     __attribute__((noinline)) static LogProduct<E, R> factorise(M S, R* pivots, R* inverse, int m, E& least) {
         const E zero = L::number(R(0)), one = L::number(R(1));
         LogProduct<E, R> determinant = {one, zero};
+        for (int j = 0; j < m; j++) L::set(pivots + j * ES, L::one(at(S, j, j)));
         for (int j = 0; j < m; j++) {
             const E pivot = L::one(at(S, j, j));
-            least = where(pivot, least, least, pivot);  // a NaN stays: it is above nothing
+            const E above = j ? madd(L::number(-R(m) * (sizeof(R) == 8 ? R(0x1p-52) : R(0x1p-23))), L::one(pivots + j * ES), pivot) : pivot;
+            least = where(above, least, least, above);  // a NaN stays: it is above nothing
             determinant.times(pivot);
             L::set(pivots + j * ES, pivot);
             L::set(inverse + j * ES, one / pivot);

@@ -101,6 +101,12 @@ def backward(
     dmean, dcov, dpredicted_mean, dpredicted_cov, dloglik, dm, dP = grads
     (N, T, _), n, s = y.shape, mean0.shape[1], 1 if shared else y.shape[0]
     sums = [None if v is None else torch.zeros_like(v) for v in (y, A, C, Q, R, b, d)]
+    if checks.can_read(y) and y.numel():
+        C_seen, R_seen = masked(C, R, ~torch.isnan(y[:s]))
+        lost = factorised(symmetric(C_seen @ predicted_cov @ C_seen.mT + R_seen))[1].expand(s, T)
+        if bool(lost.any()):
+            step, series = lost.mT.nonzero()[0].tolist()
+            raise too_few_digits(series, step, y.dtype)
     dm = y.new_zeros(N, n) if dm is None else dm
     dP = y.new_zeros(s, n, n) if dP is None else symmetric(dP)
     for t in reversed(range(T)):
@@ -286,15 +292,30 @@ def joseph_correct(
     """Filtered mean and covariance, loglik, whether S failed.
 
     S = C P Cᵀ + R,  K = P Cᵀ S⁻¹,  P ← (I − K C) P (I − K C)ᵀ + K R Kᵀ. A missing entry has a row of zeros in C and in
-    R, but for a unit diagonal: exact, since nothing then depends on it.
+    R, but for a unit diagonal: exact, since nothing then depends on it. S has failed too where a pivot of
+    its factorisation is no more than rounding of the variance it is left from.
     """
     C, R = masked(C, R, seen[: P.shape[0]])
     CP = C @ P
-    L, problem = torch.linalg.cholesky_ex(symmetric(CP @ C.mT + R))
+    L, failed = factorised(symmetric(CP @ C.mT + R))
     K = torch.cholesky_solve(CP, L).mT
     rest = torch.eye(P.shape[-1]).to(P) - K @ C
     loglik = normal(e, L, seen)
-    return m + times(K, e), symmetric(rest @ P @ rest.mT + K @ R @ K.mT), loglik, problem != 0
+    return m + times(K, e), symmetric(rest @ P @ rest.mT + K @ R @ K.mT), loglik, failed
+
+
+def factorised(S: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of S (…, m, m), and whether there is none (…) as far as the digits of S tell."""
+    L, problem = torch.linalg.cholesky_ex(S)
+    pivots, tolerance = L.diagonal(dim1=-2, dim2=-1).square(), S.shape[-1] * torch.finfo(S.dtype).eps
+    return L, (problem != 0) | ~(pivots > tolerance * S.diagonal(dim1=-2, dim2=-1)).all(-1)
+
+
+def too_few_digits(series: int, step: int, dtype: torch.dtype) -> Exception:
+    """What to raise where the way back from factors, through covariances, has lost them."""
+    kind = str(dtype).removeprefix("torch.")
+    problem = f"the gradient of series {series} at step {step} takes more digits than {kind} covariances have."
+    return checks.fail("kalman", problem, "The values stand. Merge sensors that are all but one, or cut the graph.")
 
 
 def joseph_predict(P: Tensor, A: Tensor, Q: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.kalman import DTYPES, PRECISION, _exact
+from stateline.ops.kalman import DTYPES, PRECISION, exact, expanded
 from stateline.ops.kalman.reference import smooth, smooth_backward
 from stateline.ops.library import call, define, first_only_of
 
@@ -63,7 +63,7 @@ def kalman_smooth(
             checks.dtype(OP, name, v, (y.dtype,), "Observations, system and moments share one dtype.")
     checks.same_device(OP, {"y": y} | given | moments)
     N = y.shape[0]
-    shared = N > 1 and predicted_cov.stride(0) == 0 and all(v.shape[0] == 1 for v in (A, C, R)) and _same_gaps(y)
+    shared = N > 1 and expanded(predicted_cov) and all(v.shape[0] == 1 for v in (A, C, R)) and _same_gaps(y)
     cov = predicted_cov[:1] if shared else predicted_cov
     inputs = (y, A, C, R, observation_offset, predicted_mean, cov)
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
@@ -84,7 +84,7 @@ def _same_gaps(y: Tensor) -> bool:
 
 def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *given, shared, backend = args
-    with _exact(y):
+    with exact(y):
         module = backends.kernel(OP, y.device.type, backend, y.dtype, (y, *given))
         return tuple(v.contiguous() for v in module.smooth(y, *given, shared=shared))
 
@@ -116,6 +116,6 @@ class _Smooth(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs: Any = ctx.saved_tensors
-        with _exact(inputs[0]):
+        with exact(inputs[0]):
             found: Any = smooth_backward(grads, *inputs, shared=ctx.options[0])
         return (*first_only_of(OP, inputs, found, *(v for v in grads if v is not None)), None, None)

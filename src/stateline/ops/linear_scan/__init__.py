@@ -14,7 +14,6 @@ from stateline.checks import Sizes
 from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.linear_scan.reference import state_dtype
 from stateline.ops.segments import build
-from stateline.ops.selective_scan import check_slots
 
 OP = "linear_scan"
 STEP = "linear_scan_step_"
@@ -86,7 +85,7 @@ def linear_scan_step_(
     a, b = _check(STEP, sizes, a, b, "b d")
     sizes.match("state", state, "slots d")
     _check_state(STEP, "state", state, b)
-    check_slots(STEP, sizes, state, index)
+    checks.slots(STEP, sizes, state, index)
     checks.same_device(STEP, {"a": a, "b": b, "state": state, "index": index})
     with torch.no_grad():
         return _step(state, a, b, index, backend)

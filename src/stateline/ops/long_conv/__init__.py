@@ -15,7 +15,6 @@ from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.long_conv.fuse import fuse_cascade, fuse_parallel
 from stateline.ops.long_conv.reference import compute_dtype, taps, width
 from stateline.ops.segments import build
-from stateline.ops.selective_scan import check_slots
 
 __all__ = ["fuse_cascade", "fuse_parallel", "long_conv", "long_conv_step_"]
 
@@ -93,7 +92,7 @@ def long_conv_step_(
     _check_taps(STEP, sizes, u, k)
     sizes.match("state", state, "slots l-1 d")
     _check_state(STEP, "state", state, u)
-    check_slots(STEP, sizes, state, index)
+    checks.slots(STEP, sizes, state, index)
     checks.same_device(STEP, {"u": u, "k": k, "state": state, "index": index})
     with torch.no_grad():
         return _step(state, u, k, index, backend)

@@ -16,7 +16,6 @@ from stateline.checks import Sizes
 from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.s4_scan import chunked, cpu, reference
 from stateline.ops.segments import build
-from stateline.ops.selective_scan import check_slots
 
 OP = "s4_scan"
 STEP = "s4_scan_step_"
@@ -130,7 +129,7 @@ def s4_scan_step_(
     sizes.match("state", state, "slots h n 2")
     full = torch.float64 if u.dtype == torch.float64 else torch.float32
     checks.dtype(STEP, "state", state, (full,), "A state keeps full precision.")
-    check_slots(STEP, sizes, state, index)
+    checks.slots(STEP, sizes, state, index)
     given = {"u": u, "A_bar": A_bar, "B_bar": B_bar, "C": C, "D": D, "state": state, "index": index}
     checks.same_device(STEP, given)
     pairs = [torch.view_as_real(x.resolve_conj().resolve_neg()) for x in (A_bar, B_bar, C)]

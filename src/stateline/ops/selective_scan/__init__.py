@@ -13,7 +13,7 @@ from torch.autograd import Function
 from stateline import backends, checks
 from stateline.checks import Sizes
 from stateline.ops.library import call, define, first_only_of, or_empty
-from stateline.ops.segments import INTEGERS, build
+from stateline.ops.segments import build
 
 OP = "selective_scan"
 STEP = "selective_scan_step_"
@@ -141,7 +141,7 @@ def selective_scan_step_(
     B, C = (_projection(STEP, sizes, name, x, "b", A) for name, x in (("B", B), ("C", C)))
     sizes.match("state", state, "slots d n")
     _check_state(STEP, "state", state, A)
-    check_slots(STEP, sizes, state, index)
+    checks.slots(STEP, sizes, state, index)
     given = {
         "u": u,
         "dt": dt,
@@ -157,23 +157,6 @@ def selective_scan_step_(
     checks.same_device(STEP, given)
     with torch.no_grad():
         return _step(state, u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), index, bool(log_A), backend)
-
-
-def check_slots(op: str, sizes: Sizes, state: Tensor, index: Tensor | None) -> None:
-    """Check a step form's state and slot index; reads the index's values only on CPU tensors outside tracing."""
-    if not state.is_contiguous():
-        raise checks.fail(op, "state is not contiguous.", "It is written in place: keep it as state.contiguous().")
-    slots, b = state.shape[0], sizes["b"]
-    if index is None:
-        if slots != b:
-            raise checks.fail(op, f"state has {slots} rows for a batch of {b}.", "Give index= to pick rows.")
-        return
-    sizes.match("index", index, "b")
-    checks.dtype(op, "index", index, INTEGERS)
-    if checks.can_read(index) and b:
-        used = [i for i in index.tolist() if i >= 0]
-        if used and (max(used) >= slots or len(set(used)) < len(used)):
-            raise checks.fail(op, f"index is {index.tolist()}, expected distinct slots below {slots} (negative: skip).")
 
 
 def _check_system(op: str, sizes: Sizes, u: Tensor, A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:

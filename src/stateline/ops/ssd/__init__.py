@@ -17,7 +17,6 @@ from stateline.checks import Sizes
 from stateline.ops import parts
 from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.segments import build
-from stateline.ops.selective_scan import check_slots
 
 OP = "ssd"
 STEP = "ssd_step_"
@@ -133,7 +132,7 @@ def ssd_step_(
     sizes.match("state", state, "slots h p n")
     if state.dtype != torch.bfloat16 or A.dtype != torch.float32:
         _check_state(STEP, "state", state, A)
-    check_slots(STEP, sizes, state, index)
+    checks.slots(STEP, sizes, state, index)
     given = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "state": state}
     checks.same_device(STEP, given | {"index": index})
     with torch.no_grad():

@@ -16,7 +16,6 @@ from stateline.checks import Sizes
 from stateline.ops import parts
 from stateline.ops.library import call, define, first_only_of, or_empty
 from stateline.ops.segments import build
-from stateline.ops.selective_scan import check_slots
 from stateline.ops.trapezoid_ssd.reference import Inputs
 
 OP = "trapezoid_ssd"
@@ -139,7 +138,7 @@ def trapezoid_ssd_step_(
     _check_flag(STEP, interleaved)
     own = _check_state(STEP, sizes, "state", "slots", state, A)
     for part in own:
-        check_slots(STEP, sizes, part, index)
+        checks.slots(STEP, sizes, part, index)
     checks.same_device(STEP, dict(zip(NAMES, (*inputs, *own), strict=True)) | {"index": index})
     with torch.no_grad():
         y = _step(*own, *inputs, bool(interleaved), index, backend)
