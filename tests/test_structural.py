@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from stateline.classical import StructuralModel
+from stateline.classical import StructuralModel, likeliest
 from stateline.classical import minimise as search
 from stateline.classical.kalman import forecast
 from stateline.classical.likeliest import Progress, filtered, fit_structure
@@ -435,3 +435,14 @@ def test_a_search_tells_its_steps_and_why_it_ended_and_does_not_depend_on_others
     few = minimise(bowl, start[:2], steps=2)
     assert few.reason.tolist() == [search.STEPS] * 2
     assert len(few.trace) == 3
+
+
+def test_an_autoregression_that_rounding_makes_explosive_is_no_answer() -> None:
+    structure = Structure(ar=4)
+    part = read("fit", [list(range(12)), [3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
+    theta = torch.full((2, len(structure.names)), 0.5, dtype=torch.float64)
+    theta[0, -4:] = math.pi / 2  # all partial correlations at their bound: a root of modulus 1
+    value, slope = likeliest._Likelihood(structure, part)(theta, torch.arange(2))
+    assert value[0].item() == math.inf
+    assert torch.isfinite(value[1])
+    assert torch.isfinite(slope[1]).all()

@@ -266,7 +266,9 @@ class Blueprint:
             moves = gaps > 0  # two rows of one time: nothing happens between
             A, Q = torch.eye(n, dtype=F64).repeat(len(gaps), 1, 1), torch.zeros(len(gaps), n, n, dtype=F64)
             if moves.any():
-                A[moves], Q[moves] = _sampled(drift, intensity, gaps[moves])
+                A[moves], _, made = discretize(drift, None, gaps[moves], intensity)
+                assert made is not None
+                Q[moves] = made
             return A, Q
         found = []
         for gap in gaps.tolist():
@@ -279,23 +281,6 @@ class Blueprint:
                 A, Q = drift @ A, drift @ Q @ drift.mT + intensity
             found.append((A, Q))
         return torch.stack([A for A, _ in found]), torch.stack([Q for _, Q in found])
-
-
-def _sampled(drift: Tensor, intensity: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
-    """A and Q (U, n, n) over gaps > 0, the same bits for a gap whichever others stand beside it.
-
-    `discretize` works as finely as its longest step needs; so gaps go by octaves, each with its longest.
-    """
-    n = len(drift)
-    A, Q = gaps.new_zeros(len(gaps), n, n), gaps.new_zeros(len(gaps), n, n)
-    octaves = torch.frexp(gaps).exponent
-    for octave in octaves.unique():
-        here = octaves == octave
-        longest = torch.ldexp(torch.ones(1, dtype=F64), octave)
-        made = discretize(drift, None, torch.cat([gaps[here], longest]), intensity)
-        assert made.Q is not None
-        A[here], Q[here] = made.A[:-1], made.Q[:-1]
-    return A, Q
 
 
 def blueprint(spec: dict[str, Any], columns: int) -> Blueprint:

@@ -20,11 +20,10 @@ from torch import Tensor
 from stateline import checks
 from stateline.classical.model import StateSpace, check
 from stateline.classical.sampled import discretize
+from stateline.ops.kalman.linear import lyapunov
 
 Variance = float | Tensor
 PRIOR = 1e6
-#: Products A², A⁴, … after which a sum over all of time has converged, or never will.
-DOUBLINGS = 60
 
 
 def local_level(
@@ -329,18 +328,12 @@ def _blocks(parts: Sequence[Tensor]) -> Tensor:
 def stationary_covariance(A: Tensor, Q: Tensor) -> Tensor:
     """P = A P Aᵀ + Q (…, n, n), the covariance that a stable A (…, n, n) settles at; differentiable in both.
 
-    Σ Aᵏ Q Aᵏᵀ by doubling the terms: sums of what is not negative, so nothing cancels. Raises ValueError if A is not
-    stable.
+    Raises ValueError if A is not stable.
     """
-    P, power = Q, A
-    for _ in range(DOUBLINGS):
-        grown = P + power @ P @ power.mT
-        if torch.equal(grown, P):
-            return 0.5 * (P + P.mT)
-        P, power = grown, power @ power
-        if not torch.isfinite(power).all():
-            break
-    raise checks.fail("stationary_covariance", "A is not stable: the covariance of its state grows without end.")
+    P = lyapunov(A, Q)
+    if checks.can_read(P.detach()) and not torch.isfinite(P).all():
+        raise checks.fail("stationary_covariance", "A is not stable: the covariance of its state grows without end.")
+    return P
 
 
 def _made(

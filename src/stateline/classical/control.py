@@ -16,8 +16,9 @@ from torch import Tensor
 from stateline import checks
 from stateline.checks import Sizes
 from stateline.classical.model import DTYPES, StateSpace, check, covariance, match
-from stateline.classical.riccati import lyapunov, riccati, wide
+from stateline.classical.riccati import riccati, wide
 from stateline.classical.sampled import discretize
+from stateline.ops.kalman.linear import lyapunov, spectral_root
 from stateline.theory.feedback import Loop, feedback
 
 #: Directions reached, or seen, with less than this share of the matrices' norm do not count.
@@ -162,7 +163,7 @@ def gramians(A: Tensor, B: Tensor, C: Tensor, *, continuous: bool = False) -> Gr
     """Σ Aᵏ B Bᵀ Aᵏᵀ and Σ Aᵏᵀ Cᵀ C Aᵏ (integrals if `continuous`), and the Hankel singular values, largest first.
 
     hᵀ W⁻¹ h of the first is the least energy of inputs that bring the state to h; hᵀ W h of the second is the energy
-    of the y that follow from h. SciPy solves for them, in float64; without gradients.
+    of the y that follow from h. In float64; without gradients.
 
     Raises:
         ValueError: if the system is not stable; both sums are then infinite.
@@ -172,15 +173,10 @@ def gramians(A: Tensor, B: Tensor, C: Tensor, *, continuous: bool = False) -> Gr
     if not analyse(A, continuous=continuous).stable:
         raise checks.fail(op, "A is not stable, and its Gramians are infinite.", "Close a loop first, or take `lqr`.")
     A64, B64, C64 = wide(A), wide(B), wide(C)
-    reach = lyapunov(op, A64, B64 @ B64.mT, continuous=continuous)
-    shown = lyapunov(op, A64.mT, C64.mT @ C64, continuous=continuous)
-    hankel = torch.linalg.svdvals(_root(shown).mT @ _root(reach))
+    reach = lyapunov(A64, B64 @ B64.mT, continuous=continuous)
+    shown = lyapunov(A64.mT, C64.mT @ C64, continuous=continuous)
+    hankel = torch.linalg.svdvals(spectral_root(shown).mT @ spectral_root(reach))
     return Gramians(*(x.to(A.device, A.dtype) for x in (reach, shown, hankel)))
-
-
-def _root(W: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(W)
-    return vectors * values.clamp(min=0).sqrt()
 
 
 # ---- feedback --------------------------------------------------------------------------------------------------------

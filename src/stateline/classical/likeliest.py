@@ -151,14 +151,16 @@ class _Likelihood:
         self.mask /= self.mask.sum(1, keepdim=True)
 
     def values(self, theta: Tensor, rows: Tensor) -> Tensor:
-        """(M) of `rows` at theta (M, k)."""
+        """(M) of `rows` at theta (M, k); infinite where rounding leaves no stationary start."""
         if rows is not self.rows:
             self.rows, self.part = rows, self.whole.take(rows)
             self._prepare()
         model = self.structure.model(theta, self.part.X)
-        start = KalmanState(model.m0.expand(len(theta), -1), model.P0)
+        there = torch.isfinite(model.P0).all(-1).all(-1)
+        P0 = torch.where(there[:, None, None], model.P0, torch.eye(self.structure.n, dtype=theta.dtype))
+        start = KalmanState(model.m0.expand(len(theta), -1), P0)
         out, _ = kalman(self.part.y[..., None], model.A, model.C, model.Q, model.R, start, keep="loglik")
-        return -(out.loglik * self.mask).sum(1)
+        return torch.where(there, -(out.loglik * self.mask).sum(1), torch.inf)
 
     def __call__(self, theta: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stateline.classical.model import StateSpace
+from stateline.ops.kalman.linear import lyapunov
 
 #: Variance of what is not known of the start, in squared units of a scaled series.
 PRIOR = 1e6
@@ -196,11 +197,7 @@ class Structure:
         P[at, at] = 0
         if not self.ar:
             return P.expand(len(A), n, n)
-        p, own = self.ar, A[:, at, at]
-        kron = (own[:, :, None, :, None] * own[:, None, :, None, :]).reshape(-1, p * p, p * p)
-        stationary = torch.linalg.solve(torch.eye(p * p, dtype=A.dtype) - kron, Q[:, at, at].reshape(-1, p * p, 1))
-        block = stationary.reshape(-1, p, p)
-        block = (block + block.mT) / 2
+        block = lyapunov(A[:, at, at], Q[:, at, at])
         return P + torch.nn.functional.pad(block, (at.start, n - at.stop, at.start, n - at.stop))
 
     def starts(self) -> Tensor:
