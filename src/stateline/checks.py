@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,10 +99,13 @@ def number(
     open_low: bool = False,
     integer: bool = False,
 ) -> None:
-    """Raise unless `value` is a finite number in [low, high] ((low, high] with `open_low`), whole if `integer`."""
+    """Raise unless `value` is a finite number in [low, high] ((low, high] with `open_low`), whole if `integer`.
+
+    Python's and NumPy's numbers are; True and False are not.
+    """
     kind = "a whole number" if integer else "a number"
-    whole_enough = isinstance(value, int) if integer else isinstance(value, int | float)
-    if isinstance(value, bool) or not whole_enough:
+    whole = isinstance(value, int | np.integer)
+    if isinstance(value, bool) or not (whole or (not integer and isinstance(value, float | np.floating))):
         raise fail(op, f"{name} is {value!r}, expected {kind}.", error=TypeError)
     # Comparisons only (NaN fails them all): math.isfinite would break a graph traced with symbolic numbers.
     finite = -math.inf < value < math.inf

@@ -21,8 +21,9 @@ from stateline.classical.sampled import discretize
 from stateline.ops.kalman.linear import lyapunov, spectral_root
 from stateline.theory.feedback import Loop, feedback
 
-#: Directions reached, or seen, with less than this share of the matrices' norm do not count.
-TOLERANCE = 1e-10
+#: Directions reached, or seen, with less than this share of the matrices' norm do not count: rounding of the matrices
+#: as they were given, and of a few products of them.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 # ---- analysis --------------------------------------------------------------------------------------------------------
@@ -113,24 +114,25 @@ def analyse(A: Tensor, B: Tensor | None = None, C: Tensor | None = None, *, cont
       eigenvalues 1, 1
     """
     _check("analyse", A, B, C)
+    tolerance = max(TOLERANCE[x.dtype] for x in (A, B, C) if x is not None)
     A = wide(A)
     n = len(A)
     motion = feedback(A, A.new_zeros(n, 1), A.new_zeros(1, n), continuous=continuous)
     return Report(
         motion,
-        None if B is None else _left_out(A, wide(B)),
-        None if C is None else _left_out(A.mT, wide(C).mT),
+        None if B is None else _left_out(A, wide(B), tolerance),
+        None if C is None else _left_out(A.mT, wide(C).mT, tolerance),
     )
 
 
-def _left_out(A: Tensor, B: Tensor) -> Tensor:
+def _left_out(A: Tensor, B: Tensor, tolerance: float) -> Tensor:
     """Eigenvalues of A beside the subspace that B, A B, A² B, … span."""
     basis, block, scale = B[:, :0], B, float(torch.linalg.matrix_norm(B, 2)) if B.numel() else 0.0
     while block.shape[1] and basis.shape[1] < len(A):
         for _ in range(2):  # once more for what rounding left
             block = block - basis @ (basis.mT @ block)
         U, sizes, _ = torch.linalg.svd(block, full_matrices=False)
-        new = U[:, sizes > TOLERANCE * scale]
+        new = U[:, sizes > tolerance * scale]
         basis, block, scale = torch.cat([basis, new], 1), A @ new, float(torch.linalg.matrix_norm(A, 2))
     rest = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
     return torch.linalg.eigvals(rest.mT @ A @ rest)
