@@ -20,7 +20,7 @@ from torch import Tensor
 from stateline import checks
 from stateline.classical.model import StateSpace, check
 from stateline.classical.sampled import discretize
-from stateline.ops.kalman.linear import lyapunov
+from stateline.theory.covariance import lyapunov
 
 Variance = float | Tensor
 PRIOR = 1e6

@@ -18,7 +18,7 @@ from stateline.checks import Sizes
 from stateline.classical.model import DTYPES, StateSpace, check, covariance, match
 from stateline.classical.riccati import riccati, wide
 from stateline.classical.sampled import discretize
-from stateline.ops.kalman.linear import lyapunov, spectral_root
+from stateline.theory.covariance import lyapunov, spectral_root
 from stateline.theory.feedback import Loop, feedback
 
 #: Directions reached, or seen, with less than this share of the matrices' norm do not count: rounding of the matrices

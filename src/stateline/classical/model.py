@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.checks import Sizes
-from stateline.ops.kalman.linear import spectral_root
+from stateline.theory.covariance import spectral_root
 
 DTYPES = (torch.float32, torch.float64)
 #: The last two sizes of each part, and how many dimensions they are.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.classical.model import StateSpace
-from stateline.ops.kalman.linear import lyapunov, spectral_root
+from stateline.theory.covariance import lyapunov, spectral_root
 
 COVARIANCES = ("Q", "R", "P0")
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stateline.classical.model import StateSpace
-from stateline.ops.kalman.linear import lyapunov
+from stateline.theory.covariance import lyapunov
 
 #: Variance of what is not known of the start, in squared units of a scaled series.
 PRIOR = 1e6

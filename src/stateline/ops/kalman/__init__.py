@@ -14,9 +14,9 @@ from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.kalman.linear import ROUNDING, spectrum
 from stateline.ops.library import call, define, first_only, first_only_of, or_empty
 from stateline.ops.selective_scan import check_slots
+from stateline.theory.covariance import ROUNDING, spectrum
 
 OP = "kalman"
 STEP = "kalman_step_"
