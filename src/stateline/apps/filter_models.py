@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical import discretize
+from stateline.classical import discretize, parts
 
 OP = "filter"
 LEARN = "learn"
@@ -65,16 +65,13 @@ def _level(columns: int) -> Part:
 
 def _trend(columns: int, damping: float = 1.0) -> Part:
     _bounded("local-trend", "damping", damping, 0.0, 1.0)
-    drift = torch.tensor([[0.0, 1.0], [0.0, math.log(damping)]], dtype=F64)
+    drift = parts.trend(torch.tensor(damping, dtype=F64), continuous=True)
     noises = {"level": _diagonal(1.0, 0.0), "slope": _diagonal(0.0, 1.0)}
     return Part([(drift, noises)], torch.tensor([[1.0, 0.0]], dtype=F64), (0,))
 
 
-def _waves(frequencies: list[float], name: str, damping: float) -> Part:
-    fades = math.log(damping)
-    turns = [torch.tensor([[fades, w], [-w, fades]], dtype=F64) for w in frequencies]
-    seen = torch.tensor([[1.0, 0.0] * len(frequencies)], dtype=F64)
-    return Part([(turn, {name: _diagonal(1.0, 1.0)}) for turn in turns], seen)
+def _waves(waves: list[Tensor], name: str) -> Part:
+    return Part([(wave, {name: _diagonal(1.0, 1.0)}) for wave in waves], parts.shown(waves))
 
 
 def _seasonal(columns: int, period: float, harmonics: int | None = None) -> Part:
@@ -82,18 +79,19 @@ def _seasonal(columns: int, period: float, harmonics: int | None = None) -> Part
     most = int(period / 2)
     count = min(most, HARMONICS) if harmonics is None else harmonics
     checks.number(OP, "harmonics of seasonal", count, low=1, high=most, integer=True)
-    return _waves([2 * math.pi * k / period for k in range(1, count + 1)], "season", 1.0)
+    return _waves(parts.season(period, count, continuous=True), "season")
 
 
 def _oscillator(columns: int, period: float, damping: float = 1.0) -> Part:
     _bounded("oscillator", "period", period, 2.0, math.inf)
     _bounded("oscillator", "damping", damping, 0.0, 1.0)
-    return _waves([2 * math.pi / period], "wave", damping)
+    turn, kept = (torch.tensor(x, dtype=F64) for x in (2 * math.pi / period, damping))
+    return _waves([parts.wave(turn, kept, continuous=True)], "wave")
 
 
 def _moving(order: int, name: str) -> Callable[..., Part]:
     def part(columns: int) -> Part:
-        chain = torch.diag(torch.ones(order - 1, dtype=F64), 1)
+        chain = parts.chain(order)
         pushed = _diagonal(*[0.0] * (order - 1), 1.0)
         seen = torch.eye(order * columns, dtype=F64)[::order]
         return Part([(chain, {name: pushed})] * columns, seen, tuple(range(0, order * columns, order)))
