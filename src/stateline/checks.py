@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,6 +114,15 @@ def number(
         bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
         bounds += [f"at most {high:g}"] if high < math.inf else []
         raise fail(op, f"{name} is {value!r}, expected {kind} {' and '.join(bounds) or 'that is finite'}.")
+
+
+def plain(value: Any) -> Any:
+    """Ready for JSON: NumPy's numbers as Python's own, also within dicts, lists and tuples; anything else as it is."""
+    if isinstance(value, dict):
+        return {plain(k): plain(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(v) for v in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def can_read(tensor: Tensor) -> bool:

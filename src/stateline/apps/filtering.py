@@ -400,7 +400,7 @@ class SeriesFilter:
         tensors |= {"middle": self._middle, "scale": self._scale, "last": torch.tensor(self.last, dtype=F64)}
         if self._state is not None:
             tensors |= {"mean": self._state.mean, "cov": self._state.cov}
-        state.write(OP, path, tensors, {"format": FORMAT, "filter": json.dumps(about)})
+        state.write(OP, path, tensors, {"format": FORMAT, "filter": json.dumps(checks.plain(about))})
 
     @classmethod
     def load(cls, path: str | Path) -> SeriesFilter:

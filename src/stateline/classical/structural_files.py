@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stateline.checks import fail
+from stateline.checks import fail, plain
 from stateline.classical.likeliest import StructureFit
 from stateline.classical.panel import Panel
 from stateline.classical.structures import Structure
@@ -33,8 +33,8 @@ def save(model: Any, path: str | Path) -> None:
     tensors |= _tensors(model.fits_)
     about = {
         "format": FORMAT,
-        "params": json.dumps(model.get_params()),
-        "structures": json.dumps([asdict(one.structure) for one in model.fits_]),
+        "params": json.dumps(plain(model.get_params())),
+        "structures": json.dumps(plain([asdict(one.structure) for one in model.fits_])),
     }
     write("StructuralModel.save", path, tensors, about)
 
