@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from stateline import ops
 from stateline.classical import components, model, sampled
 from stateline.classical.model import StateSpace, check, from_scan, simulate, to_scan, validate
-from stateline.classical.sampled import process_noise
+from stateline.classical.sampled import discretize, process_noise
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "control_reference.json").read_text())
 F64 = torch.float64
@@ -315,6 +315,16 @@ def test_two_steps_are_one(first: float, second: float, seed: int, n: int) -> No
         (a.A[1] @ a.Q[0] @ a.A[1].mT + a.Q[1], b.Q),
     ):
         close(got / expected.abs().max(), expected / expected.abs().max(), 1e-12)
+
+
+def test_a_step_does_not_depend_on_the_steps_beside_it() -> None:
+    torch.manual_seed(0)
+    Ac, Bc, Qc = torch.randn(4, 4, dtype=F64), torch.randn(4, 2, dtype=F64), spd(4)
+    dt = torch.tensor([1e-3, 0.3, 0.7, 2.0, 5.0], dtype=F64)
+    alone = [discretize(Ac, Bc, dt[:i], Qc) for i in range(1, 6)]
+    for shorter in alone[:-1]:
+        for got, wanted in zip(shorter, alone[-1], strict=True):
+            assert torch.equal(got, wanted[: len(got)])
 
 
 def test_irregular_steps_of_several_systems() -> None:

@@ -116,6 +116,17 @@ def test_what_a_report_says() -> None:
     assert not analyse(torch.eye(2)).stabilisable
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_of_the_dtype_reaches_nothing(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    T = torch.linalg.qr(torch.randn(4, 4, dtype=F64))[0]
+    A = torch.block_diag(0.5 * torch.randn(2, 2, dtype=F64), torch.diag(torch.tensor([0.8, 0.3], dtype=F64)))
+    B = torch.tensor([[1.0], [0.5], [0.0], [0.0]], dtype=F64)
+    report = analyse((T @ A @ T.mT).to(dtype), (T @ B).to(dtype))
+    assert report.uncontrollable is not None
+    close(report.uncontrollable.real.sort().values, [0.3, 0.8], 1e-5)
+
+
 def test_a_long_chain_is_controllable() -> None:
     """Where the rank of [B, A B, …] fails: its columns span 1e-18 of a direction."""
     n = 30

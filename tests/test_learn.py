@@ -259,18 +259,6 @@ def test_both_methods_keep_one_entry_of_a_covariance() -> None:
         assert result.errors["Q"][0, 0] == 0
 
 
-def test_models_side_by_side_are_those_of_each_series_alone() -> None:
-    truth = system(n=2, m=1)
-    y, u = data(truth, N=3, T=30)
-    for method in ("em", "lbfgs"):
-        options = FitOptions(errors=False, tolerance=1e-7)
-        together = fit(away(truth), y, u, method=method, each=True, steps=15, options=options)
-        for i in range(3):
-            alone = fit(away(truth), y[i], u[i], method=method, steps=15, options=options)
-            torch.testing.assert_close(together.model.Q[i, 0], alone.model.Q, rtol=1e-6, atol=1e-9)
-            assert bool(together.converged[i]) == alone.converged  # type: ignore[index]  # one of each series
-
-
 def test_standard_errors_are_the_spread_of_estimates() -> None:
     truth = local_level(level=0.5, noise=2.0, prior=1.0)
     y = simulate(truth, 300, batch=200, generator=torch.Generator().manual_seed(0))[1]

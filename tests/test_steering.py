@@ -95,6 +95,35 @@ def test_steps_make_that_cost() -> None:
     assert total == pytest.approx(float(controller.cost), rel=0.02)
 
 
+def test_missing_entries_are_left_out() -> None:
+    """As the conditional of one Gaussian: all entries of y missing change nothing, one is told by the others."""
+    torch.manual_seed(0)
+    x = some_model(3, 2, 1)._replace(D=None)
+    x = x._replace(A=0.9 * x.A / torch.linalg.eigvals(x.A).abs().max())
+    controller = lqg(x, torch.eye(3, dtype=F64), ONE)
+    state, y = torch.randn(4, 3, dtype=F64), torch.randn(4, 2, dtype=F64)
+    y[1], y[2, 0] = torch.nan, torch.nan
+    mean = controller.update(y, state)
+    whole = controller.update(y.nan_to_num(), state)
+    assert torch.equal(mean[1], state[1])
+    close(mean[[0, 3]], whole[[0, 3]], 1e-12)
+    P, C = controller.steady.predicted_cov, x.C[1:]
+    gain = P @ C.mT / (C @ P @ C.mT + x.R[1:, 1:])
+    close(mean[2], state[2] + gain[:, 0] * (y[2, 1] - C[0] @ state[2]), 1e-10)
+    decision = controller.step(torch.full((2,), torch.nan, dtype=F64), state[0])
+    close(decision.state, controller.predict(state[0], decision.u), 1e-12)
+
+
+def test_an_input_before_that_its_rates_cannot_leave_is_named() -> None:
+    x = springs()
+    weights = torch.ones(1, 1, dtype=F64), 0.1 * ONE
+    controller = RecedingHorizon(x, *weights, horizon=5, limits=Limits(inputs=(-1.0, 1.0), rates=(-0.1, 0.1)))
+    h = torch.zeros(4, dtype=F64)
+    controller.plan(h, before=torch.tensor([1.1], dtype=F64))
+    with pytest.raises(ValueError, match=r"before\[0\] is 1\.2, and no change within limits\.rates"):
+        controller.plan(h, before=torch.tensor([1.2], dtype=F64))
+
+
 def test_a_target_is_held() -> None:
     x = springs()
     assert x.B is not None
@@ -130,10 +159,6 @@ def test_a_rest_is_one() -> None:
         ),
         (lambda x, c: lqg(x._replace(B=None), x.A, ONE), r"lqg: the model has no B, expected inputs"),
         (lambda x, c: lqg(x._replace(A=x.A.expand(5, 4, 4)), x.A, ONE), r"lqg: A has shape \(5, 4, 4\), expected one"),
-        (
-            lambda x, c: c.step(torch.tensor([torch.nan], dtype=F64), c.init_state()),
-            r"lqg\.update: y has missing entries",
-        ),
         (
             lambda x, c: c.update(torch.ones(2, dtype=F64), c.init_state()),
             r"lqg\.update: y has shape \(2,\), expected \(…, 1\)",

@@ -12,10 +12,10 @@ import pytest
 import torch
 from scipy import stats
 
-from stateline.classical import StructuralModel
+from stateline.classical import StructuralModel, likeliest
+from stateline.classical import kalman as kalman_module
 from stateline.classical.kalman import forecast
 from stateline.classical.likeliest import Progress, filtered, fit_structure
-from stateline.classical.minimise import minimise
 from stateline.classical.mixture import StructuralForecast
 from stateline.classical.panel import read
 from stateline.classical.structures import FLOOR, STABLE, Structure
@@ -168,6 +168,77 @@ def test_tables_lists_padding_and_leading_gaps_are_the_same_series() -> None:
     np.testing.assert_array_equal(late.forecast(3).mean, listed.forecast(3).mean)
     gone = StructuralModel(**ONE).fit([np.r_[row, np.nan, np.nan] for row in rows])  # two steps that nobody saw
     np.testing.assert_allclose(gone.forecast(1).mean, listed.forecast(3).mean[:, 2:], rtol=1e-9)
+
+
+def test_coefficients_are_those_of_a_regression() -> None:
+    """A level that stands still, white noise and fixed weights are ordinary least squares, errors included."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(2, 60, 2)) * [1.0, 1000.0]
+    y = 5 + X @ [3.0, -0.002] + rng.normal(size=(2, 60))
+    model = StructuralModel(level="fixed", trend="none", transform="none", progress=False).fit(y, X)
+    found = model.coefficients()
+    assert found.names == ["weight_0", "weight_1"]
+    assert found.log.tolist() == [False, False]
+    for i in range(2):
+        Z = np.column_stack([np.ones(60), X[i]])
+        best, rest, _, _ = np.linalg.lstsq(Z, y[i], rcond=None)
+        errors = np.sqrt(np.diag(np.linalg.inv(Z.T @ Z)) * rest[0] / 57)
+        np.testing.assert_allclose(found.mean[i], best[1:], rtol=1e-4)
+        np.testing.assert_allclose(found.error[i], errors[1:], rtol=0.02)
+    model.update(y[:, :1], X[:, :1])
+    assert (model.coefficients().error < found.error).all()
+    with pytest.raises(ValueError, match="coefficients: the model was fitted without X"):
+        StructuralModel(trend="none", transform="none", progress=False).fit(y).coefficients()
+
+
+def test_weights_that_walk_have_variances_in_their_own_units() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(1, 80, 1))
+    y = (1 + rng.normal(size=(1, 80)).cumsum(1)) * X[..., 0] + rng.normal(size=(1, 80))
+    found = [
+        StructuralModel(trend="none", transform="none", regressors="walk", progress=False).fit(scale * y, unit * X)
+        for scale, unit in ((1.0, 1.0), (10.0, 1000.0))
+    ]
+    first, second = (model.parameters(0)[0] for model in found)
+    assert second["weight_0"] == pytest.approx(1e-4 * first["weight_0"], rel=1e-3)
+    assert second["noise"] == pytest.approx(100 * first["noise"], rel=1e-3)
+    assert 0.2 < first["weight_0"] < 5
+    np.testing.assert_allclose(100 * found[1].coefficients().mean, found[0].coefficients().mean, rtol=1e-3)
+
+
+def test_forecasts_and_updates_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    y, X = rng.normal(size=(30, 20)).cumsum(1), rng.normal(size=(30, 26, 1))
+    model = StructuralModel(trend="fixed", transform="none", progress=False).fit(y, X[:, :20])
+    new = [rng.normal(size=i % 3) for i in range(30)]
+    wanted = model.forecast(5, X[:, 20:25])
+    paths = model.sample_paths(5, 10, X[:, 20:25], seed=0)
+    sizes: list[int] = []
+
+    def counted(run: Any) -> Any:
+        def noted(y: Any, *rest: Any, **more: Any) -> Any:
+            sizes.append(y.shape[0] * y.shape[1])
+            return run(y, *rest, **more)
+
+        return noted
+
+    monkeypatch.setattr(likeliest, "BLOCK", 9 * 5 * 4)
+    monkeypatch.setattr(likeliest, "kalman", counted(likeliest.kalman))
+    monkeypatch.setattr(kalman_module, "kalman", counted(kalman_module.kalman))
+    found = model.forecast(5, X[:, 20:25])
+    assert sizes
+    assert max(sizes) <= 20
+    assert torch.equal(found.location, wanted.location)
+    assert torch.equal(found.deviation, wanted.deviation)
+    assert model.sample_paths(5, 10, X[:, 20:25], seed=0).shape == paths.shape
+    sizes.clear()
+    X_new = [X[i, 20 : 20 + i % 3] for i in range(30)]
+    model.update(new, X_new)
+    assert sizes
+    assert max(sizes) <= 20
+    monkeypatch.undo()
+    again = StructuralModel(trend="fixed", transform="none", progress=False).fit(y, X[:, :20]).update(new, X_new)
+    assert torch.equal(again.fits_[0].state.mean, model.fits_[0].state.mean)
 
 
 @pytest.mark.parametrize("regressors", ["fixed", "walk"])
@@ -380,29 +451,12 @@ def test_updates_that_do_not_fit_change_nothing() -> None:
         model.set_params(tend="fixed")
 
 
-# ---- the search ------------------------------------------------------------------------------------------------------
-
-
-def test_minima_of_many_functions_are_found_each_in_its_own_time() -> None:
-    """Rosenbrock's valley, stretched differently for each; one that is flat from the start."""
-    stretch = torch.tensor([0.0, 1.0, 10.0, 100.0], dtype=torch.float64)
-
-    def valley(x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        s = stretch[rows]
-        bend = x[:, 1] - x[:, 0] ** 2
-        value = s * bend**2 + (1 - x[:, 0]) ** 2 * (s > 0)
-        slope = torch.stack([-4 * s * bend * x[:, 0] - 2 * (1 - x[:, 0]) * (s > 0), 2 * s * bend], 1)
-        return value, slope
-
-    found = minimise(valley, torch.tensor([[-1.2, 1.0]], dtype=torch.float64).expand(4, 2).clone(), tolerance=1e-8)
-    assert found.converged.all()
-    assert (found.x[1:] - 1).abs().max() < 1e-4
-    assert found.x[0].tolist() == [-1.2, 1.0]
-    assert found.evaluations[0] < found.evaluations[1] < found.evaluations[3]
-    steep = minimise(  # down from beside a peak, where nothing bends up
-        lambda x, rows: (10 * torch.cos(x[:, 0] / 10), -torch.sin(x / 10)), 0.1 * torch.ones(1, 1).double(), longest=9
-    )
-    assert steep.x.item() == pytest.approx(10 * math.pi, abs=1e-3)
-    assert steep.evaluations.item() < 30
-    short = minimise(valley, torch.tensor([[-1.2, 1.0]], dtype=torch.float64).expand(4, 2).clone(), evaluations=3)
-    assert short.converged.tolist() == [True, False, False, False]
+def test_an_autoregression_that_rounding_makes_explosive_is_no_answer() -> None:
+    structure = Structure(ar=4)
+    part = read("fit", [list(range(12)), [3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
+    theta = torch.full((2, len(structure.names)), 0.5, dtype=torch.float64)
+    theta[0, -4:] = math.pi / 2  # all partial correlations at their bound: a root of modulus 1
+    value, slope = likeliest._Likelihood(structure, part)(theta, torch.arange(2))
+    assert value[0].item() == math.inf
+    assert torch.isfinite(value[1])
+    assert torch.isfinite(slope[1]).all()

@@ -44,6 +44,45 @@ def test_n4sid_starts_fit() -> None:
     assert found.loglik[-1] > found.loglik[0]
 
 
+def test_future_inputs_are_projected_out() -> None:
+    """Inputs that tell of their own future would pass for states that tell of the future of y."""
+    truth = system(n=2, m=1, p=1, seed=3)
+    truth = truth._replace(D=None, Q=1e-4 * truth.Q, R=1e-2 * truth.R)
+    generator, u = torch.Generator().manual_seed(0), [torch.zeros(1, dtype=F64)]
+    for _ in range(2999):
+        u.append(0.98 * u[-1] + 0.2 * torch.randn(1, dtype=F64, generator=generator))
+    inputs = torch.stack(u)
+    y = simulate(truth, 3000, inputs, generator=generator)[1]
+    found = n4sid(y, inputs, order=2, block_rows=8)
+    markov = [[(m.C @ torch.linalg.matrix_power(m.A, k) @ m.B).item() for k in range(6)] for m in (truth, found.model)]
+    error = torch.tensor(markov[1]) - torch.tensor(markov[0])
+    assert error.norm() < 0.05 * torch.tensor(markov[0]).norm()
+
+
+def test_means_are_taken_away_and_told() -> None:
+    truth = system(n=2, m=1, p=1, seed=3)._replace(D=None)
+    u = torch.randn(2000, 1, dtype=F64, generator=torch.Generator().manual_seed(0))
+    y = simulate(truth, 2000, u, generator=torch.Generator().manual_seed(1))[1]
+    plain = n4sid(y, u, order=2, centre=True)
+    moved = n4sid(y + 100, u - 30, order=2, centre=True)
+    torch.testing.assert_close(moved.y_mean, plain.y_mean + 100)
+    torch.testing.assert_close(moved.u_mean, plain.u_mean - 30)
+    markov = [[(m.model.C @ m.model.A @ m.model.B).item(), torch.linalg.det(m.model.A).item()] for m in (plain, moved)]
+    assert markov[0] == pytest.approx(markov[1], rel=1e-6)
+    bent = n4sid(y + 100, u - 30, order=2)
+    assert torch.equal(bent.y_mean, torch.zeros(1, dtype=F64))
+    slowest = [torch.linalg.eigvals(m.model.A).abs().max().item() for m in (plain, bent)]
+    assert slowest[1] > 0.97 > 0.9 > slowest[0]  # a state that nearly stands still holds the offset
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_that_rounding_tells_apart_are_dependent(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y, u = (torch.randn(300, 1, dtype=dtype, generator=generator) for _ in range(2))
+    with pytest.raises(ValueError, match="dependent"):
+        n4sid(y, torch.cat([u, u / 3], 1), order=1, block_rows=5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

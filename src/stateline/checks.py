@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,10 +118,13 @@ def number(
     open_low: bool = False,
     integer: bool = False,
 ) -> None:
-    """Raise unless `value` is a finite number in [low, high] ((low, high] with `open_low`), whole if `integer`."""
+    """Raise unless `value` is a finite number in [low, high] ((low, high] with `open_low`), whole if `integer`.
+
+    Python's and NumPy's numbers are; True and False are not.
+    """
     kind = "a whole number" if integer else "a number"
-    whole_enough = isinstance(value, int) if integer else isinstance(value, int | float)
-    if isinstance(value, bool) or not whole_enough:
+    whole = isinstance(value, int | np.integer)
+    if isinstance(value, bool) or not (whole or (not integer and isinstance(value, float | np.floating))):
         raise fail(op, f"{name} is {value!r}, expected {kind}.", error=TypeError)
     # Comparisons only (NaN fails them all): math.isfinite would break a graph traced with symbolic numbers.
     finite = -math.inf < value < math.inf
@@ -135,6 +140,15 @@ def probability(op: str, name: str, value: float) -> None:
     if not 0 < value < 1:
         remedy = f"In per cent it would be {value:g} %: give {value / 100:g}." if 1 < value < 100 else ""
         raise fail(op, f"{name} is {value!r}, expected a probability between 0 and 1, such as 0.95.", remedy)
+
+
+def plain(value: Any) -> Any:
+    """Ready for JSON: NumPy's numbers as Python's own, also within dicts, lists and tuples; anything else as it is."""
+    if isinstance(value, dict):
+        return {plain(k): plain(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(v) for v in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def can_read(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.apps import estimator_files
-from stateline.apps.estimator_data import Floats, as_series, held_out, plain, standard
+from stateline.apps.estimator_data import Floats, as_series, held_out, standard
 from stateline.apps.sklearn_names import BaseEstimator, check_is_fitted, check_random_state
 from stateline.models.sequence import SequenceConfig, SequenceModel
 from stateline.training.progress import EpochReporter
@@ -167,7 +167,7 @@ class Sequences(BaseEstimator):
 
     def _chosen(self) -> dict[str, Any]:
         """The parameters, as Python's own numbers: searches over a grid set NumPy's."""
-        return {name: plain(value) for name, value in self.get_params(deep=False).items()}
+        return {name: checks.plain(value) for name, value in self.get_params(deep=False).items()}
 
     def _device(self) -> torch.device:
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))

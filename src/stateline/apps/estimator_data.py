@@ -42,11 +42,6 @@ def _array(x: Any) -> Any:
     return x if hasattr(x, "ndim") else np.asarray(x)
 
 
-def plain(value: Any) -> Any:
-    """A NumPy number as Python's own, anything else as it is."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def held_out(groups: NDArray[np.int64], fraction: float, random: np.random.RandomState) -> NDArray[np.bool_]:
     """Which series are held out: about `fraction` of each group, never all of one."""
     n = len(groups)

@@ -14,7 +14,6 @@ import numpy as np
 from safetensors.torch import save_file
 
 from stateline import checks
-from stateline.apps.estimator_data import plain
 from stateline.files import share
 from stateline.models.checkpoint import CONFIG, HEADER, MISFIT, WEIGHTS, CheckpointError, read_safetensors, write_aside
 from stateline.models.sequence import SequenceConfig, SequenceModel
@@ -127,9 +126,9 @@ def labels_from_json(record: dict[str, Any]) -> np.ndarray[Any, Any]:
 
 def _plain(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters for JSON, whose objects have only strings for keys; where it computes is no part of an estimator."""
-    params = {name: plain(value) for name, value in params.items() if name != "device"}
+    params = {name: checks.plain(value) for name, value in params.items() if name != "device"}
     if isinstance(params.get("class_weight"), dict):
-        params["class_weight"] = [[plain(k), float(v)] for k, v in params["class_weight"].items()]
+        params["class_weight"] = [[checks.plain(k), float(v)] for k, v in params["class_weight"].items()]
     return params
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.apps.estimator_base import DEFAULT_MIXER, Sequences
-from stateline.apps.estimator_data import Floats, as_series, plain, standard
+from stateline.apps.estimator_data import Floats, as_series, standard
 from stateline.apps.estimator_files import labels_from_json, labels_to_json
 from stateline.apps.sklearn_names import (
     ClassifierMixin,
@@ -138,8 +138,8 @@ class SequenceClassifier(ClassifierMixin, Sequences):
                 raise checks.fail("fit", "y has classes that the first fit did not.", "Set warm_start=False.")
             classes = self.classes_
         if len(classes) < 2:
-            raise checks.fail("fit", f"y has one class, {plain(classes[0])!r}, expected at least two.")
-        checks.number("fit", "label_smoothing", plain(self.label_smoothing), low=0, high=0.95)
+            raise checks.fail("fit", f"y has one class, {checks.plain(classes[0])!r}, expected at least two.")
+        checks.number("fit", "label_smoothing", self.label_smoothing, low=0, high=0.95)
         self.classes_ = classes
         encoded = np.searchsorted(classes, y)
         self._weight = None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical import discretize
+from stateline.classical import discretize, parts
 
 OP = "filter"
 LEARN = "learn"
@@ -65,16 +65,13 @@ def _level(columns: int) -> Part:
 
 def _trend(columns: int, damping: float = 1.0) -> Part:
     _bounded("local-trend", "damping", damping, 0.0, 1.0)
-    drift = torch.tensor([[0.0, 1.0], [0.0, math.log(damping)]], dtype=F64)
+    drift = parts.trend(torch.tensor(damping, dtype=F64), continuous=True)
     noises = {"level": _diagonal(1.0, 0.0), "slope": _diagonal(0.0, 1.0)}
     return Part([(drift, noises)], torch.tensor([[1.0, 0.0]], dtype=F64), (0,))
 
 
-def _waves(frequencies: list[float], name: str, damping: float) -> Part:
-    fades = math.log(damping)
-    turns = [torch.tensor([[fades, w], [-w, fades]], dtype=F64) for w in frequencies]
-    seen = torch.tensor([[1.0, 0.0] * len(frequencies)], dtype=F64)
-    return Part([(turn, {name: _diagonal(1.0, 1.0)}) for turn in turns], seen)
+def _waves(waves: list[Tensor], name: str) -> Part:
+    return Part([(wave, {name: _diagonal(1.0, 1.0)}) for wave in waves], parts.shown(waves))
 
 
 def _seasonal(columns: int, period: float, harmonics: int | None = None) -> Part:
@@ -82,18 +79,19 @@ def _seasonal(columns: int, period: float, harmonics: int | None = None) -> Part
     most = int(period / 2)
     count = min(most, HARMONICS) if harmonics is None else harmonics
     checks.number(OP, "harmonics of seasonal", count, low=1, high=most, integer=True)
-    return _waves([2 * math.pi * k / period for k in range(1, count + 1)], "season", 1.0)
+    return _waves(parts.season(period, count, continuous=True), "season")
 
 
 def _oscillator(columns: int, period: float, damping: float = 1.0) -> Part:
     _bounded("oscillator", "period", period, 2.0, math.inf)
     _bounded("oscillator", "damping", damping, 0.0, 1.0)
-    return _waves([2 * math.pi / period], "wave", damping)
+    turn, kept = (torch.tensor(x, dtype=F64) for x in (2 * math.pi / period, damping))
+    return _waves([parts.wave(turn, kept, continuous=True)], "wave")
 
 
 def _moving(order: int, name: str) -> Callable[..., Part]:
     def part(columns: int) -> Part:
-        chain = torch.diag(torch.ones(order - 1, dtype=F64), 1)
+        chain = parts.chain(order)
         pushed = _diagonal(*[0.0] * (order - 1), 1.0)
         seen = torch.eye(order * columns, dtype=F64)[::order]
         return Part([(chain, {name: pushed})] * columns, seen, tuple(range(0, order * columns, order)))
@@ -266,7 +264,9 @@ class Blueprint:
             moves = gaps > 0  # two rows of one time: nothing happens between
             A, Q = torch.eye(n, dtype=F64).repeat(len(gaps), 1, 1), torch.zeros(len(gaps), n, n, dtype=F64)
             if moves.any():
-                A[moves], Q[moves] = _sampled(drift, intensity, gaps[moves])
+                A[moves], _, made = discretize(drift, None, gaps[moves], intensity)
+                assert made is not None
+                Q[moves] = made
             return A, Q
         found = []
         for gap in gaps.tolist():
@@ -279,23 +279,6 @@ class Blueprint:
                 A, Q = drift @ A, drift @ Q @ drift.mT + intensity
             found.append((A, Q))
         return torch.stack([A for A, _ in found]), torch.stack([Q for _, Q in found])
-
-
-def _sampled(drift: Tensor, intensity: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
-    """A and Q (U, n, n) over gaps > 0, the same bits for a gap whichever others stand beside it.
-
-    `discretize` works as finely as its longest step needs; so gaps go by octaves, each with its longest.
-    """
-    n = len(drift)
-    A, Q = gaps.new_zeros(len(gaps), n, n), gaps.new_zeros(len(gaps), n, n)
-    octaves = torch.frexp(gaps).exponent
-    for octave in octaves.unique():
-        here = octaves == octave
-        longest = torch.ldexp(torch.ones(1, dtype=F64), octave)
-        made = discretize(drift, None, torch.cat([gaps[here], longest]), intensity)
-        assert made.Q is not None
-        A[here], Q[here] = made.A[:-1], made.Q[:-1]
-    return A, Q
 
 
 def blueprint(spec: dict[str, Any], columns: int) -> Blueprint:

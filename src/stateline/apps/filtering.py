@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -28,6 +28,7 @@ from stateline import checks, state
 from stateline.apps.filter_models import F64, Blueprint, blueprint, described
 from stateline.apps.series_files import NUMBERS, Clock, Row, Series, read_series, series_of
 from stateline.classical import KalmanState, StateSpace, kalman_filter
+from stateline.classical.minimise import minimise
 from stateline.classical.smoother import filter_and_smooth
 
 __all__ = ["Ahead", "Clean", "SeriesFilter", "read_series", "series_of"]
@@ -41,6 +42,8 @@ STARTS = (1e-4, 1e-2, 1.0)
 #: Logarithms of variances, in those of the data: what moves less stands still. Of a sensor's noise so much stays that
 #: covariances keep their digits.
 LEAST, LEAST_NOISE, MOST = -30.0, -18.0, 12.0
+#: A step of the search, in logarithms of variances.
+LONGEST = 4.0
 #: Numbers of a chunk's matrices, which keeps memory constant.
 ROOM = 2_000_000
 CHUNK = 4096
@@ -191,8 +194,7 @@ class SeriesFilter:
             starts = torch.stack([torch.where(moves, ratio, 0.1).log().to(F64) for ratio in STARTS])
             with torch.no_grad():
                 chances = torch.stack([likelihood(start[None]).squeeze(0) for start in starts])
-            best = _climb(lambda x: likelihood(x[None]).sum(), starts[int(chances.argmax())])
-            best = best.clamp(least, least.new_tensor(MOST))
+            best = _likeliest(likelihood, starts[int(chances.argmax())]).clamp(least, least.new_tensor(MOST))
             found.append(scale * torch.where(moves & (best < LEAST + 8), 0.0, best.exp()))
         for k, name in enumerate(plan.free):
             self._values[name] = torch.stack([x[k] for x in found])
@@ -411,7 +413,7 @@ class SeriesFilter:
         tensors |= {"middle": self._middle, "scale": self._scale, "last": torch.tensor(self.last, dtype=F64)}
         if self._state is not None:
             tensors |= {"mean": self._state.mean, "cov": self._state.cov}
-        state.write(OP, path, tensors, {"format": FORMAT, "filter": json.dumps(about)})
+        state.write(OP, path, tensors, {"format": FORMAT, "filter": json.dumps(checks.plain(about))})
 
     @classmethod
     def load(cls, path: str | Path) -> SeriesFilter:
@@ -444,19 +446,14 @@ class SeriesFilter:
         return made
 
 
-def _climb(objective: Any, start: Tensor) -> Tensor:
-    """Where the objective is greatest, uphill from a start."""
-    x = start.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [x], max_iter=80, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
-    )
+def _likeliest(likelihood: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Where a likelihood (1) of x (1, k) is greatest, uphill from a start (k)."""
 
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss: Tensor = -objective(x)
-        loss.backward()
-        return loss
+    def cost(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = -likelihood(x).reshape(1)
+            (slope,) = torch.autograd.grad(value, x)
+        return value.detach(), slope
 
-    with torch.enable_grad():
-        optimiser.step(closure)
-    return x.detach() if bool(x.isfinite().all()) else start
+    return minimise(cost, start[None], longest=LONGEST).x[0]

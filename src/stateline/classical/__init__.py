@@ -11,41 +11,70 @@ from stateline.classical.components import (
     side_by_side,
     sum_of,
 )
-from stateline.classical.control import analyse, from_control, gramians, lqr, to_control
-from stateline.classical.horizon import Limits, RecedingHorizon
+from stateline.classical.control import (
+    Gramians,
+    Lqr,
+    Report,
+    analyse,
+    controllability,
+    from_control,
+    gramians,
+    lqr,
+    observability,
+    to_control,
+)
+from stateline.classical.diagnosis import Diagnosis
+from stateline.classical.horizon import Limits, Plan, RecedingHorizon
 from stateline.classical.kalman import Forecast, forecast, kalman_filter
 from stateline.classical.layer import KalmanFilter
 from stateline.classical.learn import Fit, FitOptions, fit
+from stateline.classical.mixture import StructuralForecast
 from stateline.classical.model import StateSpace, from_scan, simulate, to_scan
 from stateline.classical.nonlinear import NonlinearModel, extended_kalman_filter, unscented_kalman_filter
-from stateline.classical.regulator import lqg
-from stateline.classical.sampled import discretize
+from stateline.classical.regulator import Decision, Lqg, Rest, equilibrium, lqg
+from stateline.classical.sampled import Sampled, discretize
 from stateline.classical.smoother import Smoothed, kalman_smoother, posterior_sample
-from stateline.classical.steady import steady_filter, steady_state
-from stateline.classical.structural import StructuralModel
+from stateline.classical.steady import Steady, SteadyFiltered, steady_filter, steady_state
+from stateline.classical.structural import Coefficients, Components, StructuralModel
 from stateline.classical.subspace import Subspace, n4sid
 from stateline.ops.kalman import Filtered, KalmanState, SquareRootState
 
 __all__ = [
+    "Coefficients",
+    "Components",
+    "Decision",
+    "Diagnosis",
     "Filtered",
     "Fit",
     "FitOptions",
     "Forecast",
+    "Gramians",
     "KalmanFilter",
     "KalmanState",
     "Limits",
+    "Lqg",
+    "Lqr",
     "NonlinearModel",
+    "Plan",
     "RecedingHorizon",
+    "Report",
+    "Rest",
+    "Sampled",
     "Smoothed",
     "SquareRootState",
     "StateSpace",
+    "Steady",
+    "SteadyFiltered",
+    "StructuralForecast",
     "StructuralModel",
     "Subspace",
     "analyse",
     "arma",
     "constant_acceleration",
     "constant_velocity",
+    "controllability",
     "discretize",
+    "equilibrium",
     "extended_kalman_filter",
     "fit",
     "forecast",
@@ -59,6 +88,7 @@ __all__ = [
     "lqg",
     "lqr",
     "n4sid",
+    "observability",
     "oscillator",
     "posterior_sample",
     "seasonal",

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from stateline import checks
+from stateline.classical import parts
 from stateline.classical.model import StateSpace, check
 from stateline.classical.sampled import discretize
+from stateline.theory.covariance import lyapunov
 
 Variance = float | Tensor
 PRIOR = 1e6
-#: Products A², A⁴, … after which a sum over all of time has converged, or never will.
-DOUBLINGS = 60
 
 
 def local_level(
@@ -61,12 +61,11 @@ def local_trend(
         prior: the variance of the first level and slope, about 0.
     """
     op = "local_trend"
-    parts = [_variance(op, name, x, dtype) for name, x in {"level": level, "slope": slope, "noise": noise}.items()]
+    given = [_variance(op, name, x, dtype) for name, x in {"level": level, "slope": slope, "noise": noise}.items()]
     kept = _share(op, "damping", damping, dtype)
-    zero, one = torch.zeros_like(kept), torch.ones_like(kept)
-    A = _matrix([[one, one], [zero, kept]])
+    A = _time(parts.trend(kept))
     C = torch.tensor([[1.0, 0.0]], dtype=dtype, device=A.device)
-    return _made(op, A, C, _diagonal(parts[:2]), parts[2], prior)
+    return _made(op, A, C, _diagonal(given[:2]), given[2], prior)
 
 
 def seasonal(
@@ -99,20 +98,16 @@ def seasonal(
                 op, f"harmonics is {harmonics}, and a dummy season has none.", "form='trigonometric' has."
             )
         n = int(period) - 1
-        A = torch.diag(torch.ones(n - 1, dtype=dtype), -1) if n > 1 else torch.zeros(1, 1, dtype=dtype)
-        A[0] = -1
-        C = torch.eye(n, dtype=dtype)[:1]
+        blocks = [parts.companion(-torch.ones(n))]
         shocks = [season, *[torch.zeros_like(season)] * (n - 1)]
     else:
         waves = int(period // 2)
         if harmonics is not None:
             checks.number(op, "harmonics", harmonics, low=1, high=waves, integer=True)
-        turns = [2 * math.pi * (k + 1) / period for k in range(harmonics or waves)]
-        blocks = [_turn(x, dtype) if x < math.pi else -torch.ones(1, 1, dtype=dtype) for x in turns]
-        A = torch.block_diag(*blocks)
-        C = torch.cat([torch.eye(len(block), dtype=dtype)[:1] for block in blocks], -1)
-        shocks = [season] * len(A)
-    return _made(op, A.to(season.device), C.to(season.device), _diagonal(shocks), noise, prior)
+        blocks = parts.season(period, harmonics)
+        shocks = [season] * sum(map(len, blocks))
+    A, C = (x.to(season.device, dtype) for x in (torch.block_diag(*blocks), parts.shown(blocks)))
+    return _made(op, A, C, _diagonal(shocks), noise, prior)
 
 
 def oscillator(
@@ -137,10 +132,8 @@ def oscillator(
         raise checks.fail(op, f"period is {float(length.min()):g}, expected above 2.", "Samples show no faster wave.")
     variance, noise = _variance(op, "variance", variance, dtype), _variance(op, "noise", noise, dtype)
     kept = _share(op, "damping", damping, dtype)
-    kept, angle = torch.broadcast_tensors(kept, 2 * math.pi / length)
-    c, s = kept * torch.cos(angle), kept * torch.sin(angle)
-    C = torch.tensor([[1.0, 0.0]], dtype=dtype, device=c.device)
-    A, Q = _matrix([[c, s], [-s, c]]), _diagonal([variance, variance])
+    A, Q = _time(parts.wave(2 * math.pi / length, kept)), _diagonal([variance, variance])
+    C = torch.tensor([[1.0, 0.0]], dtype=dtype, device=A.device)
     fades = kept < 1
     start = torch.where(fades, variance / (1 - torch.where(fades, kept, 0) ** 2), prior)
     return _made(op, A, C, Q, noise, prior, start=_diagonal([start, start], time=False))
@@ -171,9 +164,7 @@ def arma(
     back, kicks = _coefficients(op, "ar", ar, dtype), _coefficients(op, "ma", ma, dtype)
     variance, noise = _variance(op, "variance", variance, dtype), _variance(op, "noise", noise, dtype)
     n = max(back.shape[-1], kicks.shape[-1] + 1)
-    first = torch.nn.functional.pad(back, (0, n - back.shape[-1]))[..., None]
-    below = torch.eye(n, dtype=dtype, device=back.device)[:, : n - 1]
-    A = torch.cat([first, below.expand(*first.shape[:-1], n - 1)], -1)
+    A = parts.companion(torch.nn.functional.pad(back, (0, n - back.shape[-1]))).mT
     one = kicks.new_ones(*kicks.shape[:-1], 1)
     enter = torch.nn.functional.pad(torch.cat([one, kicks], -1), (0, n - 1 - kicks.shape[-1]))[..., None]
     Q = variance[..., None, None] * (enter @ enter.mT)
@@ -233,7 +224,7 @@ def _moving(
     checks.number(op, "space", space, low=1, integer=True)
     checks.number(op, "intensity", intensity, low=0)
     sigma = _variance(op, "noise", noise, dtype)
-    chain = torch.diag(torch.ones(order - 1, dtype=dtype), 1)
+    chain = parts.chain(order).to(dtype)
     white = torch.zeros(order, order, dtype=dtype)
     white[-1, -1] = intensity
     if isinstance(dt, Tensor):
@@ -329,18 +320,12 @@ def _blocks(parts: Sequence[Tensor]) -> Tensor:
 def stationary_covariance(A: Tensor, Q: Tensor) -> Tensor:
     """P = A P Aᵀ + Q (…, n, n), the covariance that a stable A (…, n, n) settles at; differentiable in both.
 
-    Σ Aᵏ Q Aᵏᵀ by doubling the terms: sums of what is not negative, so nothing cancels. Raises ValueError if A is not
-    stable.
+    Raises ValueError if A is not stable.
     """
-    P, power = Q, A
-    for _ in range(DOUBLINGS):
-        grown = P + power @ P @ power.mT
-        if torch.equal(grown, P):
-            return 0.5 * (P + P.mT)
-        P, power = grown, power @ power
-        if not torch.isfinite(power).all():
-            break
-    raise checks.fail("stationary_covariance", "A is not stable: the covariance of its state grows without end.")
+    P = lyapunov(A, Q)
+    if checks.can_read(P.detach()) and not torch.isfinite(P).all():
+        raise checks.fail("stationary_covariance", "A is not stable: the covariance of its state grows without end.")
+    return P
 
 
 def _made(
@@ -358,18 +343,9 @@ def _time(x: Tensor) -> Tensor:
     return x[..., None, :, :] if x.dim() > 2 else x
 
 
-def _matrix(rows: list[list[Tensor]]) -> Tensor:
-    return _time(torch.stack([torch.stack(row, -1) for row in rows], -2))
-
-
 def _diagonal(values: list[Tensor], *, time: bool = True) -> Tensor:
     made = torch.diag_embed(torch.stack(torch.broadcast_tensors(*values), -1))
     return _time(made) if time else made
-
-
-def _turn(angle: float, dtype: torch.dtype) -> Tensor:
-    c, s = math.cos(angle), math.sin(angle)
-    return torch.tensor([[c, s], [-s, c]], dtype=dtype)
 
 
 def _variance(op: str, name: str, x: Variance, dtype: torch.dtype) -> Tensor:

@@ -16,12 +16,14 @@ from torch import Tensor
 from stateline import checks
 from stateline.checks import Sizes
 from stateline.classical.model import DTYPES, StateSpace, check, covariance, match
-from stateline.classical.riccati import lyapunov, riccati, wide
+from stateline.classical.riccati import riccati, wide
 from stateline.classical.sampled import discretize
+from stateline.theory.covariance import lyapunov, spectral_root
 from stateline.theory.feedback import Loop, feedback
 
-#: Directions reached, or seen, with less than this share of the matrices' norm do not count.
-TOLERANCE = 1e-10
+#: Directions reached, or seen, with less than this share of the matrices' norm do not count: rounding of the matrices
+#: as they were given, and of a few products of them.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 # ---- analysis --------------------------------------------------------------------------------------------------------
@@ -112,24 +114,25 @@ def analyse(A: Tensor, B: Tensor | None = None, C: Tensor | None = None, *, cont
       eigenvalues 1, 1
     """
     _check("analyse", A, B, C)
+    tolerance = max(TOLERANCE[x.dtype] for x in (A, B, C) if x is not None)
     A = wide(A)
     n = len(A)
     motion = feedback(A, A.new_zeros(n, 1), A.new_zeros(1, n), continuous=continuous)
     return Report(
         motion,
-        None if B is None else _left_out(A, wide(B)),
-        None if C is None else _left_out(A.mT, wide(C).mT),
+        None if B is None else _left_out(A, wide(B), tolerance),
+        None if C is None else _left_out(A.mT, wide(C).mT, tolerance),
     )
 
 
-def _left_out(A: Tensor, B: Tensor) -> Tensor:
+def _left_out(A: Tensor, B: Tensor, tolerance: float) -> Tensor:
     """Eigenvalues of A beside the subspace that B, A B, A² B, … span."""
     basis, block, scale = B[:, :0], B, float(torch.linalg.matrix_norm(B, 2)) if B.numel() else 0.0
     while block.shape[1] and basis.shape[1] < len(A):
         for _ in range(2):  # once more for what rounding left
             block = block - basis @ (basis.mT @ block)
         U, sizes, _ = torch.linalg.svd(block, full_matrices=False)
-        new = U[:, sizes > TOLERANCE * scale]
+        new = U[:, sizes > tolerance * scale]
         basis, block, scale = torch.cat([basis, new], 1), A @ new, float(torch.linalg.matrix_norm(A, 2))
     rest = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
     return torch.linalg.eigvals(rest.mT @ A @ rest)
@@ -162,7 +165,7 @@ def gramians(A: Tensor, B: Tensor, C: Tensor, *, continuous: bool = False) -> Gr
     """Σ Aᵏ B Bᵀ Aᵏᵀ and Σ Aᵏᵀ Cᵀ C Aᵏ (integrals if `continuous`), and the Hankel singular values, largest first.
 
     hᵀ W⁻¹ h of the first is the least energy of inputs that bring the state to h; hᵀ W h of the second is the energy
-    of the y that follow from h. SciPy solves for them, in float64; without gradients.
+    of the y that follow from h. In float64; without gradients.
 
     Raises:
         ValueError: if the system is not stable; both sums are then infinite.
@@ -172,15 +175,10 @@ def gramians(A: Tensor, B: Tensor, C: Tensor, *, continuous: bool = False) -> Gr
     if not analyse(A, continuous=continuous).stable:
         raise checks.fail(op, "A is not stable, and its Gramians are infinite.", "Close a loop first, or take `lqr`.")
     A64, B64, C64 = wide(A), wide(B), wide(C)
-    reach = lyapunov(op, A64, B64 @ B64.mT, continuous=continuous)
-    shown = lyapunov(op, A64.mT, C64.mT @ C64, continuous=continuous)
-    hankel = torch.linalg.svdvals(_root(shown).mT @ _root(reach))
+    reach = lyapunov(A64, B64 @ B64.mT, continuous=continuous)
+    shown = lyapunov(A64.mT, C64.mT @ C64, continuous=continuous)
+    hankel = torch.linalg.svdvals(spectral_root(shown).mT @ spectral_root(reach))
     return Gramians(*(x.to(A.device, A.dtype) for x in (reach, shown, hankel)))
-
-
-def _root(W: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(W)
-    return vectors * values.clamp(min=0).sqrt()
 
 
 # ---- feedback --------------------------------------------------------------------------------------------------------

@@ -281,6 +281,7 @@ class RecedingHorizon:
             raise checks.fail(self.op, problem, "Give the input of the step before, or zeros.")
         last = h.new_zeros(self.p) if before is None else before
         self._fits("before", last, (self.p,))
+        self._check_reach(last)
         self._update(wide(h), wide(wanted).expand(self.T, self.m), wide(last))
         if self._last is not None:
             x, dual = self._last
@@ -296,6 +297,19 @@ class RecedingHorizon:
         self._last = found.x, found.y
         u = torch.from_numpy(found.x[self.n * self.T : (self.n + self.p) * self.T].reshape(self.T, self.p)).to(h)
         return self._follow(h, self._kept_within(u, last), int(found.info.iter))
+
+    def _check_reach(self, before: Tensor) -> None:
+        """Raise if no allowed change leads from the input before to one within its limits."""
+        if self.limits.inputs is None or self.limits.rates is None:
+            return
+        (low, high), (down, up) = (self._box(n, getattr(self.limits, n), self.p) for n in ("inputs", "rates"))
+        least, most = (wide(before) + torch.from_numpy(end) for end in (down, up))
+        missed = torch.maximum(least - torch.from_numpy(high), torch.from_numpy(low) - most)
+        far = missed > PRECISION * (1 + wide(before).abs())
+        if bool(far.any()):
+            i = int(far.nonzero()[0])
+            problem = f"before[{i}] is {float(before[i]):g}, and no change within limits.rates leads into limits.inputs"
+            raise checks.fail(self.op, f"{problem}.", "Give the input that was applied, or widen the rates.")
 
     def control(self, h: Tensor, reference: Tensor | None = None, before: Tensor | None = None) -> Tensor:
         """The input (p) to apply now: the first of `plan`."""

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from stateline import checks
+from stateline.classical import minimise as minimised
 from stateline.classical.em import Data, em_step, replace
 from stateline.classical.kalman import kalman_filter
-from stateline.classical.lbfgs import Lbfgs
+from stateline.classical.likelihood import Cost, Tensors, apart, beside, some_of, standard_errors
+from stateline.classical.minimise import minimise
 from stateline.classical.model import StateSpace, check, validate
 from stateline.classical.parameters import COVARIANCES, Parameters, of
 from stateline.ops.kalman import FORMS
@@ -30,12 +32,8 @@ OP = "fit"
 METHODS = ("em", "lbfgs")
 #: A likelihood that falls by no more than this share of itself fell by rounding.
 ROUNDING = 1e-11
-#: Steps of the differences that curvature is taken from, in learned numbers, whose unit is the size of what is learned.
-DIFFERENCE = 1e-5
-#: The least eigenvalue of the information scaled to a unit diagonal: below, a direction changes nothing.
-SINGULAR = 1e-8
-#: A variance whose error is this many times itself has gone to zero, the border, where curvature says nothing.
-VAGUE = 10.0
+#: Evaluations a step of "lbfgs" may take, and how far it may go, in learned numbers.
+TRIALS, LONGEST = 20, 10.0
 Progress = Callable[[int, Tensor, StateSpace], None]
 
 
@@ -64,8 +62,9 @@ class Fit(NamedTuple):
     model: the StateSpace, learned parts in their shapes, or one a series (…, 1, rows, columns) with each=True.
     loglik: (steps + 1) log-likelihoods before the first step and after each; (steps + 1, …) with each=True.
     converged: bool, or bool tensor (…) with each=True.   reason: why it ended; of the first that did not converge.
-    errors: standard errors of the learned parts by name, in their shapes, 0 where frozen; None if there are none.
-    errors_reason: why there are none, or "".
+    errors: standard errors of the learned parts by name, in their shapes, 0 where frozen; with each=True NaN for series
+        that have none. None if there are none at all.
+    errors_reason: why there are none, of the first series that has none, or "".
     """
 
     model: StateSpace
@@ -126,7 +125,7 @@ def fit(
         report = _reporter(options.progress, method, steps, flat, shape)
         run = _em if method == "em" else _lbfgs
         found, trace, converged, reasons = run(flat, data, free, steps, options, report)
-        errors, why = _standard_errors(found, data, free, options)
+        errors, why = standard_errors(found, data, free) if options.errors else (None, "errors=False")
     first = next((r for r, good in zip(reasons, converged.tolist(), strict=True) if not good), reasons[0])
     named = None if errors is None else {k: shape.part(k, v) for k, v in errors.items()}
     return Fit(
@@ -303,37 +302,53 @@ def _em(
     """Steps until none of the models gains; those that have ended stay as they are."""
     G = len(data.y) if data.each else 1
     reasons, converged = ["" for _ in range(G)], torch.zeros(G, dtype=torch.bool)
-    best = flat
+    best, last = flat, torch.zeros(G, dtype=torch.float64)
     trace: list[Tensor] = []
+
+    def improve(rows: Tensor) -> Tensors:
+        model, some = some_of(flat, data, rows)
+        made, loglik = em_step(some, model, free)
+        return (loglik.sum(1) if data.each else loglik.sum()[None], *(made[name] for name in free))
+
+    def failed(g: int, problem: str) -> Tensors:
+        if not trace:
+            raise ValueError(problem)
+        reasons[g] = f"step {len(trace)} failed: {problem}"
+        return (last.new_tensor([-torch.inf]), *(of(_matrix_of(flat, name), torch.tensor([g])) for name in free))
+
     for step in range(steps + 1):
-        try:
-            made, loglik = em_step(data, flat, free)
-        except (ValueError, torch.linalg.LinAlgError) as error:
-            if step == 0:
-                raise
-            reasons = [r or f"step {step} failed: {error}" for r in reasons]
-            break
-        value = loglik.sum(1) if data.each else loglik.sum()[None]
         open_ = torch.tensor([not r for r in reasons])
+        rows = open_.nonzero()[:, 0]
+        found, *made = apart(improve, failed, rows)
+        if step and not bool(torch.isfinite(found).any()):
+            break
+        value = last.index_put((rows,), found)
         if step:
-            gain = value - trace[-1]
-            fell = open_ & ~(gain >= -ROUNDING * value.abs().clamp(min=1))
+            gain = value - last
+            fell = open_ & ~(gain >= -ROUNDING * last.abs().clamp(min=1))
             for g in fell.nonzero()[:, 0].tolist():
-                reasons[g] = f"step {step} lowered the log-likelihood by {-float(gain[g]):.3g}: rounding"
+                reasons[g] = reasons[g] or f"step {step} lowered the log-likelihood by {-float(gain[g]):.3g}: rounding"
             ended = open_ & ~fell & (gain < options.tolerance)
             for g in ended.nonzero()[:, 0].tolist():
                 reasons[g] = f"a step gains less than {options.tolerance:g}"
             converged |= ended
-            flat = _mix(best, flat, ~fell & open_, free)
-            value = torch.where(fell | ~open_, trace[-1], value)
-            report(step, value, lambda: {k: _matrix_of(flat, k) for k in free})  # noqa: B023  # called at once
-        best = flat
+            back = {name: torch.where(beside(fell, v), _matrix_of(best, name), v) for name, v in _parts(flat, free)}
+            flat, value = replace(flat, back), torch.where(fell, last, value)
+            if bool((open_ & ~fell).any()):
+                report(step, value, lambda: dict(_parts(flat, free)))  # noqa: B023  # called at once
+        best, last = flat, value
         trace.append(value)
         if all(reasons):
             break
         if step < steps:
-            flat = _mix(flat, replace(flat, made), torch.tensor([not r for r in reasons]), free)
+            go = torch.tensor([not reasons[g] for g in rows.tolist()])
+            moved = zip(_parts(flat, free), made, strict=True)
+            flat = replace(flat, {name: v.index_put((rows[go],), new[go]) for (name, v), new in moved})
     return best, torch.stack(trace), converged, [r or f"all {steps} steps are used up" for r in reasons]
+
+
+def _parts(flat: StateSpace, free: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [(name, _matrix_of(flat, name)) for name in free]
 
 
 def _matrix_of(flat: StateSpace, name: str) -> Tensor:
@@ -341,47 +356,7 @@ def _matrix_of(flat: StateSpace, name: str) -> Tensor:
     return v[:, 0] if v.dim() == 4 else v
 
 
-def _mix(old: StateSpace, new: StateSpace, take: Tensor, free: Mapping[str, Tensor]) -> StateSpace:
-    """Learned parts of `new` where `take` (G), else of `old`."""
-    if bool(take.all()):
-        return new
-    pairs = {name: (getattr(new, name), getattr(old, name)) for name in free}
-    return old._replace(**{k: torch.where(take.view(-1, *[1] * (a.dim() - 1)), a, b) for k, (a, b) in pairs.items()})
-
-
-# ---- L-BFGS and curvature --------------------------------------------------------------------------------------------
-
-
-class _Cost:
-    """Minus the log-likelihood of x (a, k) for the models `rows` (a), and its slope; infinite where there is none."""
-
-    def __init__(self, flat: StateSpace, data: Data, parameters: Parameters) -> None:
-        self.flat, self.data, self.parameters, self.problem = flat, data, parameters, ""
-
-    def __call__(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            parts, bad = self.parameters(x, rows)
-            if bool(bad.any()):
-                self.problem = "a covariance with frozen entries is not positive definite"
-                good = self.parameters(torch.zeros_like(x), rows)[0]  # the start, which the filter can take
-                parts = {k: torch.where(bad.view(-1, *[1] * (v.dim() - 1)), good[k], v) for k, v in parts.items()}
-            try:
-                cost = -self._loglik(parts, rows)
-            except ValueError as error:  # a trial too far, of one of them: all take a shorter step
-                self.problem = str(error)
-                return torch.full_like(x[:, 0], torch.inf), torch.zeros_like(x)
-            (slope,) = torch.autograd.grad(cost.sum(), x)
-        return torch.where(bad, torch.inf, cost.detach()), torch.where(bad[:, None], 0.0, slope)
-
-    def _loglik(self, parts: dict[str, Tensor], rows: Tensor) -> Tensor:
-        y, u, each, form = self.data
-        model = replace(self.flat, parts)
-        if each and len(rows) < len(y):
-            others = {k: of(v, rows) for k, v in self.flat._asdict().items() if v is not None and k not in parts}
-            model, y, u = model._replace(**others), y[rows], None if u is None else u[rows]
-        out, _ = kalman_filter(model, y, u, form=form, keep="loglik")
-        return out.loglik.sum(1) if each else out.loglik.sum()[None]
+# ---- L-BFGS --------------------------------------------------------------------------------------------------------
 
 
 def _lbfgs(
@@ -390,57 +365,19 @@ def _lbfgs(
 ) -> Result:  # fmt: skip
     G = len(data.y) if data.each else 1
     parameters = Parameters(OP, flat, tuple(free), free, options.stable)
-    cost, all_rows = _Cost(flat, data, parameters), torch.arange(G)
+    cost, all_rows = Cost(flat, data, parameters), torch.arange(G)
     kalman_filter(flat, data.y, data.u, form=data.form, keep="loglik")  # a start that fails says why
-    climb = Lbfgs(cost, parameters.start(G), options.tolerance)
-    found = climb.run(steps, lambda step, value, x: report(step, -value, lambda: parameters(x, all_rows)[0]))
-    parts, _ = parameters(found.x, all_rows)
-    told = [r + (f" ({cost.problem})" if cost.problem and r.startswith("no step along") else "") for r in found.reasons]
-    return replace(flat, parts), -found.trace, found.converged, told
-
-
-def _standard_errors(
-    flat: StateSpace, data: Data, free: dict[str, Tensor], options: FitOptions
-) -> tuple[dict[str, Tensor] | None, str]:
-    """Of the learned parts (G, …) at `flat`: from the information in learned numbers, carried over to the entries."""
-    if not options.errors:
-        return None, "errors=False"
-    G = len(data.y) if data.each else 1
-    parameters = Parameters(OP, flat, tuple(free), free, stable=False)
-    cost, rows, x = _Cost(flat, data, parameters), torch.arange(G), parameters.start(G)
-    information = x.new_zeros(G, parameters.count, parameters.count)
-    for j in range(parameters.count):
-        move = torch.zeros_like(x)
-        move[:, j] = DIFFERENCE
-        information[:, j] = (cost(x + move, rows)[1] - cost(x - move, rows)[1]) / (2 * DIFFERENCE)
-    if cost.problem:
-        return None, f"the likelihood ends at what was found: {cost.problem}"
-    still = ~parameters.moves(G)
-    information = torch.where(still[:, :, None] | still[:, None, :], torch.diag_embed(still.to(x)), information)
-    information = (information + information.mT) / 2
-    size = information.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    if bool((size == 0).any()):
-        return None, "the information is singular: a learned number does not change the likelihood"
-    unit = information / size[:, :, None] / size[:, None, :]
-    least = torch.linalg.eigvalsh(unit)[:, :1].amin()
-    if float(least) < SINGULAR:
-        what = "leaves the likelihood as it is, or raises it"
-        remedy = "Freeze entries or learn fewer parts: A, C and Q together leave the coordinates of the state open."
-        return None, f"the information is singular: some change of the learned parts {what}. {remedy}"
-    spread = torch.linalg.inv(unit) / size[:, :, None] / size[:, None, :]
-    spread = torch.where(still[:, :, None] | still[:, None, :], 0.0, spread)
-    errors = {}
-    with torch.enable_grad():
-        x = x.requires_grad_()
-        for name, part in parameters(x, rows)[0].items():
-            flat_part, variances = part.flatten(1), []
-            for i in range(flat_part.shape[1]):
-                (row,) = torch.autograd.grad(flat_part[:, i].sum(), x, retain_graph=True)
-                variances.append((row[:, None] @ spread @ row[:, :, None])[:, 0, 0])
-            errors[name] = torch.stack(variances, 1).clamp(min=0).sqrt().detach().unflatten(1, part.shape[1:])
-            if name in COVARIANCES:
-                error, variance = (v.detach().diagonal(dim1=-2, dim2=-1) for v in (errors[name], part))
-                if bool((error > VAGUE * variance).any()):
-                    remedy = f"Freeze it there, or leave {name} out of learn."
-                    return None, f"a variance in {name} went to the border, {float(variance.min()):.3g}. {remedy}"
-    return errors, ""
+    found = minimise(
+        cost, parameters.start(G), tolerance=0.0, gain=options.tolerance, steps=steps, evaluations=TRIALS * (steps + 1),
+        longest=LONGEST, report=lambda step, value, x: report(step, -value, lambda: parameters(x, all_rows)[0]),
+    )  # fmt: skip
+    told = []
+    for g, reason in enumerate(found.reason.tolist()):
+        if reason in (minimised.FLAT, minimised.LITTLE):
+            told.append(f"a step gains less than {options.tolerance:g}")
+        elif reason == minimised.STUCK:
+            why = f" ({cost.problems[g]})" if g in cost.problems else ""
+            told.append(f"no step along the slope raises the likelihood{why}")
+        else:
+            told.append(minimised.REASONS[reason].replace("all steps", f"all {steps} steps"))
+    return replace(flat, parameters(found.x, all_rows)[0]), -found.trace, found.converged, told

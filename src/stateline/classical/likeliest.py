@@ -25,7 +25,7 @@ SPREAD, MANY = 1.5, 1024
 
 
 @dataclass
-class Fit:
+class StructureFit:
     """A structure and what was found for the series `rows` (M) of all.
 
     theta (M, k); centre, scale (M): series, or their logarithms, enter as (y − centre) / scale; unit (c): of X.
@@ -82,7 +82,7 @@ def fitting(structure: Structure, panel: Panel) -> Tensor:
 
 def fit_structure(
     structure: Structure, panel: Panel, common: int, options: tuple[float, int], progress: Progress
-) -> Fit:
+) -> StructureFit:
     """The likeliest parameters of `structure` for each series of `panel` that it can be fitted to.
 
     common: how many values of each series the evidence leaves out.   options: tolerance and evaluations of the search.
@@ -93,7 +93,7 @@ def fit_structure(
     part = panel.take(rows)
     centre, scale = (part.logarithms() if structure.transform == "log" else part).scaling()
     nothing = scale.new_zeros(M)
-    fit = Fit(
+    fit = StructureFit(
         structure, rows, scale.new_zeros(M, k), centre, scale, unit, nothing, nothing.clone(), nothing.clone(),
         torch.zeros(M, dtype=torch.bool), torch.zeros(M, dtype=torch.long),
         KalmanState(scale.new_zeros(M, n), scale.new_zeros(M, n, n)),
@@ -120,13 +120,18 @@ def blocks(length: Tensor, n: int) -> Iterator[Tensor]:
         first += size
 
 
-def filtered(structure: Structure, theta: Tensor, part: Panel) -> tuple[Tensor, Tensor, Tensor, KalmanState]:
-    """Likelihood terms (M, T), one-step errors and their variances (M, T), and the state after each series' end."""
+def filtered(
+    structure: Structure, theta: Tensor, part: Panel, state: KalmanState | None = None
+) -> tuple[Tensor, Tensor, Tensor, KalmanState]:
+    """Likelihood terms (M, T), one-step errors and their variances (M, T), and the state after each series' end.
+
+    `state`: of the step before which the values of `part` begin; None: nothing is known.
+    """
     M, T = part.y.shape
     y = torch.nn.functional.pad(part.y, (0, 1), value=torch.nan)[..., None]
     X = None if part.X is None else torch.nn.functional.pad(part.X, (0, 0, 0, 1))
     model = structure.model(theta, X)
-    start = KalmanState(model.m0.expand(M, -1), model.P0)
+    start = state or KalmanState(model.m0.expand(M, -1), model.P0)
     out, _ = kalman(y, model.A, model.C, model.Q, model.R, start)
     assert out.predicted_mean is not None
     assert out.predicted_cov is not None
@@ -151,14 +156,16 @@ class _Likelihood:
         self.mask /= self.mask.sum(1, keepdim=True)
 
     def values(self, theta: Tensor, rows: Tensor) -> Tensor:
-        """(M) of `rows` at theta (M, k)."""
+        """(M) of `rows` at theta (M, k); infinite where rounding leaves no stationary start."""
         if rows is not self.rows:
             self.rows, self.part = rows, self.whole.take(rows)
             self._prepare()
         model = self.structure.model(theta, self.part.X)
-        start = KalmanState(model.m0.expand(len(theta), -1), model.P0)
+        there = torch.isfinite(model.P0).all(-1).all(-1)
+        P0 = torch.where(there[:, None, None], model.P0, torch.eye(self.structure.n, dtype=theta.dtype))
+        start = KalmanState(model.m0.expand(len(theta), -1), P0)
         out, _ = kalman(self.part.y[..., None], model.A, model.C, model.Q, model.R, start, keep="loglik")
-        return -(out.loglik * self.mask).sum(1)
+        return torch.where(there, -(out.loglik * self.mask).sum(1), torch.inf)
 
     def __call__(self, theta: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -168,7 +175,9 @@ class _Likelihood:
         return value.detach(), slope
 
 
-def _fit_block(fit: Fit, part: Panel, block: Tensor, raw: Panel, common: int, options: tuple[float, int]) -> None:
+def _fit_block(
+    fit: StructureFit, part: Panel, block: Tensor, raw: Panel, common: int, options: tuple[float, int]
+) -> None:
     """Fit the series `block` of `fit`; `part` are they, scaled, and `raw` all of the fit's in their own units."""
     with torch.no_grad():
         likelihood = _Likelihood(fit.structure, part)

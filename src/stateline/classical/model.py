@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.checks import Sizes
+from stateline.theory.covariance import spectral_root
 
 DTYPES = (torch.float32, torch.float64)
 #: The last two sizes of each part, and how many dimensions they are.
@@ -237,9 +238,8 @@ def _draw(op: str, name: str, cov: Tensor, shape: tuple[int, ...], generator: to
     """Samples of N(0, cov); a semidefinite covariance has no Cholesky factor, but always a spectral one."""
     with torch.no_grad():
         covariance(op, name, cov)
-        values, vectors = torch.linalg.eigh(cov)
         white = torch.randn(shape, dtype=cov.dtype, device=cov.device, generator=generator)
-        return times(vectors * values.clamp(min=0).sqrt()[..., None, :], white)
+        return times(spectral_root(cov), white)
 
 
 def from_scan(A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

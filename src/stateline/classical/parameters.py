@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.classical.model import StateSpace
+from stateline.theory.covariance import lyapunov, spectral_root
 
 COVARIANCES = ("Q", "R", "P0")
 
@@ -57,14 +58,7 @@ def blocks(cov: Tensor, free: Tensor) -> list[Block]:
 def root(cov: Tensor) -> Tensor:
     """F (G, n, n) with F Fᵀ = cov; where one is singular, columns of zeros come last."""
     L, problem = torch.linalg.cholesky_ex(cov)
-    if not bool(problem.any()):
-        return L
-    size = cov.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    inverse = torch.where(size > 0, 1 / size, 0.0)
-    values, vectors = torch.linalg.eigh(cov * inverse[..., :, None] * inverse[..., None, :])
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    values = torch.where(values > 64 * cov.shape[-1] * torch.finfo(cov.dtype).eps, values, 0.0)
-    return size[..., :, None] * vectors * values.sqrt()[..., None, :]
+    return torch.where((problem != 0)[:, None, None], spectral_root(cov), L) if bool(problem.any()) else L
 
 
 class Entries:
@@ -143,7 +137,7 @@ class StableA:
             remedy = f"Start from one that is, for example A · {0.99 / radius:.4g}."
             raise checks.fail(op, f"stable=True, and the start's A has spectral radius {radius:.6g}.", remedy)
         eye = torch.eye(n, dtype=start.dtype)
-        self.L = torch.linalg.cholesky(_lyapunov(start, eye))
+        self.L = torch.linalg.cholesky(lyapunov(start, eye))
         K = torch.linalg.solve_triangular(self.L, start @ self.L, upper=False)
         E = torch.linalg.cholesky(eye - K.mT @ K)
         self.V = torch.linalg.solve_triangular(E, K.mT, upper=False).mT  # K E⁻ᵀ
@@ -168,17 +162,6 @@ def _triangle(x: Tensor, i: Tensor, j: Tensor, n: int) -> Tensor:
     M = x.new_zeros(len(x), n, n)
     M[:, i, j] = torch.where(i == j, x.exp(), x)
     return M
-
-
-def _lyapunov(A: Tensor, Q: Tensor) -> Tensor:
-    """P = A P Aᵀ + Q of stable matrices (G, n, n), by doubling."""
-    P = Q.expand_as(A)
-    for _ in range(60):
-        more = A @ P @ A.mT
-        P, A = P + more, A @ A
-        if float(more.abs().max()) <= 1e-16 * float(P.abs().max()):
-            break
-    return (P + P.mT) / 2
 
 
 def of(v: Tensor, rows: Tensor) -> Tensor:

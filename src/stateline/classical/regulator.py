@@ -22,7 +22,7 @@ from stateline.classical.riccati import wide
 from stateline.classical.steady import Steady, steady_state
 
 #: Of the largest entry of what is asked for; what is left over more than that is not reached at rest.
-RESIDUAL = 1e-8
+RESIDUAL = {torch.float64: 1e-8, torch.float32: 1e-5}
 
 
 class Rest(NamedTuple):
@@ -58,19 +58,22 @@ class Lqg(NamedTuple):
         return m0.expand(*torch.broadcast_shapes(shape, m0.shape[:-1]), m0.shape[-1]).clone()
 
     def update(self, y: Tensor, state: Tensor) -> Tensor:
-        """The predicted mean (…, n) adjusted by an observation y (…, m).
+        """The predicted mean (…, n) adjusted by an observation y (…, m); entries that are missing (NaN) are left out.
 
-        Raises ValueError if an entry of y is missing (NaN): a constant gain knows no gaps. Where sensors drop out, keep
-        the state of a `KalmanFilter` instead and give its mean to `control`.
+        The gain takes the mean to be as sure as it settles without gaps: after a long one, the state of a
+        `KalmanFilter`, whose mean `control` takes too, finds its way back sooner.
         """
         op = "lqg.update"
         _fits(op, "y", y, self.model.C.shape[0], self.model)
         _fits(op, "state", state, len(self.gain.mT), self.model)
-        if checks.can_read(y.detach()) and y.isnan().any():
-            raise checks.fail(
-                op, "y has missing entries (NaN), which a constant gain cannot skip.", "Use KalmanFilter."
-            )
-        return state + times(self.steady.gain, y - times(self.model.C, state))
+        missing = y.isnan()
+        residual = torch.where(missing, 0.0, y - times(self.model.C, state))
+        S = self.steady.innovation_cov
+        one = torch.eye(len(S), dtype=S.dtype, device=S.device)
+        seen = torch.where(missing[..., None, :] | missing[..., :, None], one, S)
+        expected = times(S, torch.linalg.solve(seen, residual))  # missing entries, as those that are seen tell of them
+        residual = torch.where(missing, expected, residual)
+        return state + times(self.steady.gain, residual)
 
     def control(self, mean: Tensor, target: Rest | None = None) -> Tensor:
         """The input (…, p) for a state mean (…, n): towards zero, or towards `target` of `equilibrium`."""
@@ -144,7 +147,7 @@ def equilibrium(model: StateSpace, y: Tensor) -> Rest:
     rest, missed = rests(model)(y)
     if checks.can_read(missed.detach()):
         most = float(missed.detach().abs().max()) if missed.numel() else 0.0
-        if most > RESIDUAL * max(1.0, float(y.detach().abs().max())):
+        if most > RESIDUAL[y.dtype] * max(1.0, float(y.detach().abs().max())):
             remedy = "It takes an input for each entry of y that is to be chosen freely."
             raise checks.fail(op, f"no rest has these y, the nearest misses them by {most:.3g}.", remedy)
     return rest

@@ -1,4 +1,4 @@
-"""Equations that SciPy solves: algebraic Riccati and Lyapunov, with errors that say what a solution would take."""
+"""The algebraic Riccati equation, solved by SciPy, with errors that say what a solution would take."""
 
 from __future__ import annotations
 
@@ -51,15 +51,3 @@ def riccati(op: str, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, remedy: str, *,
     if not inside or not float(left.abs().max()) <= RESIDUAL * max(1.0, float(P.abs().max())):
         raise checks.fail(op, "the Riccati equation has no stabilising solution.", remedy)
     return P
-
-
-def lyapunov(op: str, A: Tensor, Q: Tensor, *, continuous: bool = False) -> Tensor:
-    """X (n, n) float64 with X = A X Aᵀ + Q, or A X + X Aᵀ + Q = 0; A must be stable, which the caller has checked."""
-    scipy = linalg(op)
-    A, Q = wide(A), wide(Q)
-    if continuous:
-        X = scipy.solve_continuous_lyapunov(A.numpy(), -Q.numpy())
-    else:
-        X = scipy.solve_discrete_lyapunov(A.numpy(), Q.numpy())
-    made = torch.from_numpy(X)
-    return 0.5 * (made + made.mT)

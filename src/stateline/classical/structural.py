@@ -8,7 +8,7 @@ found by maximum likelihood in one batch; several structures can be fitted and a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -20,14 +20,15 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.classical import structural_files
+from stateline.classical.diagnosis import Diagnosis, diagnosis
 from stateline.classical.kalman import forecast as forecast_states
-from stateline.classical.likeliest import Fit, Progress, blocks, filtered, fit_structure, fitting
+from stateline.classical.likeliest import Progress, StructureFit, blocks, filtered, fit_structure, fitting
 from stateline.classical.mixture import StructuralForecast
-from stateline.classical.model import simulate
+from stateline.classical.model import StateSpace, simulate
 from stateline.classical.panel import Panel, future, read
 from stateline.classical.smoother import kalman_smoother
 from stateline.classical.structures import LEVELS, REGRESSORS, TRENDS, Structure
-from stateline.ops.kalman import KalmanState, kalman
+from stateline.ops.kalman import KalmanState
 
 Floats = NDArray[np.float64]
 TRANSFORMS = ("none", "log")
@@ -50,18 +51,18 @@ class Components(NamedTuple):
     log: NDArray[np.bool_]
 
 
-class Diagnosis(NamedTuple):
-    """Whether the errors of predicting each series one step ahead, in their expected deviations, look like white noise.
+class Coefficients(NamedTuple):
+    """Weights of the regressors at each series' end, in units of y, or of log y where `log` (N) is true, per unit of X.
 
-    errors (N, T), NaN where there is none; autocorrelation (N, lags); ljung_box and p_value (N): small where
-    something is left to predict; ratio (N): variance in the last third over that in the first third, 1 if it is steady.
+    names (c): "weight_0" for the first column of X, and so on.   mean, error (N, c): expected values and their standard
+    errors, for fixed weights the regression's; parameters are taken as known. They are those of the series' likeliest
+    structure.
     """
 
-    errors: Floats
-    autocorrelation: Floats
-    ljung_box: Floats
-    p_value: Floats
-    ratio: Floats
+    names: list[str]
+    mean: Floats
+    error: Floats
+    log: NDArray[np.bool_]
 
 
 class StructuralModel:
@@ -82,7 +83,7 @@ class StructuralModel:
 
     Each of the first five may be a list of alternatives: all combinations are fitted, and combined for each series. A
     series too short for a structure, or with values that are not positive for "log", goes without it. Fitted, it has
-    `fits_` (one `likeliest.Fit` a structure), `weights_` (N, structures) and `loglik_` (N).
+    `fits_` (one `likeliest.StructureFit` a structure), `weights_` (N, structures) and `loglik_` (N).
 
     >>> y = [[112.0, 118, 132, 129, 121, 135, 148, 148, 136, 119], [30.0, 32, 31, 35, 36, 38, 37, 40]]
     >>> model = StructuralModel(trend="fixed").fit(y)
@@ -91,7 +92,7 @@ class StructuralModel:
     ((2, 3), True)
     """
 
-    fits_: list[Fit]
+    fits_: list[StructureFit]
     weights_: Tensor
     panel_: Panel
 
@@ -217,7 +218,7 @@ class StructuralModel:
     def parameters(self, series: int) -> list[dict[str, Any]]:
         """What was found for one series, a dictionary a structure, the one of most weight first.
 
-        Variances are in squared units of y (of log y for "log").
+        Variances are in squared units of y (of log y for "log"), those of weights per squared unit of their regressor.
         """
         checks.number("parameters", "series", series, low=0, high=len(self._weight()) - 1, integer=True)
         found = []
@@ -226,13 +227,34 @@ class StructuralModel:
             if not len(at):
                 continue
             values = fit.structure.values(fit.theta[at])
-            unit = float(fit.scale[at]) ** 2
-            plain = {
-                name: (x if name in ("damping", "coefficients") else x * unit)[0].tolist() for name, x in values.items()
+            unit = float(fit.scale[at])
+            units = {"damping": 1.0, "coefficients": 1.0} | {
+                f"weight_{i}": unit / u for i, u in enumerate(fit.unit.tolist())
             }
+            plain = {name: (x * units.get(name, unit) ** 2)[0].tolist() for name, x in values.items()}
             weight = float(self.weights_[series, j])
             found.append({"structure": str(fit.structure), "weight": weight, "aicc": float(fit.aicc[at]), **plain})
         return sorted(found, key=lambda one: -one["weight"])
+
+    def coefficients(self) -> Coefficients:
+        """What each regressor counts for in each series, after all values it was fitted to and updated with.
+
+        Raises ValueError for a model that was fitted without X.
+        """
+        N, best = len(self._weight()), self.weights_.argmax(1)
+        columns = self.fits_[0].structure.columns
+        if not columns:
+            raise checks.fail("coefficients", "the model was fitted without X, and has no regressors.")
+        mean, error = torch.zeros(N, columns, dtype=torch.float64), torch.zeros(N, columns, dtype=torch.float64)
+        log = torch.zeros(N, dtype=torch.bool)
+        for j, fit in enumerate(self.fits_):
+            mine = (best[fit.rows] == j).nonzero()[:, 0]
+            rows, at, unit = fit.rows[mine], fit.structure.where("weights"), fit.scale[mine, None] / fit.unit
+            mean[rows] = fit.state.mean[mine, at] * unit
+            variance = fit.state.cov[mine].diagonal(dim1=-2, dim2=-1)[:, at] * self._excess(fit)[mine, None]
+            error[rows] = variance.clamp(min=0).sqrt() * unit
+            log[rows] = fit.structure.transform == "log"
+        return Coefficients([f"weight_{i}" for i in range(columns)], mean.numpy(), error.numpy(), log.numpy())
 
     # ---- what lies ahead ----
 
@@ -250,11 +272,12 @@ class StructuralModel:
         shape = (N, len(self.fits_), steps)
         location, deviation = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
         for j, fit in enumerate(self.fits_):
-            model = fit.structure.model(fit.theta, None if ahead is None else ahead[fit.rows] / fit.unit)
-            out = forecast_states(model, fit.state, steps)
-            location[fit.rows, j] = out.mean[..., 0] * fit.scale[:, None] + fit.centre[:, None]
-            variance = out.cov[..., 0, 0] * self._excess(fit)[:, None]
-            deviation[fit.rows, j] = variance.sqrt() * fit.scale[:, None]
+            for at, model, state in self._models(fit, ahead, steps):
+                rows, scale = fit.rows[at], fit.scale[at, None]
+                out = forecast_states(model, state, steps)
+                location[rows, j] = out.mean[..., 0] * scale + fit.centre[at, None]
+                variance = out.cov[..., 0, 0] * self._excess(fit)[at, None]
+                deviation[rows, j] = variance.sqrt() * scale
         log = torch.tensor([fit.structure.transform == "log" for fit in self.fits_])
         return StructuralForecast(self.weights_, location, deviation, log)
 
@@ -268,14 +291,14 @@ class StructuralModel:
         chosen = torch.multinomial(weights, paths, replacement=True, generator=generator).T  # (paths, N)
         found = torch.zeros(paths, len(weights), steps, dtype=torch.float64)
         for j, fit in enumerate(self.fits_):
-            model = fit.structure.model(fit.theta, None if ahead is None else ahead[fit.rows] / fit.unit)
-            more = self._excess(fit)[:, None, None]
-            Q, R = more[..., None] * model.Q, more[..., None] * model.R
-            model = model._replace(m0=fit.state.mean, P0=more * fit.state.cov, Q=Q, R=R)
-            _, drawn = simulate(model, steps, batch=(paths, len(fit.rows)), generator=generator)
-            values = drawn[..., 0] * fit.scale[:, None] + fit.centre[:, None]
-            values = values.exp() if fit.structure.transform == "log" else values
-            found[:, fit.rows] = torch.where((chosen[:, fit.rows] == j)[..., None], values, found[:, fit.rows])
+            for at, model, state in self._models(fit, ahead, steps * paths):
+                rows, more = fit.rows[at], self._excess(fit)[at, None, None]
+                Q, R = more[..., None] * model.Q, more[..., None] * model.R
+                model = model._replace(m0=state.mean, P0=more * state.cov, Q=Q, R=R)
+                _, drawn = simulate(model, steps, batch=(paths, len(at)), generator=generator)
+                values = drawn[..., 0] * fit.scale[at, None] + fit.centre[at, None]
+                values = values.exp() if fit.structure.transform == "log" else values
+                found[:, rows] = torch.where((chosen[:, rows] == j)[..., None], values, found[:, rows])
         return found.numpy()
 
     def update(self, y: Any, X: Any = None, *, lengths: ArrayLike | None = None) -> Self:
@@ -300,11 +323,7 @@ class StructuralModel:
             if len(bad):
                 problem = f"series {int(bad[0])} has values that are not above 0, and its model is one of logarithms."
                 raise checks.fail(op, problem, 'Fit again with transform="none".')
-        states = []
-        for fit in self.fits_:
-            part = fit.scaled(panel)
-            model = fit.structure.model(fit.theta, part.X)
-            states.append(_advance(fit, part, model))
+        states = [_advance(fit, fit.scaled(panel)) for fit in self.fits_]
         for fit, state in zip(self.fits_, states, strict=True):
             fit.state = state
         return self
@@ -345,7 +364,7 @@ class StructuralModel:
                 kept = one.after(fit.structure.diffuse)
                 errors[fit.rows[at], : one.y.shape[1]] = torch.where(kept, error / variance.sqrt(), torch.nan)
             free[fit.rows[mine]] = float(len(fit.structure.names) - 1)
-        return _diagnosis(errors, lags, free)
+        return diagnosis(errors, lags, free)
 
     # ---- files ----
 
@@ -361,7 +380,7 @@ class StructuralModel:
 
     # ---- parts ----
 
-    def _fitted(self) -> list[Fit]:
+    def _fitted(self) -> list[StructureFit]:
         if not hasattr(self, "fits_"):
             raise checks.fail(
                 "StructuralModel", "the model is not fitted yet.", "Call fit(y) first.", error=RuntimeError
@@ -376,10 +395,18 @@ class StructuralModel:
         self._fitted()
         return self.panel_
 
-    def _excess(self, fit: Fit) -> Tensor:
+    def _excess(self, fit: StructureFit) -> Tensor:
         """(M): what variances of a fit's series are multiplied by, as their parameters took some values to find."""
         values, k = self.panel_.count[fit.rows] - fit.structure.diffuse, len(fit.structure.names)
         return values / (values - k).clamp(min=1)
+
+    def _models(
+        self, fit: StructureFit, ahead: Tensor | None, steps: int
+    ) -> Iterator[tuple[Tensor, StateSpace, KalmanState]]:
+        """Blocks of a fit's series, their models beside the regressors `ahead` of all, and their states."""
+        for at in blocks(torch.full((len(fit.rows),), max(1, steps)), fit.structure.n):
+            X = None if ahead is None else ahead[fit.rows[at]] / fit.unit
+            yield at, fit.structure.model(fit.theta[at], X), KalmanState(fit.state.mean[at], fit.state.cov[at])
 
     def _ahead(self, op: str, X: Any, steps: int) -> Tensor | None:
         return future(op, X, len(self.weights_), steps, self.fits_[0].structure.columns)
@@ -417,7 +444,7 @@ def _check_fitting(panel: Panel, structures: list[Structure]) -> None:
         )
 
 
-def _weights(panel: Panel, fits: list[Fit], combine: str) -> Tensor:
+def _weights(panel: Panel, fits: list[StructureFit], combine: str) -> Tensor:
     """(N, structures) summing to 1: how much each counts."""
     aicc = torch.stack([_spread(fit.rows, fit.aicc, len(panel.y), torch.inf) for fit in fits], 1)
     if combine == "best":
@@ -425,18 +452,17 @@ def _weights(panel: Panel, fits: list[Fit], combine: str) -> Tensor:
     return torch.softmax(-(aicc - aicc.amin(1, keepdim=True)) / 2, 1)
 
 
-def _advance(fit: Fit, part: Panel, model: Any) -> KalmanState:
-    """The state of each series of a fit after the new values of `part`."""
-    y = torch.nn.functional.pad(part.y, (0, 1), value=torch.nan)[..., None]
-    C = model.C if part.X is None else torch.nn.functional.pad(model.C, (0, 0, 0, 0, 0, 1))
-    out, _ = kalman(y, model.A, C, model.Q, model.R, fit.state)
-    assert out.predicted_mean is not None
-    assert out.predicted_cov is not None
-    each = torch.arange(len(y))
-    return KalmanState(out.predicted_mean[each, part.length].clone(), out.predicted_cov[each, part.length].clone())
+def _advance(fit: StructureFit, part: Panel) -> KalmanState:
+    """The state of each series of a fit after the new values of `part`, which are scaled."""
+    made = KalmanState(fit.state.mean.clone(), fit.state.cov.clone())
+    for at in blocks(part.length + 1, fit.structure.n):
+        state = KalmanState(fit.state.mean[at], fit.state.cov[at])
+        after = filtered(fit.structure, fit.theta[at], part.take(at), state)[3]
+        made.mean[at], made.cov[at] = after.mean, after.cov
+    return made
 
 
-def _parts(fit: Fit, at: Tensor, part: Panel) -> Tensor:
+def _parts(fit: StructureFit, at: Tensor, part: Panel) -> Tensor:
     """(6, M, T) components of the series `at` of a fit, in units of y or log y; `part` are they, scaled."""
     structure, scale = fit.structure, fit.scale[at, None]
     model = structure.model(fit.theta[at], part.X)
@@ -449,27 +475,3 @@ def _parts(fit: Fit, at: Tensor, part: Panel) -> Tensor:
     found = torch.stack([level, slope, *rest, noise])
     inside = torch.arange(part.y.shape[1]) < part.length[:, None]
     return torch.where(inside, found, torch.nan)
-
-
-def _diagnosis(errors: Tensor, lags: int, free: Tensor) -> Diagnosis:
-    """Statistics of standardised errors (N, T): Ljung & Box 1978, one degree of freedom less for each parameter."""
-    there = ~torch.isnan(errors)
-    count = there.sum(1)
-    mean = errors.nanmean(1, keepdim=True)
-    e = torch.where(there, errors - mean, 0.0)
-    total = (e**2).sum(1)
-    found = torch.zeros(len(e), lags, dtype=torch.float64)
-    for apart in range(1, min(lags, e.shape[1] - 1) + 1):
-        found[:, apart - 1] = (e[:, apart:] * e[:, :-apart]).sum(1) / total
-    lag = torch.arange(1, lags + 1)
-    used = lag < count[:, None]
-    weighted = torch.where(used, found**2 / (count[:, None] - lag).clamp(min=1), 0.0)
-    box = count * (count + 2) * weighted.sum(1)
-    degrees = (torch.minimum(count - 1, torch.tensor(lags)) - free).clamp(min=1)
-    p = torch.special.gammaincc(degrees / 2, box / 2)
-    order = there.cumsum(1)
-    early, late = (
-        torch.where(m & there, errors**2, torch.nan).nanmean(1)
-        for m in (order <= count[:, None] // 3, order > count[:, None] - count[:, None] // 3)
-    )
-    return Diagnosis(errors.numpy(), found.numpy(), box.numpy(), p.numpy(), (late / early).numpy())

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from stateline.checks import fail
-from stateline.classical.likeliest import Fit
+from stateline.checks import fail, plain
+from stateline.classical.likeliest import StructureFit
 from stateline.classical.panel import Panel
 from stateline.classical.structures import Structure
 from stateline.ops.kalman import KalmanState
@@ -33,8 +33,8 @@ def save(model: Any, path: str | Path) -> None:
     tensors |= _tensors(model.fits_)
     about = {
         "format": FORMAT,
-        "params": json.dumps(model.get_params()),
-        "structures": json.dumps([asdict(one.structure) for one in model.fits_]),
+        "params": json.dumps(plain(model.get_params())),
+        "structures": json.dumps(plain([asdict(one.structure) for one in model.fits_])),
     }
     write("StructuralModel.save", path, tensors, about)
 
@@ -65,7 +65,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path | None, panel: Panel, structures: list[Structure], settings: Any) -> None:
         self.path = path
-        self.fits: list[Fit] = []
+        self.fits: list[StructureFit] = []
         if path is None:
             return
         digest = hashlib.sha256(repr((structures, settings)).encode())
@@ -80,14 +80,14 @@ class Checkpoint:
             raise fail("fit", f"{problem}.", "Name another file, or delete it.")
         self.fits = _fits(tensors, structures[: int(about["finished"])])
 
-    def add(self, fit: Fit) -> None:
+    def add(self, fit: StructureFit) -> None:
         """One more structure is finished."""
         self.fits.append(fit)
         if self.path is not None:
             write("fit", self.path, _tensors(self.fits), {"fit": self.key, "finished": str(len(self.fits))})
 
 
-def _tensors(fits: list[Fit]) -> dict[str, Tensor]:
+def _tensors(fits: list[StructureFit]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for j, one in enumerate(fits):
         found |= {f"{j}.{name}": getattr(one, name) for name in PARTS}
@@ -95,12 +95,12 @@ def _tensors(fits: list[Fit]) -> dict[str, Tensor]:
     return found
 
 
-def _fits(tensors: dict[str, Tensor], structures: list[Structure]) -> list[Fit]:
+def _fits(tensors: dict[str, Tensor], structures: list[Structure]) -> list[StructureFit]:
     found = []
     for j, structure in enumerate(structures):
         state = KalmanState(tensors[f"{j}.mean"], tensors[f"{j}.cov"])
         parts: dict[str, Any] = {name: tensors[f"{j}.{name}"] for name in PARTS}
-        found.append(Fit(structure=structure, state=state, **parts))
+        found.append(StructureFit(structure=structure, state=state, **parts))
     return found
 
 

@@ -12,7 +12,6 @@ Suffixes: N series, T time step, n state, k parameters, q parts that vary.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -20,7 +19,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from stateline.classical import parts
 from stateline.classical.model import StateSpace
+from stateline.theory.covariance import lyapunov
 
 #: Variance of what is not known of the start, in squared units of a scaled series.
 PRIOR = 1e6
@@ -50,24 +51,22 @@ class Structure:
     columns: int = 0
 
     def __str__(self) -> str:
-        parts = [f"level={self.level}", f"trend={self.trend}"] + [f"seasonal={p:g}" for p in self.seasonal]
-        parts += [f"ar={self.ar}"] * bool(self.ar) + [f"{self.columns} regressors, {self.regressors}"] * bool(
+        told = [f"level={self.level}", f"trend={self.trend}"] + [f"seasonal={p:g}" for p in self.seasonal]
+        told += [f"ar={self.ar}"] * bool(self.ar) + [f"{self.columns} regressors, {self.regressors}"] * bool(
             self.columns
         )
-        return ", ".join(parts + ["log"] * (self.transform == "log"))
+        return ", ".join(told + ["log"] * (self.transform == "log"))
 
     @cached_property
-    def waves(self) -> list[list[float]]:
-        """Angles a step of each season's waves, the longest first."""
-        most = [min(int(period // 2), self.harmonics or int(period)) for period in self.seasonal]
-        return [[2 * math.pi * (j + 1) / p for j in range(m)] for p, m in zip(self.seasonal, most, strict=True)]
+    def waves(self) -> list[list[Tensor]]:
+        """Steps of each season's waves, the longest first."""
+        return [parts.season(period, self.harmonics) for period in self.seasonal]
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """How many states each part has, in order."""
-        seasons = [sum(1 if _half(a) else 2 for a in turns) for turns in self.waves]
-        slope = int(self.trend != "none")
-        return {"level": 1, "slope": slope, "season": sum(seasons), "ar": self.ar, "weights": self.columns}
+        slope, season = int(self.trend != "none"), sum(len(wave) for waves in self.waves for wave in waves)
+        return {"level": 1, "slope": slope, "season": season, "ar": self.ar, "weights": self.columns}
 
     @property
     def n(self) -> int:
@@ -94,8 +93,8 @@ class Structure:
         if self.trend in ("walk", "damped"):
             found["slope"] = [1]
         first = self.where("season").start
-        for period, turns in zip(self.seasonal, self.waves, strict=True):
-            size = sum(1 if _half(a) else 2 for a in turns)
+        for period, waves in zip(self.seasonal, self.waves, strict=True):
+            size = sum(map(len, waves))
             found[f"season_{period:g}"] = list(range(first, first + size))
             first += size
         if self.ar:
@@ -112,38 +111,23 @@ class Structure:
         return ["noise", *self.deviations, *damping, *(f"ar_{i + 1}" for i in range(self.ar))]
 
     @cached_property
+    def _blocks(self) -> list[Tensor]:
+        """What adds up to y, before parameters: level and slope, waves, autoregression."""
+        one = torch.ones((), dtype=torch.float64)
+        level = one[None, None] if self.trend == "none" else parts.trend(0 * one if self.trend == "damped" else one)
+        return [level, *(wave for waves in self.waves for wave in waves), parts.companion(one.new_zeros(self.ar))][
+            : None if self.ar else -1
+        ]
+
+    @cached_property
     def _constant(self) -> Tensor:
         """A (n, n) without what parameters decide."""
-        A = torch.zeros(self.n, self.n, dtype=torch.float64)
-        A[0, 0] = 1
-        if self.trend != "none":
-            A[0, 1] = 1
-            A[1, 1] = float(self.trend != "damped")
-        at = self.where("season").start
-        for angle in (a for turns in self.waves for a in turns):
-            c, s = math.cos(angle), math.sin(angle)
-            block = torch.tensor([[-1.0]] if _half(angle) else [[c, s], [-s, c]], dtype=torch.float64)
-            A[at : at + len(block), at : at + len(block)] = block
-            at += len(block)
-        at = self.where("ar").start
-        for i in range(1, self.ar):
-            A[at + i, at + i - 1] = 1
-        for i in range(self.n - self.columns, self.n):
-            A[i, i] = 1
-        return A
+        return torch.block_diag(*self._blocks, torch.eye(self.columns, dtype=torch.float64))
 
     @cached_property
     def seen(self) -> Tensor:
         """C (n), weights of regressors 0."""
-        C = torch.zeros(self.n, dtype=torch.float64)
-        C[0] = 1
-        at = self.where("season").start
-        for angle in (a for turns in self.waves for a in turns):
-            C[at] = 1
-            at += 1 if _half(angle) else 2
-        if self.ar:
-            C[self.where("ar").start] = 1
-        return C
+        return torch.nn.functional.pad(parts.shown(self._blocks)[0], (0, self.columns))
 
     @cached_property
     def _driven(self) -> Tensor:
@@ -196,11 +180,7 @@ class Structure:
         P[at, at] = 0
         if not self.ar:
             return P.expand(len(A), n, n)
-        p, own = self.ar, A[:, at, at]
-        kron = (own[:, :, None, :, None] * own[:, None, :, None, :]).reshape(-1, p * p, p * p)
-        stationary = torch.linalg.solve(torch.eye(p * p, dtype=A.dtype) - kron, Q[:, at, at].reshape(-1, p * p, 1))
-        block = stationary.reshape(-1, p, p)
-        block = (block + block.mT) / 2
+        block = lyapunov(A[:, at, at], Q[:, at, at])
         return P + torch.nn.functional.pad(block, (at.start, n - at.stop, at.start, n - at.stop))
 
     def starts(self) -> Tensor:
@@ -224,11 +204,6 @@ SHAPES = (
 
 #: First partial correlations to begin from, as angles: slow, swinging, alternating, of every other step.
 PARTIAL = ((0.7,), (0.7, -0.7), (-0.7,), (0.0, 1.0))
-
-
-def _half(angle: float) -> bool:
-    """Whether a wave turns by half a circle a step: its second state is never seen."""
-    return abs(angle - math.pi) < 1e-9
 
 
 def _unit(n: int, i: int, j: int) -> Tensor:

@@ -25,18 +25,22 @@ NOISE_FLOOR = 1e-4
 #: An eigenvalue of A outside the unit circle comes to lie here.
 INSIDE = 0.999
 #: Singular values, relative to the largest, below which columns of the past count as dependent.
-DEPENDENT = 1e-9
+DEPENDENT = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 class Subspace(NamedTuple):
     """model: where to start `fit`.   singular_values: correlations of past and future, (i·min(m, m + p)), at most 1.
 
     suggested_order: the one behind which they fall farthest.
+    y_mean (m), u_mean (p): what was taken from the records with centre=True, else zeros; the model is one of y − y_mean
+    and u − u_mean.
     """
 
     model: StateSpace
     singular_values: Tensor
     suggested_order: int
+    y_mean: Tensor
+    u_mean: Tensor
 
 
 def n4sid(
@@ -47,6 +51,7 @@ def n4sid(
     block_rows: int | None = None,
     feedthrough: bool = False,
     stable: bool = False,
+    centre: bool = False,
 ) -> Subspace:
     """A model of records y, without a start: for `fit` to go on from.
 
@@ -55,6 +60,8 @@ def n4sid(
         order: n, the number of states; None takes the suggested one. Look at singular_values before believing it.
         block_rows: steps of the past that tell of as many in the future; None takes 20 or 2 n, fewer in short records.
         feedthrough: whether y[t] may show u[t] at once (D).
+        centre: take the mean of all records from y and u first. A `StateSpace` has no offset: without this, records
+            whose means are not 0 bend the model, or cost it a state that stands still.
         stable: eigenvalues of A outside the unit circle are moved inside, as `FitOptions(stable=True)` wants them.
 
     Returns:
@@ -75,19 +82,27 @@ def n4sid(
     y, u, dtype = _records(y, u)
     N, T, m = y.shape
     p = 0 if u is None else u.shape[2]
+    y_mean, u_mean = y.new_zeros(m), y.new_zeros(p)
+    if centre:
+        y_mean = y.mean((0, 1))
+        y = y - y_mean
+        if u is not None:
+            u_mean = u.mean((0, 1))
+            u = u - u_mean
     i = _block_rows(T, m, p, N, order, block_rows)
     most = i * m
     if order is not None:
         checks.number(OP, "order", order, low=1, high=most, integer=True)
     past, future = _windows(y, u, i)
-    left, values = _canonical(past, *future)
+    left, values = _canonical(past, *future, DEPENDENT[dtype])
     suggested = _suggest(values)
     n = order or suggested
     if n > left.shape[1]:
         problem = f"order is {n}, and the past has {left.shape[1]} independent directions"
         raise checks.fail(OP, f"{problem}.", "Take a lower order.")
     states = past @ left[:, :n]
-    return Subspace(_model(states, y, u, i, feedthrough, stable, dtype), values.to(dtype), suggested)
+    model = _model(states, y, u, i, feedthrough, stable, dtype)
+    return Subspace(model, values.to(dtype), suggested, y_mean.to(dtype), u_mean.to(dtype))
 
 
 def _records(y: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None, torch.dtype]:
@@ -144,28 +159,28 @@ def _windows(y: Tensor, u: Tensor | None, i: int) -> tuple[Tensor, tuple[Tensor,
     return cut(both, 0), (cut(y, i), future_u)
 
 
-def _canonical(past: Tensor, future_y: Tensor, future_u: Tensor) -> tuple[Tensor, Tensor]:
+def _canonical(past: Tensor, future_y: Tensor, future_u: Tensor, dependent: float) -> tuple[Tensor, Tensor]:
     """Directions of the past (i (m + p), k), most telling first and of unit variance, and their correlations."""
     c = len(past)
     if future_u.shape[1]:
         Q, triangle = torch.linalg.qr(future_u)
         size = triangle.diagonal().abs()
-        if float(size.min()) <= DEPENDENT * float(size.max()):
+        if float(size.min()) <= dependent * float(size.max()):
             remedy = "Excite them by steps or noise at more frequencies, or take fewer block_rows."
             raise checks.fail(OP, "the inputs of successive steps are dependent.", remedy)
         past_free, future_y = past - Q @ (Q.mT @ past), future_y - Q @ (Q.mT @ future_y)
     else:
         past_free = past
-    white_past, white_future = _whiten(past_free), _whiten(future_y)
+    white_past, white_future = _whiten(past_free, dependent), _whiten(future_y, dependent)
     U, values, _ = torch.linalg.svd((past_free @ white_past).mT @ (future_y @ white_future) / c)
     rest = future_y.shape[1] - len(values)
     return white_past @ U[:, : len(values)], torch.nn.functional.pad(values.clamp(max=1.0), (0, rest))
 
 
-def _whiten(X: Tensor) -> Tensor:
+def _whiten(X: Tensor, dependent: float) -> Tensor:
     """W with (X W)ᵀ (X W) = c I, directions that X does not have left out."""
     _, sizes, V = torch.linalg.svd(X, full_matrices=False)
-    kept = sizes > DEPENDENT * sizes[:1]
+    kept = sizes > dependent * sizes[:1]
     return V[kept].mT / sizes[kept] * len(X) ** 0.5
 
 

@@ -60,7 +60,7 @@ def write(path: str | Path, model: LanguageModel, tokenizer: Tokenizer | None, s
         "model": state.fingerprint(model),
         "dtype": _dtype(model),
         "tokenizer": fingerprint(tokenizer),
-        "stream": json.dumps({"settings": saved.settings, "parts": parts}),
+        "stream": json.dumps({"settings": checks.plain(saved.settings), "parts": parts}),
     }
     state.write("Stream.save", path, tensors, {**metadata, "checksum": _checksum(tensors, metadata)})
 

@@ -120,7 +120,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, ready for JSON; those about attention only where there is some, as releases before it wrote."""
-        values = dataclasses.asdict(self)
+        values = checks.plain(dataclasses.asdict(self))
         return values if self.attn_layer_idx else {k: v for k, v in values.items() if not k.startswith("attn_")}
 
     @property

@@ -85,7 +85,8 @@ class SequenceConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, ready for JSON."""
-        return dataclasses.asdict(self)
+        found: dict[str, Any] = checks.plain(dataclasses.asdict(self))
+        return found
 
     def make_norm(self) -> nn.Module:
         """One block's norm."""

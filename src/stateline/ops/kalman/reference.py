@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from stateline import checks
+from stateline.theory.covariance import ROUNDING, spectrum
 
 #: What `forward` returns before the status, in order, and what each `keep` leaves out (None). "predicted" is what a
 #: gradient needs where a user keeps only log-likelihoods.
@@ -398,12 +399,9 @@ def square_root(S: Tensor, op: str = "square_root", name: str = "S") -> Tensor:
         L, problem = torch.linalg.cholesky_ex(S)
         if checks.can_read(S) and not problem.any():
             return L.contiguous()
-        n, scale = S.shape[-1], S.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        inverse = torch.where(scale > 0, 1 / scale, 0.0)
-        unit = torch.where(torch.isfinite(S), S, 0.0) * inverse[..., :, None] * inverse[..., None, :]
-        values, vectors = torch.linalg.eigh(unit)
+        scale, values, vectors = spectrum(S)
         if checks.can_read(S):
-            tolerance = 16 * n * torch.finfo(S.dtype).eps
+            tolerance = ROUNDING * S.shape[-1] * torch.finfo(S.dtype).eps
             rest = S * ((scale == 0)[..., :, None] | (scale == 0)[..., None, :])  # 0 unless S is indefinite
             if not bool(torch.isfinite(S).all()) or bool(rest.any()) or float(values.min()) < -tolerance:
                 problem_of = f"{name} is not positive semidefinite"

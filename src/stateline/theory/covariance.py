@@ -1,0 +1,54 @@
+"""Linear algebra that covariances need wherever they may be singular: roots, and what a stable system settles at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Squares A², A⁴, … after which a sum over all of time has converged, or never will.
+DOUBLINGS = 60
+#: Eigenvalues of a correlation matrix below so many roundings a row are none.
+ROUNDING = 16
+
+
+def spectrum(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """size, values (…, n) and vectors V (…, n, n) of symmetric S = size V values Vᵀ size, largest values first.
+
+    Eigenvectors of S scaled to a unit diagonal: small variances beside large ones keep their digits.
+    """
+    size = S.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    inverse = torch.where(size > 0, 1 / size, 0.0)
+    unit = torch.where(torch.isfinite(S), S, 0.0) * inverse[..., :, None] * inverse[..., None, :]
+    values, vectors = torch.linalg.eigh(unit)
+    return size, values.flip(-1), vectors.flip(-1)
+
+
+def spectral_root(S: Tensor) -> Tensor:
+    """F (…, n, n) with F Fᵀ = S, positive semidefinite; as many columns as S lacks in rank are zeros, the last ones."""
+    size, values, vectors = spectrum(S)
+    values = torch.where(values > ROUNDING * S.shape[-1] * torch.finfo(S.dtype).eps, values, 0.0)
+    return size[..., :, None] * vectors * values.sqrt()[..., None, :]
+
+
+def lyapunov(A: Tensor, Q: Tensor, *, continuous: bool = False) -> Tensor:
+    """P = A P Aᵀ + Q (…, n, n), or A P + P Aᵀ + Q = 0, of stable A; not finite where A is not stable. Differentiable.
+
+    Σ Aᵏ Q Aᵏᵀ by doubling the terms: for semidefinite Q, sums of what is not negative, so nothing cancels. The
+    `continuous` equation becomes that one by Cayley's transformation, about the middle of A's eigenvalues.
+    """
+    if continuous:
+        size = torch.linalg.eigvals(A.detach()).abs().clamp(min=1e-300)
+        middle = (0.5 * (size.amax(-1).log() + size.amin(-1).log())).exp()[..., None, None]
+        shift = middle * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        inverse = torch.linalg.inv(shift - A)
+        A, Q = inverse @ (shift + A), 2 * middle * inverse @ Q @ inverse.mT
+    P, power = Q, A
+    for _ in range(DOUBLINGS):
+        grown = P + power @ P @ power.mT
+        if torch.equal(grown, P):
+            break
+        P, power = grown, power @ power
+    else:
+        fades = (power.abs() < torch.finfo(P.dtype).eps).all(-1).all(-1)
+        P = torch.where(fades[..., None, None], P, torch.inf)
+    return 0.5 * (P + P.mT)

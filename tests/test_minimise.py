@@ -1,0 +1,65 @@
+"""The one search: many functions side by side, each with its own steps, its own end and its own reason."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stateline.classical import minimise as search
+from stateline.classical.minimise import minimise
+
+
+def test_minima_of_many_functions_are_found_each_in_its_own_time() -> None:
+    """Rosenbrock's valley, stretched differently for each; one that is flat from the start."""
+    stretch = torch.tensor([0.0, 1.0, 10.0, 100.0], dtype=torch.float64)
+
+    def valley(x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        s = stretch[rows]
+        bend = x[:, 1] - x[:, 0] ** 2
+        value = s * bend**2 + (1 - x[:, 0]) ** 2 * (s > 0)
+        slope = torch.stack([-4 * s * bend * x[:, 0] - 2 * (1 - x[:, 0]) * (s > 0), 2 * s * bend], 1)
+        return value, slope
+
+    found = minimise(valley, torch.tensor([[-1.2, 1.0]], dtype=torch.float64).expand(4, 2).clone(), tolerance=1e-8)
+    assert found.converged.all()
+    assert (found.x[1:] - 1).abs().max() < 1e-4
+    assert found.x[0].tolist() == [-1.2, 1.0]
+    assert found.evaluations[0] < found.evaluations[1] < found.evaluations[3]
+    steep = minimise(  # down from beside a peak, where nothing bends up
+        lambda x, rows: (10 * torch.cos(x[:, 0] / 10), -torch.sin(x / 10)), 0.1 * torch.ones(1, 1).double(), longest=9
+    )
+    assert steep.x.item() == pytest.approx(10 * math.pi, abs=1e-3)
+    assert steep.evaluations.item() < 30
+    short = minimise(valley, torch.tensor([[-1.2, 1.0]], dtype=torch.float64).expand(4, 2).clone(), evaluations=3)
+    assert short.converged.tolist() == [True, False, False, False]
+    assert short.reason.tolist() == [search.FLAT, *[search.EVALUATIONS] * 3]
+
+
+def test_a_search_tells_its_steps_and_why_it_ended_and_does_not_depend_on_others() -> None:
+    def bowl(x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row 0 is round, row 1 long, row 2 a wall from where it starts, row 3 nowhere finite."""
+        weight = torch.tensor([[1.0, 1.0], [1.0, 300.0], [0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)[rows]
+        value, slope = (weight * x**2).sum(1), 2 * weight * x
+        wall = rows == 2
+        value = torch.where(wall, torch.where((x == 2).all(1), 5.0, 6.0), value)
+        slope = torch.where(wall[:, None], 1.0, slope)
+        return torch.where(rows == 3, torch.nan, value), slope
+
+    start, told = torch.full((4, 2), 2.0, dtype=torch.float64), []
+    found = minimise(
+        bowl, start, tolerance=0.0, gain=1e-9, steps=30, report=lambda n, v, x: told.append((n, v.clone(), x.clone()))
+    )
+    assert found.reason.tolist() == [search.FLAT, search.LITTLE, search.STUCK, search.NOWHERE]
+    assert found.converged.tolist() == [True, True, False, False]
+    assert (found.trace[:, :2].diff(dim=0) <= 0).all()
+    assert torch.equal(found.trace[-1, :3], found.value[:3])
+    assert [step for step, _, _ in told] == list(range(1, len(found.trace)))
+    torch.testing.assert_close(told[-1][1], found.value, equal_nan=True, rtol=0, atol=1e-9)
+    alone = minimise(lambda x, rows: bowl(x, rows + 1), start[1:2], tolerance=0.0, gain=1e-9, steps=30)
+    assert torch.equal(alone.x[0], found.x[1])
+    assert torch.equal(alone.trace[:, 0], found.trace[: len(alone.trace), 1])
+    few = minimise(bowl, start[:2], steps=2)
+    assert few.reason.tolist() == [search.STEPS] * 2
+    assert len(few.trace) == 3
