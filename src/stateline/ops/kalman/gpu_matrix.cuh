@@ -129,7 +129,7 @@ __device__ __forceinline__ void look(
 struct Factors {
     T L[M][M], pivot[M], inverse[M];
 
-    // NaN from the first pivot that is not above 0. Returns log det S.
+    // NaN from the first pivot that is not above 0, or no more than rounding of what it is left from. Returns log det S.
     __device__ __forceinline__ T of(const T (&S)[M][M]) {
         T logdet = (T)0;
 #pragma unroll
@@ -144,7 +144,8 @@ struct Factors {
                 L[i][j] = divided(v, j);
                 last = madd(-v, L[i][j], last);
             }
-            pivot[i] = last > (T)0 ? last : (T)nanf("");
+            const T least = i ? (T)M * (sizeof(T) == 8 ? (T)0x1p-52 : (T)0x1p-23f) * S[i][i] : (T)0;
+            pivot[i] = last > least ? last : (T)nanf("");
             inverse[i] = (T)1 / pivot[i];
             logdet += log(pivot[i]);
         }
