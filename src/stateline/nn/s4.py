@@ -189,7 +189,7 @@ class _StateSpace(Mixer):
         self._initial(state, x.shape[0])
         with _without_autocast(x):
             u = x.to(wide(self.D.dtype))
-            y = self.kernel.step_(u, state.x, self.rate) + self.D * u[:, None]
+            y = self.kernel.step_(u, state.x, self.rate, self.D)
         return self._finish(y.to(x.dtype))
 
     def _fastest(self, gpu: bool, onward: bool, packed: bool) -> str:
