@@ -207,7 +207,7 @@ class DiagonalSystem(System):
 
     def step_(self, u: Tensor, state: Tensor, rate: float, D: Tensor) -> Tensor:
         """u (b, h) -> y (b, c, h), with D u, writing into the state (b, h, n, 2)."""
-        if choice(u.device.type, None, u.dtype) == "gpu":
+        if u.is_cuda and choice("cuda", None, u.dtype) == "gpu":
             learned = (self.inv_dt, self.A_real, self.A_imag, self.B, self.C)
             return system_step_(state, u, *learned, D, rate, self.rule == "bilinear")
         now = torch.view_as_complex(state)
