@@ -124,6 +124,17 @@ def test_scalars_against_forty_digits() -> None:
     assert d.phi2(torch.zeros(1))[0] == 0.5
 
 
+@pytest.mark.parametrize("dt", [1e-7, 1e-4, 0.003, 0.01, 0.1, 1.0])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in RATIONAL])
+def test_matrices_of_any_norm_against_forty_digits(name: str, dt: float) -> None:
+    """torch.linalg.matrix_exp loses four digits at norms from 0.01 to 0.05."""
+    A = torch.tensor([[-0.5, 1.0, 0.25], [-1.0, -0.5, 2.0], [0.5, 0.0, -3.0]], dtype=torch.float64)
+    with mpmath.workdps(40):
+        exact = mpmath.expm(mpmath.matrix(A.tolist()) * mpmath.mpf(dt))
+        expected = torch.tensor([[float(exact[i, j]) for j in range(3)] for i in range(3)], dtype=torch.float64)
+    close(FUNCTIONS[name](A, torch.ones(3, dtype=torch.float64), dt)[0], expected, atol=1e-15)
+
+
 def test_small_steps_in_float32_keep_their_digits() -> None:
     """(exp z − 1)/A as it stands loses all but two digits of float32 at |z| = 1e−6."""
     A = torch.tensor([-0.5 - 1.0j], dtype=torch.complex64)

@@ -152,6 +152,8 @@ def test_the_running_posterior_is_that_of_the_prefix(fitted: SequenceClassifier,
     twin = pieces.copy()
     np.testing.assert_allclose(pieces.extend(x[11:]), got, atol=1e-5)
     np.testing.assert_allclose(twin.extend(x[11:]), got, atol=1e-5)  # a copy goes on by itself
+    with pytest.raises(ValueError, match=r"X has 1 channel, but .* is expecting 2\. A single signal .* a list of one"):
+        fitted.predict(signals[0][0])
     with pytest.raises(ValueError, match="X has 3 channels, but SequenceClassifier is expecting 2"):
         stream.update([1, 2, 3])
 

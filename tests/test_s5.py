@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stateline import LanguageModel, ModelConfig
+from stateline import LanguageModel, ModelConfig, ops
 from stateline import nn as sl
 from stateline.theory.dplr import nplr
 
@@ -77,6 +77,18 @@ def test_the_linear_system_is_the_held_input_of_a_differential_equation(rate: fl
     assert torch.allclose(layer(u)[0], want, atol=1e-10)
     state = layer.init_state(1)
     assert torch.allclose(torch.stack([layer.step_(u[:, t], state)[0] for t in range(30)]), want, atol=1e-10)
+
+
+def test_it_is_a_convolution_with_a_matrix_for_every_age() -> None:
+    """What S5 has for a third mode: taps W_i = 2 Re(C Ā^i B̄), which mix channels."""
+    layer, u = sl.S5(3, 8, activation=None, dtype=torch.float64), torch.randn(2, 40, 3, dtype=torch.float64)
+    with torch.no_grad():
+        decay, gain = layer._system()
+        B, C = torch.view_as_complex(layer.B.weight.unflatten(0, (-1, 2)).mT.contiguous()), layer.C.weight
+        C = torch.view_as_complex(C.unflatten(1, (-1, 2)).contiguous()).conj()
+        taps = torch.einsum("dp,pi,pe->ide", C, decay[:, None] ** torch.arange(40), gain[:, None] * B).real
+        taps[0] += torch.diag(layer.D)
+        assert torch.allclose(layer(u), ops.long_conv(u, taps)[0], atol=1e-12)
 
 
 def test_half_the_samples_at_twice_the_rate_see_the_same_signal() -> None:
@@ -163,5 +175,6 @@ def test_as_many_states_as_channels_and_a_rate_for_time_constants() -> None:
     assert {id(p) for p in group["params"]} == {id(p) for p in (layer.A_log, layer.A_imag, layer.log_dt)}
     assert group["weight_decay"] == 0
     assert all("lr" not in g for g in param_groups(sl.S5(4, lr=None), 0.1))
+    assert [g["lr"] for g in param_groups(sl.S5(4, lr=0), 0.1) if "lr" in g] == [0]
     with pytest.raises(ValueError, match=r"^S5: lr"):
         sl.S5(4, lr=-1.0)

@@ -192,7 +192,7 @@ def test_the_best_epoch_is_kept_and_patience_ends() -> None:
         weights.append(model.head.weight.detach().clone())
 
     outcome = fit_series(
-        model, data, data, torch.nn.functional.cross_entropy, FitConfig(epochs=6, patience=2),
+        model, data, data, torch.nn.functional.cross_entropy, FitConfig(max_epochs=6, patience=2),
         score=lambda *_: next(scores), generator=torch.Generator().manual_seed(0), report=report,
     )  # fmt: skip
     assert outcome.best == 3
@@ -216,7 +216,7 @@ def test_training_reads_pieces_that_differ_and_predicting_the_whole() -> None:
     model.register_forward_pre_hook(record, with_kwargs=True)
     data = Series(ramps, torch.tensor([0, 1, 0, 1]))
     fit_series(
-        model, data, data, torch.nn.functional.cross_entropy, FitConfig(epochs=20, batch_tokens=30, crop=0.5),
+        model, data, data, torch.nn.functional.cross_entropy, FitConfig(max_epochs=20, batch_tokens=30, crop=0.5),
         score=lambda *_: 0.0, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert sorted({len(x) for training, x in seen if not training}) == [7, 20, 30]

@@ -71,6 +71,11 @@ def test_damaged_ts(tmp_path: Path, change: tuple[str, str], message: str) -> No
         read_signals(write(tmp_path, "a.ts", TS.replace(*change)))
 
 
+def test_a_ts_that_does_not_say_it_has_classes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.ts:2: 'a' is no number\. .* A line @classLabel true"):
+        read_signals(write(tmp_path, "a.ts", "@data\n1,2,3:a\n"))
+
+
 def test_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", X=np.arange(12).reshape(2, 3, 2), y=[3, 4])
     same(read_signals(tmp_path / "a.npz"), [[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]]], [3, 4])
@@ -164,6 +169,9 @@ def test_folders_of_sound(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has sound at 8000, 16000 samples a second\. Name one"):
         read_signals(tmp_path)
     assert len(read_signals(tmp_path, rate=8000).X) == 4
+    wavfile.write(tmp_path / "int16" / "2.wav", 8000, np.stack([forms["int16"](tone)] * 2, 1))
+    with pytest.raises(ValueError, match=r"2\.wav has 2 channels, .*1\.WAV has 1\. Convert them"):
+        read_signals(tmp_path)
     write(tmp_path / "int16", "3.wav", "no sound at all")
     with pytest.raises(ValueError, match=r"3\.wav cannot be read"):
         read_signals(tmp_path, rate=8000)

@@ -13,7 +13,7 @@ from test_s4_scan import BOUND, C128, F64, near
 from where import DEVICE, INTERPRETED
 
 from stateline import ops
-from stateline.ops.s4_scan import chunked, system_tables
+from stateline.ops.s4_scan import chunked, system_step_, system_tables
 
 FLAG = [False, True]
 SIZES = {"t": [0, 1, 17, 40], "h": [1, 3], "n": [1, 5, 20], "c": [1, 2]} if INTERPRETED else {
@@ -100,6 +100,22 @@ def test_a_system_is_sampled_as_on_a_cpu(rule: str, n_ssm: int | None) -> None:
     wanted = torch.autograd.grad(want, given, [x.double() for x in slopes])
     for i, (a, b) in enumerate(zip((*made, *grads), (*want, *wanted), strict=True)):
         near(str(i), a, b.double(), 1e-6)
+
+
+@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
+@pytest.mark.parametrize("n_ssm", [None, 2])
+def test_a_token_samples_the_system_on_the_way(rule: str, n_ssm: int | None) -> None:
+    from stateline.nn import S4D
+
+    layer, rate = S4D(4, 12, channels=2, discretization=rule, n_ssm=n_ssm).to(DEVICE), 1.3
+    kernel, u = layer.kernel, torch.randn(3, 4, device=DEVICE)
+    state = torch.randn(4, 3, 6, 2, device=DEVICE).transpose(0, 1)
+    _, A_bar, B_bar, C = kernel.sampled(rate)
+    x = torch.view_as_complex(state.double()) * A_bar + B_bar * u[..., None]
+    y = 2 * (C * x[:, None]).real.sum(-1) + layer.D * u[:, None]
+    given = [kernel.inv_dt, kernel.A_real, kernel.A_imag, kernel.B, kernel.C, layer.D]
+    near("y", system_step_(state, u, *given, rate, rule == "bilinear"), y, 1e-6)
+    near("state", state, torch.view_as_real(x), 1e-6)
 
 
 def parts(tables: chunked.Tables) -> tuple[torch.Tensor, ...]:

@@ -277,7 +277,8 @@ class Sequences(BaseEstimator):
         if channels != self.n_features_in_:
             name = type(self).__name__
             noun = "channel" if channels == 1 else "channels"
-            raise checks.fail(op, f"X has {channels} {noun}, but {name} is expecting {self.n_features_in_}.")
+            remedy = "A single signal (time, channel) is a list of one: [x]." if channels == 1 else ""
+            raise checks.fail(op, f"X has {channels} {noun}, but {name} is expecting {self.n_features_in_}.", remedy)
         if not self.model_.config.missing and any(bool(np.isnan(x).any()) for x in series):
             remedy = "Fill them, or fit on signals with some missing values."
             raise checks.fail(op, "X has missing values (NaN), and the signals of the first fit had none.", remedy)

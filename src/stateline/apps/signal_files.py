@@ -132,7 +132,10 @@ def _ts_signal(place: str, text: str, header: dict[str, list[str]]) -> tuple[Flo
     dimensions = header.get("dimensions", header.get("dimension"))
     if dimensions and dimensions[0].isdigit() and len(parts) != int(dimensions[0]):
         raise checks.fail(OP, f"{place} has {len(parts)} dimensions, @dimensions says {dimensions[0]}.")
-    channels = [[_number(place, value, "A missing value is ?.") for value in part.split(",")] for part in parts]
+    remedy = "A missing value is ?."
+    if _ts_labels(header) is None:
+        remedy += " Do lines end in a class? A line @classLabel true, with their names, says so."
+    channels = [[_number(place, value, remedy) for value in part.split(",")] for part in parts]
     if len(lengths := {len(channel) for channel in channels}) > 1:
         raise checks.fail(OP, f"{place} has dimensions of {' and '.join(map(str, sorted(lengths)))} samples.")
     return np.asarray(channels, dtype=np.float64).T.copy(), label
@@ -308,6 +311,10 @@ def _read_folder(folder: Path, rate: int | None) -> Signals:
     if len(set(rates)) > 1:
         got = ", ".join(map(str, sorted(set(rates))))
         raise checks.fail(OP, f"{folder} has sound at {got} samples a second.", "Name one with --rate (rate=).")
+    for path, sound in zip(files, sounds, strict=True):
+        if (own := sound.shape[1]) != (first := sounds[0].shape[1]):
+            problem = f"{path} has {own} channel{'s' * (own > 1)}, {files[0]} has {first}."
+            raise checks.fail(OP, problem, "Convert them to one kind, mono or stereo.")
     y = np.asarray([path.parent.name for path in files]) if files[0].parent != folder else None
     return Signals(list(sounds), y, [str(path.relative_to(folder)) for path in files], rates[0])
 

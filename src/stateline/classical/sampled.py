@@ -8,7 +8,6 @@ halved until the integral's own series converges at once, then doubled again. No
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,8 +18,6 @@ from stateline.checks import Sizes
 from stateline.classical.model import DTYPES, match
 from stateline.theory import discretize as rules
 
-#: Of a series in a matrix of norm ½: the next is below 2⁻⁶⁴.
-TERMS = 20
 METHODS = ("zoh", "bilinear", "forward_euler", "backward_euler")
 
 
@@ -70,7 +67,7 @@ def discretize(
     parts = Ac if Bc is None else _with_inputs(Ac, Bc)
     step = _step(op, dt, Ac.dtype)
     if method == "zoh":
-        whole = _exponential(step * parts)
+        whole = rules.exponential(step * parts)
     else:
         rule = rules.RULES[method]
         whole, _ = rule.dense(step * parts, parts.new_zeros(parts.shape[:-1]))
@@ -100,47 +97,13 @@ def process_noise(Ac: Tensor, Qc: Tensor, dt: float | Tensor) -> Tensor:
     """∫ exp(Ac s) Qc exp(Ac s)ᵀ ds over [0, dt], (…, n, n): the covariance that white noise leaves after a step."""
     step = _step("process_noise", dt, Ac.dtype)
     M, term = step * Ac, step * Qc
-    halvings = _halvings(M)
-    M, term = _halved(M, halvings), _halved(term, halvings)
+    count = rules.halvings(M)
+    M, term = rules.halved(M, count), rules.halved(term, count)
     cov = term
-    for k in range(2, TERMS + 2):  # the integrand's k-th derivative is that of k-1, times Ac from the left and right
+    for k in range(2, rules.TERMS + 2):  # the integrand's k-th derivative is that of k-1, times Ac from both sides
         term = (M @ term + term @ M.mT) / k
         cov = cov + term
-    decay = _series(M)
-    for left in _turns(halvings):  # a step is two steps of half its length
+    decay = rules.exponential(M)
+    for left in rules.turns(count):  # a step is two steps of half its length
         cov, decay = torch.where(left, cov + decay @ cov @ decay.mT, cov), torch.where(left, decay @ decay, decay)
     return 0.5 * (cov + cov.mT)
-
-
-def _exponential(M: Tensor) -> Tensor:
-    """exp M (…, n, n). torch.linalg.matrix_exp is off by 4e-13 about a norm of 0.03, where steps are often."""
-    halvings = _halvings(M)
-    total = _series(_halved(M, halvings))
-    for left in _turns(halvings):
-        total = torch.where(left, total @ total, total)
-    return total
-
-
-def _series(M: Tensor) -> Tensor:
-    """exp M of small M."""
-    total = term = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-    for k in range(1, TERMS + 1):
-        term = term @ M / k
-        total = total + term
-    return total
-
-
-def _halvings(M: Tensor) -> Tensor:
-    """(…): after how many each matrix is below one half in norm, whichever others stand beside it."""
-    size = torch.linalg.matrix_norm(M.detach(), 1) if M.shape[-1] else M.detach().sum((-2, -1))
-    return torch.where(torch.isfinite(size) & (size > 0), torch.frexp(size).exponent + 1, 0).clamp(min=0)
-
-
-def _halved(M: Tensor, halvings: Tensor) -> Tensor:
-    return M * torch.ldexp(torch.ones_like(halvings, dtype=M.dtype), -halvings)[..., None, None]
-
-
-def _turns(halvings: Tensor) -> Iterator[Tensor]:
-    """For each doubling which matrices (…, 1, 1) still take part."""
-    for turn in range(int(halvings.max()) if halvings.numel() else 0):
-        yield (halvings > turn)[..., None, None]

@@ -254,10 +254,10 @@ def _labels(signals: Signals, path: str, regress: bool) -> Any:
             remedy = "--regress estimates numbers; if they are classes, give them names, as c1 for 1"
             raise UsageError(f"{path} has numbers for labels, hardly two alike; {remedy}")
         return signals.y.astype(str)
-    try:
-        return signals.y.astype(float)
-    except ValueError as error:
-        raise UsageError(f"{path} has a label that is no number ({error}), and --regress is given") from error
+    wrong = [str(label) for label in signals.y.ravel() if not _is_number(label)]
+    if wrong:
+        raise UsageError(f"{path} has a label that is no number, {wrong[0]!r}, and --regress is given")
+    return signals.y.astype(float)
 
 
 def _numbers(y: Any) -> bool:

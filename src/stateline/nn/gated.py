@@ -48,7 +48,8 @@ class GatedSSM(Mixer):
     Args:
         d_model: width of input and output.   d_state: n, numbers in the state; d_model if None.
         activation: f, one of "identity", "relu", "tanh", "sigmoid".
-        transition: "diagonal", A = tanh(A_raw), which no training can make unstable, or "dense", A itself.
+        transition: "diagonal", A = tanh(A_raw), which no training can make unstable, or "dense", A itself; on a GPU
+            up to 128 states, beyond which it runs in PyTorch, a step at a time.
         gate: "learned", σ(W u + w), or "given": then every call needs `gate=`.
         memory: (low, high) in tokens, between which initial lifetimes are log-uniform.
 

@@ -189,7 +189,7 @@ class _StateSpace(Mixer):
         self._initial(state, x.shape[0])
         with _without_autocast(x):
             u = x.to(wide(self.D.dtype))
-            y = self.kernel.step_(u, state.x, self.rate) + self.D * u[:, None]
+            y = self.kernel.step_(u, state.x, self.rate, self.D)
         return self._finish(y.to(x.dtype))
 
     def _fastest(self, gpu: bool, onward: bool, packed: bool) -> str:
@@ -245,7 +245,7 @@ class S4D(_StateSpace):
         n_ssm: how many different A and B there are, a divisor of d_model; None for one a channel.
         activation: after the state space, "gelu" or None.   final_act: after the projection, "glu" or None.
         dropout: share of the activations set to 0 in training mode.
-        lr: learning rate of dt, A and B, which `param_groups` passes on; None for that of all others.
+        lr: learning rate of dt, A and B, which `param_groups` passes on; None for that of all others, 0 to keep them.
         mode: how sequences are computed, by numbers that agree: "scan", chunk by chunk as matrix products, or
             "convolution", by Fourier transforms. None is the faster: the former, but for an S4 on a GPU where no state
             is wanted and nothing is packed. An attribute, set at will.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from stateline import checks, ops
 from stateline.nn.precision import keep_wide
 from stateline.ops.s4_kernel import angles
-from stateline.ops.s4_scan import choice, chunked, prepared, run, steps, system_tables, tables_for
+from stateline.ops.s4_scan import choice, chunked, prepared, run, steps, system_step_, system_tables, tables_for
 from stateline.ops.segments import build
 from stateline.theory.discretize import phi1
 
@@ -139,8 +139,8 @@ class System(nn.Module, ABC):
         """The kernel (c, h, length): y after an impulse."""
 
     @abstractmethod
-    def step_(self, u: Tensor, state: Tensor, rate: float) -> Tensor:
-        """u (b, h) -> y (b, c, h), writing into the state (b, h, n, 2)."""
+    def step_(self, u: Tensor, state: Tensor, rate: float, D: Tensor) -> Tensor:
+        """u (b, h) -> y (b, c, h), with D u, writing into the state (b, h, n, 2)."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> System:
         return super()._apply(keep_wide(fn), recurse)
@@ -205,14 +205,17 @@ class DiagonalSystem(System):
         log, _, B_bar, C = self.sampled(rate)
         return ops.s4_kernel((C * B_bar).to(_complex(dtype)), log, length)
 
-    def step_(self, u: Tensor, state: Tensor, rate: float) -> Tensor:
-        """u (b, h) -> y (b, c, h), writing into the state (b, h, n, 2)."""
+    def step_(self, u: Tensor, state: Tensor, rate: float, D: Tensor) -> Tensor:
+        """u (b, h) -> y (b, c, h), with D u, writing into the state (b, h, n, 2)."""
+        if u.is_cuda and choice("cuda", None, u.dtype) == "gpu":
+            learned = (self.inv_dt, self.A_real, self.A_imag, self.B, self.C)
+            return system_step_(state, u, *learned, D, rate, self.rule == "bilinear")
         now = torch.view_as_complex(state)
         A_bar, B_bar, C = self.remembered(
             ("step", rate, now.dtype), lambda: tuple(v.to(now.dtype) for v in self.sampled(rate)[1:])
         )
         now.mul_(A_bar).add_(B_bar * u[..., None])  # a view: this writes into the state
-        return 2 * torch.einsum("chn,bhn->bch", C, now).real
+        return 2 * torch.einsum("chn,bhn->bch", C, now).real + D * u[:, None]
 
 
 class DPLRSystem(System):
@@ -305,11 +308,11 @@ class DPLRSystem(System):
         spectrum = direct - cosine * _through(via, into, cosine * loop)
         return torch.fft.irfft(torch.complex(cosine, sine) * spectrum, n=length).to(dtype)
 
-    def step_(self, u: Tensor, state: Tensor, rate: float) -> Tensor:
-        """u (b, h) -> y (b, c, h), writing into the state (b, h, n, 2); the arithmetic is float64."""
+    def step_(self, u: Tensor, state: Tensor, rate: float, D: Tensor) -> Tensor:
+        """u (b, h) -> y (b, c, h), with D u, writing into the state (b, h, n, 2); the arithmetic is float64."""
         new = self.advanced(torch.view_as_complex(state.double()), rate, u.double()[..., None])
         state.copy_(torch.view_as_real(new))
-        return 2 * torch.einsum("chn,bhn->bch", _pairs(self.C), new).real.to(state.dtype)
+        return 2 * torch.einsum("chn,bhn->bch", _pairs(self.C), new).real.to(state.dtype) + D * u[:, None]
 
 
 def _through(via: Tensor, into: Tensor, loop: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ class S5(Mixer):
         dt_min, dt_max: initial step sizes, one a state, are log-uniform between them.
         activation: "gated", as published: GELU, times the sigmoid of a projection of it; "gelu"; None for the linear
             system alone.
-        lr: learning rate of A and the step sizes, which `param_groups` passes on; None for that of all others.
+        lr: learning rate of A and the step sizes, which `param_groups` passes on; None for that of all others, 0 to
+            keep them. B and C learn as any matrix, with weight decay: of the published runs, so do those for images
+            and ListOps; others slow B down too.
         rate: sampling rate at which the model was trained, over that of its input: 2 where there are only half as many
             samples a second. An attribute, to be changed at will.
 
@@ -95,7 +97,7 @@ class S5(Mixer):
             d_state = -(-d_model // (2 * blocks)) * 2 * blocks
         checks.number(OP, "d_state", d_state, low=1, integer=True)
         if lr is not None:
-            checks.number(OP, "lr", lr, low=0, open_low=True)
+            checks.number(OP, "lr", lr, low=0)
         if d_state % (2 * blocks):
             problem = f"d_state is {d_state} and blocks is {blocks}, expected a multiple of 2 · blocks."
             raise checks.fail(OP, problem, "States come in conjugate pairs.")

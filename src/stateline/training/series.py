@@ -47,27 +47,27 @@ class Series:
 class FitConfig:
     """How a model of signals is fitted. None: chosen from the number of series.
 
-    epochs: at most.   batch_size: series a step, fewer where they would have more than `batch_tokens` samples, padding
-    included.   lr: peak of the learning rate.   patience: epochs without a better score on the held-out part after
+    max_epochs: at most.   batch_size: series a step, fewer where they would have more than `batch_tokens` samples,
+    padding included.   learning_rate: its peak.   patience: epochs without a better score on the held-out part after
     which training ends.   clip: largest norm of a step's gradient.
     crop: share of each signal that a step learns from, a piece from anywhere in it, another each time.
     """
 
-    epochs: int | None = None
+    max_epochs: int | None = None
     batch_size: int | None = None
     batch_tokens: int = 65536
-    lr: float = 1e-2
+    learning_rate: float = 1e-2
     weight_decay: float = 0.01
     patience: int | None = None
     clip: float = 1.0
     crop: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience"):
+        for name in ("max_epochs", "batch_size", "patience"):
             if getattr(self, name) is not None:
                 checks.number(OP, name, getattr(self, name), low=1, integer=True)
         checks.number(OP, "batch_tokens", self.batch_tokens, low=1, integer=True)
-        checks.number(OP, "lr", self.lr, low=0, open_low=True)
+        checks.number(OP, "learning_rate", self.learning_rate, low=0, open_low=True)
         checks.number(OP, "weight_decay", self.weight_decay, low=0)
         checks.number(OP, "clip", self.clip, low=0, open_low=True)
         checks.number(OP, "crop", self.crop, low=0, high=1, open_low=True)
@@ -78,7 +78,7 @@ class FitConfig:
 
     def epochs_of(self, n: int) -> int:
         """Epochs for n series."""
-        return self.epochs or min(MOST, max(FEWEST, STEPS // -(-n // self.batch_of(n))))
+        return self.max_epochs or min(MOST, max(FEWEST, STEPS // -(-n // self.batch_of(n))))
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def fit_series(
     a KeyboardInterrupt goes through. Raises ValueError where the loss is no number, or no held-out score is.
     """
     epochs = config.epochs_of(len(data))
-    optimizer = torch.optim.AdamW(param_groups(model, config.weight_decay), lr=config.lr)
+    optimizer = torch.optim.AdamW(param_groups(model, config.weight_decay), lr=config.learning_rate)
     fit = _Fit(model, data, loss, config, optimizer, [group["lr"] for group in optimizer.param_groups], epochs)
     keeper = _Keeper(model, held is not None, config.patience)
     interrupted = False

@@ -157,6 +157,19 @@ def system_tables(
     return chunked.Tables(taps, read, write, chunked.Diagonal(chunked.as_complex(powers)))
 
 
+def system_step_(
+    state: Tensor, u: Tensor, inv_dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    rate: float, bilinear: bool,
+) -> Tensor:  # fmt: skip
+    """`s4_scan_step_` by "gpu" of what S4D learns, as `system_tables` takes it: state (b, h, n, 2), u (b, h)."""
+    learned = (inv_dt, A_real, A_imag, B, C, D, rate, bilinear)
+    if state.is_contiguous():
+        return _system_step(state, u, *learned)
+    y = _system_step(packed := state.contiguous(), u, *learned)
+    state.copy_(packed)
+    return y
+
+
 def steps(backend: str, t: int) -> int:
     """Steps of a chunk for sequences of up to t steps."""
     if backend == "cpu":
@@ -259,6 +272,15 @@ def _make_system_backward(dtaps: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(or_empty(g, dtaps) for g in _module("gpu").system_backward(dtaps, *args))
 
 
+def _run_system_step(*args: Any) -> Tensor:
+    y: Tensor = _module("gpu").system_step(*args)
+    return y
+
+
+def _fake_system_step(state: Tensor, u: Tensor, *learned: Any) -> Tensor:
+    return u.new_empty(u.shape[0], learned[4].shape[0], u.shape[1])
+
+
 def _fake_system(inv_dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, *rest: Any) -> Any:
     (c, h, n, _), q = C.shape, rest[-1]
     shapes = ((c, h, q), (c, h, q, 2 * n), (h, q, 2 * n), (q + 1, h, 2 * n))
@@ -287,6 +309,9 @@ _tables_backward = define(
     f"{OP}_tables_backward({_SLOPES}, {_SYSTEM}) -> {_FOUR}", _make_tables_backward, _fake_tables_backward
 )
 _system = define(f"{OP}_system({_LEARNED}, SymInt q) -> {_FOUR}", _make_system, _fake_system)
+_system_step = define(
+    f"{OP}_system_step_(Tensor(a!) state, Tensor u, {_LEARNED}) -> Tensor", _run_system_step, _fake_system_step
+)
 _system_backward = define(
     f"{OP}_system_backward({_SLOPES}, {_LEARNED}) -> {_SIX}", _make_system_backward, _fake_system_backward
 )

@@ -148,6 +148,15 @@ def system_backward(
     return made[0], made[1], made[2], made[3].view(B.shape), dC, None if D is None else dtaps[..., 0].contiguous()
 
 
+def system_step(
+    state: Tensor, u: Tensor, inv_dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    rate: float, bilinear: bool,
+) -> Tensor:  # fmt: skip
+    """`step` of what S4D learns, as `system` takes it: two launches a token."""
+    given = [x.contiguous() for x in (inv_dt, A_real, A_imag, B)]
+    return step(state, u, *_sampled(given, rate, bilinear), C, D, None)
+
+
 def _sampled(given: list[Tensor], rate: float, bilinear: bool) -> tuple[Tensor, Tensor]:
     """Ā and B̄ (h, n, 2) float64."""
     h, (systems, n) = given[0].shape[0], given[1].shape
