@@ -7,7 +7,8 @@ attached to a custom op make torch.func.jvp return zero tangents silently.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,6 +103,15 @@ def _without_grad(run: Callable[..., Any]) -> Callable[..., Any]:
             return run(*args)
 
     return quiet
+
+
+@contextmanager
+def autograd_inside() -> Iterator[None]:
+    """Autograd within a raw op, for gradients found by it: in a dispatch mode (torch.utils.flop_counter's, say) raw ops
+    run below autograd, where enable_grad alone changes nothing and every gradient would be missing."""
+    keys, unmask = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
+    with torch.enable_grad(), unmask(keys.AutogradFunctionality, False), unmask(keys.ADInplaceOrView, False):
+        yield
 
 
 def _counted(run: Callable[..., Any], mutable: int) -> Callable[..., Any]:
