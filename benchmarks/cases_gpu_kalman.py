@@ -44,9 +44,7 @@ def _given(count: int, n: int, m: int, gaps: bool, shared: bool) -> dict[str, An
     """Arguments of ops.kalman by name, on the device."""
     names = ("y", "A", "C", "Q", "R", "transition_offset", "observation_offset", "mean0", "cov0")
     values = problem(1000, T, n, m, gaps, shared)
-    x: dict[str, Any] = {
-        name: v if v is None else v.float().to(DEVICE) for name, v in zip(names, values, strict=True)
-    }
+    x: dict[str, Any] = {name: v if v is None else v.float().to(DEVICE) for name, v in zip(names, values, strict=True)}
     for name in ("y", "mean0", "cov0"):
         v: Tensor = x[name]
         x[name] = v.repeat(count // 1000, *[1] * (v.dim() - 1)) if v.shape[0] > 1 else v.expand(count, *v.shape[1:])
