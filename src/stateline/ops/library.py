@@ -130,10 +130,14 @@ def _counted(run: Callable[..., Any], mutable: int) -> Callable[..., Any]:
 
 def _one_by_one(op: Callable[..., Any], info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
     """vmap as a loop: batch axes belong into the batch of an op, so this serves per-sample gradients, not speed."""
-    rows = [
-        op(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
+
+    def row(i: int, values: Sequence[Any], dims: Sequence[Any]) -> list[Any]:
+        return [
+            a if d is None else row(i, a, d) if isinstance(a, list | tuple) else a.select(d, i)
+            for a, d in zip(values, dims, strict=True)
+        ]
+
+    rows = [op(*row(i, args, dims)) for i in range(info.batch_size)]
     if isinstance(rows[0], torch.Tensor):
         return torch.stack(rows), 0
     outputs = tuple(torch.stack(column) for column in zip(*rows, strict=True))
