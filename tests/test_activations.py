@@ -48,6 +48,27 @@ def test_bits_are_the_same(options: dict[str, Any], where: dict[str, Any]) -> No
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {"layer": "Mamba2", "headdim": 8}, {"layer": "Mamba3", "headdim": 8},
+        {"layer": "Mamba3", "headdim": 8, "is_mimo": True, "mimo_rank": 2}, {"layer": "S4D", "mode": "scan"},
+        {"layer": "S4D", "mode": "convolution"}, {"layer": "S4", "mode": "convolution"},
+        {"layer": "S4", "mode": "scan"}, {"layer": "S5"}, {"layer": "GatedSSM"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bits_are_the_same_of_every_mixer(mixer: dict[str, Any]) -> None:
+    """What a backward pass has saved is read once, for it is there once."""
+    attention = {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 2, "window": 5}}
+    model, ids = small(n_layer=2, ssm_cfg=mixer, **attention), torch.randint(256, (2, 19))
+    plain = results(model, ids)
+    model.backbone.checkpoint_activations = True
+    again = results(model, ids)
+    assert len(plain) == len(again) > 1
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
 def test_blocks_run_twice_and_keep_less() -> None:
     """Counted: each block's forward once more per backward pass, and the bytes that autograd holds meanwhile."""
     model, calls = small(n_layer=4), []

@@ -354,12 +354,13 @@ def test_the_command_reads_a_file_and_its_tokenizer(tmp_path: Path, capsys: pyte
     with torch.no_grad():
         assert torch.equal(stateline.load(tmp_path / "back")(ids), stateline.load(tmp_path / "m.gguf")(ids))
     assert main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "n.gguf"), "--to", "gguf", "--dtype", "Q8_0"]) == 0
+    (tmp_path / "named otherwise").write_bytes((tmp_path / "m.gguf").read_bytes())
     texts = []
-    for source in ("m.gguf", "back"):
+    for source in ("m.gguf", "named otherwise", "back"):
         capsys.readouterr()
         assert main(["generate", "the", "--model", str(tmp_path / source), "--max-tokens", "9", "--greedy"]) == 0
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
     name = "tokenizer.ggml.tokens"
     assert field(tmp_path / "n.gguf", name) == field(tmp_path / "m.gguf", name)
     data = (tmp_path / "m.gguf").read_bytes()

@@ -10,6 +10,7 @@ test_runs_on_any_cpu_and_nothing_is_compiled_at_the_first_call |
 | the prompt in one pass and token by token give different answers | test_prefill_equals_steps |
 | states and time constants in 16 bits; NaN at large steps | test_large_steps_in_16_bits…, test_time_constants_stay… |
 | weight decay that pulls on time constants | test_time_constants_stay_in_float32_and_are_not_decayed |
+| an initialiser that zeroes biases makes all step sizes the same | test_initialisers_leave_step_sizes_alone |
 | widths that must be multiples of 8, at most 256 states, at most 4 taps | test_any_size_works |
 | another answer at every run, in every batch | test_same_call_same_bits, test_a_row_does_not_depend_on_its_batch |
 | padding changes the result, or only at batch 1 | test_padding_changes_nothing |
@@ -185,6 +186,21 @@ def test_time_constants_stay_in_float32_and_are_not_decayed() -> None:
     model.float()
     assert all(id(model.get_parameter(name)) in spared for name in kept)
     assert decayed
+
+
+def test_initialisers_leave_step_sizes_alone() -> None:
+    """Those that ask a bias, as mamba_ssm's and most training code for its models do."""
+    for layer in (sl.Mamba(16), sl.Mamba2(16, 4, headdim=8), sl.Mamba3(16, 4, headdim=8)):
+        kept = {name: p.detach().clone() for name, p in layer.named_parameters() if "dt" in name and "bias" in name}
+        for module in layer.double().float().modules():
+            if (
+                isinstance(module, nn.Linear)
+                and module.bias is not None
+                and not getattr(module.bias, "_no_reinit", False)
+            ):
+                nn.init.zeros_(module.bias)
+        assert kept
+        assert all(torch.equal(layer.get_parameter(name), p) for name, p in kept.items())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import oracles
@@ -10,8 +11,11 @@ import torch
 from oracles import layout, pairwise
 from test_ops import BACKENDS, DTYPES, FLAG, LAYOUTS, Case, check, close, leaf, name_of, same
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from stateline import backends, ops
+from stateline.ops.library import call
+from stateline.ops.trapezoid_ssd import controls
 
 OPS = torch.ops.stateline
 FORMS = [*BACKENDS, "chunked"]
@@ -212,6 +216,52 @@ def test_opcheck_of_raw_ops() -> None:
     token = (*(cut(x, 0)[k] for k in GIVEN[:6]), *[None] * 8, False)
     states = (torch.zeros(2, 4, 0), *results[2:])
     torch.library.opcheck(OPS.trapezoid_ssd_step_.default, (*states, *token, torch.tensor([1, -1]), None))
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_gradients_are_the_same_in_a_dispatch_mode(backend: str) -> None:
+    """Which runs raw ops below autograd: a gradient that a back end finds by autograd was 0 there."""
+    grads = []
+    for mode in (nullcontext(), FlopCounterMode(display=False)):
+        torch.manual_seed(0)
+        x = plain(r=2, mix=True)
+        leaves = [x[k].requires_grad_() for k in GIVEN]
+        state = tuple(s.requires_grad_() for s in x["initial_state"])
+        with mode:
+            y, end = ops.trapezoid_ssd(**x, backend=backend)
+            grads.append(torch.autograd.grad(y.square().sum() + sum(v.sum() for v in end), (*leaves, *state)))
+    for got, want in zip(*grads, strict=True):
+        assert want.any()
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("activation", controls.A_ACTIVATIONS)
+def test_controls_where_their_kernel_does_not_run(activation: str) -> None:
+    """As on a GPU in float64: the same function, in PyTorch, behind the raw ops."""
+    torch.manual_seed(0)
+    wide, bias = torch.randn(5, 2, 20, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    raw, options = wide.transpose(0, 1)[..., 3:], (activation, 0.3)
+    slopes = [torch.randn(2, 5, n, dtype=torch.float64) for n in (5, 5, 5, 2)]
+    if activation == "softplus":
+        torch.library.opcheck(OPS.trapezoid_ssd_controls.default, (raw, bias, *options))
+        torch.library.opcheck(OPS.trapezoid_ssd_controls_backward.default, (*slopes, raw, bias, *options))
+
+    def run(raw: Tensor, bias: Tensor) -> Any:
+        return call(controls._Controls, raw, bias, *options)
+
+    def loss(raw: Tensor, bias: Tensor) -> Tensor:
+        return sum(((v * s).sum() for v, s in zip(run(raw, bias), slopes, strict=True)), torch.zeros(()))
+
+    leaves = [raw.requires_grad_(), bias.requires_grad_()]
+    assert all(map(torch.equal, run(*leaves), controls.formula(*leaves, *options)))
+    assert torch.autograd.gradcheck(run, leaves)
+    want = torch.autograd.grad(controls.formula(*leaves, *options), leaves, slopes)
+    with FlopCounterMode(display=False):
+        counted = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    for grads in (counted, compiled, torch.func.grad(loss, (0, 1))(*(v.detach() for v in leaves))):
+        for a, b in zip(grads, want, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_compiles_whole_and_exports_with_dynamic_sizes() -> None:

@@ -42,14 +42,32 @@ def backwards(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.flip(1)).flip(1)
 
 
-def test_mamba_runs_backwards() -> None:
-    layer, x = mamba(), signal(2, 9)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        mamba(),
+        sl.Mamba2(D, 3, headdim=2, ngroups=2, d_ssm=8, D_has_hdim=True, dt_limit=(0.01, 0.05)).double(),
+        sl.Mamba3(D, 4, headdim=2, is_mimo=True, mimo_rank=2).double(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_mamba_runs_backwards(layer: nn.Module) -> None:
+    x = signal(2, 9)
     torch.testing.assert_close(layer(x, reverse=True), backwards(layer, x))
     assert not torch.allclose(layer(x, reverse=True), layer(x))
     torch.testing.assert_close(layer(x, reverse=False), layer(x))
+    padded, packed = (
+        layer(x, lengths=[4, 9], reverse=True),
+        layer(x[:1], cu_seqlens=torch.tensor([0, 4, 9], dtype=torch.int32), reverse=True),
+    )
+    for y in (padded, packed):
+        torch.testing.assert_close(y[:1, :4], backwards(layer, x[:1, :4]))
+    torch.testing.assert_close(packed[:, 4:], backwards(layer, x[:1, 4:]))
     want = torch.autograd.grad(backwards(layer, x).square().sum(), list(layer.parameters()))
     got = torch.autograd.grad(layer(x, reverse=True).square().sum(), list(layer.parameters()))
     torch.testing.assert_close(got, want)
+    assert sl.Bidirectional(layer)(x).shape == x.shape
+    assert sl.Scan2d(layer)(x[:, None]).shape == (2, 1, 9, D)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -167,16 +167,16 @@ def _write_gguf(options: argparse.Namespace, target: Path) -> int:
 
 def _home_of_tokenizer(options: argparse.Namespace, aside: Path, vocab_size: int) -> Path:
     """Where IN's tokenizer lies: beside its weights, or in `aside`, taken out of a GGUF file if it is wanted."""
+    from stateline.interop.gguf_read import is_file, write_tokenizer
+
     home = directory_of(options.source)
-    if home.suffix != f".{GGUF}" or options.no_tokenizer:
+    if not is_file(home) or options.no_tokenizer:
         return home
     taken = aside / "tokenizer"
     taken.mkdir()
     if options.to in (GGUF, VLLM):
         unpack_tokenizer(home, taken, vocab_size, f"--no-tokenizer leaves it out of {options.to} too.")
     else:
-        from stateline.interop.gguf_read import write_tokenizer
-
         write_tokenizer(home, taken)
     return taken
 

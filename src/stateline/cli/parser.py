@@ -132,9 +132,10 @@ def directory_of(model: str) -> Path:
 def tokenizer_of(model: str, vocab_size: int) -> Tokenizer:
     """The tokenizer that lies beside a model's weights, or in its GGUF file."""
     from stateline.generation import load_tokenizer
+    from stateline.interop.gguf_read import is_file
 
     home = directory_of(model)
-    if home.suffix != ".gguf" or not home.is_file():
+    if not is_file(home):
         return load_tokenizer(home, vocab_size)
     with tempfile.TemporaryDirectory() as aside:
         unpack_tokenizer(home, Path(aside), vocab_size, "Texts need one: take a file with its vocabulary in it.")

@@ -36,7 +36,7 @@ _SAVE = {"stateline": checkpoint.save, "mamba_ssm": mamba_ssm.save, "huggingface
 def load(
     path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """The model in a directory of any known format or a .gguf file, one that ships, or one of the Hugging Face Hub.
+    """The model in a directory of any known format or a GGUF file, one that ships, or one of the Hugging Face Hub.
 
     Args:
         path_or_name: a directory (of a model, or of a training run, whose best model is meant), a file, "bundled"
@@ -116,10 +116,10 @@ def save(
 
 
 def detect(path: str | Path) -> str:
-    """The format of a model, from a directory's config.json or a file's name; CheckpointError if none is known."""
+    """The format of a model, from a directory's config.json or how a file begins; CheckpointError if none is known."""
     path = Path(path).expanduser()
     if not path.is_dir():
-        if path.suffix == f".{GGUF}" and path.is_file():
+        if gguf_read.is_file(path):
             return GGUF
         if path.is_file():
             raise CheckpointError(f"{path} is a file. Give the directory that holds config.json and the weights.")

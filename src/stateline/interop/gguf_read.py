@@ -40,6 +40,14 @@ def load(
     return assemble(config, tensors, source, device=device, dtype=dtype or stored)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a GGUF file lies there: by its name, or by how it begins."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+
+
 def write_tokenizer(path: Path, directory: Path) -> None:
     """Write the vocabulary of a GGUF file as tokenizer.json and tokenizer_config.json; nothing for bytes or none.
 

@@ -52,6 +52,7 @@ class StepSize(nn.Linear):
     ) -> None:
         super().__init__(rank, d_inner, bias=True, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.zeros(d_inner, device=device, dtype=wide(dtype)))
+        self.bias._no_reinit = True  # type: ignore[attr-defined]  # the sign at which initialisers leave a bias as it is
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, r) -> (…, e), without the bias."""

@@ -77,6 +77,7 @@ class Mamba2(Mixer):
 
     no_weight_decay = ("A_log", "D", "dt_bias")
     full_precision = ("A_log", "D", "dt_bias")
+    reversible = True
 
     def __init__(
         self,
@@ -184,6 +185,15 @@ class Mamba2(Mixer):
         kept = made if self.state_dtype is None else made | {"dtype": self.state_dtype}
         return Mamba2State(conv, torch.zeros(batch, self.nheads, self.headdim, self.d_state, **kept))
 
+    def forward(
+        self, x: Tensor, *, lengths: Lengths | None = None, cu_seqlens: Tensor | None = None, reverse: bool = False
+    ) -> Tensor:
+        """x (b, t, d_model) -> y (b, t, d_model) for whole sequences; see Mixer.
+
+        reverse: run time backwards, from each sequence's last token to its first; nothing is copied for it.
+        """
+        return self._run(x, None, lengths=lengths, cu_seqlens=cu_seqlens, reverse=reverse)[0]
+
     def extend(
         self,
         x: Tensor,
@@ -193,10 +203,15 @@ class Mamba2(Mixer):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Mamba2State]:
         """x (b, t, d_model) -> y (b, t, d_model), state; see Mixer."""
+        return self._run(x, state, lengths=lengths, cu_seqlens=cu_seqlens)
+
+    def _run(
+        self, x: Tensor, state: Mamba2State | None, *, lengths: Lengths | None, **where: Any
+    ) -> tuple[Tensor, Mamba2State]:
         check_input(OP, x, "b t d_model", self.d_model, self.conv1d.weight.dtype)
         if state is not None:
             check_state(OP, state, Mamba2State)
-        where: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens}
+        where["lengths"] = lengths
         beside, z, u, dt = self._split(self.in_proj(zero_padding(x, lengths)))
         u, conv = ops.causal_conv1d(
             u, *self._taps(), activation="silu", initial_state=None if state is None else state.conv, **where

@@ -7,7 +7,8 @@ attached to a custom op make torch.func.jvp return zero tangents silently.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,6 +108,15 @@ def _without_grad(run: Callable[..., Any]) -> Callable[..., Any]:
     return quiet
 
 
+@contextmanager
+def autograd_inside() -> Iterator[None]:
+    """Autograd within a raw op, for gradients found by it: in a dispatch mode (torch.utils.flop_counter's, say) raw ops
+    run below autograd, where enable_grad alone changes nothing and every gradient would be missing."""
+    keys, unmask = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
+    with torch.enable_grad(), unmask(keys.AutogradFunctionality, False), unmask(keys.ADInplaceOrView, False):
+        yield
+
+
 def _counted(run: Callable[..., Any], mutable: int) -> Callable[..., Any]:
     """`run`, telling autograd that its first `mutable` arguments were written: C++ does so behind its back."""
 
@@ -126,10 +136,14 @@ def count_write(*written: torch.Tensor) -> None:
 
 def _one_by_one(op: Callable[..., Any], info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
     """vmap as a loop: batch axes belong into the batch of an op, so this serves per-sample gradients, not speed."""
-    rows = [
-        op(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
+
+    def row(i: int, values: Sequence[Any], dims: Sequence[Any]) -> list[Any]:
+        return [
+            a if d is None else row(i, a, d) if isinstance(a, list | tuple) else a.select(d, i)
+            for a, d in zip(values, dims, strict=True)
+        ]
+
+    rows = [op(*row(i, args, dims)) for i in range(info.batch_size)]
     if isinstance(rows[0], torch.Tensor):
         return torch.stack(rows), 0
     outputs = tuple(torch.stack(column) for column in zip(*rows, strict=True))

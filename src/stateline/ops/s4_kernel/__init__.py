@@ -171,8 +171,9 @@ class _Kernel(Function):
 
     @staticmethod
     def backward(ctx: Any, dk: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _backward(dk, *ctx.saved_tensors, ctx.backend)
-        return (*first_only_of(OP, ctx.saved_tensors, grads, dk), None, None)
+        given = ctx.saved_tensors  # once: activation checkpointing gives them once
+        grads = _backward(dk, *given, ctx.backend)
+        return (*first_only_of(OP, given, grads, dk), None, None)
 
 
 class _Cauchy(Function):
@@ -189,5 +190,6 @@ class _Cauchy(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _cauchy_backward(g, *ctx.saved_tensors, ctx.backend)
-        return (*first_only_of(CAUCHY, ctx.saved_tensors[:4], grads, g), None, None, None)
+        given = ctx.saved_tensors
+        grads = _cauchy_backward(g, *given, ctx.backend)
+        return (*first_only_of(CAUCHY, given[:4], grads, g), None, None, None)

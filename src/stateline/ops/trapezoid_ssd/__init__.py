@@ -316,13 +316,14 @@ class _TrapezoidSSD(Function):
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, table = ctx.saved_tensors[:19]
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them once
+        (*inputs, table), kept = saved[:19], saved[19:]
         interleaved, reverse, backend = ctx.options
         like = (inputs[0], *[inputs[2]] * 4)
         shapes = _shapes(inputs[0], inputs[4], inputs[6], inputs[11] is not None, table)
         incoming = [
             v.new_zeros(shape) if grad is None else grad for v, shape, grad in zip(like, shapes, given[:5], strict=True)
         ]
-        where = (*inputs[14:], table, reverse, backend, list(ctx.saved_tensors[19:]))
+        where = (*inputs[14:], table, reverse, backend, list(kept))
         grads = _backward(*incoming, *inputs[:14], interleaved, *where)
         return (*first_only_of(OP, inputs, grads, *incoming), *[None] * 5)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from stateline import backends
-from stateline.ops.library import call, define, first_only_of
+from stateline.ops.library import autograd_inside, call, define, first_only_of
 
 OP = "trapezoid_ssd"
 Controls = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -72,8 +72,8 @@ def _kernels(raw: Tensor, dt_bias: Tensor) -> Any:
 def _run(raw: Tensor, dt_bias: Tensor, activation: str, floor: float) -> Controls:
     kernels = _kernels(raw, dt_bias)
     make = formula if kernels is None else kernels.controls
-    made: Controls = make(raw, dt_bias, activation, floor)
-    return made
+    dt, A, blend, rates = (v.contiguous() for v in make(raw, dt_bias, activation, floor))
+    return dt, A, blend, rates
 
 
 def _run_backward(
@@ -83,7 +83,7 @@ def _run_backward(
     if kernels is not None:
         made: tuple[Tensor, Tensor] = kernels.controls_backward(slopes, raw, dt_bias, activation, floor)
         return made
-    with torch.enable_grad():
+    with autograd_inside():
         given = (raw.detach().requires_grad_(), dt_bias.detach().requires_grad_())
         draw, dbias = torch.autograd.grad(formula(*given, activation, floor), given, slopes)
     return draw, dbias

@@ -17,7 +17,7 @@ def half_tanh(x):
     return tl.where(y < 0.09, near, tl.sigmoid(2.0 * x) - 0.5)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def forward(
     raw, bias, dt, A, blend, rates, rows, floor, raw_r,
     H: tl.constexpr, S: tl.constexpr, HEAVY: tl.constexpr, ROWS: tl.constexpr, CB: tl.constexpr,
@@ -40,7 +40,7 @@ def forward(
         tl.store(rates + r * S + c[None, :], half_tanh(angle), mask=turns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def backward(
     ddt, dA, dblend, drates, raw, bias, draw, partial, rows, floor, raw_r,
     H: tl.constexpr, S: tl.constexpr, HEAVY: tl.constexpr, ROWS: tl.constexpr, CB: tl.constexpr,

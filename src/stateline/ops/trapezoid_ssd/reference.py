@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stateline.ops.library import autograd_inside
 from stateline.ops.segments import pieces
 from stateline.ops.selective_scan.reference import group_of_channel
 
@@ -197,7 +198,7 @@ def forward_by(scan: Scan, *args: Any) -> tuple[Tensor, ...]:
 
 def backward_by(scan: Scan, grads: tuple[Tensor, ...], *args: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors among the arguments, None where there was none; the forward pass runs again."""
-    with torch.enable_grad():
+    with autograd_inside():
         leaves: list[Any] = [
             v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args
         ]
