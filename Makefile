@@ -28,13 +28,17 @@ $(VENV)/docs: $(VENV)/dev
 	@$(PIP) "stateline[docs,plot]"
 	@touch $@
 
+$(VENV)/eval: $(VENV)/dev
+	@$(PIP) "stateline[eval]"
+	@touch $@
+
 demo: $(VENV)/core  ## set up, generate from the bundled model, train a small one and sample from it
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/dev  ## set up and run the tests (minutes)
 	@$(BIN)/python -m pytest $(PARALLEL)
 
-test-full: $(VENV)/dev  ## the large grids too
+test-full: $(VENV)/eval  ## the large grids too, and lm-evaluation-harness (500 MB)
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
 check: $(VENV)/dev  ## lint, format, types, architecture
