@@ -388,7 +388,10 @@ WRONG = [
     (["x.csv", "--columns", "a,1"], "'a' is asked for twice"),
     (["x.csv", "--time", "t"], "x.csv has no column 't' (--time)"),
     (["x.csv", "--time-format", "%d"], "--time-format needs --time"),
-    (["x.csv", "--interval", "95"], "the interval is 95.0, expected a probability"),
+    (
+        ["x.csv", "--interval", "95"],
+        "the interval is 95.0, expected a probability between 0 and 1, such as 0.95. In per",
+    ),
     (["x.csv", "--forecast", "0"], "0 is not a whole number from 1"),
     (["x.csv", "--step", "0"], "step is 0.0"),
     (["x.csv", "--follow"], "the model has variances to learn"),

@@ -79,8 +79,7 @@ class Ahead:
 
 def deviations(level: float) -> float:
     """How many standard deviations an interval of this probability reaches to each side."""
-    if not (isinstance(level, int | float) and 0 < level < 1):
-        raise checks.fail(OP, f"the interval is {level!r}, expected a probability between 0 and 1, such as 0.95.")
+    checks.probability(OP, "the interval", level)
     return math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=F64)))
 
 
