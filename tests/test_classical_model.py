@@ -379,6 +379,10 @@ def test_sampling_has_gradients() -> None:
         (lambda A: sampled.discretize(A, None, 1.0, method="foh"), r"discretize: method is 'foh', expected one of"),
         (lambda A: sampled.discretize(A, A[:1], 1.0), r"discretize: Bc has shape \(1, 2\), .* n = 2 \(set by Ac\)"),
         (lambda A: sampled.discretize(A, None, 1.0, A.float()), r"discretize: Qc is float32"),
+        (
+            lambda A: sampled.discretize(A, None, 1.0, -torch.eye(len(A), dtype=F64)),
+            r"discretize: Qc has the variance -1,",
+        ),
     ],
 )
 def test_sampling_refuses(call: Callable[[Tensor], Any], words: str) -> None:

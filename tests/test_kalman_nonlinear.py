@@ -105,6 +105,7 @@ def test_derivatives_and_errors(run: Filter) -> None:
         (dict(observation=lambda h, u: h), r"observation returns \(2,\), expected \(3,\)"),
         (dict(transition=lambda h, u: h[:1]), r"transition returns \(1,\), expected \(2,\)"),
         (dict(m0=same.m0.expand(3, 2)), "do not broadcast"),
+        (dict(Q=-1e-3 * same.Q), r"Q has the variance -.*, expected none below 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(dataclasses.replace(same, **wrong), y, u)

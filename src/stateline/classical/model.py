@@ -100,7 +100,7 @@ def match(sizes: Sizes, name: str, x: Tensor, form: str) -> None:
     letters = form.split()
     if not isinstance(x, Tensor):
         problem = f"{name} is a {type(x).__name__}, expected a tensor (…, {', '.join(letters)})."
-        known = isinstance(x, np.ndarray | list | tuple | int | float)
+        known = isinstance(x, np.ndarray | list | tuple)
         remedy = f"torch.as_tensor({name}, dtype=torch.float64) makes one." if known else ""
         raise checks.fail(sizes.op, problem, remedy, error=TypeError)
     if name == "A":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.checks import Sizes
-from stateline.classical.model import match
+from stateline.classical.model import match, no_negative_variance
 from stateline.ops.kalman import Filtered, KalmanState, exact
 from stateline.ops.kalman.reference import joseph_correct, joseph_predict, outer, symmetric
 
@@ -167,6 +167,7 @@ def _prepare(
         batch = tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         raise checks.fail(op, f"the series of {', '.join(given)} are {shapes}, which do not broadcast.") from None
+    no_negative_variance(op, Q=model.Q, R=model.R, **({"P0": cov} if initial_state is None else {}))
     N = torch.Size(batch).numel()
     Q, R, cov = symmetric(model.Q), symmetric(model.R), symmetric(cov)
     Q, R = (v.expand(*batch, T, *v.shape[-2:]).reshape(N, T, *v.shape[-2:]) for v in (Q, R))
