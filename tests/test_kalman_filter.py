@@ -339,6 +339,7 @@ def test_errors_name_the_argument() -> None:
         (lambda: kalman_filter(model, y.expand(3, 100, 2), initial_state=two), r"the state has series \(2,\), y"),
         (lambda: kalman_filter(model, y, initial_state=narrow), r"the state's mean has"),
         (lambda: forecast(model, state, -1), r"^forecast: steps is -1"),
+        (lambda: forecast(model._replace(A=model.A.expand(9, 4, 4)), state, 5), r"A has .* 5 steps .* by steps\)"),
         (lambda: kalman_smoother(model, y[0]), r"^kalman_smoother: y has shape \(2,\)"),
         (lambda: posterior_sample(model, y, samples=0), r"^posterior_sample: samples is 0"),
     ]:  # fmt: skip

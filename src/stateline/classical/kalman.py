@@ -124,6 +124,7 @@ def forecast(
     """
     op = "forecast"
     checks.number(op, "steps", steps, low=0, integer=True)
+    check(op, model, u=u, steps=steps)
     form = "sqrt" if isinstance(state, SquareRootState) else "joseph"
     _check_kind(op, state, form)
     shape = (*state.mean.shape[:-1], steps, model.C.shape[-2])
