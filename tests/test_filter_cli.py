@@ -174,6 +174,13 @@ def test_matrices_find_data_however_far_from_zero() -> None:
         assert far[name][0] == pytest.approx(value, rel=1e-2)
 
 
+def test_a_filter_tells_what_it_is() -> None:
+    sensor = SeriesFilter("local-level")
+    assert repr(sensor) == "SeriesFilter({'components': {'local-level': {'kind': 'local-level'}}}, not fitted)"
+    sensor.fit(torch.arange(9.0)).extend(torch.arange(9.0))
+    assert repr(sensor).endswith(", columns=('1',), rows=9)")
+
+
 def test_what_was_observed_is_written_whole(run: Callable[..., str]) -> None:
     numbers = ["123456887.25", "123456888.25", "123456887.5"]
     write("x.csv", torch.tensor([[float(x)] for x in numbers], dtype=F64))

@@ -124,6 +124,10 @@ class SeriesFilter:
         self._state: KalmanState | None = None  # filtered moments at the last row
         self._kept: dict[bytes, tuple[Tensor, Tensor]] = {}
 
+    def __repr__(self) -> str:
+        known = f"columns={self.columns}, rows={self.rows}" if self._plan is not None else "not fitted"
+        return f"SeriesFilter({self.spec!r}, {known})"
+
     # ---- learning ----------------------------------------------------------------------------------------------------
 
     @property
