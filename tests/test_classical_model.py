@@ -111,6 +111,29 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], y: Tensor, error: 
         check("f", some_model()._replace(**change), y, U)
 
 
+@pytest.mark.parametrize(
+    ("model", "y", "words"),
+    [
+        (some_model(), Y.numpy(), r"y is a ndarray, .*T, m\)\. torch\.as_tensor\(y, dtype=torch\.float64\) makes one"),
+        (some_model(), [[1.0, 2.0]], r"y is a list, .* torch\.as_tensor\(y, "),
+        (some_model(), Y.long(), r"y is int64, expected one of float64\. .*: y\.to\(model\.A\.dtype\)"),
+        (tuple(some_model()), Y, r"the model is a tuple, expected a StateSpace\. A NonlinearModel goes to extended"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_with_the_remedy(model: Any, y: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        check("f", model, y, U)
+
+
+def test_shapes_are_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"y has shape \(5,\), .*\. One value a step is y\[:, None\]\."):
+        check("f", some_model(), Y[0, :, 0], U)
+    each = some_model()._replace(R=torch.ones(7, 2, 2, dtype=F64))
+    with pytest.raises(ValueError, match=r"R has .* 5 steps .*\. One matrix a series is \(N, 1, 2, 2\)\."):
+        check("f", each, Y, U)
+    assert check("f", each._replace(R=each.R[:, None]), Y, U).batch == (7,)
+
+
 def test_inputs_are_asked_for() -> None:
     with pytest.raises(ValueError, match=r"f: u is None, expected .* p = 2 \(set by B\)\. Zeros are given as zeros"):
         check("f", some_model(), Y)
@@ -356,6 +379,10 @@ def test_sampling_has_gradients() -> None:
         (lambda A: sampled.discretize(A, None, 1.0, method="foh"), r"discretize: method is 'foh', expected one of"),
         (lambda A: sampled.discretize(A, A[:1], 1.0), r"discretize: Bc has shape \(1, 2\), .* n = 2 \(set by Ac\)"),
         (lambda A: sampled.discretize(A, None, 1.0, A.float()), r"discretize: Qc is float32"),
+        (
+            lambda A: sampled.discretize(A, None, 1.0, -torch.eye(len(A), dtype=F64)),
+            r"discretize: Qc has the variance -1,",
+        ),
     ],
 )
 def test_sampling_refuses(call: Callable[[Tensor], Any], words: str) -> None:

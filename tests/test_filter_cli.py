@@ -174,6 +174,13 @@ def test_matrices_find_data_however_far_from_zero() -> None:
         assert far[name][0] == pytest.approx(value, rel=1e-2)
 
 
+def test_a_filter_tells_what_it_is() -> None:
+    sensor = SeriesFilter("local-level")
+    assert repr(sensor) == "SeriesFilter({'components': {'local-level': {'kind': 'local-level'}}}, not fitted)"
+    sensor.fit(torch.arange(9.0)).extend(torch.arange(9.0))
+    assert repr(sensor).endswith(", columns=('1',), rows=9)")
+
+
 def test_what_was_observed_is_written_whole(run: Callable[..., str]) -> None:
     numbers = ["123456887.25", "123456888.25", "123456887.5"]
     write("x.csv", torch.tensor([[float(x)] for x in numbers], dtype=F64))
@@ -388,7 +395,10 @@ WRONG = [
     (["x.csv", "--columns", "a,1"], "'a' is asked for twice"),
     (["x.csv", "--time", "t"], "x.csv has no column 't' (--time)"),
     (["x.csv", "--time-format", "%d"], "--time-format needs --time"),
-    (["x.csv", "--interval", "95"], "the interval is 95.0, expected a probability"),
+    (
+        ["x.csv", "--interval", "95"],
+        "the interval is 95.0, expected a probability between 0 and 1, such as 0.95. In per",
+    ),
     (["x.csv", "--forecast", "0"], "0 is not a whole number from 1"),
     (["x.csv", "--step", "0"], "step is 0.0"),
     (["x.csv", "--follow"], "the model has variances to learn"),

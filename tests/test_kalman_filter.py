@@ -339,6 +339,7 @@ def test_errors_name_the_argument() -> None:
         (lambda: kalman_filter(model, y.expand(3, 100, 2), initial_state=two), r"the state has series \(2,\), y"),
         (lambda: kalman_filter(model, y, initial_state=narrow), r"the state's mean has"),
         (lambda: forecast(model, state, -1), r"^forecast: steps is -1"),
+        (lambda: forecast(model._replace(A=model.A.expand(9, 4, 4)), state, 5), r"A has .* 5 steps .* by steps\)"),
         (lambda: kalman_smoother(model, y[0]), r"^kalman_smoother: y has shape \(2,\)"),
         (lambda: posterior_sample(model, y, samples=0), r"^posterior_sample: samples is 0"),
     ]:  # fmt: skip
@@ -349,6 +350,40 @@ def test_errors_name_the_argument() -> None:
     _, roots = kalman_filter(model, y, form="sqrt")
     with pytest.raises(TypeError, match=r'initial_state holds factors. Give form="sqrt"'):
         kalman_filter(model, y, initial_state=roots)
+    with pytest.raises(
+        TypeError, match=r"^forecast: the state is a tuple, .* returns \(moments, state\): give the second"
+    ):
+        forecast(model, kalman_filter(model, y), 3)  # type: ignore[arg-type]  # wrong
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["A", "Q", "P0"])
+def test_what_is_not_finite_is_named(name: str, backend: str) -> None:
+    model, y, _ = load(CASES["nile_local_level"])
+    wrong = model._replace(**{name: getattr(model, name) * torch.nan})
+    said = {"P0": "initial_state.cov"}.get(name, name)
+    with pytest.raises(ValueError, match=rf"^kalman: {said} has values that are not finite; series 0 at step [01] "):
+        kalman_filter(wrong, y, backend=backend)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_negative_variance_is_refused_even_where_innovations_stay_positive(form: str) -> None:
+    model, y, _ = load(CASES["nile_local_level"])
+    _, state = kalman_filter(model, y)
+    for name in ("Q", "R", "P0"):
+        wrong = model._replace(**{name: torch.tensor([[-0.01]], dtype=F64)})
+        for run in (kalman_filter, kalman_smoother):
+            with pytest.raises(
+                ValueError, match=rf"^{run.__name__}: {name} has the variance -0\.01, expected none below"
+            ):
+                run(wrong, y[:3], form=form)
+    kalman_filter(model._replace(P0=-model.P0), y[:3], initial_state=state, form=form)  # it is not used
+    rounded = torch.diag(torch.tensor([1.0, -1e-14], dtype=F64))  # as sampling may leave it
+    eye = torch.eye(2, dtype=F64)
+    kalman_filter(StateSpace(eye, None, eye, None, rounded, eye, 0 * eye[0], eye), y[:3].expand(3, 2))
+    each = torch.tensor([1.0, -1.0], dtype=F64).reshape(2, 1, 1, 1)
+    with pytest.raises(ValueError, match="R has the variance -1,"):
+        kalman_filter(model._replace(R=each), y, form=form)
 
 
 def test_examples_in_docstrings() -> None:

@@ -187,3 +187,17 @@ def test_updates_in_place(form: str, dtype: torch.dtype) -> None:
     ]:  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=message), torch.no_grad():
             run()
+
+
+def test_one_observation_is_not_taken_for_several() -> None:
+    """With and without a gradient: broadcasting would make numbers of them."""
+    model, y, _ = load(CASES["track2d"])
+    layer = KalmanFilter(model)
+    state, several = layer.init_state(3), y[:3].expand(3, 3, 2)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            with pytest.raises(ValueError, match=r"y has shape \(3, 3, 2\), expected \(b, m\)\. extend takes several"):
+                layer.update(several, state)
+            with pytest.raises(ValueError, match=r"y has shape \(3, 2\), expected \(b, T, m\)\. update takes one"):
+                layer.extend(several[:, 0], state)
+    assert layer(y).loglik.shape == (100,)  # of a single series, from the start

@@ -105,11 +105,22 @@ def test_derivatives_and_errors(run: Filter) -> None:
         (dict(observation=lambda h, u: h), r"observation returns \(2,\), expected \(3,\)"),
         (dict(transition=lambda h, u: h[:1]), r"transition returns \(1,\), expected \(2,\)"),
         (dict(m0=same.m0.expand(3, 2)), "do not broadcast"),
+        (dict(Q=-1e-3 * same.Q), r"Q has the variance -.*, expected none below 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(dataclasses.replace(same, **wrong), y, u)
+    for series, inputs, message in [
+        (y[0, :, 0], u, r"y has shape \(12,\), expected \(…, T, m\)\. One value a step is y\[:, None\]"),
+        (y, u[0, :, 0], r"u has shape \(12,\), expected \(…, T, p\)\. One value a step is u\[:, None\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(same, series, inputs)
     with pytest.raises(TypeError, match=r"y is float32, expected one of float64"):
         run(same, y.float(), u)
+    with pytest.raises(TypeError, match=r"y is a list, expected a tensor"):
+        run(same, y.tolist(), u)
+    with pytest.raises(TypeError, match=r"the model is a StateSpace, expected a NonlinearModel\. kalman_filter takes"):
+        run(linear()[0], y, u)  # type: ignore[arg-type]  # wrong
     if run is extended_kalman_filter:
         with pytest.raises(TypeError, match=r"what observation returns is float32, expected one of float64"):
             run(dataclasses.replace(same, observation=lambda h, u: torch.ones(3)), y, u)

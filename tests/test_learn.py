@@ -387,6 +387,10 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
         assert max(abs(difference) for _, difference in told) < 1e-9
         fit(truth, y, method=method, steps=2, options=FitOptions(tolerance=0.0, progress=True))
         assert f"fit {method}: step 2 of 2, log-likelihood -" in capsys.readouterr().err
+        assert fit(truth, y, method=method, options=FitOptions(tolerance=1.0, progress=True)).converged
+        err = capsys.readouterr().err
+        assert err.endswith("\n")  # though it ended before the last step
+        assert err.count("\n") == 1
 
 
 def test_a_failed_step_ends_with_the_best_model_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

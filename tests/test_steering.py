@@ -310,6 +310,14 @@ def test_soft_limits_have_an_answer_everywhere() -> None:
         (lambda x: RecedingHorizon(x, x.A, ONE, horizon=3), r"Q has shape \(4, 4\), expected \(1, 1\)"),
         (lambda x: RecedingHorizon(x, ONE, -ONE, horizon=3), r"R has the eigenvalue -1, .* a weight"),
         (
+            lambda x: RecedingHorizon(x, ONE, ONE, horizon=3, limits=(-1.0, 1.0)),  # type: ignore[arg-type]  # wrong
+            r"limits is \(-1\.0, 1\.0\), expected Limits\(inputs=\(low, high\), …\)",
+        ),
+        (
+            lambda x: RecedingHorizon(x, ONE, ONE, horizon=3, limits=Limits(1.0)),  # type: ignore[arg-type]  # wrong
+            r"limits\.inputs is 1\.0, expected two ends",
+        ),
+        (
             lambda x: RecedingHorizon(x, ONE, ONE, horizon=3, limits=Limits((1.0, -1.0))),
             r"limits\.inputs is .* low ≤ high",
         ),
@@ -327,7 +335,7 @@ def test_soft_limits_have_an_answer_everywhere() -> None:
     ],
 )
 def test_horizons_refuse(call: Callable[[StateSpace], Any], words: str) -> None:
-    with pytest.raises(ValueError, match=r"^RecedingHorizon: " + words):
+    with pytest.raises((ValueError, TypeError), match=r"^RecedingHorizon: " + words):
         call(springs())
 
 

@@ -91,7 +91,8 @@ def test_inputs_that_rounding_tells_apart_are_dependent(dtype: torch.dtype) -> N
         ({"u": torch.ones(300, 1, dtype=F64)}, "dependent"),
         ({"order": 6, "block_rows": 5}, "order"),
         ({"block_rows": 100}, "block_rows"),
-        ({"u": torch.ones(299, 1, dtype=F64)}, "steps alike"),
+        ({"u": torch.ones(299, 1, dtype=F64)}, r"y has shape \(300, 1\), u has shape \(299, 1\), .* steps alike"),
+        ({"y": torch.ones(300, dtype=F64)}, r"y has shape \(300,\), .* One value a step is y\[:, None\]"),
     ],
 )  # fmt: skip
 def test_n4sid_refuses(change: dict[str, Any], message: str) -> None:

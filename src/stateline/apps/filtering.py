@@ -79,8 +79,7 @@ class Ahead:
 
 def deviations(level: float) -> float:
     """How many standard deviations an interval of this probability reaches to each side."""
-    if not (isinstance(level, int | float) and 0 < level < 1):
-        raise checks.fail(OP, f"the interval is {level!r}, expected a probability between 0 and 1, such as 0.95.")
+    checks.probability(OP, "the interval", level)
     return math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=F64)))
 
 
@@ -124,6 +123,10 @@ class SeriesFilter:
         self._middle = self._scale = torch.empty(0)
         self._state: KalmanState | None = None  # filtered moments at the last row
         self._kept: dict[bytes, tuple[Tensor, Tensor]] = {}
+
+    def __repr__(self) -> str:
+        known = f"columns={self.columns}, rows={self.rows}" if self._plan is not None else "not fitted"
+        return f"SeriesFilter({self.spec!r}, {known})"
 
     # ---- learning ----------------------------------------------------------------------------------------------------
 

@@ -107,6 +107,8 @@ class RecedingHorizon:
             if x is not None:
                 self._fits(name, x, (size, size))
                 covariance(op, name, x, "weight")
+        if not isinstance(limits, Limits | None):
+            raise checks.fail(op, f"limits is {limits!r}, expected Limits(inputs=(low, high), …).", error=TypeError)
         self.limits = limits or Limits()
         if self.limits.soft is not None:
             checks.number(op, "soft", self.limits.soft, low=0)
@@ -196,6 +198,8 @@ class RecedingHorizon:
         return sparse.vstack(rows).tocsr()
 
     def _box(self, name: str, box: tuple[Bound, Bound], size: int) -> list[np.ndarray]:
+        if not isinstance(box, tuple | list) or len(box) != 2:
+            raise checks.fail(self.op, f"limits.{name} is {box!r}, expected two ends, (low, high).", error=TypeError)
         ends = []
         for end in box:
             made = torch.as_tensor(end, dtype=torch.float64).cpu()

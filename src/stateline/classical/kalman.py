@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical.model import Frame, StateSpace, check, times
+from stateline.classical.model import Frame, StateSpace, check, no_negative_variance, times
 from stateline.classical.parallel import parallel_filter
 from stateline.ops.kalman import FORMS, KEEPS, Filtered, KalmanState, SquareRootState, State, exact, kalman
 
@@ -124,6 +124,7 @@ def forecast(
     """
     op = "forecast"
     checks.number(op, "steps", steps, low=0, integer=True)
+    check(op, model, u=u, steps=steps)
     form = "sqrt" if isinstance(state, SquareRootState) else "joseph"
     _check_kind(op, state, form)
     shape = (*state.mean.shape[:-1], steps, model.C.shape[-2])
@@ -143,7 +144,10 @@ def flatten(op: str, model: StateSpace, y: Tensor, u: Tensor | None, initial_sta
     """Check that all fit together and bring them to one batch dimension, inputs as offsets."""
     frame = check(op, model, y, u)
     batch = frame.batch
-    if initial_state is not None:
+    no_negative_variance(op, Q=model.Q, R=model.R)
+    if initial_state is None:
+        no_negative_variance(op, P0=model.P0)
+    else:
         _check_kind(op, initial_state, form)
         batch = _with_state(op, frame, initial_state)
     b = d = None
@@ -216,7 +220,8 @@ def _rows(state: State, batch: tuple[int, ...]) -> State:
 def _check_kind(op: str, state: State, form: str) -> None:
     if not isinstance(state, KalmanState | SquareRootState):
         kinds = "a KalmanState or SquareRootState"
-        raise checks.fail(op, f"the state is a {type(state).__name__}, expected {kinds}.", error=TypeError)
+        remedy = "kalman_filter returns (moments, state): give the second." if isinstance(state, tuple) else ""
+        raise checks.fail(op, f"the state is a {type(state).__name__}, expected {kinds}.", remedy, error=TypeError)
     if form == "joseph" and isinstance(state, SquareRootState):
         remedy = 'Give form="sqrt", which made it.'
         raise checks.fail(op, "initial_state holds factors.", remedy, error=TypeError)

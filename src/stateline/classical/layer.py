@@ -24,6 +24,7 @@ from stateline.ops.kalman import (
 from stateline.ops.kalman.step import advance, quick_step
 
 OP = "KalmanFilter"
+SEVERAL = "extend takes several observations of each series, (b, T, m)."
 
 
 class KalmanFilter(nn.Module):
@@ -108,6 +109,10 @@ class KalmanFilter(nn.Module):
 
     def extend(self, y: Tensor, state: State, u: Tensor | None = None) -> tuple[Filtered, State]:
         """Go on from `state` (b rows) with observations y (b, T, m), inputs u (b, T, p); moments and the new state."""
+        rows = isinstance(state, KalmanState | SquareRootState) and state.mean.dim() > 1
+        if rows and isinstance(y, Tensor) and y.dim() != 3:
+            remedy = "update takes one observation of each series, (b, m)."
+            raise checks.fail(OP, f"y has shape {tuple(y.shape)}, expected (b, T, m).", remedy)
         if self.form == "joseph":
             return kalman_filter(self.model(), y, u, initial_state=state)
         return filter_by_factors(self.model(), (self.Q_factor.tril(), self.R_factor.tril()), y, u, state)
@@ -118,6 +123,7 @@ class KalmanFilter(nn.Module):
         As `extend` of one step, with a gradient where one is wanted; without, as `update_` of a copy.
         """
         if torch.is_grad_enabled() and any(v.requires_grad for v in self._inputs(y, u, state)):
+            Sizes(OP).match("y", y, "b m", SEVERAL)
             out, state = self.extend(y[:, None], state, None if u is None else u[:, None])
             return Filtered(*(None if v is None else v[:, 0] for v in out)), state  # type: ignore[arg-type]  # loglik is
         state = _copy(state)
@@ -144,7 +150,7 @@ class KalmanFilter(nn.Module):
         sizes, B, D = Sizes(OP), self.B, self.D
         sizes.bind("n", self.m0.shape[0], "the model")
         sizes.bind("m", self.C.shape[0], "the model")
-        sizes.match("y", y, "b m")
+        sizes.match("y", y, "b m", SEVERAL)
         checks.dtype(OP, "y", y, (self.m0.dtype,), "Observations and model share one dtype.")
         check_state(OP, sizes, y, state, self.form, "slots")
         checks.same_device(OP, {"the model": self.m0, "y": y, "state": state.mean, "u": u, "index": index})

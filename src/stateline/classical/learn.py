@@ -124,7 +124,11 @@ def fit(
         shape = _Shape(model, batch, each)
         report = _reporter(options.progress, method, steps, flat, shape)
         run = _em if method == "em" else _lbfgs
-        found, trace, converged, reasons = run(flat, data, free, steps, options, report)
+        try:
+            found, trace, converged, reasons = run(flat, data, free, steps, options, report)
+        finally:
+            if options.progress is True:
+                print(file=sys.stderr)  # what comes next has a line of its own
         errors, why = standard_errors(found, data, free) if options.errors else (None, "errors=False")
     first = next((r for r, good in zip(reasons, converged.tolist(), strict=True) if not good), reasons[0])
     named = None if errors is None else {k: shape.part(k, v) for k, v in errors.items()}
@@ -272,12 +276,8 @@ def _reporter(
     """What is called after each step with its number, the log-likelihoods (G) and the learned parts on demand."""
 
     def line(step: int, loglik: Tensor, parts: Callable[[], dict[str, Tensor]]) -> None:
-        end = "\n" if step == steps else ""
-        print(
-            f"\rfit {method}: step {step} of {steps}, log-likelihood {float(loglik.sum()):.6f}",
-            end=end,
-            file=sys.stderr,
-        )
+        told = f"\rfit {method}: step {step} of {steps}, log-likelihood {float(loglik.sum()):.6f}"
+        print(told, end="", file=sys.stderr)
 
     def tell(step: int, loglik: Tensor, parts: Callable[[], dict[str, Tensor]]) -> None:
         learned = parts()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,6 +73,9 @@ def check(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     sizes = Sizes(op)
+    if not isinstance(model, StateSpace):
+        remedy = "A NonlinearModel goes to extended_kalman_filter; a KalmanFilter tells its own by .model()."
+        raise checks.fail(op, f"the model is a {type(model).__name__}, expected a StateSpace.", remedy, error=TypeError)
     given = {name: x for name, x in model._asdict().items() if x is not None}
     for name, x in given.items():
         match(sizes, name, x, FORM[name])
@@ -84,7 +88,8 @@ def check(
         expected = f"(…, T, p) with p = {sizes['p']} (set by {sizes.bound['p'][1]})"
         raise checks.fail(op, f"u is None, expected {expected}.", "Zeros are given as zeros.")
     for name, x in (given | series).items():
-        checks.dtype(op, name, x, (model.A.dtype,), "One dtype for all, as A: model.to(dtype) converts a model.")
+        remedy = f"One dtype for all, that of A: {name}.to(model.A.dtype), or model.to(dtype)."
+        checks.dtype(op, name, x, (model.A.dtype,), remedy)
     checks.same_device(op, given | series)
     batch, length = _lead(op, given | series, steps)
     return Frame(sizes["n"], sizes["m"], sizes["p"], batch, length)
@@ -94,13 +99,15 @@ def match(sizes: Sizes, name: str, x: Tensor, form: str) -> None:
     """Check the last sizes of x against a form such as "n p", binding its letters; anything may stand in front."""
     letters = form.split()
     if not isinstance(x, Tensor):
-        raise checks.fail(
-            sizes.op, f"{name} is a {type(x).__name__}, expected a tensor (…, {', '.join(letters)}).", error=TypeError
-        )
+        problem = f"{name} is a {type(x).__name__}, expected a tensor (…, {', '.join(letters)})."
+        known = isinstance(x, np.ndarray | list | tuple)
+        remedy = f"torch.as_tensor({name}, dtype=torch.float64) makes one." if known else ""
+        raise checks.fail(sizes.op, problem, remedy, error=TypeError)
     if name == "A":
         checks.dtype(sizes.op, name, x, DTYPES, "Convert with .to(torch.float64).")
     if x.dim() < len(letters):
-        raise checks.fail(sizes.op, f"{name} has shape {tuple(x.shape)}, expected (…, {', '.join(letters)}).")
+        remedy = f"One value a step is {name}[:, None]." if letters[0] == "T" and x.dim() == 1 else ""
+        raise checks.fail(sizes.op, f"{name} has shape {tuple(x.shape)}, expected (…, {', '.join(letters)}).", remedy)
     tail = tuple(x.shape[x.dim() - len(letters) :])
     for letter, size in zip(letters, tail, strict=True):
         if letter in sizes.bound and sizes[letter] != size:
@@ -129,9 +136,10 @@ def _lead(op: str, given: dict[str, Tensor], steps: int | None) -> tuple[tuple[i
             own, lead = (int(lead[-1]), lead[:-1]) if lead else (1, ())
         exact = name in ("y", "u")
         if length is not None and own != length and (exact or own != 1):
-            raise checks.fail(
-                op, f"{name} has shape {tuple(x.shape)}, expected {length} steps of time (set by {source})."
-            )
+            problem = f"{name} has shape {tuple(x.shape)}, expected {length} steps of time (set by {source})"
+            own_one = ", ".join(("N", "1", *map(str, x.shape[-2:])))
+            remedy = "" if exact else f"One matrix a series is ({own_one})."
+            raise checks.fail(op, f"{problem}.", remedy)
         if own != 1:
             length, source = own, source or name
         try:
@@ -169,6 +177,20 @@ def covariance(op: str, name: str, x: Tensor, kind: str = "covariance") -> None:
     if (values < -ROUNDING[x.dtype] * scale[..., 0]).any():
         least = float(values.min())
         raise checks.fail(op, f"{name} has the eigenvalue {least:.3g}, expected none below 0: it is a {kind}.")
+
+
+def no_negative_variance(op: str, **covariances: Tensor) -> None:
+    """Raise ValueError if a variance, on the diagonal of a covariance (…, n, n), is below 0; reads values on CPUs only.
+
+    A filter whose innovations happen to stay positive would go on, with numbers that mean nothing.
+    """
+    for name, x in covariances.items():
+        if checks.can_read(x) and x.numel():
+            least, most = (float(v) for v in torch.aminmax(x.detach().diagonal(dim1=-2, dim2=-1)))
+            if least < -ROUNDING[x.dtype] * max(most, -least):
+                raise checks.fail(
+                    op, f"{name} has the variance {least:.3g}, expected none below 0: it is a covariance."
+                )
 
 
 def simulate(

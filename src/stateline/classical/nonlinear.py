@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from stateline import checks
+from stateline.checks import Sizes
+from stateline.classical.model import match, no_negative_variance
 from stateline.ops.kalman import Filtered, KalmanState, exact
 from stateline.ops.kalman.reference import joseph_correct, joseph_predict, outer, symmetric
 
@@ -87,13 +89,11 @@ def unscented_kalman_filter(
     Raises:
         ValueError, TypeError: as `extended_kalman_filter`; a predicted covariance must not be singular.
     """
-    n = model.m0.shape[-1]
     if kappa is not None:
         checks.number("unscented_kalman_filter", "kappa", kappa, low=0.0)
-    spread = float(max(3 - n, 0) if kappa is None else kappa)
 
     def fit(function: Function, m: Tensor, P: Tensor, u: tuple[Tensor, ...]) -> Line:
-        return _fitted(function, m, P, u, spread)
+        return _fitted(function, m, P, u, float(max(3 - m.shape[-1], 0) if kappa is None else kappa))
 
     return _filter("unscented_kalman_filter", fit, model, y, u, initial_state)
 
@@ -141,11 +141,19 @@ def _prepare(
     op: str, model: NonlinearModel, y: Tensor, u: Tensor | None, initial_state: KalmanState | None
 ) -> tuple[tuple[int, ...], tuple[Tensor, Tensor], Tensor, Tensor]:
     """The series (…), the start (N, …), and Q, R as (N, T, …), after checking that all fit together."""
+    if not isinstance(model, NonlinearModel):
+        remedy = "kalman_filter takes a StateSpace."
+        raise checks.fail(
+            op, f"the model is a {type(model).__name__}, expected a NonlinearModel.", remedy, error=TypeError
+        )
+    match(Sizes(op), "y", y, "T m")
+    if u is not None:
+        match(Sizes(op), "u", u, "T p")
     mean, cov = (model.m0, model.P0) if initial_state is None else (initial_state.mean, initial_state.cov)
     n, m = mean.shape[-1], model.R.shape[-1]
     given = {"Q": (model.Q, (n, n)), "R": (model.R, (m, m)), "P0": (cov, (n, n)), "m0": (mean, (n,))}
     given |= {"y": (y, (m,))} | ({} if u is None else {"u": (u, u.shape[-1:])})
-    T = y.shape[-2] if y.dim() > 1 else -1
+    T = y.shape[-2]
     shapes = []
     for name, (v, tail) in given.items():
         checks.dtype(op, name, v, (torch.float32, torch.float64) if name == "Q" else (model.Q.dtype,))
@@ -159,6 +167,7 @@ def _prepare(
         batch = tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         raise checks.fail(op, f"the series of {', '.join(given)} are {shapes}, which do not broadcast.") from None
+    no_negative_variance(op, Q=model.Q, R=model.R, **({"P0": cov} if initial_state is None else {}))
     N = torch.Size(batch).numel()
     Q, R, cov = symmetric(model.Q), symmetric(model.R), symmetric(cov)
     Q, R = (v.expand(*batch, T, *v.shape[-2:]).reshape(N, T, *v.shape[-2:]) for v in (Q, R))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.checks import Sizes
-from stateline.classical.model import DTYPES, match
+from stateline.classical.model import DTYPES, match, no_negative_variance
 from stateline.theory import discretize as rules
 
 METHODS = ("zoh", "bilinear", "forward_euler", "backward_euler")
@@ -63,6 +63,8 @@ def discretize(
             match(sizes, name, x, form)
             checks.dtype(op, name, x, DTYPES if name == "Ac" else (Ac.dtype,), "One dtype for all, as Ac.")
     checks.same_device(op, {"Ac": Ac, "Bc": Bc, "Qc": Qc, "dt": dt if isinstance(dt, Tensor) else None})
+    if Qc is not None:
+        no_negative_variance(op, Qc=Qc)
     n = sizes["n"]
     parts = Ac if Bc is None else _with_inputs(Ac, Bc)
     step = _step(op, dt, Ac.dtype)

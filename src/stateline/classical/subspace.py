@@ -113,7 +113,9 @@ def _records(y: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None, torch.
         checks.dtype(OP, name, v, DTYPES, "Convert with .to(torch.float64).")
         if v.dim() not in (2, 3) or v.dim() != y.dim() or v.shape[:-1] != y.shape[:-1] or not v.shape[-1]:
             expected = "(T, ·) or (N, T, ·), records and steps alike"
-            raise checks.fail(OP, f"y has shape {tuple(y.shape)}, {name} {tuple(v.shape)}, expected {expected}.")
+            shapes = ", ".join(f"{n} has shape {tuple(x.shape)}" for n, x in given.items() if isinstance(x, Tensor))
+            remedy = f"One value a step is {name}[:, None]." if v.dim() == 1 else ""
+            raise checks.fail(OP, f"{shapes}, expected {expected}.", remedy)
         if not torch.isfinite(v).all():
             remedy = (
                 "Fill short gaps with the smoothed series of kalman_smoother, or cut the record there, into several."

@@ -23,6 +23,8 @@ DTYPES = (torch.float32, torch.float64)
 FORMS = ("joseph", "sqrt")
 KEEPS = ("all", "filtered", "loglik")
 PRECISION = "Covariances need full precision: float32 or float64."
+START = ("initial_state.mean", "initial_state.cov")
+SYSTEM_NAMES = ("A", "C", "Q", "R", "transition_offset", "observation_offset", *START)
 LAYOUT = "Dimensions ahead of a matrix are those of y, or 1 for all."
 
 
@@ -258,8 +260,11 @@ def kernel(y: Tensor, backend: str | None, *args: Any) -> ModuleType:
     return backends.kernel(OP, y.device.type, backend, y.dtype, (y, *args))
 
 
-def raise_failed(info: Tensor | list[int], form: str, what: str) -> None:
-    """Raise if `info` (series, step) says so; not read on devices that would have to be waited for."""
+def raise_failed(info: Tensor | list[int], form: str, what: str, system: Sequence[Tensor | None] = ()) -> None:
+    """Raise if `info` (series, step) says so; not read on devices that would have to be waited for.
+
+    system: what was given beside y, of which what is not finite is named.
+    """
     if isinstance(info, Tensor):
         if info.device.type != "cpu":
             return
@@ -267,6 +272,10 @@ def raise_failed(info: Tensor | list[int], form: str, what: str) -> None:
     series, step = info
     if step >= 0:
         where = f"series {series}" + (f" at step {step}" if what == OP else "")
+        for name, v in zip(SYSTEM_NAMES, system, strict=False):
+            if v is not None and not bool(torch.isfinite(v).all()):
+                problem = f"{name} has values that are not finite; {where} could not be computed."
+                raise checks.fail(what, problem, "Only observations may be missing (NaN).")
         problem = f"the innovation covariance C P Cᵀ + R of {where} is not positive definite."
         raise checks.fail(what, problem, _remedy(form))
 
@@ -281,7 +290,7 @@ def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     with exact(y):
         module = kernel(y, backend, *system, form)
         *results, info = module.forward(y, *system, form=form, keep=keep, shared=shared)
-    raise_failed(info, form, OP)
+    raise_failed(info, form, OP, system)
     if y.is_cuda:
         results[:5] = [v if v is None else _steps_first(v) for v in results[:5]]
     return tuple(or_empty(v, y) for v in results)
