@@ -176,7 +176,9 @@ def _pieces(v: Tensor, dims: int) -> Tensor:
     """`v` (·, ·, …) with `dims` adjacent dimensions, for reading 16 bytes at a time."""
     fits = v[:1, :1].is_contiguous() and not v.is_neg() and v.data_ptr() % 16 == 0
     whole = v.shape[-1] ** dims
-    return v if fits and not any(v.stride(i) % whole for i in (0, 1)) else v.resolve_neg().clone()
+    if fits and not any(v.stride(i) % whole for i in (0, 1)):
+        return v
+    return v.resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def _address(v: Tensor | None) -> int:
@@ -287,5 +289,9 @@ def step(
     if not rows:
         return made[0], made[1], made[2], torch.full((2,), -1, device=y.device)
     system = [None if v is None else v[:, None] for v in (y, A, C, Q, R, b, d)]
-    out = [made[0], made[1], None, None, made[2], mean, cov]
-    return made[0], made[1], made[2], _run(system, mean, cov, index, out, "filtered", False)
+    covs = cov if cov.data_ptr() % 16 == 0 else cov.clone()  # is written 16 bytes at a time
+    out = [made[0], made[1], None, None, made[2], mean, covs]
+    info = _run(system, mean, covs, index, out, "filtered", False)
+    if covs is not cov:
+        cov.copy_(covs)
+    return made[0], made[1], made[2], info
