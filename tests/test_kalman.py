@@ -11,6 +11,7 @@ import torch
 from oracles import JointGaussian, pairwise
 from test_ops import BACKENDS, name_of
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from stateline import ops
 from stateline.backends import explain
@@ -437,3 +438,41 @@ def test_of_covariances_the_symmetric_part_counts(backend: str, form: str) -> No
     assert torch.autograd.gradcheck(
         lambda Q, R: run(Q, R, eye)[0], (skew.clone().requires_grad_(), skew.clone().requires_grad_())
     )
+
+
+def test_the_short_way_is_for_what_it_was_made_for() -> None:
+    """Other dtypes are refused, views that stand for their negative are read as such; traced, autograd is told."""
+    x = problem(USUAL | {"n": 2, "m": 1, "N": 1, "A": "one", "noise": "one"}).leaves
+    y, A, C, Q, R = (x[k][:, 0] for k in "yACQR")
+    Q, R = symmetric(Q), symmetric(R)
+
+    def start() -> KalmanState:
+        return KalmanState(x["m0"].clone(), symmetric(x["P0"]).clone())
+
+    want = ops.kalman_step_(start(), y, A, C, Q, R)
+    state = start()
+    before = state.mean._version, state.cov._version
+    ops.kalman_step_(state, y, A, C, Q, R)
+    assert state.mean._version > before[0]
+    assert state.cov._version > before[1]
+    given = {"y": y, "A": A, "C": C, "Q": Q, "R": R}
+    for name, v in given.items():
+        with pytest.raises(TypeError, match=rf"^kalman_step_: {'A' if name == 'y' else name} is float"):
+            ops.kalman_step_(start(), **(given | {name: v.float()}))
+        turned = torch._neg_view(-v)
+        assert turned.is_neg()
+        got = ops.kalman_step_(start(), **(given | {name: turned}))
+        assert torch.equal(got.loglik, want.loglik)
+    traced, roots = start(), (square_root(Q), square_root(R))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(state: State, y: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+        return ops.kalman_step_(state, y, A, C, Q, R, factors=factors).loglik
+
+    assert torch.equal(step(traced, y, None), want.loglik)
+    assert torch.equal(traced.mean, state.mean)
+    factored = SquareRootState(x["m0"].clone(), square_root(symmetric(x["P0"])))
+    torch.testing.assert_close(step(factored, y, roots), want.loglik)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = KalmanState(*(mode.from_tensor(v) for v in (x["m0"], x["P0"])))
+        assert ops.kalman_step_(fake, mode.from_tensor(y), A, C, Q, R).loglik.shape == (1,)
