@@ -473,6 +473,24 @@ def test_the_short_way_is_for_what_it_was_made_for() -> None:
     assert torch.equal(traced.mean, state.mean)
     factored = SquareRootState(x["m0"].clone(), square_root(symmetric(x["P0"])))
     torch.testing.assert_close(step(factored, y, roots), want.loglik)
+    for wrong in (Q.float(), torch.eye(3, dtype=torch.float64)[None]):  # what stands beside factors is looked at too
+        with pytest.raises((TypeError, ValueError), match=r"^kalman_step_: Q "):
+            ops.kalman_step_(factored, y, A, C, wrong, R, factors=roots)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = KalmanState(*(mode.from_tensor(v) for v in (x["m0"], x["P0"])))
         assert ops.kalman_step_(fake, mode.from_tensor(y), A, C, Q, R).loglik.shape == (1,)
+
+
+def test_each_series_of_a_step_has_the_system_that_was_given_for_it() -> None:
+    """Also where every part has as many rows as there are series: the short way is for one system."""
+    x = problem(USUAL | {"t": 1, "A": "series", "noise": "series", "gaps": "none"}).leaves
+    y, A, C, Q, R = (symmetric(x[k][:, 0]) if k in "QR" else x[k][:, 0] for k in "yACQR")
+    C = C.expand(3, -1, -1) + torch.arange(3.0, dtype=torch.float64)[:, None, None]
+    both = KalmanState(x["m0"].clone(), symmetric(x["P0"]).contiguous())
+    alone = [KalmanState(both.mean[i : i + 1].clone(), both.cov[i : i + 1].clone()) for i in range(3)]
+    assert {len(v) for v in (y, A, C, Q, R)} == {3}
+    out = ops.kalman_step_(both, y, A, C, Q, R)
+    for i, state in enumerate(alone):
+        one = ops.kalman_step_(state, *(v[i : i + 1].contiguous() for v in (y, A, C, Q, R)))
+        torch.testing.assert_close(one.loglik[0], out.loglik[i])
+        torch.testing.assert_close(state.cov[0], both.cov[i])

@@ -106,6 +106,14 @@ def test_months_are_those_of_the_calendar(times: list[str], kind: str, steps: se
     assert clock.written(clock.position(last.moment)) == times[-1]
 
 
+def test_a_step_is_whole_months_only_where_gaps_nearly_are() -> None:
+    clock, _ = steps_of(["2023-01-01", "2023-02-15", "2023-04-01", "2023-05-16", "2023-07-02"])
+    assert clock.kind == "months"
+    assert 1.45 < clock.step < 1.55
+    clock, _ = steps_of(["2022-12-30", "2023-01-31", "2023-02-28", "2023-03-31", "2023-04-28"])
+    assert clock.step == 1
+
+
 def test_the_last_days_of_months_go_on_after_loading(tmp_path: Path) -> None:
     for name, times in {"a": month_ends(14), "b": month_ends(3, 14)}.items():
         (tmp_path / name).write_text("t,a\n" + "".join(f"{time},{time[5:7]}\n" for time in times))
