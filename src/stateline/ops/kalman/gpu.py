@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import importlib.resources
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stateline.ops import cuda, nvrtc
+from stateline.ops.kalman import reference
 from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 DTYPES = frozenset({torch.float32, torch.float64})
@@ -242,7 +243,7 @@ def backward(
     the seven results of `forward` (None: zero)."""
     given = (y, A, C, Q, R, b, d, mean0, cov0)
     if not y.numel():
-        return _unseen(grads, given)
+        return reference.backward(grads, *given, predicted_mean, predicted_cov, shared=shared)
     system, blocks = _System(given[:7]), cuda.ceil_div(y.shape[0], LANES)
     n, shapes = mean0.shape[1], [y.shape]
     for v in given[1:7]:
@@ -263,16 +264,6 @@ def backward(
         None if v is None or part is None else part if part.shape == v.shape else part.sum(0, keepdim=True)
         for v, part in zip(given, parts, strict=True)
     )
-
-
-def _unseen(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients where no observation came: the state passed as it was, its covariance symmetric."""
-    results: list[Any] = [None if v is None else torch.zeros_like(v) for v in given]
-    if grads[5] is not None:
-        results[7] = grads[5]
-    if grads[6] is not None:
-        results[8] = (grads[6] + grads[6].mT) / 2
-    return tuple(results)
 
 
 def step(
