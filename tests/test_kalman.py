@@ -494,3 +494,10 @@ def test_each_series_of_a_step_has_the_system_that_was_given_for_it() -> None:
         one = ops.kalman_step_(state, *(v[i : i + 1].contiguous() for v in (y, A, C, Q, R)))
         torch.testing.assert_close(one.loglik[0], out.loglik[i])
         torch.testing.assert_close(state.cov[0], both.cov[i])
+    one_system = [v[:1] for v in (A, C, Q, R)]
+    straight, turned = (KalmanState(both.mean.clone(), both.cov.clone()) for _ in range(2))
+    order = torch.tensor([2, 0, 1])
+    straight.mean, straight.cov = straight.mean[order], straight.cov[order]
+    ops.kalman_step_(straight, y, *one_system)
+    ops.kalman_step_(turned, y, *one_system, index=order)
+    assert torch.equal(turned.mean[order], straight.mean)

@@ -112,6 +112,14 @@ def test_a_step_is_whole_months_only_where_gaps_nearly_are() -> None:
     assert 1.45 < clock.step < 1.55
     clock, _ = steps_of(["2022-12-30", "2023-01-31", "2023-02-28", "2023-03-31", "2023-04-28"])
     assert clock.step == 1
+    rows = rows_of(month_ends(3))
+    assert Clock.of(rows).kind == "months"
+    assert (Clock.of(rows, 3600.0).kind, Clock.of(rows, 3600.0).step) == ("seconds", 3600.0)  # as it was asked for
+
+
+@pytest.mark.parametrize(("first", "dated"), [("19000101", True), ("18991231", False), ("21000101", False)])
+def test_digits_are_dates_of_two_centuries(first: str, dated: bool) -> None:
+    assert isinstance(rows_of([first])[0].moment, datetime) == dated
 
 
 def test_the_last_days_of_months_go_on_after_loading(tmp_path: Path) -> None:
