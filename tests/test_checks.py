@@ -17,6 +17,10 @@ from stateline.models import ModelConfig
 def test_numbers_of_numpy_are_numbers() -> None:
     some = local_level(np.float32(1.0), noise=np.int64(2))
     assert simulate(some, np.int64(4))[1].shape == (4, 1)
+    assert simulate(some, 4, batch=np.int64(3))[1].shape == (3, 4, 1)
+    for batch in (-2, (2, -1)):
+        with pytest.raises(ValueError, match=r"^simulate: batch is -\d, expected a whole number at least 0"):
+            simulate(some, 4, batch=batch)
     for value in (np.float64(2.0), 2.0, True, np.bool_(True)):
         with pytest.raises(TypeError, match=r"steps is .*expected a whole number"):
             simulate(some, value)  # type: ignore[arg-type]  # what is refused
