@@ -14,7 +14,7 @@ from test_classical_model import F64, REFERENCE, close, dense_moments, some_mode
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from stateline.classical import components
+from stateline.classical import components, parts
 from stateline.classical.components import (
     arma,
     constant_acceleration,
@@ -209,3 +209,19 @@ def test_models_side_by_side_do_not_touch() -> None:
 def test_components_refuse(call: Callable[[], Any], words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         call()
+
+
+def test_drifts_leave_after_a_step_what_steps_leave() -> None:
+    """The same share of a slope, and the same wave."""
+    kept = torch.tensor([1.0, 0.9, 0.3], dtype=torch.float64)
+    left = torch.linalg.matrix_exp(parts.trend(kept, continuous=True))
+    torch.testing.assert_close(left[:, 1], parts.trend(kept)[:, 1])
+    torch.testing.assert_close(left[0], parts.trend(kept)[0])  # nothing fades: a slope is added whole
+    angle = torch.tensor(0.7, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.linalg.matrix_exp(parts.wave(angle, kept, continuous=True)), parts.wave(angle, kept)
+    )
+    steps, drifts = parts.season(4), parts.season(4, continuous=True)
+    assert [len(block) for block in steps] == [2, 1]
+    assert [len(block) for block in drifts] == [2, 2]
+    torch.testing.assert_close(torch.linalg.matrix_exp(drifts[1])[0, 0], steps[1][0, 0])

@@ -10,7 +10,7 @@ from test_kalman_filter import CASES, F64, FORMS, STRESS, load
 from torch import Tensor
 
 from stateline import state as states
-from stateline.classical import KalmanFilter, StateSpace, kalman_filter
+from stateline.classical import KalmanFilter, KalmanState, SquareRootState, StateSpace, kalman_filter
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -201,3 +201,89 @@ def test_one_observation_is_not_taken_for_several() -> None:
             with pytest.raises(ValueError, match=r"y has shape \(3, 2\), expected \(b, T, m\)\. update takes one"):
                 layer.extend(several[:, 0], state)
     assert layer(y).loglik.shape == (100,)  # of a single series, from the start
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_that_do_not_fit_are_refused_at_every_step(form: str) -> None:
+    """Whoever replaces them, however many steps went well before; nothing is read beside them."""
+    model, y, _ = load(CASES["track2d"])
+    n, m = model.A.shape[-1], model.C.shape[-2]
+    for name, other, message in [
+        ("A", torch.eye(n + 1, dtype=F64), f"A has shape .*, expected .n, n. with n = {n}"),
+        ("Q_factor", torch.eye(n - 1, dtype=F64), f"Q_factor has shape .*, expected .n, n. with n = {n}"),
+        ("R_factor", torch.eye(m - 1, dtype=F64), f"R_factor has shape .*, expected .m, m. with m = {m}"),
+        ("R_factor", torch.eye(m), "R_factor is float32, expected one of float64"),
+        ("R_factor", torch.eye(m, dtype=F64, device="meta"), "R_factor is on meta, y is on cpu"),
+    ]:
+        layer = KalmanFilter(model, form=form)
+        state = layer.init_state(1)
+        layer.update_(y[None, 0], state)
+        setattr(layer, name, torch.nn.Parameter(other))
+        for index in (None, torch.tensor([0])):
+            with pytest.raises((ValueError, TypeError), match=f"^KalmanFilter: {message}"):
+                layer.update_(y[None, 1], state, index=index)
+    model, y, u = load(CASES["track2d_inputs"])
+    assert u is not None
+    layer = KalmanFilter(model, form=form)
+    with pytest.raises(TypeError, match=r"^KalmanFilter: u is float32, expected one of float64"):
+        layer.update_(y[None, 0], layer.init_state(1), u[None, 0].float())
+
+
+def test_a_state_of_the_other_kind() -> None:
+    """A covariance enters the form by factors, which come out, with a gradient or without; factors do not go back."""
+    model, y, _ = load(CASES["track2d"])
+    layer = KalmanFilter(model, form="sqrt")
+    with torch.no_grad():
+        factors = layer.init_state(1)
+        start = KalmanState(factors.mean, factors.cov)
+        _, quick = layer.update(y[None, 0], start)
+    _, slow = layer.update(y[None, 0], start)
+    assert isinstance(quick, SquareRootState)
+    assert isinstance(slow, SquareRootState)
+    assert torch.equal(quick.factor, slow.factor)
+    joseph = KalmanFilter(model)
+    for step in (joseph.update, joseph.update_):  # the way past the checks too
+        with pytest.raises(TypeError, match=r"SquareRootState|holds factors"), torch.no_grad():
+            step(y[None, 0], factors)
+
+
+def test_updates_under_transforms_and_of_any_memory() -> None:
+    """As the whole filter: derivatives of a layer whose parameters are frozen, one call for many, a turned state."""
+    model, y, _ = load(CASES["track2d"])
+    layer = KalmanFilter(model).requires_grad_(False)
+    start = layer.init_state(2)
+    rows = y[:2]
+
+    def last(rows: Tensor) -> Tensor:
+        return layer.update(rows, start)[0].loglik.sum()
+
+    leaf = rows.clone().requires_grad_()
+    last(leaf).backward()
+    assert leaf.grad is not None
+    assert torch.equal(torch.func.grad(last)(rows), leaf.grad)
+    with torch.no_grad():
+        many = torch.func.vmap(lambda row: layer.update(row[None], layer.init_state(1))[0].loglik)(rows)
+        assert torch.equal(many[:, 0], layer.update(rows, start)[0].loglik)
+        turned = type(start)(start.mean, start.cov.mT.contiguous().mT)
+        assert torch.equal(layer.update(rows, turned)[1].cov, layer.update(rows, start)[1].cov)
+    with pytest.raises(RuntimeError, match="forward"), torch.autograd.forward_ad.dual_level():
+        layer.update(torch.autograd.forward_ad.make_dual(rows, rows), start)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_in_another_order_and_factors_of_another_sign(form: str) -> None:
+    model, y, _ = load(CASES["track2d"])
+    layer = KalmanFilter(model, form=form)
+    rows = y[:2]
+    first, second = layer.init_state(2), layer.init_state(2)
+    layer.update_(rows.flip(0), first)
+    layer.update_(rows, second, index=torch.tensor([1, 0]))
+    assert torch.equal(first.mean, second.mean)
+    whole = layer(y[None])
+    with torch.no_grad():
+        layer.P0_factor.neg_()  # the same covariance
+        again = layer(y[None])
+        start = layer.init_state(1)
+    assert torch.allclose(whole.mean, again.mean, rtol=1e-12, atol=1e-12)
+    second_part = start.factor if isinstance(start, SquareRootState) else start.cov
+    assert (second_part.diagonal(dim1=-2, dim2=-1) >= 0).all()

@@ -63,3 +63,23 @@ def test_a_search_tells_its_steps_and_why_it_ended_and_does_not_depend_on_others
     few = minimise(bowl, start[:2], steps=2)
     assert few.reason.tolist() == [search.STEPS] * 2
     assert len(few.trace) == 3
+
+
+def test_a_memory_that_leads_nowhere_is_forgotten() -> None:
+    """Where no step of a remembered direction lowers a function, the slope is tried; only then is it stuck."""
+    weight, calls = torch.tensor([1.0, 30.0], dtype=torch.float64), 0
+
+    def bowl(x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        value = (weight * x**2).sum(1)
+        return (value if calls not in range(6, 6 + failing) else value + torch.inf), 2 * weight * x
+
+    start = torch.full((1, 2), 2.0, dtype=torch.float64)
+    failing = 9
+    found = minimise(bowl, start, tolerance=1e-6)
+    assert found.reason.tolist() == [search.FLAT]
+    failing, calls = 100, 0
+    found = minimise(bowl, start, tolerance=1e-6)
+    assert found.reason.tolist() == [search.STUCK]
+    assert 2 * 8 < found.evaluations.item() - 5 <= 2 * 9

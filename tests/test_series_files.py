@@ -106,6 +106,22 @@ def test_months_are_those_of_the_calendar(times: list[str], kind: str, steps: se
     assert clock.written(clock.position(last.moment)) == times[-1]
 
 
+def test_a_step_is_whole_months_only_where_gaps_nearly_are() -> None:
+    clock, _ = steps_of(["2023-01-01", "2023-02-15", "2023-04-01", "2023-05-16", "2023-07-02"])
+    assert clock.kind == "months"
+    assert 1.45 < clock.step < 1.55
+    clock, _ = steps_of(["2022-12-30", "2023-01-31", "2023-02-28", "2023-03-31", "2023-04-28"])
+    assert clock.step == 1
+    rows = rows_of(month_ends(3))
+    assert Clock.of(rows).kind == "months"
+    assert (Clock.of(rows, 3600.0).kind, Clock.of(rows, 3600.0).step) == ("seconds", 3600.0)  # as it was asked for
+
+
+@pytest.mark.parametrize(("first", "dated"), [("19000101", True), ("18991231", False), ("21000101", False)])
+def test_digits_are_dates_of_two_centuries(first: str, dated: bool) -> None:
+    assert isinstance(rows_of([first])[0].moment, datetime) == dated
+
+
 def test_the_last_days_of_months_go_on_after_loading(tmp_path: Path) -> None:
     for name, times in {"a": month_ends(14), "b": month_ends(3, 14)}.items():
         (tmp_path / name).write_text("t,a\n" + "".join(f"{time},{time[5:7]}\n" for time in times))

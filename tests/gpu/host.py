@@ -18,6 +18,8 @@ from pathlib import Path
 
 GUARD = 64
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+#: As on a GPU, an address that does not suit what is read or written there ends the process.
+ALIGNED = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
 AHEAD = """
 #include <cmath>
 #define __device__
@@ -57,7 +59,7 @@ class Library:
         self._folder = tempfile.TemporaryDirectory()
         text, made = Path(self._folder.name) / "kernels.cpp", Path(self._folder.name) / "kernels.so"
         text.write_text(AHEAD + source + BEHIND + "".join(LAUNCHER % {"name": name} for name in names))
-        flags = ["-O0", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-w"]
+        flags = ["-O0", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-w", *ALIGNED]
         given = [o for o in options if o.startswith("-D")]
         subprocess.run([COMPILER, *flags, *given, str(text), "-o", str(made)], check=True)
         self._library = ctypes.CDLL(str(made))

@@ -97,6 +97,26 @@ def test_steps_follow_the_whole_in_slots(dtype: torch.dtype) -> None:
     assert not torch.equal(state.mean[1], before[1])
 
 
+def test_states_and_moments_may_lie_anywhere() -> None:
+    """A state within other memory, at any address; moments turned in memory."""
+    eye = torch.eye(2, device=DEVICE)
+    y, system = torch.ones(3, 1, device=DEVICE), (eye[None], eye[None, :1], eye[None], eye[None, :1, :1])
+    memory = torch.zeros(20, device=DEVICE)
+    packed = KalmanState(memory[:6].view(3, 2), memory[6:18].view(3, 2, 2))
+    packed.cov.copy_(eye)
+    apart = KalmanState(packed.mean.clone(), packed.cov.clone())
+    assert packed.cov.data_ptr() % 16
+    for state in (packed, apart):
+        ops.kalman_step_(state, y, *system, backend="gpu")
+    assert torch.equal(packed.mean, apart.mean)
+    assert torch.equal(packed.cov, apart.cov)
+    assert not memory[18:].any()
+    turned = torch.arange(24.0, device=DEVICE).view(2, 3, 4).permute(2, 1, 0)
+    pieces = gpu._pieces(turned, 1)
+    assert pieces.stride(-1) == 1
+    assert torch.equal(pieces, turned)
+
+
 @pytest.mark.parametrize("keep", ["filtered", "loglik"])
 def test_keep_and_batch_change_no_bits(keep: str) -> None:
     case = problem(USUAL | {"backend": "gpu", "N": 40 if not INTERPRETED else 5, "t": 3})

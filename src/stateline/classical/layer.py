@@ -22,6 +22,7 @@ from stateline.ops.kalman import (
     square_root,
 )
 from stateline.ops.kalman.step import advance, quick_step
+from stateline.ops.library import transformed
 
 OP = "KalmanFilter"
 SEVERAL = "extend takes several observations of each series, (b, T, m)."
@@ -120,9 +121,11 @@ class KalmanFilter(nn.Module):
     def update(self, y: Tensor, state: State, u: Tensor | None = None) -> tuple[Filtered, State]:
         """Go on by one observation y (b, m), input u (b, p): mean (b, n), cov (b, n, n), loglik (b), and the new state.
 
-        As `extend` of one step, with a gradient where one is wanted; without, as `update_` of a copy.
+        As `extend` of one step where a gradient is wanted, functions are transformed, or the state is of the other kind
+        than the form's; else, sooner, as `update_` of a copy.
         """
-        if torch.is_grad_enabled() and any(v.requires_grad for v in self._inputs(y, u, state)):
+        wanted = torch.is_grad_enabled() and any(v.requires_grad for v in self._inputs(y, u, state))
+        if wanted or transformed() or (self.form == "sqrt" and isinstance(state, KalmanState)):
             Sizes(OP).match("y", y, "b m", SEVERAL)
             out, state = self.extend(y[:, None], state, None if u is None else u[:, None])
             return Filtered(*(None if v is None else v[:, 0] for v in out)), state  # type: ignore[arg-type]  # loglik is
@@ -153,17 +156,23 @@ class KalmanFilter(nn.Module):
         sizes.match("y", y, "b m", SEVERAL)
         checks.dtype(OP, "y", y, (self.m0.dtype,), "Observations and model share one dtype.")
         check_state(OP, sizes, y, state, self.form, "slots")
-        checks.same_device(OP, {"the model": self.m0, "y": y, "state": state.mean, "u": u, "index": index})
+        checks.same_device(OP, {"y": y, "the model": self.m0, "u": u, "index": index})
         if u is not None or B is not None or D is not None:
             p = next((int(M.shape[1]) for M in (B, D) if M is not None), 0)
             sizes.bind("p", p, "the model")
             sizes.match("u", u, "b p", "Zeros are given as zeros.")  # type: ignore[arg-type]  # None is refused there
+            checks.dtype(OP, "u", u, (y.dtype,), "Inputs and model share one dtype.")  # type: ignore[arg-type]  # and here
         with exact(y):
             b, d = (None if u is None or M is None else u @ M.mT for M in (B, D))
         if index is None:
             system = (self.A, self.C, self.Q_factor, self.R_factor)
             if (out := quick_step(state, y, system, (b, d), triangles=True)) is not None:
                 return out
+        for name, form in {"A": "n n", "C": "m n", "Q_factor": "n n", "R_factor": "m m"}.items():
+            v = getattr(self, name)
+            sizes.match(name, v, form)
+            checks.dtype(OP, name, v, (y.dtype,), "The parts of a model share one dtype.")
+            checks.same_device(OP, {"y": y, name: v})
         model = self.model()
         roots = isinstance(state, SquareRootState)
         noise = (self.Q_factor.tril(), self.R_factor.tril()) if roots else (model.Q, model.R)

@@ -226,9 +226,11 @@ def simulate(
     op = "simulate"
     checks.number(op, "steps", steps, low=0, integer=True)
     frame = check(op, model, u=u, steps=steps)
-    wanted = (batch,) if isinstance(batch, int) else tuple(batch)
+    wanted = batch if isinstance(batch, tuple) else (batch,)
+    for size in wanted:
+        checks.number(op, "batch", size, low=0, integer=True)
     try:
-        shape = tuple(torch.broadcast_shapes(wanted, frame.batch))
+        shape = tuple(torch.broadcast_shapes(tuple(map(int, wanted)), frame.batch))
     except RuntimeError:
         have = f"the {frame.batch} of the model and the inputs"
         raise checks.fail(op, f"batch is {batch!r}, which does not broadcast with {have}.") from None

@@ -165,6 +165,13 @@ def call(function: type[Function], *args: Any) -> Any:
     return super(Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]  # torch does not type it
 
 
+def transformed() -> bool:
+    """Whether a transform of functions or forward mode is at work, outside tracing: what only a Function can answer."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
 def or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """`tensor`, or an empty one where a raw op must return something for an absent argument."""
     return like.new_empty(0) if tensor is None else tensor

@@ -142,8 +142,6 @@ def kalman(
     check_system(OP, sizes, y, A, C, Q, R, offsets, form, factors)
     checks.choice(OP, "keep", keep, KEEPS)
     check_state(OP, sizes, y, initial_state, form, "N")
-    given = {"y": y, "A": A, "C": C, "Q": Q, "R": R, "initial_state": initial_state.mean}
-    checks.same_device(OP, given | offsets)
     shared = _shared(y, (A, C, Q, R), initial_state)
     roots = _roots(OP, form, (Q, R), factors, initial_state, shared)
     cov = initial_state.cov[:1] if shared else initial_state.cov
@@ -176,7 +174,7 @@ def check_system(
     op: str, sizes: Sizes, y: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor,
     offsets: dict[str, Tensor | None], form: str, factors: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
-    """Check matrices and offsets, whose leading dimensions are those of y or 1."""
+    """Check matrices and offsets, whose leading dimensions are those of y or 1, and whose dtype and device are its."""
     checks.dtype(op, "y", y, DTYPES, PRECISION)
     checks.choice(op, "form", form, FORMS)
     lead = y.shape[:-1]
@@ -200,12 +198,14 @@ def check_system(
             raise checks.fail(op, f"{name} has shape {tuple(shape)}, expected ({', '.join(want)}).", LAYOUT)
         if v.dtype != y.dtype:
             checks.dtype(op, name, v, (y.dtype,), "Observations and system share one dtype.")
+        if v.device != y.device:
+            checks.same_device(op, {"y": y, name: v})
     if sizes["n"] < 1 or sizes["m"] < 1:
         raise checks.fail(op, f"there are {sizes['n']} states and {sizes['m']} observed values, expected at least one.")
 
 
 def check_state(op: str, sizes: Sizes, y: Tensor, state: State, form: str, rows: str) -> None:
-    """Raise unless `state` is of the kind of `form`, with `rows` rows (a letter of `sizes`) and the dtype of y."""
+    """Raise unless `state` is of the kind of `form`, with `rows` rows (a letter of `sizes`), and fits y in all else."""
     if not isinstance(state, KalmanState | SquareRootState):
         kinds = "KalmanState(mean, cov) or SquareRootState(mean, factor)"
         raise checks.fail(op, f"the state is a {type(state).__name__}, expected {kinds}", error=TypeError)
@@ -219,6 +219,8 @@ def check_state(op: str, sizes: Sizes, y: Tensor, state: State, form: str, rows:
     sizes.match(f"state.{name}", second, f"{rows} n n")
     for part, v in (("mean", state.mean), (name, second)):
         checks.dtype(op, f"state.{part}", v, (y.dtype,), "A state has the dtype of the observations.")
+        if v.device != y.device:
+            checks.same_device(op, {"y": y, f"state.{part}": v})
 
 
 def _shared(y: Tensor, system: Sequence[Tensor], state: State) -> bool:

@@ -87,7 +87,7 @@ def backward(
     the seven results of `forward` (None: zero). All covariances are covariances here, whatever the form was."""
     given, dtype, n = (y, A, C, Q, R, b, d, mean0, cov0), y.dtype, mean0.shape[1]
     if y.numel() == 0:
-        return _unseen(grads, given)
+        return reference.backward(grads, *given, predicted_mean, predicted_cov, shared=shared)
     results = [None if v is None else _empty(v.shape, dtype) for v in given]
     operands = [None if v is None else _spread(v) for v in given[:7]]
     system, fields = _system([*operands, predicted_mean, predicted_cov], dtype)
@@ -110,15 +110,6 @@ def backward(
     dR = results[4]
     assert dR is not None
     results[4] = (dR + dR.mT) / 2
-    return tuple(results)
-
-
-def _unseen(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients where no observation came: the state passed as it was, its covariance symmetric."""
-    results = [None if v is None else torch.zeros_like(v) for v in given]
-    for i, g in ((7, grads[5]), (8, grads[6])):
-        if g is not None:
-            results[i] = g if i == 7 else (g + g.mT) / 2
     return tuple(results)
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import importlib.resources
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stateline.ops import cuda, nvrtc
+from stateline.ops.kalman import reference
 from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 DTYPES = frozenset({torch.float32, torch.float64})
@@ -176,7 +177,9 @@ def _pieces(v: Tensor, dims: int) -> Tensor:
     """`v` (·, ·, …) with `dims` adjacent dimensions, for reading 16 bytes at a time."""
     fits = v[:1, :1].is_contiguous() and not v.is_neg() and v.data_ptr() % 16 == 0
     whole = v.shape[-1] ** dims
-    return v if fits and not any(v.stride(i) % whole for i in (0, 1)) else v.resolve_neg().clone()
+    if fits and not any(v.stride(i) % whole for i in (0, 1)):
+        return v
+    return v.resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def _address(v: Tensor | None) -> int:
@@ -240,7 +243,7 @@ def backward(
     the seven results of `forward` (None: zero)."""
     given = (y, A, C, Q, R, b, d, mean0, cov0)
     if not y.numel():
-        return _unseen(grads, given)
+        return reference.backward(grads, *given, predicted_mean, predicted_cov, shared=shared)
     system, blocks = _System(given[:7]), cuda.ceil_div(y.shape[0], LANES)
     n, shapes = mean0.shape[1], [y.shape]
     for v in given[1:7]:
@@ -263,16 +266,6 @@ def backward(
     )
 
 
-def _unseen(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients where no observation came: the state passed as it was, its covariance symmetric."""
-    results: list[Any] = [None if v is None else torch.zeros_like(v) for v in given]
-    if grads[5] is not None:
-        results[7] = grads[5]
-    if grads[6] is not None:
-        results[8] = (grads[6] + grads[6].mT) / 2
-    return tuple(results)
-
-
 def step(
     y: Tensor, A: Tensor, C: Tensor, Q: Tensor, R: Tensor, b: Tensor | None, d: Tensor | None, mean: Tensor,
     cov: Tensor, index: Tensor | None, *, form: str,
@@ -287,5 +280,9 @@ def step(
     if not rows:
         return made[0], made[1], made[2], torch.full((2,), -1, device=y.device)
     system = [None if v is None else v[:, None] for v in (y, A, C, Q, R, b, d)]
-    out = [made[0], made[1], None, None, made[2], mean, cov]
-    return made[0], made[1], made[2], _run(system, mean, cov, index, out, "filtered", False)
+    covs = cov if cov.data_ptr() % 16 == 0 else cov.clone()  # is written 16 bytes at a time
+    out = [made[0], made[1], None, None, made[2], mean, covs]
+    info = _run(system, mean, covs, index, out, "filtered", False)
+    if covs is not cov:
+        cov.copy_(covs)
+    return made[0], made[1], made[2], info

@@ -121,7 +121,7 @@ def backward(
                     row += v.sum_to_size(row.shape)
         dm = dm if dpredicted_mean is None else dm + dpredicted_mean[:, t]
         dP = dP if dpredicted_cov is None else dP + symmetric(dpredicted_cov[:, t])
-    return (*sums, dm, dP.sum_to_size(cov0.shape))
+    return (*sums, dm if T else dm.clone(), dP.sum_to_size(cov0.shape))  # never memory of what was given
 
 
 def step_backward(

@@ -62,9 +62,10 @@ def kalman_step_(
         ValueError, TypeError: naming the argument, what was expected and what came; as `kalman` for a failed step.
     """
     form = "sqrt" if isinstance(state, SquareRootState) else "joseph"
-    noise = (Q, R) if factors is None else factors
-    if backend is None and index is None and (form == "joseph") == (factors is None) and _alike((Q, R), noise):
-        out = quick_step(state, y, (A, C, *noise), (transition_offset, observation_offset))
+    given = (Q, R) if factors is None else factors
+    usual = backend is None and index is None and (form == "joseph") == (factors is None)
+    if usual and (factors is None or _alike((Q, R), factors)):
+        out = quick_step(state, y, (A, C, *given), (transition_offset, observation_offset))
         if out is not None:
             return out
     sizes = Sizes(STEP)
@@ -72,7 +73,7 @@ def kalman_step_(
     offsets = {"transition_offset": transition_offset, "observation_offset": observation_offset}
     check_system(STEP, sizes, y, A, C, Q, R, offsets, form, factors)
     check_state(STEP, sizes, y, state, form, "slots")
-    checks.same_device(STEP, {"y": y, "A": A, "C": C, "Q": Q, "R": R, "state": state.mean, "index": index} | offsets)
+    checks.same_device(STEP, {"y": y, "index": index})
     with torch.no_grad():
         if form == "sqrt" and factors is None:
             factors = square_root(Q, STEP, "Q"), square_root(R, STEP, "R")
@@ -94,9 +95,7 @@ def advance(
 
 
 def _alike(given: tuple[Tensor, Tensor], noise: tuple[Tensor, Tensor]) -> bool:
-    """Whether Q and R are as their factors are; themselves where there are none."""
-    if given is noise:
-        return True
+    """Whether Q and R are as their factors are."""
     tensors = type(noise) is tuple and len(noise) == 2 and all(isinstance(v, Tensor) for v in (*given, *noise))
     return tensors and all(
         a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(given, noise, strict=True)
