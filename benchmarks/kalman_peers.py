@@ -492,7 +492,7 @@ Made by `python -m benchmarks.kalman_peers --out docs/kalman_performance.md`, wi
 
 ## Times
 
-Milliseconds of CPU time on one core, the least of several runs, float64. The machine was shared with other work: ratios
+Milliseconds of CPU time on one core, the least of several runs, float64. Other work on the machine counts little: ratios
 say more than figures. Ours include the log-likelihood, as those of statsmodels, simdkalman and dynamax do; the others'
 do not. \\* extrapolated from a few series of a loop over series. statsmodels stops updating covariances once they have
 settled, which ours never does; dynamax and cuthbert are compiled first, which takes seconds and does not count here.
