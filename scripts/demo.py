@@ -35,7 +35,7 @@ def demo(folder: Path) -> None:
     show("train", str(folder / "speeches.txt"), "--out", run, "--size", "tiny", "--steps", "300", "--batch-size", "16",
          "--context", "128", "--sample-every", "100", "--eval-every", "100")  # fmt: skip
     show("generate", "--model", run, "My fellow citizens", "--echo", "--max-tokens", "200", "--seed", "1")
-    print("\nThat was a model of 80,000 numbers after two minutes. Give it your own text and more time:")
+    print("\nThat was a model of 80,000 numbers after 300 steps. Give it your own text and more time:")
     print("  .venv/bin/stateline train my_text.txt --out runs/mine --size small --minutes 30")
 
 
