@@ -413,6 +413,7 @@ WRONG = [
     (["generate", "--model", "MODEL", "--threads", "0"], "0 is not a whole number from 1"),
     (["generate", "--model", "MODEL", "--device", "nowhere"], "--device nowhere cannot be used here"),
     (["generate", "--model", "MODEL", "--nonsense"], "unrecognized arguments: --nonsense"),
+    (["generate", "--prompt", "Once"], "unrecognized arguments: --prompt"),  # not taken for --prompt-file
     (["convert", "MODEL", "MODEL"], "exists; --force replaces it"),
     (["convert", "MODEL", "no/such/parent"], "there is no directory"),
     (["convert", "MODEL", "out", "--to", "keras"], "invalid choice: 'keras'"),

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stateline.classical.model import StateSpace, times
+from stateline.classical.model import StateSpace
 from stateline.classical.parameters import blocks
 from stateline.classical.smoother import Smoothed, kalman_smoother
-from stateline.ops.kalman.reference import masked, symmetric
+from stateline.ops.kalman.reference import masked, symmetric, times
 
 #: Turns of F and noise, and scoring steps, until nothing moves by more than this share.
 TURNS, SETTLED = 200, 1e-13

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.classical.control import lqr
-from stateline.classical.model import StateSpace, covariance, times
+from stateline.classical.model import StateSpace, covariance
 from stateline.classical.regulator import only_controlled, rests
 from stateline.classical.riccati import wide
+from stateline.ops.kalman.reference import times
 
 Bound = float | Tensor
 #: Tolerance of OSQP, absolute and relative; polishing then solves for the limits that it found touched, to rounding.

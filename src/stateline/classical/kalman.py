@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical.model import Frame, StateSpace, check, no_negative_variance, times
+from stateline.classical.model import Frame, StateSpace, check, no_negative_variance
 from stateline.classical.parallel import parallel_filter
 from stateline.ops.kalman import FORMS, KEEPS, Filtered, KalmanState, SquareRootState, State, exact, kalman
+from stateline.ops.kalman.reference import times
 
 
 class Flat(NamedTuple):

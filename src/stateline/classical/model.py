@@ -21,6 +21,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.checks import Sizes
+from stateline.ops.kalman.reference import times
 from stateline.theory.covariance import spectral_root
 
 DTYPES = (torch.float32, torch.float64)
@@ -251,11 +252,6 @@ def simulate(
         h = times(A[..., t, :, :] if A.dim() > 2 else A, h) + drive[..., t, :]
     made = torch.stack(states, -2) if steps else drive
     return made, seen + times(model.C, made)
-
-
-def times(matrix: Tensor, x: Tensor) -> Tensor:
-    """Matrices (…, m, n) times vectors (…, n)."""
-    return (matrix @ x[..., None])[..., 0]
 
 
 def _draw(op: str, name: str, cov: Tensor, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.classical.control import lqr
-from stateline.classical.model import StateSpace, check, times
+from stateline.classical.model import StateSpace, check
 from stateline.classical.riccati import wide
 from stateline.classical.steady import Steady, steady_state
+from stateline.ops.kalman.reference import times
 
 #: Of the largest entry of what is asked for; what is left over more than that is not reached at rest.
 RESIDUAL = {torch.float64: 1e-8, torch.float32: 1e-5}

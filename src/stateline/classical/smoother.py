@@ -15,9 +15,9 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.classical.kalman import Flat, flatten, run, shaped
-from stateline.classical.model import StateSpace, simulate, times
+from stateline.classical.model import StateSpace, simulate
 from stateline.ops.kalman import FORMS, Filtered, SquareRootState, State, exact, square_root
-from stateline.ops.kalman.reference import lower
+from stateline.ops.kalman.reference import lower, times
 from stateline.ops.kalman.smooth import kalman_smooth
 
 

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, later: Later | None = None, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
         self._later = later
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
