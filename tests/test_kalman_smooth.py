@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles import JointGaussian, pairwise
 from test_kalman import BOUND, USUAL, close, problem, symmetric
+from test_kalman_native import Fence
 from test_ops import BACKENDS, name_of
 from torch import Tensor
 
@@ -89,14 +90,7 @@ def test_a_series_has_the_same_bits_in_any_batch(n: int, m: int) -> None:
 
 @needs_native
 def test_guards_stay_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty, guards = torch.empty, []
-
-    def fenced(*shape: Any, dtype: torch.dtype = torch.float32, **rest: Any) -> Tensor:
-        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        count = torch.Size(shape).numel()
-        buffer = empty(count + 128, dtype=torch.float64, **rest).fill_(-77.0).to(dtype)
-        guards.append((buffer[:64], buffer[64 + count :]))
-        return buffer[64 : 64 + count].view(shape)
+    fenced = Fence()
 
     for N, n, m in ((1, 3, 2), (5, 4, 2), (2, 17, 3)):
         _, given = operands({"N": N, "t": 3, "n": n, "m": m})
@@ -106,8 +100,8 @@ def test_guards_stay_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         for a, b in zip(found, want, strict=True):
             close("values", a, b, 1e-11)
-    assert len(guards) == 9
-    assert all((side == -77.0).all() for pair in guards for side in pair)
+    assert len(fenced.guards) == 9
+    assert fenced.stands()
 
 
 def test_transforms_and_shared_covariances() -> None:
