@@ -202,31 +202,3 @@ def test_s4_scan_compiles_and_fits(arch: int, monkeypatch: pytest.MonkeyPatch) -
         "sample", "sample_back", "tables", "tables_back",
     }  # fmt: skip
     assert max(taken.values()) <= DEVICES[arch], taken
-
-
-@pytest.mark.full
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_kalman_compiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A constant system that all series share, and one in which each has its own that varies in time."""
-    from stateline.ops.kalman import gpu
-
-    taken: dict[str, int] = {}
-
-    def launch(self: Any, grid: Any, arguments: Any, constants: Any, warps: int) -> None:
-        taken[self._function.__name__] = compiled(90, self._function, arguments, constants, warps)
-
-    monkeypatch.setattr(cuda.Kernel, "__call__", launch)
-    monkeypatch.setattr(gpu, "_info", lambda failed, _: failed)
-    n, m = 3, 2
-    with torch.device("meta"):
-        for N, T, lead in ((64, 100, (1, 1)), (40, 7, (40, 7))):
-            y = torch.empty(N, T, m, dtype=dtype)
-            sizes = ((n, n), (m, n), (n, n), (m, m), (n,), (m,))
-            system = [torch.empty(*lead, *s, dtype=dtype) for s in sizes]
-            state = (torch.empty(N, n, dtype=dtype), torch.empty(N, n, n, dtype=dtype))
-            out = gpu.forward(y, *system, *state, form="joseph", keep="all", shared=False)
-            gpu.backward(out[:7], y, *system, *state, out[2], out[3], shared=False)  # type: ignore[arg-type]  # kept
-        now = [v[:, 0] for v in system]
-        gpu.step(y[:, 0], *now, *state, torch.empty(N, dtype=torch.int64), form="joseph")
-    assert taken == {"forward": 0, "backward": 0}
