@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*) $(wildcard src/stateline/ops/*/cpu*.cpp src/stateline/ops/*/*.h)
 
-.PHONY: help demo test test-full check bench performance performance-gpu docs figures data bundled clean
+.PHONY: help setup demo test test-full check bench performance performance-gpu docs figures data bundled clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
@@ -60,6 +60,8 @@ performance-gpu:  ## measure a CUDA device with the Python at hand (PYTHON=…) 
 	@rm -f build/gpu.jsonl && mkdir -p build
 	@PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu --out build/gpu.jsonl
 	@PYTHONPATH=src:. $(PYTHON) -m benchmarks.report build/gpu.jsonl
+
+setup: $(VENV)/docs $(VENV)/triton  ## set up all that tests, checks and docs need, and run nothing
 
 docs: $(VENV)/docs  ## build the documentation into site/
 	@$(BIN)/mkdocs build --strict
