@@ -1,8 +1,10 @@
-"""Small models and small helpers for tests of checkpoints."""
+"""Small models, and small helpers for tests of checkpoints and archives."""
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +36,20 @@ def edit(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file; None removes one."""
     values = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+def debian_package(files: dict[str, bytes]) -> bytes:
+    """A .deb that would install files, by path: an `ar` archive, whose member of odd length comes before the files."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:xz") as tar:
+        for path, data in files.items():
+            member = tarfile.TarInfo(f"./{path}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": inner.getvalue()}
+    package = b"!<arch>\n"
+    for name, data in members.items():
+        package += (
+            f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+        )
+    return package

@@ -267,7 +267,11 @@ ONE = torch.eye(2, dtype=F64)
     [
         (
             lambda: lqr(2 * ONE, ONE[:, :1], ONE, ONE[:1, :1]),
-            r"lqr: .*No input moves the motions of eigenvalues 2, which",
+            r"lqr: .*No input moves the motions of eigenvalues 2, which do not die out\.$",
+        ),
+        (
+            lambda: lqr(torch.diag(torch.tensor([0.5, 1.0], dtype=F64)), ONE[:, :1], ONE, ONE[:1, :1]),
+            r"lqr: .*eigenvalues 1, which do not die out\. Let a disturbance that wanders fade, if slowly: 0\.999",
         ),
         (lambda: lqr(ONE, ONE, 0 * ONE, ONE), r"lqr: .*Every motion on the edge of stability must cost something"),
         (lambda: lqr(ONE, ONE, -ONE, ONE), r"lqr: Q has the eigenvalue -1, expected none below 0: it is a weight"),

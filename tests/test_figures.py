@@ -1,20 +1,23 @@
-"""The script behind docs/what_s4_remembers.md, on a made-up recording."""
+"""The scripts that draw pictures of pages: on a made-up recording, and beside what their pages say."""
 
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import importlib
 import io
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from makers import debian_package
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,21 +79,56 @@ def test_pictures_and_table_are_written(figures: ModuleType, tmp_path: Path) -> 
     assert "old" not in text
 
 
-def test_the_picture_of_steering_is_of_its_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The script's constants are the page's, and it draws what a run leaves behind."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
+@pytest.fixture
+def steering(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    steering = importlib.import_module("steering")
+    yield importlib.import_module("steering")
+    for name in ("steering", "filtering", "archives"):
+        sys.modules.pop(name, None)
+
+
+def test_a_record_of_steering_is_read_from_its_package(steering: ModuleType) -> None:
+    """Inputs come first, then outputs, after three lines of other things; the numbers stay as they are written."""
+    u, y = [f"{3.41 + 3 * (t % 2):.2f}" for t in range(1000)], [f"{4 + t / 1000:.6f}" for t in range(1000)]
+
+    def package(numbers: list[str]) -> bytes:
+        text = "TITLE\n 15 0 1 1 1000\n C C N\n" + "".join(f"   {v}\n" for v in numbers)
+        return debian_package({steering.EXAMPLE: gzip.compress(text.encode())})
+
+    lines = steering.hair_dryer(package(u + y)).splitlines()
+    assert lines[0] == "seconds,heater,air"
+    assert lines[1:] == [f"{0.08 * t:.2f},{a},{b}" for t, (a, b) in enumerate(zip(u, y, strict=True))]
+    with pytest.raises(sys.modules["archives"].DataError, match=r"holds 1999 numbers, expected 1000 inputs"):
+        steering.hair_dryer(package(u + y[1:]))
+
+
+def test_the_record_of_steering_is_what_its_page_says(steering: ModuleType) -> None:
     page = steering.PAGE.read_text(encoding="utf-8")
-    assert f"dt = {steering.STEP} " in page
-    assert f"inputs=(-{steering.FORCE}, {steering.FORCE})" in page
-    assert f"[{steering.END}, far" in page
-    assert steering.PICTURE.name in page
-    assert steering.run("```python\na = 1\n```\ntext\n```python\nb = a + 1\n```\n")["b"] == 2
-    made = [torch.rand(9, 4), torch.rand(9, 2), torch.rand(9)]
-    steering.draw(pyplot, made, made, torch.ones(9), tmp_path / "drawn.png")
+    assert f"({steering.RECORD.name})" in page
+    assert f"every {steering.STEP} seconds" in page
+    rows = torch.tensor([[float(v) for v in line.split(",")] for line in steering.RECORD.read_text().split()[1:]])
+    assert rows.shape == (steering.STEPS, 3)
+    torch.testing.assert_close(rows[:, 0], steering.STEP * torch.arange(float(steering.STEPS)))
+    assert set(rows[:, 1].tolist()) == {torch.tensor(v).item() for v in (3.41, 6.41)}
+    assert 3 < rows[:, 2].min() < rows[:, 2].max() < 6.5
+    assert "(hair_dryer_licence.txt)" in page
+    assert "The SLICOT Team" in (ROOT / "docs" / "hair_dryer_licence.txt").read_text(encoding="utf-8")
+
+
+def test_the_picture_of_steering_is_of_its_page(steering: ModuleType, tmp_path: Path) -> None:
+    """It draws what a run leaves behind, under the page's own names; test_docs runs the page."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    page = steering.PAGE.read_text(encoding="utf-8")
+    assert f"({steering.PICTURE.name})" in page
+    names = ["start", "ahead", "high", "air", "goal", "least", *(name for name, _, _ in steering.WAYS)]
+    for name in names:
+        assert re.search(rf"^(\w+, )*{name}(, \w+)* = ", page, re.MULTILINE), f"the page makes no {name}"
+    made = {name: torch.rand(9, 2) for name, _, _ in steering.WAYS}
+    made |= {name: torch.rand(9, 1) for name in ("low", "high", "goal")} | {"air": torch.rand(20, 1)}
+    made |= {"start": SimpleNamespace(y_mean=torch.ones(1), u_mean=torch.ones(1)), "least": 0.0, "most": 1.0}
+    made["ahead"] = SimpleNamespace(mean=torch.rand(9, 1))
+    steering.draw(pyplot, made, tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
-    sys.modules.pop("steering")
 
 
 def test_the_picture_of_learning_is_of_its_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

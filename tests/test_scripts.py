@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from makers import debian_package
 from safetensors.torch import load_file
 
 import stateline
@@ -142,19 +143,8 @@ def austen(path: Path, novels: dict[str, list[str]]) -> None:
     variables = struct.pack(">ii", 0x213, len(novels)) + places + names + r_text(list(novels)) + struct.pack(">i", 254)
     outer = struct.pack(">ii", 0x213, 1) + variables + struct.pack(">iii", 0x402, 0x1FF, 16) + r_text(["variables"])[4:]
     index = gzip.compress(R_HEADER + outer + struct.pack(">i", 254))
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w:xz") as tar:
-        for end, data in ((".rdx", index), (".rdb", database)):
-            member = tarfile.TarInfo(f"./usr/lib/R/site-library/janeaustenr/data/Rdata{end}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": inner.getvalue()}
-    package = b"!<arch>\n"
-    for name, data in members.items():
-        package += (
-            f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
-        )
-    path.write_bytes(package)
+    place = "usr/lib/R/site-library/janeaustenr/data/Rdata"
+    path.write_bytes(debian_package({f"{place}.rdx": index, f"{place}.rdb": database}))
 
 
 def test_novels_are_split_by_work_and_chapter(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,12 +210,15 @@ def cost_of(x: StateSpace, u: Tensor, h: Tensor, before: Tensor, wanted: Tensor,
     return total + away @ P @ away
 
 
-@pytest.mark.parametrize("kind", ["inputs", "rates", "states", "all"])
+@pytest.mark.parametrize("kind", ["inputs", "rates", "states", "outputs", "all"])
 def test_with_limits_it_is_what_another_solver_finds(kind: str) -> None:
     x, steps = springs(), 12
     assert x.B is not None
     every = Limits(
-        inputs=(-0.1, 0.12), rates=(-0.2, 0.3), states=(-0.35, torch.tensor([2.0, 0.3, 1.0, 0.2], dtype=F64))
+        inputs=(-0.1, 0.12),
+        rates=(-0.2, 0.3),
+        states=(-0.35, torch.tensor([2.0, 0.3, 1.0, 0.2], dtype=F64)),
+        outputs=(-0.26, 0.1),
     )
     limits = every if kind == "all" else Limits(**{kind: getattr(every, kind)})
     S, P = 0.1 * ONE, 2 * torch.eye(4, dtype=F64)
@@ -232,7 +235,9 @@ def test_with_limits_it_is_what_another_solver_finds(kind: str) -> None:
             forced[4 * t : 4 * t + 4, s : s + 1] = powers[t - s] @ x.B
     change = torch.eye(steps, dtype=F64) - torch.diag(torch.ones(steps - 1, dtype=F64), -1)
     first = torch.nn.functional.pad(-before, (0, steps - 1))
+    seen = torch.kron(torch.eye(steps, dtype=F64), x.C)
     rows = {"inputs": (torch.eye(steps, dtype=F64), 0.0), "rates": (change, first), "states": (forced, free)}
+    rows["outputs"] = seen @ forced, seen @ free
     constraints = []
     for name, (matrix, offset) in rows.items():
         box = getattr(limits, name)
@@ -289,18 +294,28 @@ def test_a_loop_keeps_its_limits_and_arrives() -> None:
     close(cold.plan(h, goal, u).u, controller.plan(h, goal, u).u, 1e-5)
 
 
-def test_soft_limits_have_an_answer_everywhere() -> None:
+@pytest.mark.parametrize(
+    ("kind", "kept", "inside"),
+    [
+        ("states", "states", [-0.186, 0.292, 0.168, -0.083]),
+        ("outputs", "outputs", [0.1, 0.1, 0.21, 0.17]),
+        ("states outputs", "states and outputs", [-0.186, 0.292, 0.168, -0.083]),
+    ],
+)
+def test_soft_limits_have_an_answer_everywhere(kind: str, kept: str, inside: list[float]) -> None:
     x = springs()
-    hard = Limits(inputs=(-0.5, 0.5), states=(-0.3, 0.3))
+    hard = Limits(inputs=(-0.5, 0.5), **dict.fromkeys(kind.split(), (-0.3, 0.3)))
     h = torch.tensor([0.5, 0.2, 0.5, 0.2], dtype=F64)
-    with pytest.raises(ValueError, match=r"no inputs within the limits keep the states .*make those of states soft"):
+    with pytest.raises(ValueError, match=rf"no inputs within the limits keep the {kept} .*make those of {kept} soft"):
         RecedingHorizon(x, ONE, ONE, horizon=10, limits=hard).plan(h)
     controller = RecedingHorizon(x, ONE, ONE, horizon=10, limits=dataclasses.replace(hard, soft=100.0))
     assert controller.plan(h).u.abs().max() <= 0.5 + 1e-6
-    inside = torch.tensor([-0.186, 0.292, 0.168, -0.083], dtype=F64)
-    expected = RecedingHorizon(x, ONE, ONE, horizon=10, limits=hard).plan(inside)
-    assert (expected.h[1:].abs() > 0.2999).any(), "no limit is touched"
-    close(controller.plan(inside).u, expected.u, 1e-5)
+    start = torch.tensor(inside, dtype=F64)
+    expected = RecedingHorizon(x, ONE, ONE, horizon=10, limits=hard).plan(start)
+    limited = expected.y if kind == "outputs" else expected.h
+    assert (limited[1:].abs() > 0.2999).any(), "no limit is touched"
+    close(controller.plan(start).u, expected.u, 1e-5)
+    close(controller.plan(start).u, expected.u, 1e-5)  # from the solution before, moved by a step
 
 
 @pytest.mark.parametrize(
@@ -324,6 +339,10 @@ def test_soft_limits_have_an_answer_everywhere() -> None:
         (
             lambda x: RecedingHorizon(x, ONE, ONE, horizon=3, limits=Limits(states=(torch.ones(3), 2.0))),
             r"limits\.states has an end of shape \(3,\), expected \(\) or \(4,\)",
+        ),
+        (
+            lambda x: RecedingHorizon(x, ONE, ONE, horizon=3, limits=Limits(outputs=(torch.ones(4), 2.0))),
+            r"limits\.outputs has an end of shape \(4,\), expected \(\) or \(1,\)",
         ),
         (lambda x: RecedingHorizon(x, ONE, ONE, horizon=3, rate=ONE).plan(x.m0), r"before is None, expected \(1,\)"),
         (lambda x: RecedingHorizon(x, ONE, ONE, horizon=3).plan(x.m0[:3]), r"h has shape \(3,\), expected \(4,\)"),

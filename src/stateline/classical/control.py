@@ -254,7 +254,10 @@ def _in_the_way(A: Tensor, B: Tensor, Q: Tensor, continuous: bool) -> str:
     report = analyse(A, B, wide(Q).to(A.dtype), continuous=continuous)
     if not report.stabilisable:
         assert report.uncontrollable is not None
-        return f"No input moves the motions of eigenvalues {_listed(report.uncontrollable)}, which do not die out."
+        stuck = f"No input moves the motions of eigenvalues {_listed(report.uncontrollable)}, which do not die out."
+        wanders = not continuous and bool((report.uncontrollable.abs() < 1 + 1e-6).all())
+        remedy = " Let a disturbance that wanders fade, if slowly: 0.999 for 1, as arma(ar=[0.999]) does."
+        return stuck + remedy if wanders else stuck
     return "Every motion on the edge of stability must cost something: Q does not see one, or R is 0."
 
 

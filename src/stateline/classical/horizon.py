@@ -1,7 +1,7 @@
 """Steering within limits: at every step the best inputs for a horizon ahead, of which the first is applied.
 
     least of  Σ (y[k] − r[k])ᵀ Q (y[k] − r[k]) + (u[k] − u*[k])ᵀ R (u[k] − u*[k]) + Δu[k]ᵀ S Δu[k]  +  end
-    within    h[k+1] = A h[k] + B u[k],  boxes for u, for Δu[k] = u[k] − u[k−1] and for h[k+1]
+    within    h[k+1] = A h[k] + B u[k],  boxes for u, for Δu[k] = u[k] − u[k−1], for h[k+1] and for y[k+1] = C h[k+1]
 
 u* is the input that holds y near r at rest, so that a goal that is reached costs nothing. The end, (h − h*)ᵀ P (h − h*)
 by P of `lqr`, is what the rest of time costs without limits: where none is touched, the inputs are those of `lqr`.
@@ -33,21 +33,25 @@ ITERATIONS = 20_000
 #: How surely a program without an answer must show it; OSQP's own 1e-4 despairs of unstable plants too soon.
 IMPOSSIBILITY = 1e-9
 SOLVED, IMPOSSIBLE = 1, (3, 4)
+#: The boxes that may be exceeded at a cost: the last ones among the rows, one behind the other.
+SOFT = ("states", "outputs")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Boxes: (low, high), numbers or tensors (p) for inputs and their rates, (n) for states; infinite where free.
+    """Boxes: (low, high), numbers or tensors (p) for inputs and their rates, (n) for states, (m) for y; infinite: free.
 
     rates: of u[k] − u[k−1], a step.
-    soft: None, or what a violation of `states` costs, linearly and squared: the boxes of inputs and rates are hard, and
-        without it those of states too, so that from some states there is no answer.
+    outputs: of y, for models whose states have no meaning of their own, as those that were learned.
+    soft: None, or what a violation of `states` and `outputs` costs, linearly and squared: the boxes of inputs and rates
+        are hard, and without it these too, so that from some states there is no answer.
     """
 
     inputs: tuple[Bound, Bound] | None = None
     rates: tuple[Bound, Bound] | None = None
     states: tuple[Bound, Bound] | None = None
     soft: float | None = None
+    outputs: tuple[Bound, Bound] | None = None
 
 
 class Plan(NamedTuple):
@@ -70,7 +74,7 @@ class RecedingHorizon:
         final: (n, n), what a distance of the last state from rest costs; P of `lqr` with Cᵀ Q C and R if None.
         limits: boxes.
 
-    Inputs and their rates are within their limits exactly, states within the solver's tolerance (`PRECISION`).
+    Inputs and their rates are within their limits exactly, states and y within the solver's tolerance (`PRECISION`).
 
     One plant an object: it keeps the last solution to start from. Nothing else is kept, and the answer is the same
     without it, within the precision of the solver.
@@ -122,7 +126,7 @@ class RecedingHorizon:
         self._needs_before = rate is not None or self.limits.rates is not None
         self._setup()
 
-    # The variables are h[1] … h[T], u[0] … u[T−1], and with soft limits what each h[k] may exceed its box by.
+    # The variables are h[1] … h[T], u[0] … u[T−1], and with soft limits what each h[k] and y[k] may exceed its box by.
 
     def _setup(self) -> None:
         osqp, sparse = _osqp(self.op)
@@ -142,8 +146,10 @@ class RecedingHorizon:
         rows = self._boxes(sparse, change)
         self._linear = np.zeros((n + p) * T)
         self._widths = [n, p], [n, *self._sizes.values()]  # of a step's variables, and of its rows
-        if self.limits.soft is not None and "states" in self._at:
-            size, at = self._sizes["states"], self._at["states"]
+        soft = [name for name in SOFT if name in self._at]
+        if self.limits.soft is not None and soft:
+            sizes, at = [self._sizes[name] for name in soft], slice(self._at[soft[0]].start, self._at[soft[-1]].stop)
+            size = sum(sizes)
             count, free = len(self._low), sparse.eye(size * T)
             place = (np.arange(at.start, at.stop), np.arange(size * T))
             slack = sparse.csr_matrix((np.ones(size * T), place), (count, size * T))
@@ -155,7 +161,7 @@ class RecedingHorizon:
             self._high[at] = never
             parts.append(2 * self.limits.soft * free)
             self._linear = np.concatenate([self._linear, np.full(size * T, self.limits.soft)])
-            self._widths = [n, p, size], [n, *self._sizes.values(), size, size]
+            self._widths = [n, p, *sizes], [n, *self._sizes.values(), *sizes, *sizes]
         self._solver = osqp.OSQP()
         self._solver.setup(
             P=sparse.triu(sparse.block_diag(parts), format="csc"),
@@ -174,7 +180,7 @@ class RecedingHorizon:
 
     def _boxes(self, sparse: Any, change: Any) -> Any:
         """Rows of the dynamics and of every box; notes their bounds, and where each box lies."""
-        n, p, T = self.n, self.p, self.T
+        n, m, p, T = self.n, self.m, self.p, self.T
         assert self.model.B is not None
         steps = sparse.eye(n * T) - sparse.kron(sparse.eye(T, k=-1), wide(self.model.A).numpy())
         rows = [sparse.hstack([steps, -sparse.kron(sparse.eye(T), wide(self.model.B).numpy())])]
@@ -184,6 +190,7 @@ class RecedingHorizon:
             ("inputs", p, (sparse.csr_matrix((p * T, n * T)), sparse.eye(p * T))),
             ("rates", p, (sparse.csr_matrix((p * T, n * T)), change)),
             ("states", n, (sparse.eye(n * T), sparse.csr_matrix((n * T, p * T)))),
+            ("outputs", m, (sparse.kron(sparse.eye(T), wide(self.model.C).numpy()), sparse.csr_matrix((m * T, p * T)))),
         ):
             box = getattr(self.limits, name)
             least, most = (np.full(size, -np.inf), np.full(size, np.inf)) if box is None else self._box(name, box, size)
@@ -276,7 +283,7 @@ class RecedingHorizon:
             before: (p), the input of the step before, for limits or costs of rates; zeros for a plant that was at rest.
 
         Raises:
-            ValueError: if no inputs within the limits keep the states within theirs, or naming the argument.
+            ValueError: if no inputs within the limits keep states and outputs within theirs, or naming the argument.
         """
         self._fits("h", h, (self.n,))
         wanted = h.new_zeros(self.m) if reference is None else reference
@@ -294,9 +301,10 @@ class RecedingHorizon:
         found = self._solver.solve(raise_error=False)
         if found.info.status_val != SOLVED:
             self._last = None
-            if found.info.status_val in IMPOSSIBLE:
-                remedy = "Widen them, start nearer, or make those of states soft: Limits(…, soft=1000)."
-                raise checks.fail(self.op, "no inputs within the limits keep the states within theirs.", remedy)
+            kept = " and ".join(name for name in SOFT if name in self._at)
+            if found.info.status_val in IMPOSSIBLE and kept:
+                remedy = f"Widen them, start nearer, or make those of {kept} soft: Limits(…, soft=1000)."
+                raise checks.fail(self.op, f"no inputs within the limits keep the {kept} within theirs.", remedy)
             remedy = "Scale states and inputs to about one; a smaller `soft` helps too."
             raise checks.fail(self.op, f"OSQP gave up ({found.info.status}).", remedy)
         self._last = found.x, found.y
