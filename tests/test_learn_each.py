@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_learn import away, data, loglik, system
 
-from stateline.classical import FitOptions, em, fit, kalman_filter, learn, likelihood, local_level, simulate
+from stateline.classical import FitOptions, em, fit, kalman_filter, learn, local_level, objective, simulate
 
 
 def test_models_side_by_side_are_those_of_each_series_alone() -> None:
@@ -60,7 +60,7 @@ def test_what_fails_for_one_series_does_not_touch_the_others(method: str, monkey
     if method == "em":
         monkeypatch.setattr(learn, "em_step", spoiled(em.em_step, 2))
     else:
-        monkeypatch.setattr(likelihood, "kalman_filter", spoiled(kalman_filter, 2))
+        monkeypatch.setattr(objective, "kalman_filter", spoiled(kalman_filter, 2))
     found = fit(away(walk)._replace(A=walk.A), y, method=method, each=True, steps=200, options=options)
     others = [0, 1, 2, 4]
     torch.testing.assert_close(found.model.Q[others], wanted.model.Q[others], rtol=1e-9, atol=0)

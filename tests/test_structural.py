@@ -12,13 +12,13 @@ import pytest
 import torch
 from scipy import stats
 
-from stateline.classical import StructuralModel, likeliest
+from stateline.classical import StructuralModel, batch_fit
 from stateline.classical import kalman as kalman_module
+from stateline.classical.assembly import FLOOR, STABLE, Structure
+from stateline.classical.batch_fit import Progress, filtered, fit_structure
 from stateline.classical.kalman import forecast
-from stateline.classical.likeliest import Progress, filtered, fit_structure
 from stateline.classical.mixture import StructuralForecast
 from stateline.classical.panel import read
-from stateline.classical.structures import FLOOR, STABLE, Structure
 
 CASES = json.loads((Path(__file__).parent / "data" / "structural_reference.json").read_text())["cases"]
 #: What is compared with one-structure models.
@@ -222,8 +222,8 @@ def test_forecasts_and_updates_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> 
 
         return noted
 
-    monkeypatch.setattr(likeliest, "BLOCK", 9 * 5 * 4)
-    monkeypatch.setattr(likeliest, "kalman", counted(likeliest.kalman))
+    monkeypatch.setattr(batch_fit, "BLOCK", 9 * 5 * 4)
+    monkeypatch.setattr(batch_fit, "kalman", counted(batch_fit.kalman))
     monkeypatch.setattr(kalman_module, "kalman", counted(kalman_module.kalman))
     found = model.forecast(5, X[:, 20:25])
     assert sizes
@@ -456,7 +456,7 @@ def test_an_autoregression_that_rounding_makes_explosive_is_no_answer() -> None:
     part = read("fit", [list(range(12)), [3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
     theta = torch.full((2, len(structure.names)), 0.5, dtype=torch.float64)
     theta[0, -4:] = math.pi / 2  # all partial correlations at their bound: a root of modulus 1
-    value, slope = likeliest._Likelihood(structure, part)(theta, torch.arange(2))
+    value, slope = batch_fit._Likelihood(structure, part)(theta, torch.arange(2))
     assert value[0].item() == math.inf
     assert torch.isfinite(value[1])
     assert torch.isfinite(slope[1]).all()

@@ -22,9 +22,9 @@ from stateline import checks
 from stateline.classical import minimise as minimised
 from stateline.classical.em import Data, em_step, replace
 from stateline.classical.kalman import kalman_filter
-from stateline.classical.likelihood import Cost, Tensors, apart, beside, some_of, standard_errors
 from stateline.classical.minimise import minimise
 from stateline.classical.model import StateSpace, check, validate
+from stateline.classical.objective import Cost, Tensors, apart, beside, some_of, standard_errors
 from stateline.classical.parameters import COVARIANCES, Parameters, of
 from stateline.ops.kalman import FORMS
 

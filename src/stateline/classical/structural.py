@@ -19,15 +19,15 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical import structural_files
+from stateline.classical import saved_fits
+from stateline.classical.assembly import LEVELS, REGRESSORS, TRENDS, Structure
+from stateline.classical.batch_fit import Progress, StructureFit, blocks, filtered, fit_structure, fitting
 from stateline.classical.diagnosis import Diagnosis, diagnosis
 from stateline.classical.kalman import forecast as forecast_states
-from stateline.classical.likeliest import Progress, StructureFit, blocks, filtered, fit_structure, fitting
 from stateline.classical.mixture import StructuralForecast
 from stateline.classical.model import StateSpace, simulate
 from stateline.classical.panel import Panel, future, read
 from stateline.classical.smoother import kalman_smoother
-from stateline.classical.structures import LEVELS, REGRESSORS, TRENDS, Structure
 from stateline.ops.kalman import KalmanState
 
 Floats = NDArray[np.float64]
@@ -83,7 +83,7 @@ class StructuralModel:
 
     Each of the first five may be a list of alternatives: all combinations are fitted, and combined for each series. A
     series too short for a structure, or with values that are not positive for "log", goes without it. Fitted, it has
-    `fits_` (one `likeliest.StructureFit` a structure), `weights_` (N, structures) and `loglik_` (N).
+    `fits_` (one `batch_fit.StructureFit` a structure), `weights_` (N, structures) and `loglik_` (N).
 
     >>> y = [[112.0, 118, 132, 129, 121, 135, 148, 148, 136, 119], [30.0, 32, 31, 35, 36, 38, 37, 40]]
     >>> model = StructuralModel(trend="fixed").fit(y)
@@ -192,7 +192,7 @@ class StructuralModel:
         common = max(structure.diffuse for structure in structures)
         progress = Progress(len(panel.y) * len(structures), self.progress)
         options = (float(self.tolerance), int(self.evaluations))
-        done = structural_files.Checkpoint(checkpoint, panel, structures, options)
+        done = saved_fits.Checkpoint(checkpoint, panel, structures, options)
         progress.advance(len(done.fits) * len(panel.y), "from the checkpoint")
         for structure in structures[len(done.fits) :]:
             done.add(fit_structure(structure, panel, common, options, progress))
@@ -371,12 +371,12 @@ class StructuralModel:
     def save(self, path: str | Path) -> None:
         """Write the fitted model to one safetensors file, whole or not at all: parameters, states and series."""
         self._fitted()
-        structural_files.save(self, path)
+        saved_fits.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The model that `save` wrote; no pickle is read. Raises ValueError if the file is none or damaged."""
-        return structural_files.load(cls, path)
+        return saved_fits.load(cls, path)
 
     # ---- parts ----
 
