@@ -141,6 +141,14 @@ def test_positions_of_months_grow_with_time_and_lead_back(day: float) -> None:
     places = [clock.position(moment) for moment in moments]
     assert all(a < b for a, b in pairwise(places))
     assert [clock.moment(place) for place in places] == moments
+    assert [clock.moment(math.nextafter(place, 0)) for place in places] == moments  # as after many steps of 1.1 months
+
+
+def test_a_position_that_rounding_put_beside_a_month_is_written_as_that_month() -> None:
+    for times in (["2023-01-01", "2023-02-01", "2023-03-01"], month_ends(3)):
+        clock, _ = steps_of(times)
+        last = clock.position(rows_of(times)[-1].moment)
+        assert [clock.written(math.nextafter(last, to)) for to in (0, math.inf)] == [times[-1]] * 2
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ class Clock:
     def moment(self, position: float) -> datetime:
         """The date of a position, for a clock of dates."""
         if self.kind == "months":
-            month, part = divmod(position + 1e-9, 1.0)
+            month, part = divmod(position, 1.0)
             begins = self._begins(int(month))
             ahead = (self._begins(int(month) + 1) - begins) * part
             unit = timedelta(days=1) if self._days else timedelta(hours=1)  # months differ in length
