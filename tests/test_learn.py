@@ -433,6 +433,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"learn": ("A",), "options": FitOptions(stable=True)}, "method='lbfgs'"),
     ({"options": FitOptions(stable=True), "method": "lbfgs"}, "A is not learned"),
     ({"steps": -1}, "steps"),
+    ({"options": FitOptions(tolerance=1.5)}, "tolerance is 1.5 nats, .* expected at most 1. To end sooner, say steps="),
     ({"y": torch.full((100, 2), float("nan"), dtype=F64)}, "all entries"),
     ({"y": torch.zeros(1, 2, dtype=F64)}, "at least 2 steps"),
     ({"Q": torch.eye(4, dtype=F64).expand(100, 4, 4)}, "varies in time"),

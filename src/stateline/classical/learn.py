@@ -34,6 +34,8 @@ METHODS = ("em", "lbfgs")
 ROUNDING = 1e-11
 #: Evaluations a step of "lbfgs" may take, and how far it may go, in learned numbers.
 TRIALS, LONGEST = 20, 10.0
+#: The largest tolerance, in nats: a factor of e in how likely the series are matters to any use of a model.
+MOST = 1.0
 Progress = Callable[[int, Tensor, StateSpace], None]
 
 
@@ -41,7 +43,8 @@ Progress = Callable[[int, Tensor, StateSpace], None]
 class FitOptions:
     """How `fit` goes about it.
 
-    tolerance: in nats; the end is where a step gains less.
+    tolerance: in nats, at most 1; the end is where a step gains less ("lbfgs": three in a row). What is still to gain
+        there may be a hundred times more.
     stable: all eigenvalues of A stay inside the unit circle, by construction; for "lbfgs".
     errors: whether standard errors are computed, by two gradients for each learned number.
     form: of the filter, as in `kalman_filter`.
@@ -151,6 +154,9 @@ def _prepare(
     """Check everything, and bring it to one batch dimension in float64."""
     checks.choice(OP, "form", options.form, FORMS)
     checks.number(OP, "tolerance", options.tolerance, low=0.0)
+    if options.tolerance > MOST:
+        problem = f"tolerance is {options.tolerance:g} nats, at which a search may end far from the top"
+        raise checks.fail(OP, f"{problem}; expected at most {MOST:g}.", "To end sooner, say steps=.")
     validate(model, OP)
     frame = check(OP, model, y, u)
     if not learn:
@@ -373,7 +379,7 @@ def _lbfgs(
     )  # fmt: skip
     told = []
     for g, reason in enumerate(found.reason.tolist()):
-        if reason in (minimised.FLAT, minimised.LITTLE):
+        if reason == minimised.LITTLE:
             told.append(f"a step gains less than {options.tolerance:g}")
         elif reason == minimised.STUCK:
             why = f" ({cost.problems[g]})" if g in cost.problems else ""
