@@ -391,6 +391,9 @@ WRONG = [
     (["x.csv", "--model", "local-trend:2"], "damping of local-trend is 2"),
     (["x.csv", "--model", "constant-velocity+seasonal:12"], "seasonal is of one column"),
     (["x.csv", "--model", "absent.yaml"], "absent.yaml: No such file"),
+    (["x.csv", "--model", "wide.yaml"], "wide.yaml: A is 1 by 2, expected 1 by 1: as many rows as columns"),
+    (["x.csv", "--model", "joint.yaml"], "joint.yaml: seasonal is of one column"),
+    (["x.csv", "--model", "rows.yaml"], "rows.yaml: C has 1 row, and the data 2 columns. C has a row a column: choose"),
     (["x.csv", "--columns", "c"], "x.csv has no column 'c' (--columns); its first line says a, b"),
     (["x.csv", "--columns", "a,1"], "'a' is asked for twice"),
     (["x.csv", "--time", "t"], "x.csv has no column 't' (--time)"),
@@ -427,7 +430,9 @@ WRONG = [
 FILES = {
     "text.csv": "a\n1\nhigh\n", "dates.csv": "time,a\n2024-01-01,3\n", "back.csv": "time,a\n1,3\n2,4\n1,5\n3,4\n4,5\n",
     "ragged.csv": "a,b\n1,2\n3\n", "inf.csv": "a\ninf\n", "empty.csv": "# nothing\n\n", "header.csv": "a,b\n",
-    "few.csv": "a\n1\n2\n",
+    "few.csv": "a\n1\n2\n", "wide.yaml": "A: [[1, 0]]\nC: [[1]]\nQ: learn\nR: learn\n",
+    "rows.yaml": "A: [[1]]\nC: [[1]]\nQ: learn\nR: learn\n",
+    "joint.yaml": "components: {move: {kind: constant-velocity}, day: {kind: seasonal, period: 7}}",
 }  # fmt: skip
 
 

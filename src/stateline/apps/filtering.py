@@ -110,6 +110,7 @@ class SeriesFilter:
         if step is not None:
             checks.number(OP, "step", step, low=0.0, open_low=True)
         self.spec = described(model)
+        self._source = model if isinstance(model, str) else "the model"
         self.step = step
         self.columns: tuple[str, ...] = ()
         self.time: str | None = None
@@ -392,7 +393,7 @@ class SeriesFilter:
         return self._plan
 
     def _blueprint(self, columns: int) -> Blueprint:
-        return blueprint(self.spec, columns)
+        return blueprint(self.spec, columns, self._source)
 
     def _check(self, series: Series) -> None:
         self._ready()
