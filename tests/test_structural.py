@@ -191,6 +191,23 @@ def test_coefficients_are_those_of_a_regression() -> None:
         StructuralModel(trend="none", transform="none", progress=False).fit(y).coefficients()
 
 
+def test_coefficients_that_values_do_not_tell_have_no_errors() -> None:
+    """Of a series that is constant, or a sum of regressors; of a regressor that is constant as the level, or twice."""
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(size=(2, 60))
+    settings: dict[str, Any] = {"level": "fixed", "trend": "none", "transform": "none", "progress": False}
+    found = StructuralModel(**settings).fit([np.full(60, 5.0), 2 * x + 1, x + noise], x[:, None]).coefficients()
+    assert np.isnan(found.error[:, 0]).tolist() == [True, True, False]
+    assert found.reason == ["it is predicted without error", "it is predicted without error", ""]
+    np.testing.assert_allclose(found.mean[:2, 0], [0.0, 2.0], atol=1e-6)
+    X = np.column_stack([x, np.ones(60), rng.normal(size=60)])
+    found = StructuralModel(**settings).fit([x + noise], X).coefficients()
+    assert np.isnan(found.error).tolist() == [[False, True, False]]
+    assert found.reason == ["nothing tells weight_1 from the rest"]
+    found = StructuralModel(**settings).fit([x + noise], np.column_stack([x, x])).coefficients()
+    assert found.reason == ["nothing tells weight_0, weight_1 from the rest"]
+
+
 def test_weights_that_walk_have_variances_in_their_own_units() -> None:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(1, 80, 1))

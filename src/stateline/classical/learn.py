@@ -24,7 +24,7 @@ from stateline.classical.em import Data, em_step, replace
 from stateline.classical.kalman import kalman_filter
 from stateline.classical.minimise import minimise
 from stateline.classical.model import StateSpace, check, validate
-from stateline.classical.objective import Cost, Tensors, apart, beside, some_of, standard_errors
+from stateline.classical.objective import Cost, Tensors, apart, beside, some_of, standard_errors, without_top
 from stateline.classical.parameters import COVARIANCES, Parameters, of
 from stateline.ops.kalman import FORMS
 
@@ -132,7 +132,9 @@ def fit(
         finally:
             if options.progress is True:
                 print(file=sys.stderr)  # what comes next has a line of its own
-        errors, why = standard_errors(found, data, free) if options.errors else (None, "errors=False")
+        for g, problem in (endless := without_top(found, data, free)).items():
+            converged[g], reasons[g] = False, problem
+        errors, why = standard_errors(found, data, free, endless) if options.errors else (None, "errors=False")
     first = next((r for r, good in zip(reasons, converged.tolist(), strict=True) if not good), reasons[0])
     named = None if errors is None else {k: shape.part(k, v) for k, v in errors.items()}
     return Fit(
