@@ -424,8 +424,9 @@ WRONG = [
     (["inf.csv"], "inf.csv, line 2, column 'a': 'inf' is infinite"),
     (["empty.csv"], "empty.csv is empty"),
     (["header.csv"], "header.csv has no rows below its header"),
-    (["few.csv"], "3 variances are to be learnt and it has 2 values"),
+    (["few.csv"], "3 variances are to be learnt and it has 2 values, expected more than 3. Give more, or"),
     (["x.csv", "--columns", ","], "has no column ''"),
+    (["x.csv", "--load-state", "s", "--decimal", ","], "--load-state brings what --decimal would say"),
 ]
 FILES = {
     "text.csv": "a\n1\nhigh\n", "dates.csv": "time,a\n2024-01-01,3\n", "back.csv": "time,a\n1,3\n2,4\n1,5\n3,4\n4,5\n",
@@ -468,6 +469,27 @@ def test_a_column_that_is_the_time_by_its_name_is_told(run: Callable[..., str], 
     assert "note: 'time' is filtered as a series; --time time takes it for the time" in capsys.readouterr().err
     assert main(["filter", "x.csv", "--model", "local-level", "--time", "time"]) == 0
     assert "note" not in capsys.readouterr().err
+
+
+def test_a_file_with_decimal_commas_is_filtered_and_gone_on_with(run: Callable[..., str]) -> None:
+    write("x.csv", walk(40))
+    points = Path("x.csv").read_text()
+    Path("y.csv").write_text(points.replace(".", ","))
+    assert run("y.csv", "--decimal", ",", "--save-state", "s", "--quiet") == run("x.csv", "--quiet")
+    Path("more.csv").write_text("21,5\n")
+    assert run("more.csv", "--load-state", "s").splitlines()[1].startswith("41,a,data,21.5,")
+
+
+def test_a_column_that_is_predicted_without_error_is_told(
+    run: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = torch.arange(60, dtype=F64)[:, None]
+    write("x.csv", torch.cat([walk(60), 0 * line + 5, line], 1))
+    assert main(["filter", "x.csv", "--out", "o.csv", "--save-state", "s"]) == 0
+    said = capsys.readouterr().err
+    assert re.findall("note: '(.)' is predicted without error", said) == ["b", "c"]
+    assert SeriesFilter.load("s").exact == ("b", "c")
+    assert SeriesFilter(KNOWN).fit(series_of(0 * line)).exact == ()
 
 
 def test_help_lists_every_model() -> None:

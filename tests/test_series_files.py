@@ -48,6 +48,30 @@ def test_files_are_understood(tmp_path: Path, text: str, columns: tuple[str, ...
     assert [[None if math.isnan(v) else v for v in row] for row in series.values.tolist()] == values
 
 
+def test_decimal_commas_are_read_if_that_is_said(tmp_path: Path) -> None:
+    """Also in times, without a header, and in what a loaded filter goes on with."""
+    (tmp_path / "x.csv").write_text("0,5;1,25;-3\n1,5;;1e2\n2,5;7;\n3,5;2;,5\n")
+    series = read_series(tmp_path / "x.csv", time="1", decimal=",")
+    assert [row.moment for row in series.rows] == [0.5, 1.5, 2.5, 3.5]
+    assert series.values.nan_to_num(9).tolist() == [[1.25, -3], [9, 100], [7, 9], [2, 0.5]]
+    for text, message in (
+        ("1,5;2.5\n", "'2.5' is no number. Decimals were to be"),
+        ("1,5;1.000,5\n", "no marks between"),
+    ):
+        (tmp_path / "x.csv").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_series(tmp_path / "x.csv", decimal=",")
+    (tmp_path / "x.csv").write_text("1,5;3\n2,5;4\n")
+    with pytest.raises(ValueError, match=r"line 1, column '1': '1,5' is no number\. Is that"):  # nor a name
+        read_series(tmp_path / "x.csv")
+    dated = list(SeriesReader("x", ["t;a", "02.01.2024;2,5"], time="t", time_format="%d.%m.%Y", decimal=","))
+    assert (dated[0].moment, dated[0].values) == (datetime(2024, 1, 2), [2.5])
+    sensor = SeriesFilter(KNOWN).fit(series)
+    sensor.extend(series)
+    sensor.save(tmp_path / "s")
+    assert SeriesFilter.load(tmp_path / "s").decimal == ","
+
+
 @pytest.mark.parametrize(
     ("times", "form", "expected"),
     [
@@ -207,7 +231,9 @@ def test_a_time_zone_is_had_by_all_or_none(tmp_path: Path, zone: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("t;a\n1;20,5\n", r"line 2, column 'a': '20,5' is no number\. Decimals are written with points"),
+        ("t;a\n1;20,5\n", r"line 2, column 'a': '20,5' is no number\. Is that a decimal comma\? Say --decimal ,\."),
+        ("t;a\n1;1.020,5\n", r"column 'a': '1\.020,5' is no number\. Numbers have no marks between thousands\."),
+        ("t;a\n1;1e200\n", r"'1e200' is too large\. Does it stand for missing\?"),
         ("\x1f\x8bH\x00", r"line 1: this is no text\. Unpack"),
         ("t;a\n1;20.5 C\n", r"'20\.5 C' is no number\. Missing is an empty cell"),
         ("Device: X17\nt;a\n1;2\n", r"no column 't' \(--time\); its first line says Device:, X17"),

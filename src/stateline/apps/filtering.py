@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stateline import checks, state
-from stateline.apps.filter_models import F64, Blueprint, blueprint, described
+from stateline.apps.filter_models import F64, NOISE, Blueprint, blueprint, described
 from stateline.apps.series_files import NUMBERS, Clock, Row, Series, read_series, series_of
 from stateline.classical import KalmanState, StateSpace, kalman_filter
 from stateline.classical.minimise import minimise
@@ -115,6 +115,7 @@ class SeriesFilter:
         self.columns: tuple[str, ...] = ()
         self.time: str | None = None
         self.time_format: str | None = None
+        self.decimal = "."
         self.names: tuple[str, ...] = ()  # of all columns of the file it was fitted to
         self.clock = Clock()
         self.rows = 0
@@ -137,6 +138,16 @@ class SeriesFilter:
         return {name: values.tolist() for name, values in self._values.items() if name not in ("Q", "R")}
 
     @property
+    def exact(self) -> tuple[str, ...]:
+        """Columns predicted without error, as one that is constant: their noise is the least there is, not learnt."""
+        plan = self._plan
+        if plan is None or plan.joint or NOISE not in plan.free:
+            return ()
+        moves = torch.stack([self._values[name] for name in plan.free if name != NOISE] or [0 * self._values[NOISE]])
+        none = (moves == 0).all(0) & (self._values[NOISE] < 1.01 * self._scale * math.exp(LEAST_NOISE))
+        return tuple(name for name, one in zip(self.columns, none.tolist(), strict=True) if one)
+
+    @property
     def learns(self) -> bool:
         """Whether the model leaves variances to be learnt."""
         spec = self.spec
@@ -151,7 +162,7 @@ class SeriesFilter:
         """
         series = series if isinstance(series, Series) else series_of(series)
         self.columns, self.time = series.columns, series.time
-        self.time_format, self.names = series.time_format, series.names
+        self.time_format, self.names, self.decimal = series.time_format, series.names, series.decimal
         self.clock = Clock.of(series.rows, self.step, series.time_format)
         if self.clock.kind == "numbers":  # also where a file begins with 202401, say
             self.time_format = NUMBERS
@@ -162,7 +173,8 @@ class SeriesFilter:
             for name, count in zip(self.columns, seen.tolist(), strict=True):
                 if count < 2 + plan.n:
                     need = f"{len(plan.free)} variances are to be learnt and it has {count} values, expected more"
-                    remedy = "" if count else "Leave it out: --columns names those to filter."
+                    remedy = "Give more, or variances of its own in a .yaml model."
+                    remedy = remedy if count else "Leave it out: --columns names those to filter."
                     raise checks.fail(OP, f"{series.source}, column {name!r}: {need} than {1 + plan.n}.", remedy)
         self._middle = torch.nan_to_num(values.nanmedian(0).values if len(values) else torch.zeros(values.shape[1]))
         spread = torch.stack([column[column.isfinite()].var(correction=0) for column in values.T])
@@ -412,6 +424,7 @@ class SeriesFilter:
         about = {
             "model": self.spec, "columns": self.columns, "time": self.time, "time_format": self.time_format,
             "names": self.names, "rows": self.rows, "clock": asdict(self.clock), "step": self.step,
+            "decimal": self.decimal,
         }  # fmt: skip
         tensors = {f"variance {name}": value for name, value in self._values.items()}
         tensors |= {"middle": self._middle, "scale": self._scale, "last": torch.tensor(self.last, dtype=F64)}
@@ -437,7 +450,7 @@ class SeriesFilter:
         made = cls(told["model"], step=told["step"])
         made.columns, made.time, made.rows = tuple(told["columns"]), told["time"], told["rows"]
         made.time_format, made.clock = told["time_format"], Clock(**told["clock"])
-        made.names = tuple(told["names"])
+        made.names, made.decimal = tuple(told["names"]), told.get("decimal", ".")  # not in files of before
         made._plan = made._blueprint(len(made.columns))
         made._values = {
             name: tensors[f"variance {name}"]
