@@ -244,8 +244,10 @@ def test_two_files_are_one(run: Callable[..., str]) -> None:
 def follow(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     (folder / "m.yaml").write_text("components: {l: {kind: local-level, level: 0.3}}\nnoise: 0.5\n")
     command = [sys.executable, "-m", "stateline", "filter", *arguments, "--follow", "--model", "m.yaml"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as a user's is
     return subprocess.Popen(
-        command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command, cwd=folder, env=buffered, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
