@@ -105,20 +105,6 @@ def test_numbers_are_those_of_the_filter_and_smoother(run: Callable[..., str], t
         assert float(last["upper"]) - float(last["mean"]) == pytest.approx(1.6448536 * float(last["sd"]), rel=1e-6)
 
 
-def test_the_nile_has_its_published_variances() -> None:
-    """Durbin & Koopman 2012, section 2.10: 15,099 and 1,469.1."""
-    flow = [
-        1120, 1160, 963, 1210, 1160, 1160, 813, 1230, 1370, 1140, 995, 935, 1110, 994, 1020, 960, 1180, 799, 958, 1140,
-        1100, 1210, 1150, 1250, 1260, 1220, 1030, 1100, 774, 840, 874, 694, 940, 833, 701, 916, 692, 1020, 1050, 969,
-        831, 726, 456, 824, 702, 1120, 1100, 832, 764, 821, 768, 845, 864, 862, 698, 845, 744, 796, 1040, 759, 781, 865,
-        845, 944, 984, 897, 822, 1010, 771, 676, 649, 846, 812, 742, 801, 1040, 860, 874, 848, 890, 744, 749, 838, 1050,
-        918, 986, 797, 923, 975, 815, 1020, 906, 901, 1170, 912, 746, 919, 718, 714, 740,
-    ]  # fmt: skip
-    found = SeriesFilter("local-level").fit(series_of(flow)).variances
-    assert found["noise"][0] == pytest.approx(15099, rel=1e-3)
-    assert found["level"][0] == pytest.approx(1469.1, rel=1e-3)
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_pieces_are_the_whole_bit_for_bit(model: str, tmp_path: Path) -> None:
     """Uneven times, missing values, saved and loaded between; and one row at a time."""
@@ -206,16 +192,6 @@ def test_matrices_are_a_model() -> None:
         SeriesFilter(level, step=1.0).fit(gaps).extend(series_of(values[:2], [0.0, 2.5]))
     smooth = SeriesFilter({**level, "A": [[0]], "continuous": True}, step=1.0).fit(gaps)
     assert smooth.extend(series_of(values[:2], [0.0, 2.5])).mean.isfinite().all()
-
-
-def test_columns_differ_and_axes_share() -> None:
-    values = torch.cat([walk(300), 100 * walk(300, seed=3)], 1)
-    apart = SeriesFilter("local-level").fit(series_of(values)).variances
-    assert apart["noise"][1] > 1000 * apart["noise"][0]
-    together = SeriesFilter("constant-velocity").fit(series_of(values)).variances
-    assert [len(v) for v in together.values()] == [1, 1]
-    one = SeriesFilter("local-level").fit(series_of(values[:, :1])).variances
-    assert apart["noise"][0] == pytest.approx(one["noise"][0])
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -191,29 +191,28 @@ class SeriesFilter:
         return self
 
     def _learn(self, plan: Blueprint, series: Series) -> None:
-        """Maximum likelihood, a column at a time: from the best of a few starts by L-BFGS on logarithms."""
-        y, places = self._arranged(series.values), self._places(series.rows, None, series.source)
-        A, units = self._over(self._steps(places, True))
-        found = []
+        """Maximum likelihood, columns side by side: each from the best of a few starts by L-BFGS on logarithms."""
+        y, gaps = self._arranged(series.values), self._steps(self._places(series.rows, None, series.source), True)
+        gaps = gaps[:1] if bool((gaps[:-1] == gaps[0]).all()) else gaps  # what follows the last row is not seen
+        A, units = self._over(gaps)
+        scale = self._scale.amax().expand(1) if plan.joint else self._scale
         moves = torch.tensor([name not in plan.sensors for name in plan.free])
         least = torch.where(moves, LEAST, LEAST_NOISE).to(F64)
-        for i in range(len(y)):
-            scale = self._scale.amax() if plan.joint else self._scale[i]
+        starts = torch.stack([torch.where(moves, ratio, 0.1).log().to(F64) for ratio in STARTS])
 
-            def likelihood(logs: Tensor, i: int = i, scale: Tensor = scale) -> Tensor:
-                given = {name: value[i : i + 1] for name, value in self._values.items()}
-                free = scale * logs.clamp(least, least.new_tensor(MOST)).exp()
-                model = self._model(A, units, given | {n: free[..., k] for k, n in enumerate(plan.free)}, i)
-                out, _ = kalman_filter(model, y[i], keep="loglik")
-                return out.loglik.sum(-1)
+        def likelihood(logs: Tensor, at: Tensor) -> Tensor:
+            free = scale[at, None] * logs.clamp(least, least.new_tensor(MOST)).exp()
+            given = {name: value[at] for name, value in self._values.items() if name in plan.fixed}
+            model = self._model(A, units, given | {n: free[:, k] for k, n in enumerate(plan.free)}, at)
+            return kalman_filter(model, y[at], keep="loglik")[0].loglik.sum(-1)
 
-            starts = torch.stack([torch.where(moves, ratio, 0.1).log().to(F64) for ratio in STARTS])
+        found = []
+        for at in torch.arange(len(y)).split(max(1, ROOM // (len(gaps) * plan.n**2 + len(series.rows)))):
             with torch.no_grad():
-                chances = torch.stack([likelihood(start[None]).squeeze(0) for start in starts])
-            best = _likeliest(likelihood, starts[int(chances.argmax())]).clamp(least, least.new_tensor(MOST))
-            found.append(scale * torch.where(moves & (best < LEAST + 8), 0.0, best.exp()))
-        for k, name in enumerate(plan.free):
-            self._values[name] = torch.stack([x[k] for x in found])
+                chances = torch.stack([likelihood(start.expand(len(at), -1), at) for start in starts])
+            best = _likeliest(likelihood, starts[chances.argmax(0)], at).clamp(least, least.new_tensor(MOST))
+            found.append(torch.where(moves & (best < LEAST + 8), 0.0, scale[at, None] * best.exp()))
+        self._values |= dict(zip(plan.free, torch.cat(found).unbind(1), strict=True))
 
     # ---- filtering ---------------------------------------------------------------------------------------------------
 
@@ -363,12 +362,11 @@ class SeriesFilter:
         return A[which], {name: Q[which] for name, Q in units.items()}  # type: ignore[attr-defined]  # a pair
 
     def _model(
-        self, A: Tensor, units: Mapping[str, Tensor], values: Mapping[str, Tensor], i: int | None = None
+        self, A: Tensor, units: Mapping[str, Tensor], values: Mapping[str, Tensor], at: Tensor | None = None
     ) -> StateSpace:
-        """The model of all series apart (N, T, n, n), or of series i; A (T, n, n), values (N) each."""
+        """The model of all series apart (N, T, n, n), or of the series `at` (N); A (T, n, n), values (N) each."""
         plan = self._ready()
         apart = 1 if plan.joint else len(self.columns)
-        rows = slice(None) if i is None else slice(i, i + 1)
         Q = torch.zeros_like(A)
         for name, unit in units.items():
             Q = Q + values[name].reshape(-1, 1, 1, 1) * unit
@@ -386,9 +384,8 @@ class SeriesFilter:
             m0 = plan.m0.expand(apart, plan.n)
         if plan.P0 is not None:
             P0 = plan.P0.expand(apart, plan.n, plan.n)
-        m0, P0 = m0[rows], P0[rows]
-        if i is not None:  # one series, without its dimension
-            Q, R, m0, P0 = Q.squeeze(0), R.squeeze(0), m0[0], P0[0]
+        if at is not None:
+            m0, P0 = m0[at], P0[at]
         return StateSpace(A, None, plan.seen, None, Q, R, m0, P0)
 
     def _arranged(self, values: Tensor) -> Tensor:
@@ -463,14 +460,14 @@ class SeriesFilter:
         return made
 
 
-def _likeliest(likelihood: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """Where a likelihood (1) of x (1, k) is greatest, uphill from a start (k)."""
+def _likeliest(likelihood: Callable[[Tensor, Tensor], Tensor], start: Tensor, at: Tensor) -> Tensor:
+    """Where the likelihood (N) of x (N, k) of each of the series `at` is greatest, uphill from a start (N, k)."""
 
     def cost(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            value = -likelihood(x).reshape(1)
-            (slope,) = torch.autograd.grad(value, x)
+            value = -likelihood(x, at[rows])
+            (slope,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), slope
 
-    return minimise(cost, start[None], longest=LONGEST).x[0]
+    return minimise(cost, start, longest=LONGEST).x
