@@ -115,9 +115,9 @@ def fit(
     >>> found.converged, round(found.model.Q.item(), 2), round(found.errors["Q"].item(), 2)
     (True, 0.55, 0.03)
     """
-    options = options or FitOptions()
-    batch, flat, data = _prepare(model, y, u, tuple(learn), each, options)
-    free = _free(model, tuple(learn), frozen or {}, options)
+    options, learn = options or FitOptions(), (learn,) if isinstance(learn, str) else tuple(learn)
+    batch, flat, data = _prepare(model, y, u, learn, each, options)
+    free = _free(model, learn, frozen or {}, options)
     checks.choice(OP, "method", method, METHODS)
     checks.number(OP, "steps", steps, low=0, integer=True)
     with torch.no_grad():
@@ -136,7 +136,10 @@ def fit(
             converged[g], reasons[g] = False, problem
         errors, why = standard_errors(found, data, free, endless) if options.errors else (None, "errors=False")
     first = next((r for r, good in zip(reasons, converged.tolist(), strict=True) if not good), reasons[0])
-    named = None if errors is None else {k: shape.part(k, v) for k, v in errors.items()}
+    named = None
+    if errors is not None:
+        still = {name: torch.zeros_like(getattr(model, name)) for name in learn if name not in free}
+        named = {name: shape.part(name, v) for name, v in errors.items()} | still
     return Fit(
         shape.model(found, free),
         (trace.unflatten(1, batch) if batch else trace[:, 0]) if each else trace[:, 0],
@@ -154,6 +157,12 @@ def _prepare(
     model: StateSpace, y: Tensor, u: Tensor | None, learn: tuple[str, ...], each: bool, options: FitOptions
 ) -> tuple[tuple[int, ...], StateSpace, Data]:
     """Check everything, and bring it to one batch dimension in float64."""
+    if not isinstance(options, FitOptions):
+        problem = f"options is a {type(options).__name__}, expected FitOptions"
+        raise checks.fail(OP, f"{problem}.", "As in options=FitOptions(tolerance=1e-3).", error=TypeError)
+    if not (isinstance(options.progress, bool) or callable(options.progress)):
+        problem = f"progress is {options.progress!r}, expected True, False or a function of step, log-likelihood, model"
+        raise checks.fail(OP, f"{problem}.", error=TypeError)
     checks.choice(OP, "form", options.form, FORMS)
     checks.number(OP, "tolerance", options.tolerance, low=0.0)
     if options.tolerance > MOST:
@@ -220,7 +229,7 @@ def _given_each(flat: StateSpace, free: Mapping[str, Tensor], N: int) -> StateSp
 def _free(
     model: StateSpace, learn: tuple[str, ...], frozen: Mapping[str, Tensor], options: FitOptions
 ) -> dict[str, Tensor]:
-    """For each learned part the entries that are not frozen."""
+    """The entries that are not frozen, for each learned part that has any."""
     for name in frozen:
         if name not in learn:
             problem = f"frozen has a mask for {name!r}, which is not in learn={learn!r}"
@@ -238,6 +247,9 @@ def _free(
         if name in COVARIANCES and not bool((mask == mask.mT).all()):
             raise checks.fail(OP, f"frozen[{name!r}] is not symmetric.", "Give mask | mask.mT.")
         free[name] = ~mask.cpu()
+    free = {name: entries for name, entries in free.items() if bool(entries.any())}
+    if not free:
+        raise checks.fail(OP, f"frozen keeps every entry of learn={learn!r}.", "There is nothing to learn.")
     if options.stable and "A" in free and not bool(free["A"].all()):
         problem = "stable=True moves all entries of A together, and some are frozen"
         raise checks.fail(OP, f"{problem}.", "Leave out one of the two.")
