@@ -431,6 +431,20 @@ def test_diagnosis_sees_what_a_model_leaves_out() -> None:
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
+class DatetimeIndex:
+    """As pandas calls it."""
+
+
+class OfTimes:
+    """A table as pandas keeps series: a row a time, a column a series."""
+
+    def __init__(self, table: Any) -> None:
+        self.table, self.index = table, DatetimeIndex()
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.table
+
+
 @pytest.mark.parametrize(
     ("change", "y", "message"),
     [
@@ -442,6 +456,8 @@ def test_diagnosis_sees_what_a_model_leaves_out() -> None:
         ({}, [[1.0] * 9, [1.0, float("inf")]], "series 1 has infinite values"),
         ({}, [[1.0] * 9, [float("nan")] * 5], "series 1 has no values"),
         ({}, [[1.0] * 9, [1.0, 2.0]], "series 1 has 2 values, and no structure can be fitted"),
+        ({}, np.ones((40, 3)), "There are 40 series of 3 steps: is it y"),
+        ({}, OfTimes(np.ones((40, 30))), "y is a table whose rows are times, expected a row a series. Transpose it"),
         ({"transform": "log"}, [[1.0] * 9, [1.0, 2.0, -3.0, 4.0, 5.0]], "series 1 has 5 values, and no structure"),
         ({}, [["a", "b"]], "not made of numbers"),
         ({}, [np.arange("2024-01", "2024-12", dtype="M8[M]")], "not made of numbers"),

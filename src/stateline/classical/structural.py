@@ -453,9 +453,10 @@ def _check_fitting(panel: Panel, structures: list[Structure]) -> None:
         series = int(without.nonzero()[0])
         fewest = min(structure.diffuse for structure in structures) + 2
         problem = f"series {series} has {int(panel.count[series])} values, and no structure can be fitted to them"
-        raise checks.fail(
-            "fit", f"{problem}.", f"The smallest takes {fewest} values, and logarithms take values above 0."
-        )
+        remedy = f"The smallest takes {fewest} values, and logarithms take values above 0."
+        if len(panel.y) > panel.y.shape[1] > 1:
+            remedy += f" There are {len(panel.y)} series of {panel.y.shape[1]} steps: is it y.T?"
+        raise checks.fail("fit", f"{problem}.", remedy)
 
 
 def _weights(panel: Panel, fits: list[StructureFit], combine: str) -> Tensor:
