@@ -82,6 +82,13 @@ def test_future_inputs_are_projected_out() -> None:
     assert error.norm() < 0.05 * torch.tensor(markov[0]).norm()
 
 
+def test_a_column_that_repeats_another_leaves_the_suggested_order() -> None:
+    _, y, u = coloured(2000, noise=0.1)
+    alone = n4sid(y, u)
+    assert alone.suggested_order == n4sid(torch.cat([y, y], 1), u).suggested_order == 2
+    assert n4sid(y, order=3).suggested_order == n4sid(torch.cat([y, 2 * y], 1), order=3).suggested_order
+
+
 def test_means_are_taken_away_and_told() -> None:
     truth = system(n=2, m=1, p=1, seed=3)._replace(D=None)
     u = torch.randn(2000, 1, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -114,6 +121,8 @@ def test_inputs_that_rounding_tells_apart_are_dependent(dtype: torch.dtype) -> N
         ({"u": torch.ones(300, 1, dtype=F64)}, "dependent"),
         ({"order": 6, "block_rows": 5}, "order"),
         ({"block_rows": 100}, "block_rows"),
+        ({"u": None, "feedthrough": True}, "feedthrough=True, and there are no inputs u"),
+        ({"y": torch.zeros(300, 1, dtype=F64), "u": None}, "y stays at 0"),
         ({"u": torch.ones(299, 1, dtype=F64)}, r"y has shape \(300, 1\), u has shape \(299, 1\), .* steps alike"),
         ({"y": torch.ones(300, dtype=F64)}, r"y has shape \(300,\), .* One value a step is y\[:, None\]"),
     ],
