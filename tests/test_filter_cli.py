@@ -381,7 +381,8 @@ WRONG = [
         "the interval is 95.0, expected a probability between 0 and 1, such as 0.95. In per",
     ),
     (["x.csv", "--forecast", "0"], "0 is not a whole number from 1"),
-    (["x.csv", "--step", "0"], "step is 0.0"),
+    (["x.csv", "--step", "0", "--time", "a"], "step is 0.0"),
+    (["x.csv", "--step", "2"], "--step needs --time: without times a row is a step"),
     (["x.csv", "--follow"], "the model has variances to learn"),
     (["x.csv", "--follow", "--smooth"], "--smooth waits for the last row"),
     (["x.csv", "--follow", "--plot", "p.png"], "--plot waits for the last row"),
@@ -456,6 +457,19 @@ def test_a_file_with_decimal_commas_is_filtered_and_gone_on_with(run: Callable[.
     assert run("y.csv", "--decimal", ",", "--save-state", "s", "--quiet") == run("x.csv", "--quiet")
     Path("more.csv").write_text("21,5\n")
     assert run("more.csv", "--load-state", "s").splitlines()[1].startswith("41,a,data,21.5,")
+
+
+@pytest.mark.parametrize("columns", [1, 2, 9])
+def test_what_was_learnt_is_told_by_column(columns: int, run: Callable[..., str], capsys: Any) -> None:
+    write("x.csv", walk(60, columns))
+    assert main(["filter", "x.csv", "--model", "local-level", "--out", os.devnull]) == 0
+    said = [line.split() for line in capsys.readouterr().err.splitlines()[1:]]
+    more = ["…", "3", "more"] if columns == 9 else []
+    if columns > 1:
+        assert said.pop(0) == [*"abcdef"[:columns], *more]
+    assert [line[0] for line in said] == ["level", "noise"]
+    assert [line[7:] for line in said] == [more] * 2
+    assert all(float(value) >= 0 for line in said for value in line[1:7])
 
 
 def test_a_column_that_is_predicted_without_error_is_told(

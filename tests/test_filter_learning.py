@@ -58,3 +58,8 @@ def test_many_columns_are_learnt_by_as_many_filterings_as_one(monkeypatch: pytes
         SeriesFilter("local-level").fit(series_of(walk(80, columns)))
         counts.append(calls[0])
     assert counts[1] < 3 * counts[0]
+
+
+def test_a_step_without_times_is_refused() -> None:
+    with pytest.raises(ValueError, match="step is 2, and the series has no times"):
+        SeriesFilter("local-level", step=2.0).fit(walk())

@@ -161,6 +161,9 @@ class SeriesFilter:
         learn: False takes only names, step and scale from the series, for a model without variances to learn.
         """
         series = series if isinstance(series, Series) else series_of(series)
+        if self.step is not None and series.time is None:
+            problem = f"step is {self.step:g}, and {series.source} has no times"
+            raise checks.fail(OP, f"{problem}.", "Without times a row is a step: leave it out.")
         self.columns, self.time = series.columns, series.time
         self.time_format, self.names, self.decimal = series.time_format, series.names, series.decimal
         self.clock = Clock.of(series.rows, self.step, series.time_format)

@@ -69,6 +69,7 @@ SECONDS = 5.0  # between lines of progress
 LEARN_ROWS = 5000
 TIMES = ("time", "date", "datetime", "timestamp", "day", "month", "year", "seconds", "t")  # what times are often called
 DECIMALS = (".", ",")
+TOLD, TOLD_WIDTH = 6, 12  # columns of which variances are told, and of what width
 POLL = 0.2  # seconds between looks at a file that is followed
 
 
@@ -81,7 +82,9 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     what.add_argument("--time", metavar="COLUMN", help="name or number of the column of times (default: even rows)")
     what.add_argument("--time-format", metavar="FORM", help="how dates are written, as in %%d/%%m/%%Y; or number")
     what.add_argument("--columns", metavar="A,B", help="names or numbers of those to filter (default: all)")
-    what.add_argument("--decimal", choices=DECIMALS, help="the mark before decimals (default: .)")
+    what.add_argument(
+        "--decimal", choices=DECIMALS, metavar="MARK", help="what is before decimals, . or , (default: .)"
+    )
     what.add_argument("--step", type=float, metavar="X", help="what is one step: seconds, or units of numeric times")
     model = parser.add_argument_group("how it is filtered")
     model.add_argument("--model", metavar="NAME", help="a name, a sum of names, or a .yaml file (default: local-trend)")
@@ -156,6 +159,8 @@ def _check(options: argparse.Namespace) -> None:
             raise UsageError("without DATA there is nothing to do but --forecast N")
     if options.time_format and not options.time:
         raise UsageError("--time-format needs --time, the column it is about")
+    if options.step is not None and not options.time:
+        raise UsageError("--step needs --time: without times a row is a step")
     for name in ("smooth", "plot"):
         if options.follow and getattr(options, name):
             raise UsageError(f"--{name} waits for the last row, and --follow answers each at once")
@@ -299,8 +304,8 @@ class Job:
         if learns and not self.options.quiet:
             took = time.perf_counter() - began
             print(f"learnt from {len(rows):,} rows in {took:.1f} s; standard deviations a step:", file=sys.stderr)
-            for name, values in self.sensor.variances.items():
-                print(f"  {name:12s} " + "  ".join(f"{value**0.5:.6g}" for value in values), file=sys.stderr)
+            for line in _deviations(self.sensor):
+                print(line, file=sys.stderr)
             for name in self.sensor.exact:
                 told = (
                     "is predicted without error, as if constant or a straight line; its noise is none that was learnt"
@@ -319,6 +324,18 @@ class Job:
         self.table.rows(series, clean, self.sensor.rows)
         if self.picture is not None:
             self.picture.add(series, clean, self.sensor.rows)
+
+
+def _deviations(sensor: SeriesFilter) -> list[str]:
+    """A line for each standard deviation, a field for each column, of many the first few."""
+    table = {name: [f"{value**0.5:.6g}" for value in values] for name, values in sensor.variances.items()}
+    columns = max(map(len, table.values()))
+    head = {"": [name[:TOLD_WIDTH] for name in sensor.columns]} if columns > 1 else {}
+    more = f"  … {columns - TOLD} more" if columns > TOLD else ""
+    return [
+        f"  {name:12s} " + ("  ".join(f"{value:<{TOLD_WIDTH}}" for value in values[:TOLD]) + more).rstrip()
+        for name, values in (head | table).items()
+    ]
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------------
