@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from stateline.apps.filtering import SeriesFilter
@@ -50,3 +51,10 @@ def test_numbers_of_yaml_may_lack_a_point(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text("components: {l: {kind: local-level, level: 1e-3}}\nnoise: 2E+1\n")
     spec = SeriesFilter(str(tmp_path / "m.yaml")).spec
     assert (spec["components"]["l"]["level"], spec["noise"]) == (0.001, 20.0)
+
+
+def test_arrays_are_matrices_and_what_is_no_model_is_told() -> None:
+    one = torch.ones(1, 1)
+    assert SeriesFilter({"A": one, "C": one.numpy(), "Q": [[1]], "R": "learn"}).spec["A"] == [[1.0]]
+    with pytest.raises(TypeError, match="the model is a NoneType, expected a name"):
+        SeriesFilter(None)  # type: ignore[arg-type]  # refused

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -249,6 +250,45 @@ def test_arrays_are_series() -> None:
     assert series_of([1, None, 3]).values[:, 0].isnan().tolist() == [False, True, False]
     with pytest.raises(ValueError, match="the values are not numbers"):
         series_of([["high"]])
+
+
+class Frame:
+    """A table with names, as pandas has it."""
+
+    def __init__(self, table: Any, columns: list[str]) -> None:
+        self.table, self.columns, self.ndim = np.asarray(table), columns, 2
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.table.astype(dtype or float)
+
+
+def test_a_frame_brings_the_names_of_its_columns() -> None:
+    table = torch.arange(20.0).reshape(10, 2).numpy()
+    sensor = SeriesFilter(KNOWN).fit(series_of(Frame(table, ["a", "b"])))
+    assert sensor.columns == ("a", "b")
+    assert sensor.extend(Frame(table, ["a", "b"])).mean.shape == (10, 2)  # type: ignore[arg-type]  # as a tensor
+    assert sensor.extend(torch.ones(1, 2)).mean.shape == (1, 2)
+    with pytest.raises(ValueError, match="has the columns b, a, expected a, b as fitted"):
+        sensor.extend(Frame(table, ["b", "a"]))  # type: ignore[arg-type]  # as a tensor
+
+
+def test_times_are_numbers_dates_or_texts_of_them() -> None:
+    noon = datetime(2024, 1, 1, 12)
+    for times, expected in (
+        (["2024-01-01 12:00"], noon), (np.array(["2024-01-01T12"], dtype="datetime64[ns]"), noon), ([noon], noon),
+        ([date(2024, 1, 1)], datetime(2024, 1, 1)), (["1.5"], 1.5), (np.array([1.5]), 1.5), ([3], 3.0),
+    ):  # fmt: skip
+        assert series_of([0.0], times).rows[0].moment == expected
+    for time in (math.nan, np.datetime64("NaT"), "noon", None, "nan", math.inf):
+        with pytest.raises(ValueError, match=r"time 2 is .*, expected a number, a date or a text of one"):
+            series_of([0.0, 0.0], [0, time])
+
+
+def test_columns_may_be_numbers(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("t,ab,a\n1,2,3\n")
+    series = read_series(tmp_path / "x.csv", time=1, columns=[3])
+    assert (series.time, series.columns) == ("t", ("a",))
+    assert read_series(tmp_path / "x.csv", columns="ab").columns == ("ab",)
 
 
 def test_smoothing_filters_once(monkeypatch: pytest.MonkeyPatch) -> None:

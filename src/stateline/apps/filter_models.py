@@ -108,7 +108,7 @@ LEVELS = ("local-level", "local-trend", "constant-velocity", "constant-accelerat
 # ---- from names and YAML to a plain description ----------------------------------------------------------------------
 
 
-def described(model: str | Mapping[str, Any]) -> dict[str, Any]:
+def described(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """A model as plain values that JSON can hold: {"components": {name: {"kind": …}}, "noise": …} or matrices.
 
     Args:
@@ -118,8 +118,11 @@ def described(model: str | Mapping[str, Any]) -> dict[str, Any]:
         ValueError: naming what is wrong and what is known.
     """
     if isinstance(model, Mapping):
-        given = checks.plain(dict(model))
-        return _checked({str(name): _plain(f"the model: {name}", value) for name, value in given.items()}, "the model")
+        return _checked({str(name): _plain(f"the model: {name}", value) for name, value in model.items()}, "the model")
+    if not isinstance(model, str | Path):
+        problem = f"the model is a {type(model).__name__}, expected a name, a .yaml file or a mapping"
+        raise checks.fail(OP, f"{problem}.", error=TypeError)
+    model = str(model)
     if Path(model).suffix.lower() in (".yaml", ".yml"):
         return _checked(_read_yaml(Path(model)), str(model))
     components: dict[str, Any] = {}
@@ -164,7 +167,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _plain(place: str, value: Any) -> Any:
-    """A value as JSON holds it; YAML takes 1e-3, without a point, for a text."""
+    """A value as JSON holds it, arrays as lists; YAML takes 1e-3, without a point, for a text."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, dict):
         return {str(name): _plain(f"{place}.{name}", item) for name, item in value.items()}
     if isinstance(value, list | tuple):

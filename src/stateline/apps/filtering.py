@@ -106,11 +106,11 @@ class SeriesFilter:
     torch.Size([5, 1])
     """
 
-    def __init__(self, model: str | Mapping[str, Any] = "local-trend", *, step: float | None = None) -> None:
+    def __init__(self, model: str | Path | Mapping[str, Any] = "local-trend", *, step: float | None = None) -> None:
         if step is not None:
             checks.number(OP, "step", step, low=0.0, open_low=True)
         self.spec = described(model)
-        self._source = model if isinstance(model, str) else "the model"
+        self._source = str(model) if isinstance(model, str | Path) else "the model"
         self.step = step
         self.columns: tuple[str, ...] = ()
         self.time: str | None = None
@@ -227,7 +227,8 @@ class SeriesFilter:
         Raises:
             ValueError: if columns or times are not those of the series so far.
         """
-        series = series if isinstance(series, Series) else series_of(series, columns=self.columns or None)
+        if not isinstance(series, Series):
+            series = series_of(series, columns=None if hasattr(series, "columns") else self.columns or None)
         self._check(series)
         parts: list[Clean] = []
         plan, T = self._plan, len(series.rows)

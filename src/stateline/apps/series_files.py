@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ class SeriesReader:
         source: str,
         lines: Iterable[str],
         *,
-        time: str | None = None,
-        columns: Sequence[str] | None = None,
+        time: str | int | None = None,
+        columns: Sequence[str | int] | None = None,
         time_format: str | None = None,
         names: Sequence[str] = (),
         decimal: str = ".",
@@ -100,7 +100,8 @@ class SeriesReader:
         if columns is None:
             self._places = [i for i in range(self.width) if i != self._time]
         else:
-            self._places = [self._place(name, "--columns") for name in columns]
+            wanted = [columns] if isinstance(columns, str) else columns
+            self._places = [self._place(name, "--columns") for name in wanted]
         if not self._places:
             raise checks.fail(OP, f"{source} has no column beside the time.")
         for place in self._places:
@@ -154,7 +155,8 @@ class SeriesReader:
     def _form(self) -> str | None:
         return None if self.time_format == NUMBERS else self.time_format
 
-    def _place(self, name: str, option: str) -> int:
+    def _place(self, given: str | int, option: str) -> int:
+        name = str(given)
         if name in self._names:
             return self._names.index(name)
         if name.isdigit() and 1 <= int(name) <= self.width:
@@ -403,7 +405,12 @@ class Series:
 
 
 def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence[str] | None = None) -> Series:
-    """A series from an array (T) or (T, columns), and times (T): numbers or datetimes."""
+    """A series from an array (T) or (T, columns), and times (T): numbers, dates or texts of either.
+
+    columns: names; None takes those of a DataFrame, or 1, 2, ….
+    """
+    if columns is None and getattr(values, "ndim", 0) == 2:
+        columns = [str(name) for name in values.columns] if hasattr(values, "columns") else None
     try:
         table = values.double() if isinstance(values, Tensor) else torch.tensor(np.asarray(values, dtype=np.float64))
     except (TypeError, ValueError) as error:
@@ -418,7 +425,9 @@ def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence
         raise checks.fail(OP, "the values are not all finite.", "Missing is NaN.")
     if times is not None and len(times) != len(table):
         raise checks.fail(OP, f"{len(times)} times were given for {len(table)} values.")
-    moments: list[Moment | None] = [None] * len(table) if times is None else [_as_moment(t) for t in times]
+    moments: list[Moment | None] = (
+        [None] * len(table) if times is None else [_as_moment(i, t) for i, t in enumerate(times, 1)]
+    )
     rows = [
         Row(i, "" if moment is None else str(moment), moment, row)
         for i, (moment, row) in enumerate(zip(moments, table.tolist(), strict=True), 1)
@@ -426,21 +435,31 @@ def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence
     return Series(table, names, rows, time=None if times is None else "time")
 
 
-def _as_moment(value: Any) -> Moment:
-    if isinstance(value, datetime):
+def _as_moment(i: int, value: Any) -> Moment:
+    """What the i-th time means: a number, a date, or a text of one."""
+    if hasattr(value, "dtype") and value.dtype.kind == "M":
+        value = value.astype("datetime64[us]").item()
+    if isinstance(value, str):
+        value = float(value) if _plain(value) and value.lower() not in MISSING else _date(value, None)
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if isinstance(value, datetime) and value == value:  # pandas' NaT is a datetime and not itself
         return value
-    if hasattr(value, "astype") and getattr(value, "dtype", None) is not None and value.dtype.kind == "M":
-        found = value.astype("datetime64[us]").item()
-        assert isinstance(found, datetime)
-        return found
-    return float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        remedy = "Leave out rows that have none."
+        raise checks.fail(OP, f"time {i} is {value!r}, expected a number, a date or a text of one.", remedy)
+    return number
 
 
 def read_series(
     path: str | Path,
     *,
-    time: str | None = None,
-    columns: Sequence[str] | None = None,
+    time: str | int | None = None,
+    columns: Sequence[str | int] | None = None,
     time_format: str | None = None,
     decimal: str = ".",
 ) -> Series:
