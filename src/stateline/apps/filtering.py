@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from stateline import checks, state
+from stateline.apps.filter_learning import likeliest, starts_of
 from stateline.apps.filter_models import F64, NOISE, Blueprint, blueprint, described
 from stateline.apps.series_files import NUMBERS, Clock, Row, Series, read_series, series_of
 from stateline.classical import KalmanState, StateSpace, kalman_filter
-from stateline.classical.minimise import minimise
 from stateline.classical.smoother import filter_and_smooth
 
 __all__ = ["Ahead", "Clean", "SeriesFilter", "read_series", "series_of"]
@@ -37,13 +37,9 @@ OP = "filter"
 FORMAT = "stateline-filter"
 #: Variance of what is not known before the first row, in those of the data.
 PRIOR = 1e4
-#: Of the data's variance: where the search for variances begins, what moves beside what is noise.
-STARTS = (1e-4, 1e-2, 1.0)
 #: Logarithms of variances, in those of the data: what moves less stands still. Of a sensor's noise so much stays that
 #: covariances keep their digits.
 LEAST, LEAST_NOISE, MOST = -30.0, -18.0, 12.0
-#: A step of the search, in logarithms of variances.
-LONGEST = 4.0
 #: Numbers of a chunk's matrices, which keeps memory constant.
 ROOM = 2_000_000
 CHUNK = 4096
@@ -194,14 +190,17 @@ class SeriesFilter:
         return self
 
     def _learn(self, plan: Blueprint, series: Series) -> None:
-        """Maximum likelihood, columns side by side: each from the best of a few starts by L-BFGS on logarithms."""
+        """Maximum likelihood, columns side by side, by L-BFGS on logarithms: the best of a few searches for each.
+
+        Likelihoods have several tops: one where all that may move does, others where one thing explains all motion.
+        """
         y, gaps = self._arranged(series.values), self._steps(self._places(series.rows, None, series.source), True)
         gaps = gaps[:1] if bool((gaps[:-1] == gaps[0]).all()) else gaps  # what follows the last row is not seen
         A, units = self._over(gaps)
         scale = self._scale.amax().expand(1) if plan.joint else self._scale
         moves = torch.tensor([name not in plan.sensors for name in plan.free])
         least = torch.where(moves, LEAST, LEAST_NOISE).to(F64)
-        starts = torch.stack([torch.where(moves, ratio, 0.1).log().to(F64) for ratio in STARTS])
+        starts = starts_of(moves)
 
         def likelihood(logs: Tensor, at: Tensor) -> Tensor:
             free = scale[at, None] * logs.clamp(least, least.new_tensor(MOST)).exp()
@@ -212,8 +211,12 @@ class SeriesFilter:
         found = []
         for at in torch.arange(len(y)).split(max(1, ROOM // (len(gaps) * plan.n**2 + len(series.rows)))):
             with torch.no_grad():
-                chances = torch.stack([likelihood(start.expand(len(at), -1), at) for start in starts])
-            best = _likeliest(likelihood, starts[chances.argmax(0)], at).clamp(least, least.new_tensor(MOST))
+                chances = torch.stack([likelihood(x.expand(len(at), -1), at) for x in starts.flatten(0, 1)])
+            first = chances.unflatten(0, starts.shape[:2]).argmax(1)  # of each family (families, N)
+            begin = torch.stack([family[best] for family, best in zip(starts, first, strict=True)])
+            tops = likeliest(likelihood, begin.flatten(0, 1), at.repeat(len(starts)))
+            x, value = (v.unflatten(0, first.shape) for v in tops)
+            best = x[value.argmin(0), torch.arange(len(at))].clamp(least, least.new_tensor(MOST))
             found.append(torch.where(moves & (best < LEAST + 8), 0.0, scale[at, None] * best.exp()))
         self._values |= dict(zip(plan.free, torch.cat(found).unbind(1), strict=True))
 
@@ -462,16 +465,3 @@ class SeriesFilter:
         if "mean" in tensors:
             made._state = KalmanState(tensors["mean"], tensors["cov"])
         return made
-
-
-def _likeliest(likelihood: Callable[[Tensor, Tensor], Tensor], start: Tensor, at: Tensor) -> Tensor:
-    """Where the likelihood (N) of x (N, k) of each of the series `at` is greatest, uphill from a start (N, k)."""
-
-    def cost(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            value = -likelihood(x, at[rows])
-            (slope,) = torch.autograd.grad(value.sum(), x)
-        return value.detach(), slope
-
-    return minimise(cost, start, longest=LONGEST).x
