@@ -300,6 +300,8 @@ class Job:
             if name.lower() in TIMES:
                 print(f"note: {name!r} is filtered as a series; --time {name} takes it for the time", file=sys.stderr)
         began = time.perf_counter()
+        if learns and not self.options.quiet and sys.stderr.isatty():
+            print(f"learning from {len(rows):,} rows …", end="\r", file=sys.stderr, flush=True)
         self.sensor.fit(self._series(rows), learn=learns)
         if learns and not self.options.quiet:
             took = time.perf_counter() - began
