@@ -105,20 +105,6 @@ def test_numbers_are_those_of_the_filter_and_smoother(run: Callable[..., str], t
         assert float(last["upper"]) - float(last["mean"]) == pytest.approx(1.6448536 * float(last["sd"]), rel=1e-6)
 
 
-def test_the_nile_has_its_published_variances() -> None:
-    """Durbin & Koopman 2012, section 2.10: 15,099 and 1,469.1."""
-    flow = [
-        1120, 1160, 963, 1210, 1160, 1160, 813, 1230, 1370, 1140, 995, 935, 1110, 994, 1020, 960, 1180, 799, 958, 1140,
-        1100, 1210, 1150, 1250, 1260, 1220, 1030, 1100, 774, 840, 874, 694, 940, 833, 701, 916, 692, 1020, 1050, 969,
-        831, 726, 456, 824, 702, 1120, 1100, 832, 764, 821, 768, 845, 864, 862, 698, 845, 744, 796, 1040, 759, 781, 865,
-        845, 944, 984, 897, 822, 1010, 771, 676, 649, 846, 812, 742, 801, 1040, 860, 874, 848, 890, 744, 749, 838, 1050,
-        918, 986, 797, 923, 975, 815, 1020, 906, 901, 1170, 912, 746, 919, 718, 714, 740,
-    ]  # fmt: skip
-    found = SeriesFilter("local-level").fit(series_of(flow)).variances
-    assert found["noise"][0] == pytest.approx(15099, rel=1e-3)
-    assert found["level"][0] == pytest.approx(1469.1, rel=1e-3)
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_pieces_are_the_whole_bit_for_bit(model: str, tmp_path: Path) -> None:
     """Uneven times, missing values, saved and loaded between; and one row at a time."""
@@ -208,16 +194,6 @@ def test_matrices_are_a_model() -> None:
     assert smooth.extend(series_of(values[:2], [0.0, 2.5])).mean.isfinite().all()
 
 
-def test_columns_differ_and_axes_share() -> None:
-    values = torch.cat([walk(300), 100 * walk(300, seed=3)], 1)
-    apart = SeriesFilter("local-level").fit(series_of(values)).variances
-    assert apart["noise"][1] > 1000 * apart["noise"][0]
-    together = SeriesFilter("constant-velocity").fit(series_of(values)).variances
-    assert [len(v) for v in together.values()] == [1, 1]
-    one = SeriesFilter("local-level").fit(series_of(values[:, :1])).variances
-    assert apart["noise"][0] == pytest.approx(one["noise"][0])
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -244,8 +220,10 @@ def test_two_files_are_one(run: Callable[..., str]) -> None:
 def follow(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     (folder / "m.yaml").write_text("components: {l: {kind: local-level, level: 0.3}}\nnoise: 0.5\n")
     command = [sys.executable, "-m", "stateline", "filter", *arguments, "--follow", "--model", "m.yaml"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as a user's is
     return subprocess.Popen(
-        command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command, cwd=folder, env=buffered, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
@@ -391,6 +369,9 @@ WRONG = [
     (["x.csv", "--model", "local-trend:2"], "damping of local-trend is 2"),
     (["x.csv", "--model", "constant-velocity+seasonal:12"], "seasonal is of one column"),
     (["x.csv", "--model", "absent.yaml"], "absent.yaml: No such file"),
+    (["x.csv", "--model", "wide.yaml"], "wide.yaml: A is 1 by 2, expected 1 by 1: as many rows as columns"),
+    (["x.csv", "--model", "joint.yaml"], "joint.yaml: seasonal is of one column"),
+    (["x.csv", "--model", "rows.yaml"], "rows.yaml: C has 1 row, and the data 2 columns. C has a row a column: choose"),
     (["x.csv", "--columns", "c"], "x.csv has no column 'c' (--columns); its first line says a, b"),
     (["x.csv", "--columns", "a,1"], "'a' is asked for twice"),
     (["x.csv", "--time", "t"], "x.csv has no column 't' (--time)"),
@@ -400,7 +381,8 @@ WRONG = [
         "the interval is 95.0, expected a probability between 0 and 1, such as 0.95. In per",
     ),
     (["x.csv", "--forecast", "0"], "0 is not a whole number from 1"),
-    (["x.csv", "--step", "0"], "step is 0.0"),
+    (["x.csv", "--step", "0", "--time", "a"], "step is 0.0"),
+    (["x.csv", "--step", "2"], "--step needs --time: without times a row is a step"),
     (["x.csv", "--follow"], "the model has variances to learn"),
     (["x.csv", "--follow", "--smooth"], "--smooth waits for the last row"),
     (["x.csv", "--follow", "--plot", "p.png"], "--plot waits for the last row"),
@@ -421,13 +403,16 @@ WRONG = [
     (["inf.csv"], "inf.csv, line 2, column 'a': 'inf' is infinite"),
     (["empty.csv"], "empty.csv is empty"),
     (["header.csv"], "header.csv has no rows below its header"),
-    (["few.csv"], "3 variances are to be learnt and it has 2 values"),
+    (["few.csv"], "3 variances are to be learnt and it has 2 values, expected more than 3. Give more, or"),
     (["x.csv", "--columns", ","], "has no column ''"),
+    (["x.csv", "--load-state", "s", "--decimal", ","], "--load-state brings what --decimal would say"),
 ]
 FILES = {
     "text.csv": "a\n1\nhigh\n", "dates.csv": "time,a\n2024-01-01,3\n", "back.csv": "time,a\n1,3\n2,4\n1,5\n3,4\n4,5\n",
     "ragged.csv": "a,b\n1,2\n3\n", "inf.csv": "a\ninf\n", "empty.csv": "# nothing\n\n", "header.csv": "a,b\n",
-    "few.csv": "a\n1\n2\n",
+    "few.csv": "a\n1\n2\n", "wide.yaml": "A: [[1, 0]]\nC: [[1]]\nQ: learn\nR: learn\n",
+    "rows.yaml": "A: [[1]]\nC: [[1]]\nQ: learn\nR: learn\n",
+    "joint.yaml": "components: {move: {kind: constant-velocity}, day: {kind: seasonal, period: 7}}",
 }  # fmt: skip
 
 
@@ -463,6 +448,40 @@ def test_a_column_that_is_the_time_by_its_name_is_told(run: Callable[..., str], 
     assert "note: 'time' is filtered as a series; --time time takes it for the time" in capsys.readouterr().err
     assert main(["filter", "x.csv", "--model", "local-level", "--time", "time"]) == 0
     assert "note" not in capsys.readouterr().err
+
+
+def test_a_file_with_decimal_commas_is_filtered_and_gone_on_with(run: Callable[..., str]) -> None:
+    write("x.csv", walk(40))
+    points = Path("x.csv").read_text()
+    Path("y.csv").write_text(points.replace(".", ","))
+    assert run("y.csv", "--decimal", ",", "--save-state", "s", "--quiet") == run("x.csv", "--quiet")
+    Path("more.csv").write_text("21,5\n")
+    assert run("more.csv", "--load-state", "s").splitlines()[1].startswith("41,a,data,21.5,")
+
+
+@pytest.mark.parametrize("columns", [1, 2, 9])
+def test_what_was_learnt_is_told_by_column(columns: int, run: Callable[..., str], capsys: Any) -> None:
+    write("x.csv", walk(60, columns))
+    assert main(["filter", "x.csv", "--model", "local-level", "--out", os.devnull]) == 0
+    said = [line.split() for line in capsys.readouterr().err.splitlines()[1:]]
+    more = ["…", "3", "more"] if columns == 9 else []
+    if columns > 1:
+        assert said.pop(0) == [*"abcdef"[:columns], *more]
+    assert [line[0] for line in said] == ["level", "noise"]
+    assert [line[7:] for line in said] == [more] * 2
+    assert all(float(value) >= 0 for line in said for value in line[1:7])
+
+
+def test_a_column_that_is_predicted_without_error_is_told(
+    run: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = torch.arange(60, dtype=F64)[:, None]
+    write("x.csv", torch.cat([walk(60), 0 * line + 5, line], 1))
+    assert main(["filter", "x.csv", "--out", "o.csv", "--save-state", "s"]) == 0
+    said = capsys.readouterr().err
+    assert re.findall("note: '(.)' is predicted without error", said) == ["b", "c"]
+    assert SeriesFilter.load("s").exact == ("b", "c")
+    assert SeriesFilter(KNOWN).fit(series_of(0 * line)).exact == ()
 
 
 def test_help_lists_every_model() -> None:

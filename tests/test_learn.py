@@ -259,6 +259,30 @@ def test_both_methods_keep_one_entry_of_a_covariance() -> None:
         assert result.errors["Q"][0, 0] == 0
 
 
+@pytest.mark.parametrize("method", ["em", "lbfgs"])
+@pytest.mark.parametrize("each", [False, True])
+def test_a_part_that_is_frozen_whole_is_as_one_that_is_not_learned(method: str, each: bool) -> None:
+    truth = system(n=2, m=2)
+    y, u = data(truth, N=2, T=40)
+    frozen = {name: torch.ones(2, 2, dtype=torch.bool) for name in ("A", "Q")}
+    both, one = (
+        fit(truth, y, u, learn=learn, frozen=masks, method=method, each=each, steps=20)
+        for learn, masks in ((("A", "Q", "R"), frozen), (("R",), {}))
+    )
+    assert torch.equal(both.model.R, one.model.R)
+    assert torch.equal(both.model.A, truth.A)
+    assert both.errors is not None
+    assert both.errors["A"].tolist() == both.errors["Q"].tolist() == [[0, 0], [0, 0]]
+    assert torch.equal(both.errors["R"], one.errors["R"])  # type: ignore[index]  # it has them
+
+
+def test_a_part_may_be_named_by_itself() -> None:
+    truth = system(n=2, m=2)
+    y, u = data(truth, N=2, T=40)
+    found = [fit(truth, y, u, learn=learn, steps=2, options=QUICK).model.m0 for learn in ("m0", ("m0",))]
+    assert torch.equal(*found)
+
+
 def test_standard_errors_are_the_spread_of_estimates() -> None:
     truth = local_level(level=0.5, noise=2.0, prior=1.0)
     y = simulate(truth, 300, batch=200, generator=torch.Generator().manual_seed(0))[1]
@@ -432,7 +456,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"frozen": {"Q": torch.ones(4, 4, dtype=torch.bool).triu()}}, "not symmetric"),
     ({"learn": ("A",), "options": FitOptions(stable=True)}, "method='lbfgs'"),
     ({"options": FitOptions(stable=True), "method": "lbfgs"}, "A is not learned"),
+    ({"frozen": {name: torch.ones(k, k, dtype=torch.bool) for name, k in (("Q", 4), ("R", 2))}}, "keeps every entry"),
+    ({"options": {"tolerance": 1e-3}}, "options is a dict, expected FitOptions"),
+    ({"options": FitOptions(progress="yes")}, "progress is 'yes', expected True, False or a function"),  # type: ignore[arg-type]  # refused
     ({"steps": -1}, "steps"),
+    ({"options": FitOptions(tolerance=1.5)}, "tolerance is 1.5 nats, .* expected at most 1. To end sooner, say steps="),
     ({"y": torch.full((100, 2), float("nan"), dtype=F64)}, "all entries"),
     ({"y": torch.zeros(1, 2, dtype=F64)}, "at least 2 steps"),
     ({"Q": torch.eye(4, dtype=F64).expand(100, 4, 4)}, "varies in time"),

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from test_learn import away, data, loglik, system
 
-from stateline.classical import FitOptions, em, fit, kalman_filter, learn, likelihood, local_level, simulate
+from stateline.classical import (
+    FitOptions,
+    em,
+    fit,
+    kalman_filter,
+    learn,
+    local_level,
+    objective,
+    side_by_side,
+    simulate,
+)
 
 
 def test_models_side_by_side_are_those_of_each_series_alone() -> None:
@@ -40,6 +51,37 @@ def test_one_series_at_the_border_keeps_the_errors_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("method", ["em", "lbfgs"])
+def test_a_series_that_is_predicted_without_error_has_no_errors_and_says_so(method: str) -> None:
+    """One that is constant, and one with a constant column, beside one that is not; none of their likelihoods ends."""
+    walk = local_level(level=1.0, noise=0.5, prior=1.0)
+    y = simulate(walk, 30, batch=3, generator=torch.Generator().manual_seed(0))[1]
+    y[1] = 5.0
+    options = FitOptions(tolerance=1e-3)
+    found = fit(walk, y, method=method, each=True, steps=120, options=options)
+    assert torch.as_tensor(found.converged).tolist() == [True, False, True]
+    why = "column 0 of y is predicted without error, .* Leave Q and R out of learn; is it constant"
+    assert re.match(why, found.reason)
+    assert re.match(f"1 of 3 series have none; series 1: {why}", found.errors_reason)
+    assert found.errors is not None
+    for name in ("Q", "R"):
+        assert found.errors[name].isnan().flatten().tolist() == [False, True, False]
+    for value in (5.0, 0.0):
+        alone = fit(walk, torch.full_like(y[1], value), method=method, steps=120)
+        assert alone.errors is None
+        assert re.match(why, alone.errors_reason)
+    both = side_by_side(walk, walk)
+    columns = torch.cat([y[0], y[1]], 1)
+    keep = {name: ~torch.eye(2, dtype=torch.bool) for name in ("Q", "R")}
+    beside = fit(both, columns, frozen=keep, method=method, steps=120, options=options)
+    assert beside.errors is None
+    assert re.match(why.replace("column 0", "column 1"), beside.errors_reason)
+    far = fit(
+        walk, y[:1] + 1e9, learn=("Q", "R", "m0"), method=method, steps=5
+    )  # noise is small beside it, not nothing
+    assert "without error" not in far.errors_reason
+
+
+@pytest.mark.parametrize("method", ["em", "lbfgs"])
 def test_what_fails_for_one_series_does_not_touch_the_others(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     walk = local_level(level=0.5, noise=2.0, prior=1.0)
     y = simulate(walk, 40, batch=5, generator=torch.Generator().manual_seed(0))[1]
@@ -60,7 +102,7 @@ def test_what_fails_for_one_series_does_not_touch_the_others(method: str, monkey
     if method == "em":
         monkeypatch.setattr(learn, "em_step", spoiled(em.em_step, 2))
     else:
-        monkeypatch.setattr(likelihood, "kalman_filter", spoiled(kalman_filter, 2))
+        monkeypatch.setattr(objective, "kalman_filter", spoiled(kalman_filter, 2))
     found = fit(away(walk)._replace(A=walk.A), y, method=method, each=True, steps=200, options=options)
     others = [0, 1, 2, 4]
     torch.testing.assert_close(found.model.Q[others], wanted.model.Q[others], rtol=1e-9, atol=0)

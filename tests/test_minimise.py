@@ -83,3 +83,58 @@ def test_a_memory_that_leads_nowhere_is_forgotten() -> None:
     found = minimise(bowl, start, tolerance=1e-6)
     assert found.reason.tolist() == [search.STUCK]
     assert 2 * 8 < found.evaluations.item() - 5 <= 2 * 9
+
+
+def told(values: list[float], slopes: list[float] | None = None, **options: float) -> tuple[int, int]:
+    """Why a search ended, and after how many evaluations, of a function that answers with these values in turn."""
+    left = iter(zip(values, slopes or [1.0] * len(values), strict=True))
+
+    def script(x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value, slope = next(left)
+        return torch.tensor([value], dtype=torch.float64), torch.full_like(x, slope)
+
+    start = torch.zeros(1, 1, dtype=torch.float64)
+    found = minimise(script, start, **({"tolerance": 0.0, "gain": 0.1, "evaluations": len(values)} | options))  # type: ignore[arg-type]  # numbers
+    return found.reason.item(), found.evaluations.item()
+
+
+def test_a_search_ends_when_three_trials_in_a_row_are_little() -> None:
+    """They succeed and bring less than `gain`, or fail after promising less; a better one starts the count anew."""
+    fall = torch.tensor([0.0, *[-0.01] * 20]).cumsum(0).tolist()
+    assert told(fall) == (search.LITTLE, 1 + 3)
+    assert told([0.0, -0.01, -0.02, -0.5, -0.51, -0.52, -0.53, -0.54]) == (search.LITTLE, 1 + 2 + 1 + 3)
+    above, small = [0.0, *[1.0] * 20], [0.01] * 21  # the slope promises its square, 1e-4
+    assert told(above, small) == (search.LITTLE, 1 + 3)
+    assert told(above, [1.0] * 21)[0] == search.STUCK  # it promises 1: steps are shortened until they are too short
+    assert told([0.0, -0.01, 1.0, -0.02, 1.0, -0.03, 1.0, -0.04]) == (search.LITTLE, 6)  # such a failure is neither
+
+
+def test_where_steps_stop_succeeding_it_is_lowest_if_they_promised_next_to_nothing() -> None:
+    above = [0.0, *[1.0] * 20]
+    reason, taken = told(above, [1e-5] * 21, gain=0.0)
+    assert reason == search.LOWEST
+    once = (
+        [0.0, -2e-8, *[1.0] * 40],
+        [2e-4, *[1e-4] * 41],
+    )  # curvature is remembered, and nothing is gained by forgetting
+    assert told(*once, gain=0.0) == (search.LOWEST, taken + 1)
+    wall = [0.0, -0.5, *[1.0] * 40], [1.0, *[0.5] * 41]
+    reason, twice = told(*wall, gain=0.0)
+    assert reason == search.STUCK
+    assert twice > 1.5 * taken  # first the remembered direction, then the slope
+
+
+def test_what_is_next_to_nothing() -> None:
+    """`gain`, but never less than rounding; without it a part of the tolerance, of values above 1 relatively."""
+    assert told([0.0, *[-0.11 * i for i in range(1, 9)]], gain=0.1)[0] == search.EVALUATIONS
+    assert told([0.0, *[-0.09 * i for i in range(1, 9)]], gain=0.1)[0] == search.LITTLE
+    short = {"longest": 0.01}  # so that steps promise as little
+    rounding = search.ROUNDING * 1e3
+    for part, reason in ((1.5, search.EVALUATIONS), (0.5, search.LITTLE)):
+        gains = [1e3 - part * rounding * i for i in range(8)]
+        assert told(gains, [1e-4] * 8, gain=0.0, **short)[0] == reason
+        assert told(gains, [1e-4] * 8, gain=None, **short)[0] == reason  # type: ignore[arg-type]  # its default
+        for size in (0.0, 1e3):
+            floor = search.SMALL * 0.5 * (1 + size)
+            values = [size - part * floor * i for i in range(8)]
+            assert told(values, tolerance=0.5, gain=None, **short)[0] == reason  # type: ignore[arg-type]  # its default

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,30 @@ def test_files_are_understood(tmp_path: Path, text: str, columns: tuple[str, ...
     series = read_series(tmp_path / "x.csv")
     assert series.columns == columns
     assert [[None if math.isnan(v) else v for v in row] for row in series.values.tolist()] == values
+
+
+def test_decimal_commas_are_read_if_that_is_said(tmp_path: Path) -> None:
+    """Also in times, without a header, and in what a loaded filter goes on with."""
+    (tmp_path / "x.csv").write_text("0,5;1,25;-3\n1,5;;1e2\n2,5;7;\n3,5;2;,5\n")
+    series = read_series(tmp_path / "x.csv", time="1", decimal=",")
+    assert [row.moment for row in series.rows] == [0.5, 1.5, 2.5, 3.5]
+    assert series.values.nan_to_num(9).tolist() == [[1.25, -3], [9, 100], [7, 9], [2, 0.5]]
+    for text, message in (
+        ("1,5;2.5\n", "'2.5' is no number. Decimals were to be"),
+        ("1,5;1.000,5\n", "no marks between"),
+    ):
+        (tmp_path / "x.csv").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_series(tmp_path / "x.csv", decimal=",")
+    (tmp_path / "x.csv").write_text("1,5;3\n2,5;4\n")
+    with pytest.raises(ValueError, match=r"line 1, column '1': '1,5' is no number\. Is that"):  # nor a name
+        read_series(tmp_path / "x.csv")
+    dated = list(SeriesReader("x", ["t;a", "02.01.2024;2,5"], time="t", time_format="%d.%m.%Y", decimal=","))
+    assert (dated[0].moment, dated[0].values) == (datetime(2024, 1, 2), [2.5])
+    sensor = SeriesFilter(KNOWN).fit(series)
+    sensor.extend(series)
+    sensor.save(tmp_path / "s")
+    assert SeriesFilter.load(tmp_path / "s").decimal == ","
 
 
 @pytest.mark.parametrize(
@@ -141,6 +166,14 @@ def test_positions_of_months_grow_with_time_and_lead_back(day: float) -> None:
     places = [clock.position(moment) for moment in moments]
     assert all(a < b for a, b in pairwise(places))
     assert [clock.moment(place) for place in places] == moments
+    assert [clock.moment(math.nextafter(place, 0)) for place in places] == moments  # as after many steps of 1.1 months
+
+
+def test_a_position_that_rounding_put_beside_a_month_is_written_as_that_month() -> None:
+    for times in (["2023-01-01", "2023-02-01", "2023-03-01"], month_ends(3)):
+        clock, _ = steps_of(times)
+        last = clock.position(rows_of(times)[-1].moment)
+        assert [clock.written(math.nextafter(last, to)) for to in (0, math.inf)] == [times[-1]] * 2
 
 
 @pytest.mark.parametrize(
@@ -199,7 +232,9 @@ def test_a_time_zone_is_had_by_all_or_none(tmp_path: Path, zone: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("t;a\n1;20,5\n", r"line 2, column 'a': '20,5' is no number\. Decimals are written with points"),
+        ("t;a\n1;20,5\n", r"line 2, column 'a': '20,5' is no number\. Is that a decimal comma\? Say --decimal ,\."),
+        ("t;a\n1;1.020,5\n", r"column 'a': '1\.020,5' is no number\. Numbers have no marks between thousands\."),
+        ("t;a\n1;1e200\n", r"'1e200' is too large\. Does it stand for missing\?"),
         ("\x1f\x8bH\x00", r"line 1: this is no text\. Unpack"),
         ("t;a\n1;20.5 C\n", r"'20\.5 C' is no number\. Missing is an empty cell"),
         ("Device: X17\nt;a\n1;2\n", r"no column 't' \(--time\); its first line says Device:, X17"),
@@ -215,6 +250,45 @@ def test_arrays_are_series() -> None:
     assert series_of([1, None, 3]).values[:, 0].isnan().tolist() == [False, True, False]
     with pytest.raises(ValueError, match="the values are not numbers"):
         series_of([["high"]])
+
+
+class Frame:
+    """A table with names, as pandas has it."""
+
+    def __init__(self, table: Any, columns: list[str]) -> None:
+        self.table, self.columns, self.ndim = np.asarray(table), columns, 2
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.table.astype(dtype or float)
+
+
+def test_a_frame_brings_the_names_of_its_columns() -> None:
+    table = torch.arange(20.0).reshape(10, 2).numpy()
+    sensor = SeriesFilter(KNOWN).fit(series_of(Frame(table, ["a", "b"])))
+    assert sensor.columns == ("a", "b")
+    assert sensor.extend(Frame(table, ["a", "b"])).mean.shape == (10, 2)  # type: ignore[arg-type]  # as a tensor
+    assert sensor.extend(torch.ones(1, 2)).mean.shape == (1, 2)
+    with pytest.raises(ValueError, match="has the columns b, a, expected a, b as fitted"):
+        sensor.extend(Frame(table, ["b", "a"]))  # type: ignore[arg-type]  # as a tensor
+
+
+def test_times_are_numbers_dates_or_texts_of_them() -> None:
+    noon = datetime(2024, 1, 1, 12)
+    for times, expected in (
+        (["2024-01-01 12:00"], noon), (np.array(["2024-01-01T12"], dtype="datetime64[ns]"), noon), ([noon], noon),
+        ([date(2024, 1, 1)], datetime(2024, 1, 1)), (["1.5"], 1.5), (np.array([1.5]), 1.5), ([3], 3.0),
+    ):  # fmt: skip
+        assert series_of([0.0], times).rows[0].moment == expected
+    for time in (math.nan, np.datetime64("NaT"), "noon", None, "nan", math.inf):
+        with pytest.raises(ValueError, match=r"time 2 is .*, expected a number, a date or a text of one"):
+            series_of([0.0, 0.0], [0, time])
+
+
+def test_columns_may_be_numbers(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("t,ab,a\n1,2,3\n")
+    series = read_series(tmp_path / "x.csv", time=1, columns=[3])
+    assert (series.time, series.columns) == ("t", ("a",))
+    assert read_series(tmp_path / "x.csv", columns="ab").columns == ("ab",)
 
 
 def test_smoothing_filters_once(monkeypatch: pytest.MonkeyPatch) -> None:

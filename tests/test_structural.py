@@ -12,13 +12,13 @@ import pytest
 import torch
 from scipy import stats
 
-from stateline.classical import StructuralModel, likeliest
+from stateline.classical import StructuralModel, batch_fit
 from stateline.classical import kalman as kalman_module
+from stateline.classical.assembly import FLOOR, STABLE, Structure
+from stateline.classical.batch_fit import Progress, filtered, fit_structure
 from stateline.classical.kalman import forecast
-from stateline.classical.likeliest import Progress, filtered, fit_structure
 from stateline.classical.mixture import StructuralForecast
 from stateline.classical.panel import read
-from stateline.classical.structures import FLOOR, STABLE, Structure
 
 CASES = json.loads((Path(__file__).parent / "data" / "structural_reference.json").read_text())["cases"]
 #: What is compared with one-structure models.
@@ -191,6 +191,23 @@ def test_coefficients_are_those_of_a_regression() -> None:
         StructuralModel(trend="none", transform="none", progress=False).fit(y).coefficients()
 
 
+def test_coefficients_that_values_do_not_tell_have_no_errors() -> None:
+    """Of a series that is constant, or a sum of regressors; of a regressor that is constant as the level, or twice."""
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(size=(2, 60))
+    settings: dict[str, Any] = {"level": "fixed", "trend": "none", "transform": "none", "progress": False}
+    found = StructuralModel(**settings).fit([np.full(60, 5.0), 2 * x + 1, x + noise], x[:, None]).coefficients()
+    assert np.isnan(found.error[:, 0]).tolist() == [True, True, False]
+    assert found.reason == ["it is predicted without error", "it is predicted without error", ""]
+    np.testing.assert_allclose(found.mean[:2, 0], [0.0, 2.0], atol=1e-6)
+    X = np.column_stack([x, np.ones(60), rng.normal(size=60)])
+    found = StructuralModel(**settings).fit([x + noise], X).coefficients()
+    assert np.isnan(found.error).tolist() == [[False, True, False]]
+    assert found.reason == ["nothing tells weight_1 from the rest"]
+    found = StructuralModel(**settings).fit([x + noise], np.column_stack([x, x])).coefficients()
+    assert found.reason == ["nothing tells weight_0, weight_1 from the rest"]
+
+
 def test_weights_that_walk_have_variances_in_their_own_units() -> None:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(1, 80, 1))
@@ -222,8 +239,8 @@ def test_forecasts_and_updates_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> 
 
         return noted
 
-    monkeypatch.setattr(likeliest, "BLOCK", 9 * 5 * 4)
-    monkeypatch.setattr(likeliest, "kalman", counted(likeliest.kalman))
+    monkeypatch.setattr(batch_fit, "BLOCK", 9 * 5 * 4)
+    monkeypatch.setattr(batch_fit, "kalman", counted(batch_fit.kalman))
     monkeypatch.setattr(kalman_module, "kalman", counted(kalman_module.kalman))
     found = model.forecast(5, X[:, 20:25])
     assert sizes
@@ -414,6 +431,20 @@ def test_diagnosis_sees_what_a_model_leaves_out() -> None:
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
+class DatetimeIndex:
+    """As pandas calls it."""
+
+
+class OfTimes:
+    """A table as pandas keeps series: a row a time, a column a series."""
+
+    def __init__(self, table: Any) -> None:
+        self.table, self.index = table, DatetimeIndex()
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.table
+
+
 @pytest.mark.parametrize(
     ("change", "y", "message"),
     [
@@ -425,6 +456,8 @@ def test_diagnosis_sees_what_a_model_leaves_out() -> None:
         ({}, [[1.0] * 9, [1.0, float("inf")]], "series 1 has infinite values"),
         ({}, [[1.0] * 9, [float("nan")] * 5], "series 1 has no values"),
         ({}, [[1.0] * 9, [1.0, 2.0]], "series 1 has 2 values, and no structure can be fitted"),
+        ({}, np.ones((40, 3)), "There are 40 series of 3 steps: is it y"),
+        ({}, OfTimes(np.ones((40, 30))), "y is a table whose rows are times, expected a row a series. Transpose it"),
         ({"transform": "log"}, [[1.0] * 9, [1.0, 2.0, -3.0, 4.0, 5.0]], "series 1 has 5 values, and no structure"),
         ({}, [["a", "b"]], "not made of numbers"),
         ({}, [np.arange("2024-01", "2024-12", dtype="M8[M]")], "not made of numbers"),
@@ -456,7 +489,7 @@ def test_an_autoregression_that_rounding_makes_explosive_is_no_answer() -> None:
     part = read("fit", [list(range(12)), [3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
     theta = torch.full((2, len(structure.names)), 0.5, dtype=torch.float64)
     theta[0, -4:] = math.pi / 2  # all partial correlations at their bound: a root of modulus 1
-    value, slope = likeliest._Likelihood(structure, part)(theta, torch.arange(2))
+    value, slope = batch_fit._Likelihood(structure, part)(theta, torch.arange(2))
     assert value[0].item() == math.inf
     assert torch.isfinite(value[1])
     assert torch.isfinite(slope[1]).all()

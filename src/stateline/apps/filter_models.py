@@ -15,8 +15,8 @@ Suffixes: U different gaps between rows, n state, m observation, N series filter
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,6 @@ def _level(columns: int) -> Part:
 
 
 def _trend(columns: int, damping: float = 1.0) -> Part:
-    _bounded("local-trend", "damping", damping, 0.0, 1.0)
     drift = parts.trend(torch.tensor(damping, dtype=F64), continuous=True)
     noises = {"level": _diagonal(1.0, 0.0), "slope": _diagonal(0.0, 1.0)}
     return Part([(drift, noises)], torch.tensor([[1.0, 0.0]], dtype=F64), (0,))
@@ -75,16 +74,11 @@ def _waves(waves: list[Tensor], name: str) -> Part:
 
 
 def _seasonal(columns: int, period: float, harmonics: int | None = None) -> Part:
-    _bounded("seasonal", "period", period, 2.0, math.inf, closed=True)
-    most = int(period / 2)
-    count = min(most, HARMONICS) if harmonics is None else harmonics
-    checks.number(OP, "harmonics of seasonal", count, low=1, high=most, integer=True)
+    count = min(int(period / 2), HARMONICS) if harmonics is None else harmonics
     return _waves(parts.season(period, count, continuous=True), "season")
 
 
 def _oscillator(columns: int, period: float, damping: float = 1.0) -> Part:
-    _bounded("oscillator", "period", period, 2.0, math.inf)
-    _bounded("oscillator", "damping", damping, 0.0, 1.0)
     turn, kept = (torch.tensor(x, dtype=F64) for x in (2 * math.pi / period, damping))
     return _waves([parts.wave(turn, kept, continuous=True)], "wave")
 
@@ -114,7 +108,7 @@ LEVELS = ("local-level", "local-trend", "constant-velocity", "constant-accelerat
 # ---- from names and YAML to a plain description ----------------------------------------------------------------------
 
 
-def described(model: str | Mapping[str, Any]) -> dict[str, Any]:
+def described(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """A model as plain values that JSON can hold: {"components": {name: {"kind": …}}, "noise": …} or matrices.
 
     Args:
@@ -124,7 +118,11 @@ def described(model: str | Mapping[str, Any]) -> dict[str, Any]:
         ValueError: naming what is wrong and what is known.
     """
     if isinstance(model, Mapping):
-        return _checked(json.loads(json.dumps(dict(model))), "the model")
+        return _checked({str(name): _plain(f"the model: {name}", value) for name, value in model.items()}, "the model")
+    if not isinstance(model, str | Path):
+        problem = f"the model is a {type(model).__name__}, expected a name, a .yaml file or a mapping"
+        raise checks.fail(OP, f"{problem}.", error=TypeError)
+    model = str(model)
     if Path(model).suffix.lower() in (".yaml", ".yml"):
         return _checked(_read_yaml(Path(model)), str(model))
     components: dict[str, Any] = {}
@@ -162,36 +160,38 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise checks.fail(OP, f"{path} is no YAML: {error}.") from error
     if not isinstance(found, dict):
-        raise checks.fail(OP, f"{path} holds no mapping.", "It has `components:` or matrices; see stateline filter -h.")
-    try:
-        return dict(json.loads(json.dumps(found)))
-    except TypeError as error:
-        raise checks.fail(OP, f"{path} holds values that are neither numbers nor texts: {error}.") from error
+        got = "is empty" if found is None else f"holds a {type(found).__name__}"
+        remedy = "A model is `components:` or matrices; see stateline filter -h."
+        raise checks.fail(OP, f"{path} {got}, expected names with values.", remedy)
+    return {str(name): _plain(f"{path}: {name}", value) for name, value in found.items()}
+
+
+def _plain(place: str, value: Any) -> Any:
+    """A value as JSON holds it, arrays as lists; YAML takes 1e-3, without a point, for a text."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, dict):
+        return {str(name): _plain(f"{place}.{name}", item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(place, item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+        return float(value)
+    if value is not None and not isinstance(value, str | int | float):
+        raise checks.fail(OP, f"{place} is {value}, of kind {type(value).__name__}, expected numbers, names or lists.")
+    return value
 
 
 def _checked(spec: dict[str, Any], source: str) -> dict[str, Any]:
     """The description with a level, where none of its components is one, and its noise."""
     if "components" not in spec:
-        _unknown(spec, ("components", NOISE, *MATRICES), source)
-        if NOISE in spec:
-            raise checks.fail(OP, f"{source} has noise beside matrices.", "There the noise is R.")
-        for name in ("A", "C", "Q", "R"):
-            if name not in spec:
-                raise checks.fail(OP, f"{source} lacks {name}.", "It needs A, C, Q and R, or `components:`.")
+        _check_matrices(source, spec)
         return spec
     _unknown(spec, ("components", NOISE), source)
     if not isinstance(spec["components"], dict) or not spec["components"]:
-        raise checks.fail(OP, f"{source}: components is {spec['components']!r}, expected names with a kind each.")
+        remedy = "As in components: {trend: {kind: local-trend}}."
+        got = f"components is {spec['components']!r}"
+        raise checks.fail(OP, f"{source}: {got}, expected names with a kind each.", remedy)
     for name, given in spec["components"].items():
-        if not isinstance(given, dict) or given.get("kind") not in KINDS:
-            got = given.get("kind") if isinstance(given, dict) else given
-            raise checks.fail(OP, f"{source}: the kind of {name} is {got!r}, expected one of {', '.join(KINDS)}.")
-        _, order, variances, _ = KINDS[given["kind"]]
-        _unknown(given, ("kind", *order, *variances), f"{source}: {name}")
-        if "period" in order and "period" not in given:
-            raise checks.fail(OP, f"{source}: {name} has no period.", "As in seasonal:12, twelve steps.")
-        for key in variances:
-            _free_or_number(source, f"{key} of {name}", given.get(key, LEARN))
+        _check_component(source, name, given)
     _free_or_number(source, NOISE, spec.get(NOISE, LEARN))
     if not any(given["kind"] in LEVELS for given in spec["components"].values()):
         spec = spec | {"components": {"local-level": {"kind": "local-level"}, **spec["components"]}}
@@ -211,8 +211,69 @@ def _free_or_number(source: str, name: str, value: Any) -> None:
         raise checks.fail(OP, f"{source}: {name} is {value!r}, expected a variance, at least 0, or {LEARN!r}.")
 
 
-def _bounded(kind: str, name: str, value: float, low: float, high: float, *, closed: bool = False) -> None:
-    checks.number(OP, f"{name} of {kind}", value, low=low, high=high, open_low=not closed)
+def _check_component(source: str, name: str, given: Any) -> None:
+    """Whether a component's kind is known, and each of its numbers within bounds."""
+    kind = given.get("kind") if isinstance(given, dict) else given
+    if not isinstance(given, dict) or not isinstance(kind, str) or kind not in KINDS:
+        raise checks.fail(OP, f"{source}: the kind of {name} is {kind!r}, expected one of {', '.join(KINDS)}.")
+    _, order, variances, _ = KINDS[kind]
+    _unknown(given, ("kind", *order, *variances), f"{source}: {name}")
+    if "period" in order and "period" not in given:
+        raise checks.fail(OP, f"{source}: {name} has no period.", "As in seasonal:12, twelve steps.")
+    for key in variances:
+        _free_or_number(source, f"{key} of {name}", given.get(key, LEARN))
+    if "period" in given:
+        checks.number(OP, f"{source}: period of {name}", given["period"], low=2.0, open_low=kind == "oscillator")
+    if "damping" in given:
+        checks.number(OP, f"{source}: damping of {name}", given["damping"], low=0.0, high=1.0, open_low=True)
+    if "harmonics" in given:
+        most = int(given["period"] / 2)
+        checks.number(OP, f"{source}: harmonics of {name}", given["harmonics"], low=1, high=most, integer=True)
+
+
+def _check_matrices(source: str, spec: dict[str, Any]) -> None:
+    """Whether the matrices are there, are matrices, and fit each other."""
+    _unknown(spec, ("components", NOISE, *MATRICES), source)
+    if NOISE in spec:
+        raise checks.fail(OP, f"{source} has noise beside matrices.", "There the noise is R.")
+    for name in ("A", "C", "Q", "R"):
+        if name not in spec:
+            raise checks.fail(OP, f"{source} lacks {name}.", "It needs A, C, Q and R, or `components:`.")
+    n, m = len(_matrix(source, spec, "A")), len(_matrix(source, spec, "C"))
+    for name, shape, rule in (
+        ("A", (n, n), "as many rows as columns"), ("C", (m, n), f"a row a column of the data, {n} wide as A is"),
+        ("Q", (n, n), "as A"), ("R", (m, m), "a row and a column for each row of C"),
+        ("m0", (n,), "a number for each row of A"), ("P0", (n, n), "as A"),
+    ):  # fmt: skip
+        if name not in spec or (name in ("Q", "R") and spec[name] == LEARN):
+            continue
+        given = _matrix(source, spec, name, len(shape))
+        if tuple(given.shape) != shape:
+            got, wanted = (" by ".join(map(str, size)) + " long" * (len(size) == 1) for size in (given.shape, shape))
+            raise checks.fail(OP, f"{source}: {name} is {got}, expected {wanted}: {rule}.")
+        if name in ("Q", "R", "P0") and not _covariance(given):
+            problem = f"{source}: {name} is {spec[name]!r}, expected a covariance: symmetric, no eigenvalue below 0"
+            raise checks.fail(OP, f"{problem}.", "Variances stand on its diagonal.")
+    continuous = spec.get("continuous", False)
+    if not isinstance(continuous, bool):
+        raise checks.fail(OP, f"{source}: continuous is {continuous!r}, expected true or false.")
+
+
+def _covariance(given: Tensor) -> bool:
+    values = torch.linalg.eigvalsh(given)
+    return torch.equal(given, given.mT) and bool(values[0] >= -1e-12 * values[-1].clamp(min=1))
+
+
+def _matrix(source: str, spec: dict[str, Any], name: str, dims: int = 2) -> Tensor:
+    try:
+        made = torch.tensor(spec[name], dtype=F64)
+    except (TypeError, ValueError):
+        made = torch.empty(0)
+    if made.dim() != dims or not made.numel() or not torch.isfinite(made).all():
+        form = "rows of numbers, equally many in each, as in [[1, 1], [0, 1]]" if dims == 2 else "numbers, as in [0, 0]"
+        form += f", or {LEARN!r}" if name in ("Q", "R") else ""
+        raise checks.fail(OP, f"{source}: {name} is {spec[name]!r}, expected {form}.")
+    return made
 
 
 # ---- from a description to matrices ----------------------------------------------------------------------------------
@@ -281,13 +342,13 @@ class Blueprint:
         return torch.stack([A for A, _ in found]), torch.stack([Q for _, Q in found])
 
 
-def blueprint(spec: dict[str, Any], columns: int) -> Blueprint:
-    """What makes the matrices of a description for so many columns.
+def blueprint(spec: dict[str, Any], columns: int, source: str = "the model") -> Blueprint:
+    """What makes the matrices of a description, which `described` found good, for so many columns.
 
-    Raises ValueError naming what does not fit.
+    Raises ValueError, which calls the description `source`, if it does not fit the columns.
     """
     if "components" not in spec:
-        return _of_matrices(spec, columns)
+        return _of_matrices(spec, columns, source)
     components = spec["components"]
     joint = any(KINDS[given["kind"]][3] for given in components.values())
     blocks: list[Block] = []
@@ -298,7 +359,7 @@ def blueprint(spec: dict[str, Any], columns: int) -> Blueprint:
         make, _, variances, takes_all = KINDS[given["kind"]]
         if joint and not takes_all and columns > 1:
             problem = f"{given['kind']} is of one column, and another component takes {columns} as axes of one thing"
-            raise checks.fail(OP, f"{problem}.", "Filter a column at a time, or give matrices.")
+            raise checks.fail(OP, f"{source}: {problem}.", "Filter a column at a time, or give matrices.")
         options = {key: v for key, v in given.items() if key != "kind" and key not in variances}
         part = make(columns, **options)
         called = {key: key if key not in names else f"{name} {key}" for key in variances}
@@ -322,14 +383,13 @@ def blueprint(spec: dict[str, Any], columns: int) -> Blueprint:
     )
 
 
-def _of_matrices(spec: dict[str, Any], columns: int) -> Blueprint:
-    A, C = (_matrix(spec, name) for name in ("A", "C"))
-    n, m = len(A), len(C)
-    if A.shape != (n, n) or C.shape[1] != n:
-        raise checks.fail(OP, f"A is {tuple(A.shape)} and C {tuple(C.shape)}, expected (n, n) and (columns, n).")
+def _of_matrices(spec: dict[str, Any], columns: int, source: str) -> Blueprint:
+    A, C = (torch.tensor(spec[name], dtype=F64) for name in ("A", "C"))
+    m, n = C.shape
     if m != columns:
-        counted = "column" if columns == 1 else "columns"
-        raise checks.fail(OP, f"C has {m} rows and the data {columns} {counted}.", "Choose with --columns.")
+        rows, counted = "row" if m == 1 else "rows", "column" if columns == 1 else "columns"
+        remedy = "C has a row a column: choose with --columns, or give it more."
+        raise checks.fail(OP, f"{source}: C has {m} {rows}, and the data {columns} {counted}.", remedy)
     fixed, free = {}, []
     bases: dict[str, dict[str, Tensor]] = {"Q": {}, "R": {}}
     for name, size in (("Q", n), ("R", m)):
@@ -338,29 +398,8 @@ def _of_matrices(spec: dict[str, Any], columns: int) -> Blueprint:
                 bases[name][f"{name}[{i},{i}]"] = torch.diag(torch.eye(size, dtype=F64)[i])
             free += list(bases[name])
             continue
-        given = _matrix(spec, name)
-        if given.shape != (size, size) or not torch.equal(given, given.mT) or torch.linalg.eigvalsh(given)[0] < -1e-12:
-            problem = f"{name} is {given.tolist()}, expected a covariance ({size}, {size})"
-            raise checks.fail(OP, f"{problem}: symmetric, no eigenvalue below 0.")
-        bases[name][name] = given
+        bases[name][name] = torch.tensor(spec[name], dtype=F64)
         fixed[name] = 1.0
-    m0 = _matrix(spec, "m0", 1) if "m0" in spec else None
-    P0 = _matrix(spec, "P0") if "P0" in spec else None
-    if (m0 is not None and m0.shape != (n,)) or (P0 is not None and P0.shape != (n, n)):
-        raise checks.fail(OP, f"m0 and P0 do not fit A: expected ({n}) and ({n}, {n}).")
-    continuous = spec.get("continuous", False)
-    if not isinstance(continuous, bool):
-        raise checks.fail(OP, f"continuous is {continuous!r}, expected true or false.")
-    names = (*bases["Q"], *bases["R"])
+    m0, P0 = (torch.tensor(spec[name], dtype=F64) if name in spec else None for name in ("m0", "P0"))
+    continuous, names = spec.get("continuous", False), (*bases["Q"], *bases["R"])
     return Blueprint(spec, True, [(A, bases["Q"])], C, bases["R"], continuous, fixed, tuple(free), (), m0, P0, names)
-
-
-def _matrix(spec: dict[str, Any], name: str, dims: int = 2) -> Tensor:
-    try:
-        made = torch.tensor(spec[name], dtype=F64)
-    except (TypeError, ValueError):
-        made = torch.empty(0)
-    if made.dim() != dims or not made.numel() or not torch.isfinite(made).all():
-        form = "rows of numbers, [[1, 1], [0, 1]]" if dims == 2 else "numbers, [0, 0]"
-        raise checks.fail(OP, f"{name} is {spec[name]!r}, expected {form}.")
-    return made

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from stateline import checks, state
-from stateline.apps.filter_models import F64, Blueprint, blueprint, described
+from stateline.apps.filter_learning import likeliest, starts_of
+from stateline.apps.filter_models import F64, NOISE, Blueprint, blueprint, described
 from stateline.apps.series_files import NUMBERS, Clock, Row, Series, read_series, series_of
 from stateline.classical import KalmanState, StateSpace, kalman_filter
-from stateline.classical.minimise import minimise
 from stateline.classical.smoother import filter_and_smooth
 
 __all__ = ["Ahead", "Clean", "SeriesFilter", "read_series", "series_of"]
@@ -37,13 +37,9 @@ OP = "filter"
 FORMAT = "stateline-filter"
 #: Variance of what is not known before the first row, in those of the data.
 PRIOR = 1e4
-#: Of the data's variance: where the search for variances begins, what moves beside what is noise.
-STARTS = (1e-4, 1e-2, 1.0)
 #: Logarithms of variances, in those of the data: what moves less stands still. Of a sensor's noise so much stays that
 #: covariances keep their digits.
 LEAST, LEAST_NOISE, MOST = -30.0, -18.0, 12.0
-#: A step of the search, in logarithms of variances.
-LONGEST = 4.0
 #: Numbers of a chunk's matrices, which keeps memory constant.
 ROOM = 2_000_000
 CHUNK = 4096
@@ -106,14 +102,16 @@ class SeriesFilter:
     torch.Size([5, 1])
     """
 
-    def __init__(self, model: str | Mapping[str, Any] = "local-trend", *, step: float | None = None) -> None:
+    def __init__(self, model: str | Path | Mapping[str, Any] = "local-trend", *, step: float | None = None) -> None:
         if step is not None:
             checks.number(OP, "step", step, low=0.0, open_low=True)
         self.spec = described(model)
+        self._source = str(model) if isinstance(model, str | Path) else "the model"
         self.step = step
         self.columns: tuple[str, ...] = ()
         self.time: str | None = None
         self.time_format: str | None = None
+        self.decimal = "."
         self.names: tuple[str, ...] = ()  # of all columns of the file it was fitted to
         self.clock = Clock()
         self.rows = 0
@@ -136,6 +134,16 @@ class SeriesFilter:
         return {name: values.tolist() for name, values in self._values.items() if name not in ("Q", "R")}
 
     @property
+    def exact(self) -> tuple[str, ...]:
+        """Columns predicted without error, as one that is constant: their noise is the least there is, not learnt."""
+        plan = self._plan
+        if plan is None or plan.joint or NOISE not in plan.free:
+            return ()
+        moves = torch.stack([self._values[name] for name in plan.free if name != NOISE] or [0 * self._values[NOISE]])
+        none = (moves == 0).all(0) & (self._values[NOISE] < 1.01 * self._scale * math.exp(LEAST_NOISE))
+        return tuple(name for name, one in zip(self.columns, none.tolist(), strict=True) if one)
+
+    @property
     def learns(self) -> bool:
         """Whether the model leaves variances to be learnt."""
         spec = self.spec
@@ -149,8 +157,11 @@ class SeriesFilter:
         learn: False takes only names, step and scale from the series, for a model without variances to learn.
         """
         series = series if isinstance(series, Series) else series_of(series)
+        if self.step is not None and series.time is None:
+            problem = f"step is {self.step:g}, and {series.source} has no times"
+            raise checks.fail(OP, f"{problem}.", "Without times a row is a step: leave it out.")
         self.columns, self.time = series.columns, series.time
-        self.time_format, self.names = series.time_format, series.names
+        self.time_format, self.names, self.decimal = series.time_format, series.names, series.decimal
         self.clock = Clock.of(series.rows, self.step, series.time_format)
         if self.clock.kind == "numbers":  # also where a file begins with 202401, say
             self.time_format = NUMBERS
@@ -161,7 +172,8 @@ class SeriesFilter:
             for name, count in zip(self.columns, seen.tolist(), strict=True):
                 if count < 2 + plan.n:
                     need = f"{len(plan.free)} variances are to be learnt and it has {count} values, expected more"
-                    remedy = "" if count else "Leave it out: --columns names those to filter."
+                    remedy = "Give more, or variances of its own in a .yaml model."
+                    remedy = remedy if count else "Leave it out: --columns names those to filter."
                     raise checks.fail(OP, f"{series.source}, column {name!r}: {need} than {1 + plan.n}.", remedy)
         self._middle = torch.nan_to_num(values.nanmedian(0).values if len(values) else torch.zeros(values.shape[1]))
         spread = torch.stack([column[column.isfinite()].var(correction=0) for column in values.T])
@@ -178,29 +190,35 @@ class SeriesFilter:
         return self
 
     def _learn(self, plan: Blueprint, series: Series) -> None:
-        """Maximum likelihood, a column at a time: from the best of a few starts by L-BFGS on logarithms."""
-        y, places = self._arranged(series.values), self._places(series.rows, None, series.source)
-        A, units = self._over(self._steps(places, True))
-        found = []
+        """Maximum likelihood, columns side by side, by L-BFGS on logarithms: the best of a few searches for each.
+
+        Likelihoods have several tops: one where all that may move does, others where one thing explains all motion.
+        """
+        y, gaps = self._arranged(series.values), self._steps(self._places(series.rows, None, series.source), True)
+        gaps = gaps[:1] if bool((gaps[:-1] == gaps[0]).all()) else gaps  # what follows the last row is not seen
+        A, units = self._over(gaps)
+        scale = self._scale.amax().expand(1) if plan.joint else self._scale
         moves = torch.tensor([name not in plan.sensors for name in plan.free])
         least = torch.where(moves, LEAST, LEAST_NOISE).to(F64)
-        for i in range(len(y)):
-            scale = self._scale.amax() if plan.joint else self._scale[i]
+        starts = starts_of(moves)
 
-            def likelihood(logs: Tensor, i: int = i, scale: Tensor = scale) -> Tensor:
-                given = {name: value[i : i + 1] for name, value in self._values.items()}
-                free = scale * logs.clamp(least, least.new_tensor(MOST)).exp()
-                model = self._model(A, units, given | {n: free[..., k] for k, n in enumerate(plan.free)}, i)
-                out, _ = kalman_filter(model, y[i], keep="loglik")
-                return out.loglik.sum(-1)
+        def likelihood(logs: Tensor, at: Tensor) -> Tensor:
+            free = scale[at, None] * logs.clamp(least, least.new_tensor(MOST)).exp()
+            given = {name: value[at] for name, value in self._values.items() if name in plan.fixed}
+            model = self._model(A, units, given | {n: free[:, k] for k, n in enumerate(plan.free)}, at)
+            return kalman_filter(model, y[at], keep="loglik")[0].loglik.sum(-1)
 
-            starts = torch.stack([torch.where(moves, ratio, 0.1).log().to(F64) for ratio in STARTS])
+        found = []
+        for at in torch.arange(len(y)).split(max(1, ROOM // (len(gaps) * plan.n**2 + len(series.rows)))):
             with torch.no_grad():
-                chances = torch.stack([likelihood(start[None]).squeeze(0) for start in starts])
-            best = _likeliest(likelihood, starts[int(chances.argmax())]).clamp(least, least.new_tensor(MOST))
-            found.append(scale * torch.where(moves & (best < LEAST + 8), 0.0, best.exp()))
-        for k, name in enumerate(plan.free):
-            self._values[name] = torch.stack([x[k] for x in found])
+                chances = torch.stack([likelihood(x.expand(len(at), -1), at) for x in starts.flatten(0, 1)])
+            first = chances.unflatten(0, starts.shape[:2]).argmax(1)  # of each family (families, N)
+            begin = torch.stack([family[best] for family, best in zip(starts, first, strict=True)])
+            tops = likeliest(likelihood, begin.flatten(0, 1), at.repeat(len(starts)))
+            x, value = (v.unflatten(0, first.shape) for v in tops)
+            best = x[value.argmin(0), torch.arange(len(at))].clamp(least, least.new_tensor(MOST))
+            found.append(torch.where(moves & (best < LEAST + 8), 0.0, scale[at, None] * best.exp()))
+        self._values |= dict(zip(plan.free, torch.cat(found).unbind(1), strict=True))
 
     # ---- filtering ---------------------------------------------------------------------------------------------------
 
@@ -212,7 +230,8 @@ class SeriesFilter:
         Raises:
             ValueError: if columns or times are not those of the series so far.
         """
-        series = series if isinstance(series, Series) else series_of(series, columns=self.columns or None)
+        if not isinstance(series, Series):
+            series = series_of(series, columns=None if hasattr(series, "columns") else self.columns or None)
         self._check(series)
         parts: list[Clean] = []
         plan, T = self._plan, len(series.rows)
@@ -350,12 +369,11 @@ class SeriesFilter:
         return A[which], {name: Q[which] for name, Q in units.items()}  # type: ignore[attr-defined]  # a pair
 
     def _model(
-        self, A: Tensor, units: Mapping[str, Tensor], values: Mapping[str, Tensor], i: int | None = None
+        self, A: Tensor, units: Mapping[str, Tensor], values: Mapping[str, Tensor], at: Tensor | None = None
     ) -> StateSpace:
-        """The model of all series apart (N, T, n, n), or of series i; A (T, n, n), values (N) each."""
+        """The model of all series apart (N, T, n, n), or of the series `at` (N); A (T, n, n), values (N) each."""
         plan = self._ready()
         apart = 1 if plan.joint else len(self.columns)
-        rows = slice(None) if i is None else slice(i, i + 1)
         Q = torch.zeros_like(A)
         for name, unit in units.items():
             Q = Q + values[name].reshape(-1, 1, 1, 1) * unit
@@ -373,9 +391,8 @@ class SeriesFilter:
             m0 = plan.m0.expand(apart, plan.n)
         if plan.P0 is not None:
             P0 = plan.P0.expand(apart, plan.n, plan.n)
-        m0, P0 = m0[rows], P0[rows]
-        if i is not None:  # one series, without its dimension
-            Q, R, m0, P0 = Q.squeeze(0), R.squeeze(0), m0[0], P0[0]
+        if at is not None:
+            m0, P0 = m0[at], P0[at]
         return StateSpace(A, None, plan.seen, None, Q, R, m0, P0)
 
     def _arranged(self, values: Tensor) -> Tensor:
@@ -392,7 +409,7 @@ class SeriesFilter:
         return self._plan
 
     def _blueprint(self, columns: int) -> Blueprint:
-        return blueprint(self.spec, columns)
+        return blueprint(self.spec, columns, self._source)
 
     def _check(self, series: Series) -> None:
         self._ready()
@@ -411,6 +428,7 @@ class SeriesFilter:
         about = {
             "model": self.spec, "columns": self.columns, "time": self.time, "time_format": self.time_format,
             "names": self.names, "rows": self.rows, "clock": asdict(self.clock), "step": self.step,
+            "decimal": self.decimal,
         }  # fmt: skip
         tensors = {f"variance {name}": value for name, value in self._values.items()}
         tensors |= {"middle": self._middle, "scale": self._scale, "last": torch.tensor(self.last, dtype=F64)}
@@ -436,7 +454,7 @@ class SeriesFilter:
         made = cls(told["model"], step=told["step"])
         made.columns, made.time, made.rows = tuple(told["columns"]), told["time"], told["rows"]
         made.time_format, made.clock = told["time_format"], Clock(**told["clock"])
-        made.names = tuple(told["names"])
+        made.names, made.decimal = tuple(told["names"]), told.get("decimal", ".")  # not in files of before
         made._plan = made._blueprint(len(made.columns))
         made._values = {
             name: tensors[f"variance {name}"]
@@ -447,16 +465,3 @@ class SeriesFilter:
         if "mean" in tensors:
             made._state = KalmanState(tensors["mean"], tensors["cov"])
         return made
-
-
-def _likeliest(likelihood: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """Where a likelihood (1) of x (1, k) is greatest, uphill from a start (k)."""
-
-    def cost(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            value = -likelihood(x).reshape(1)
-            (slope,) = torch.autograd.grad(value, x)
-        return value.detach(), slope
-
-    return minimise(cost, start[None], longest=LONGEST).x[0]

@@ -2,7 +2,8 @@
 
 A row is a moment, a column a series. Cells are separated by tabs, semicolons, commas or blanks, as in the first line.
 That is a header if one of its cells is neither a number, nor missing, nor a date; without one, columns are called 1, 2,
-…. Missing is an empty cell, nan, na, null, none or ?. Lines that are empty or begin with # are passed over.
+…. Decimals are written with points, or all with commas if that is said. Missing is an empty cell, nan, na, null, none
+or ?. Lines that are empty or begin with # are passed over.
 
 Times are numbers or ISO dates. Digits alone are a number, unless the first time of the file is a day or a month of 1900
 to 2099, as in 20240131 or 202401: then all are dates of that form, and one that is none is an error.
@@ -13,9 +14,10 @@ from __future__ import annotations
 import calendar
 import csv
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,11 @@ MONTH = 28 * 86400.0
 #: Forms of dates of digits alone, by how many there are; and what says, in place of a form, that digits are numbers.
 COMPACT = {8: "%Y%m%d", 6: "%Y%m"}
 NUMBERS = "number"
+DECIMALS = (".", ",")
+#: A number by its looks, whatever its marks: nobody calls a column so.
+MARKED = re.compile(r"[-+]?[\d.,]*\d[\d.,]*")
+#: The square of what is larger is infinite.
+LARGEST = 1e150
 Moment = float | datetime
 
 
@@ -56,6 +63,7 @@ class SeriesReader:
         columns: names or numbers of those to read, in order; None for all but the time.
         time_format: of dates, as for strptime; "number"; None to find out, and then it says what was found.
         names: of all columns, for lines without a header that go on with a file that had one.
+        decimal: the mark before decimals, "." or ","; with the latter commas separate no cells.
     """
 
     def __init__(
@@ -63,12 +71,14 @@ class SeriesReader:
         source: str,
         lines: Iterable[str],
         *,
-        time: str | None = None,
-        columns: Sequence[str] | None = None,
+        time: str | int | None = None,
+        columns: Sequence[str | int] | None = None,
         time_format: str | None = None,
         names: Sequence[str] = (),
+        decimal: str = ".",
     ) -> None:
-        self.source, self.time_format = source, time_format
+        checks.choice(OP, "the decimal mark", decimal, DECIMALS)
+        self.source, self.time_format, self.decimal = source, time_format, decimal
         self._lines = enumerate(lines, 1)
         self._waiting: list[tuple[int, list[str]]] = []
         self._aware: bool | None = None
@@ -78,7 +88,7 @@ class SeriesReader:
         self.delimiter = ""
         number, cells = self._first()
         names = list(names) if len(names) == len(cells) else [str(i) for i in range(1, len(cells) + 1)]
-        if any(not (_plain(cell) or _date(cell, self._form)) for cell in cells):
+        if any(not (_plain(cell) or MARKED.fullmatch(cell) or _date(cell, self._form)) for cell in cells):
             names = [name or str(i) for i, name in enumerate(cells, 1)]
             if len(set(names)) < len(names):
                 twice = next(name for name in names if names.count(name) > 1)
@@ -90,7 +100,8 @@ class SeriesReader:
         if columns is None:
             self._places = [i for i in range(self.width) if i != self._time]
         else:
-            self._places = [self._place(name, "--columns") for name in columns]
+            wanted = [columns] if isinstance(columns, str) else columns
+            self._places = [self._place(name, "--columns") for name in wanted]
         if not self._places:
             raise checks.fail(OP, f"{source} has no column beside the time.")
         for place in self._places:
@@ -109,13 +120,19 @@ class SeriesReader:
             moment = None if self._time is None else self._moment(number, label)
             yield Row(number, label, moment, values)
 
+    def series(self, rows: list[Row]) -> Series:
+        """Some of its rows as a series."""
+        values = torch.tensor([row.values for row in rows], dtype=torch.float64).reshape(len(rows), len(self.columns))
+        about = (self.source, self.time, self.time_format, self.names, self.decimal)
+        return Series(values, self.columns, rows, *about)
+
     def _first(self) -> tuple[int, list[str]]:
         for number, line in self._lines:
             if (text := line.strip("\ufeff\r\n")).strip() and not text.lstrip().startswith("#"):
                 if any(mark < " " and mark != "\t" for mark in text):
                     remedy = "Unpack what is compressed, save a spreadsheet as CSV, and write UTF-8."
                     raise checks.fail(OP, f"{self.source}, line {number}: this is no text.", remedy)
-                self.delimiter = next((mark for mark in "\t;," if mark in text), " ")
+                self.delimiter = next((mark for mark in "\t;," if mark in text and mark != self.decimal), " ")
                 return number, self._split(text)
         raise checks.fail(OP, f"{self.source} is empty.", "Expected a row a moment, a column a series.")
 
@@ -138,7 +155,8 @@ class SeriesReader:
     def _form(self) -> str | None:
         return None if self.time_format == NUMBERS else self.time_format
 
-    def _place(self, name: str, option: str) -> int:
+    def _place(self, given: str | int, option: str) -> int:
+        name = str(given)
         if name in self._names:
             return self._names.index(name)
         if name.isdigit() and 1 <= int(name) <= self.width:
@@ -146,23 +164,38 @@ class SeriesReader:
         known = ", ".join(self._names[:20])
         raise checks.fail(OP, f"{self.source} has no column {name!r} ({option}); its first line says {known}.")
 
+    def _pointed(self, cell: str) -> str:
+        """A number as it is written with a decimal point; what has one where commas were expected is none."""
+        return cell if self.decimal == "." else cell.replace(".", "?").replace(",", ".")
+
     def _number(self, line: int, i: int, cell: str) -> float:
+        place = f"{self.source}, line {line}, column {self._names[i]!r}"
         try:
-            value = float(cell)
+            value = float(self._pointed(cell))
         except ValueError:
             if cell.lower() in MISSING:
                 return math.nan
-            place = f"{self.source}, line {line}, column {self._names[i]!r}"
-            dated = _date(cell, self._form) is not None
-            hint = "Missing is an empty cell or nan." + (" --columns chooses columns." if self.width > 1 else "")
-            if dated:
-                hint = f"The time? Say --time {self._names[i]}."
-            elif _plain(cell.replace(",", ".")):
-                hint = "Decimals are written with points; in a file without other commas, sed 's/,/./g' makes them."
-            raise checks.fail(OP, f"{place}: {cell[:40]!r} is no number.", hint) from None
+            raise checks.fail(OP, f"{place}: {cell[:40]!r} is no number.", self._hint(i, cell)) from None
         if math.isinf(value):
-            raise checks.fail(OP, f"{self.source}, line {line}, column {self._names[i]!r}: {cell!r} is infinite.")
+            raise checks.fail(OP, f"{place}: {cell!r} is infinite.")
+        if abs(value) > LARGEST:
+            raise checks.fail(
+                OP, f"{place}: {cell!r} is too large.", "Does it stand for missing? That is an empty cell."
+            )
         return value
+
+    def _hint(self, i: int, cell: str) -> str:
+        """What could be done about a cell that is no number."""
+        if _date(cell, self._form) is not None:
+            return f"The time? Say --time {self._names[i]}."
+        bare = cell.replace(".", "").replace(",", "")
+        if "," in cell and _plain(bare):
+            if cell.count(",") == 1 and "." not in cell and self.decimal == ".":
+                return "Is that a decimal comma? Say --decimal ,."
+            return "Numbers have no marks between thousands."
+        if self.decimal == "," and _plain(cell):
+            return "Decimals were to be written with commas (--decimal ,)."
+        return "Missing is an empty cell or nan." + (" --columns chooses columns." if self.width > 1 else "")
 
     def _moment(self, line: int, text: str) -> Moment:
         place = f"{self.source}, line {line}, column {self.time!r}"
@@ -171,7 +204,7 @@ class SeriesReader:
         self._first_time = False
         if self._form is None:
             try:
-                value = float(text)
+                value = float(self._pointed(text))
             except ValueError:
                 value = math.nan
             if math.isfinite(value):
@@ -287,7 +320,7 @@ class Clock:
     def moment(self, position: float) -> datetime:
         """The date of a position, for a clock of dates."""
         if self.kind == "months":
-            month, part = divmod(position + 1e-9, 1.0)
+            month, part = divmod(position, 1.0)
             begins = self._begins(int(month))
             ahead = (self._begins(int(month) + 1) - begins) * part
             unit = timedelta(days=1) if self._days else timedelta(hours=1)  # months differ in length
@@ -361,6 +394,7 @@ class Series:
     time: str | None = None
     time_format: str | None = None
     names: tuple[str, ...] = ()  # of all columns of the file
+    decimal: str = "."
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -371,7 +405,12 @@ class Series:
 
 
 def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence[str] | None = None) -> Series:
-    """A series from an array (T) or (T, columns), and times (T): numbers or datetimes."""
+    """A series from an array (T) or (T, columns), and times (T): numbers, dates or texts of either.
+
+    columns: names; None takes those of a DataFrame, or 1, 2, ….
+    """
+    if columns is None and getattr(values, "ndim", 0) == 2:
+        columns = [str(name) for name in values.columns] if hasattr(values, "columns") else None
     try:
         table = values.double() if isinstance(values, Tensor) else torch.tensor(np.asarray(values, dtype=np.float64))
     except (TypeError, ValueError) as error:
@@ -386,7 +425,9 @@ def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence
         raise checks.fail(OP, "the values are not all finite.", "Missing is NaN.")
     if times is not None and len(times) != len(table):
         raise checks.fail(OP, f"{len(times)} times were given for {len(table)} values.")
-    moments: list[Moment | None] = [None] * len(table) if times is None else [_as_moment(t) for t in times]
+    moments: list[Moment | None] = (
+        [None] * len(table) if times is None else [_as_moment(i, t) for i, t in enumerate(times, 1)]
+    )
     rows = [
         Row(i, "" if moment is None else str(moment), moment, row)
         for i, (moment, row) in enumerate(zip(moments, table.tolist(), strict=True), 1)
@@ -394,22 +435,33 @@ def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence
     return Series(table, names, rows, time=None if times is None else "time")
 
 
-def _as_moment(value: Any) -> Moment:
-    if isinstance(value, datetime):
+def _as_moment(i: int, value: Any) -> Moment:
+    """What the i-th time means: a number, a date, or a text of one."""
+    if hasattr(value, "dtype") and value.dtype.kind == "M":
+        value = value.astype("datetime64[us]").item()
+    if isinstance(value, str):
+        value = float(value) if _plain(value) and value.lower() not in MISSING else _date(value, None)
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if isinstance(value, datetime) and value == value:  # pandas' NaT is a datetime and not itself
         return value
-    if hasattr(value, "astype") and getattr(value, "dtype", None) is not None and value.dtype.kind == "M":
-        found = value.astype("datetime64[us]").item()
-        assert isinstance(found, datetime)
-        return found
-    return float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        remedy = "Leave out rows that have none."
+        raise checks.fail(OP, f"time {i} is {value!r}, expected a number, a date or a text of one.", remedy)
+    return number
 
 
 def read_series(
     path: str | Path,
     *,
-    time: str | None = None,
-    columns: Sequence[str] | None = None,
+    time: str | int | None = None,
+    columns: Sequence[str | int] | None = None,
     time_format: str | None = None,
+    decimal: str = ".",
 ) -> Series:
     """The columns of a CSV file over time; arguments as of `SeriesReader`.
 
@@ -417,7 +469,5 @@ def read_series(
         ValueError: naming file, line and column of what cannot be read; OSError for what is not there.
     """
     with Path(path).expanduser().open(encoding="utf-8", errors="replace") as file:
-        reader = SeriesReader(str(path), file, time=time, columns=columns, time_format=time_format)
-        rows = list(reader)
-    values = torch.tensor([row.values for row in rows], dtype=torch.float64).reshape(len(rows), len(reader.columns))
-    return Series(values, reader.columns, rows, str(path), reader.time, reader.time_format, reader.names)
+        reader = SeriesReader(str(path), file, time=time, columns=columns, time_format=time_format, decimal=decimal)
+        return reader.series(list(reader))

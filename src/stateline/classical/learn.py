@@ -22,9 +22,9 @@ from stateline import checks
 from stateline.classical import minimise as minimised
 from stateline.classical.em import Data, em_step, replace
 from stateline.classical.kalman import kalman_filter
-from stateline.classical.likelihood import Cost, Tensors, apart, beside, some_of, standard_errors
 from stateline.classical.minimise import minimise
 from stateline.classical.model import StateSpace, check, validate
+from stateline.classical.objective import Cost, Tensors, apart, beside, some_of, standard_errors, without_top
 from stateline.classical.parameters import COVARIANCES, Parameters, of
 from stateline.ops.kalman import FORMS
 
@@ -34,6 +34,8 @@ METHODS = ("em", "lbfgs")
 ROUNDING = 1e-11
 #: Evaluations a step of "lbfgs" may take, and how far it may go, in learned numbers.
 TRIALS, LONGEST = 20, 10.0
+#: The largest tolerance, in nats: a factor of e in how likely the series are matters to any use of a model.
+MOST = 1.0
 Progress = Callable[[int, Tensor, StateSpace], None]
 
 
@@ -41,7 +43,8 @@ Progress = Callable[[int, Tensor, StateSpace], None]
 class FitOptions:
     """How `fit` goes about it.
 
-    tolerance: in nats; the end is where a step gains less.
+    tolerance: in nats, at most 1; the end is where a step gains less ("lbfgs": three in a row). What is still to gain
+        there may be a hundred times more.
     stable: all eigenvalues of A stay inside the unit circle, by construction; for "lbfgs".
     errors: whether standard errors are computed, by two gradients for each learned number.
     form: of the filter, as in `kalman_filter`.
@@ -112,9 +115,9 @@ def fit(
     >>> found.converged, round(found.model.Q.item(), 2), round(found.errors["Q"].item(), 2)
     (True, 0.55, 0.03)
     """
-    options = options or FitOptions()
-    batch, flat, data = _prepare(model, y, u, tuple(learn), each, options)
-    free = _free(model, tuple(learn), frozen or {}, options)
+    options, learn = options or FitOptions(), (learn,) if isinstance(learn, str) else tuple(learn)
+    batch, flat, data = _prepare(model, y, u, learn, each, options)
+    free = _free(model, learn, frozen or {}, options)
     checks.choice(OP, "method", method, METHODS)
     checks.number(OP, "steps", steps, low=0, integer=True)
     with torch.no_grad():
@@ -129,9 +132,14 @@ def fit(
         finally:
             if options.progress is True:
                 print(file=sys.stderr)  # what comes next has a line of its own
-        errors, why = standard_errors(found, data, free) if options.errors else (None, "errors=False")
+        for g, problem in (endless := without_top(found, data, free)).items():
+            converged[g], reasons[g] = False, problem
+        errors, why = standard_errors(found, data, free, endless) if options.errors else (None, "errors=False")
     first = next((r for r, good in zip(reasons, converged.tolist(), strict=True) if not good), reasons[0])
-    named = None if errors is None else {k: shape.part(k, v) for k, v in errors.items()}
+    named = None
+    if errors is not None:
+        still = {name: torch.zeros_like(getattr(model, name)) for name in learn if name not in free}
+        named = {name: shape.part(name, v) for name, v in errors.items()} | still
     return Fit(
         shape.model(found, free),
         (trace.unflatten(1, batch) if batch else trace[:, 0]) if each else trace[:, 0],
@@ -149,8 +157,17 @@ def _prepare(
     model: StateSpace, y: Tensor, u: Tensor | None, learn: tuple[str, ...], each: bool, options: FitOptions
 ) -> tuple[tuple[int, ...], StateSpace, Data]:
     """Check everything, and bring it to one batch dimension in float64."""
+    if not isinstance(options, FitOptions):
+        problem = f"options is a {type(options).__name__}, expected FitOptions"
+        raise checks.fail(OP, f"{problem}.", "As in options=FitOptions(tolerance=1e-3).", error=TypeError)
+    if not (isinstance(options.progress, bool) or callable(options.progress)):
+        problem = f"progress is {options.progress!r}, expected True, False or a function of step, log-likelihood, model"
+        raise checks.fail(OP, f"{problem}.", error=TypeError)
     checks.choice(OP, "form", options.form, FORMS)
     checks.number(OP, "tolerance", options.tolerance, low=0.0)
+    if options.tolerance > MOST:
+        problem = f"tolerance is {options.tolerance:g} nats, at which a search may end far from the top"
+        raise checks.fail(OP, f"{problem}; expected at most {MOST:g}.", "To end sooner, say steps=.")
     validate(model, OP)
     frame = check(OP, model, y, u)
     if not learn:
@@ -212,7 +229,7 @@ def _given_each(flat: StateSpace, free: Mapping[str, Tensor], N: int) -> StateSp
 def _free(
     model: StateSpace, learn: tuple[str, ...], frozen: Mapping[str, Tensor], options: FitOptions
 ) -> dict[str, Tensor]:
-    """For each learned part the entries that are not frozen."""
+    """The entries that are not frozen, for each learned part that has any."""
     for name in frozen:
         if name not in learn:
             problem = f"frozen has a mask for {name!r}, which is not in learn={learn!r}"
@@ -230,6 +247,9 @@ def _free(
         if name in COVARIANCES and not bool((mask == mask.mT).all()):
             raise checks.fail(OP, f"frozen[{name!r}] is not symmetric.", "Give mask | mask.mT.")
         free[name] = ~mask.cpu()
+    free = {name: entries for name, entries in free.items() if bool(entries.any())}
+    if not free:
+        raise checks.fail(OP, f"frozen keeps every entry of learn={learn!r}.", "There is nothing to learn.")
     if options.stable and "A" in free and not bool(free["A"].all()):
         problem = "stable=True moves all entries of A together, and some are frozen"
         raise checks.fail(OP, f"{problem}.", "Leave out one of the two.")
@@ -373,7 +393,7 @@ def _lbfgs(
     )  # fmt: skip
     told = []
     for g, reason in enumerate(found.reason.tolist()):
-        if reason in (minimised.FLAT, minimised.LITTLE):
+        if reason == minimised.LITTLE:
             told.append(f"a step gains less than {options.tolerance:g}")
         elif reason == minimised.STUCK:
             why = f" ({cost.problems[g]})" if g in cost.problems else ""

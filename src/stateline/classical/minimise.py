@@ -26,6 +26,8 @@ SMALL = 1e-4
 ROUNDING = 1e-12
 #: Where no step lowers a function, it is as low as it gets if a step promised less than this share of its value.
 SETTLED = 1e-7
+#: Trials in a row that bring next to nothing end a search: one or two may be short by chance.
+IDLE = 3
 #: Where the ground bends down steps grow by this factor: with no curvature to go by they would stay short.
 LONGER = 4.0
 #: Rows are copied together once so many of them are done.
@@ -35,7 +37,7 @@ MEMORY = 30
 #: Why a search ended, by `Minimum.reason`; the first three are convergence.
 REASONS = (
     "no slope is left",
-    "a step gains next to nothing",
+    "steps gain next to nothing",
     "no step gains more than rounding",
     "no step along the slope lowers it",
     "all steps are used up",
@@ -75,7 +77,7 @@ class _Search:
     slope: Tensor
     direction: Tensor
     step: Tensor
-    flat: Tensor  # trials in a row that brought, or promised, next to nothing
+    idle: Tensor  # trials that brought, or failed and had promised, next to nothing since one brought more
     taken: Tensor
     reason: Tensor
     moves: Tensor
@@ -131,7 +133,7 @@ def minimise(
 
     Args:
         tolerance: a function ends when its largest derivative is not above this.
-        gain: and when steps promise and bring less than this; None: less than SMALL of the tolerance, relatively.
+        gain: and when IDLE steps in a row bring less than this; None: less than SMALL of the tolerance, relatively.
         evaluations, steps: at most, of each function; no limit to steps if None.
         longest: bounds the length of a step.
         report: called once the foremost function has taken one more step.
@@ -185,8 +187,8 @@ def _advance(now: _Search, objective: Objective, rules: _Rules) -> None:
     promised, live = now.promised, now.open
     good = live & torch.isfinite(value) & torch.isfinite(slope).all(-1)
     good &= value <= now.value - ARMIJO * now.step * promised
-    idle = torch.where(good, now.value - value, promised) < rules.floor(now.value)
-    now.flat = torch.where(live & idle, now.flat + 1, torch.where(good, 0, now.flat))
+    little = torch.where(good, now.value - value, promised) < rules.floor(now.value)
+    now.idle = torch.where(little, now.idle + 1, torch.where(good, 0, now.idle))
     _remember(now, trial - now.x, slope - now.slope, good)
     # A step that was too long: where the parabola through both values and the slope is least.
     bend = value - now.value + now.step * promised
@@ -201,17 +203,15 @@ def _advance(now: _Search, objective: Objective, rules: _Rules) -> None:
 
 def _end(now: _Search, rules: _Rules) -> None:
     """Say which rows have nothing more to do; those whose memory led nowhere forget it and go down the slope."""
-    promised, floor = now.promised, rules.floor(now.value)
-    short = now.open & (now.step < SHORTEST)
-    led = short & (now.moves != 0).flatten(1).any(1) & (promised >= SETTLED * now.value.abs().clamp(min=1))
+    short, settled = now.step < SHORTEST, now.promised < SETTLED * now.value.abs().clamp(min=1)
+    led = now.open & short & (now.moves != 0).flatten(1).any(1)
     if bool(led.any()):
         now.moves, now.changes = (torch.where(led[:, None, None], 0.0, v) for v in (now.moves, now.changes))
         now.direction = torch.where(led[:, None], _bounded(-now.slope, rules.longest), now.direction)
         now.gamma, now.step = (torch.where(led, 1.0, v) for v in (now.gamma, now.step))
-    settled = promised < SETTLED * now.value.abs().clamp(min=1)
     ends = {
         FLAT: (now.slope.abs() <= rules.tolerance).all(-1),
-        LITTLE: ((promised < floor) & (now.flat > 0)) | (now.flat >= 3),
+        LITTLE: now.idle >= IDLE,
         LOWEST: short & settled,
         STUCK: short & ~led,
         STEPS: now.taken >= rules.steps,

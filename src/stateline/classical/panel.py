@@ -117,6 +117,8 @@ def future(op: str, X: Any, N: int, steps: int, columns: int) -> Tensor | None:
 
 
 def _rows(op: str, y: Any, lengths: ArrayLike | None) -> list[Any]:
+    if type(getattr(y, "index", None)).__name__ in ("DatetimeIndex", "PeriodIndex") and np.ndim(y) == 2:
+        raise checks.fail(op, "y is a table whose rows are times, expected a row a series.", "Transpose it: y.T.")
     if isinstance(y, Tensor):
         y = y.detach().cpu().numpy()
     if isinstance(y, Sequence) and not isinstance(y, str) and len(y) and np.ndim(y[0]) > 0:

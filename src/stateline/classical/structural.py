@@ -19,20 +19,22 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical import structural_files
+from stateline.classical import saved_fits
+from stateline.classical.assembly import LEVELS, PRIOR, REGRESSORS, TRENDS, Structure
+from stateline.classical.batch_fit import Progress, StructureFit, blocks, filtered, fit_structure, fitting
 from stateline.classical.diagnosis import Diagnosis, diagnosis
 from stateline.classical.kalman import forecast as forecast_states
-from stateline.classical.likeliest import Progress, StructureFit, blocks, filtered, fit_structure, fitting
 from stateline.classical.mixture import StructuralForecast
 from stateline.classical.model import StateSpace, simulate
 from stateline.classical.panel import Panel, future, read
 from stateline.classical.smoother import kalman_smoother
-from stateline.classical.structures import LEVELS, REGRESSORS, TRENDS, Structure
 from stateline.ops.kalman import KalmanState
 
 Floats = NDArray[np.float64]
 TRANSFORMS = ("none", "log")
 COMBINE = ("average", "best")
+#: A weight that keeps this share of the variance it started with was not seen.
+UNKNOWN = 1e-2
 
 
 class Components(NamedTuple):
@@ -56,13 +58,14 @@ class Coefficients(NamedTuple):
 
     names (c): "weight_0" for the first column of X, and so on.   mean, error (N, c): expected values and their standard
     errors, for fixed weights the regression's; parameters are taken as known. They are those of the series' likeliest
-    structure.
+    structure.   reason (N): why a series has errors that are NaN, or "".
     """
 
     names: list[str]
     mean: Floats
     error: Floats
     log: NDArray[np.bool_]
+    reason: list[str]
 
 
 class StructuralModel:
@@ -83,7 +86,7 @@ class StructuralModel:
 
     Each of the first five may be a list of alternatives: all combinations are fitted, and combined for each series. A
     series too short for a structure, or with values that are not positive for "log", goes without it. Fitted, it has
-    `fits_` (one `likeliest.StructureFit` a structure), `weights_` (N, structures) and `loglik_` (N).
+    `fits_` (one `batch_fit.StructureFit` a structure), `weights_` (N, structures) and `loglik_` (N).
 
     >>> y = [[112.0, 118, 132, 129, 121, 135, 148, 148, 136, 119], [30.0, 32, 31, 35, 36, 38, 37, 40]]
     >>> model = StructuralModel(trend="fixed").fit(y)
@@ -192,7 +195,7 @@ class StructuralModel:
         common = max(structure.diffuse for structure in structures)
         progress = Progress(len(panel.y) * len(structures), self.progress)
         options = (float(self.tolerance), int(self.evaluations))
-        done = structural_files.Checkpoint(checkpoint, panel, structures, options)
+        done = saved_fits.Checkpoint(checkpoint, panel, structures, options)
         progress.advance(len(done.fits) * len(panel.y), "from the checkpoint")
         for structure in structures[len(done.fits) :]:
             done.add(fit_structure(structure, panel, common, options, progress))
@@ -239,6 +242,9 @@ class StructuralModel:
     def coefficients(self) -> Coefficients:
         """What each regressor counts for in each series, after all values it was fitted to and updated with.
 
+        Errors are NaN where values do not tell: of a regressor that does as the level or others do, or does nothing;
+        and of a series that is predicted without error, as one that is constant is.
+
         Raises ValueError for a model that was fitted without X.
         """
         N, best = len(self._weight()), self.weights_.argmax(1)
@@ -247,14 +253,22 @@ class StructuralModel:
             raise checks.fail("coefficients", "the model was fitted without X, and has no regressors.")
         mean, error = torch.zeros(N, columns, dtype=torch.float64), torch.zeros(N, columns, dtype=torch.float64)
         log = torch.zeros(N, dtype=torch.bool)
+        names, reason = [f"weight_{i}" for i in range(columns)], [""] * N
         for j, fit in enumerate(self.fits_):
             mine = (best[fit.rows] == j).nonzero()[:, 0]
             rows, at, unit = fit.rows[mine], fit.structure.where("weights"), fit.scale[mine, None] / fit.unit
             mean[rows] = fit.state.mean[mine, at] * unit
-            variance = fit.state.cov[mine].diagonal(dim1=-2, dim2=-1)[:, at] * self._excess(fit)[mine, None]
-            error[rows] = variance.clamp(min=0).sqrt() * unit
+            variance = fit.state.cov[mine].diagonal(dim1=-2, dim2=-1)[:, at]
+            exact, open_ = fit.structure.exact(fit.theta[mine]), variance > UNKNOWN * PRIOR
+            error[rows] = (variance * self._excess(fit)[mine, None]).clamp(min=0).sqrt() * unit
+            error[rows] = torch.where(exact[:, None] | open_, torch.nan, error[rows])
             log[rows] = fit.structure.transform == "log"
-        return Coefficients([f"weight_{i}" for i in range(columns)], mean.numpy(), error.numpy(), log.numpy())
+            for i in (exact | open_.any(1)).nonzero()[:, 0].tolist():
+                told = ", ".join(name for name, one in zip(names, open_[i].tolist(), strict=True) if one)
+                reason[int(rows[i])] = (
+                    f"nothing tells {told} from the rest" if told else "it is predicted without error"
+                )
+        return Coefficients(names, mean.numpy(), error.numpy(), log.numpy(), reason)
 
     # ---- what lies ahead ----
 
@@ -371,12 +385,12 @@ class StructuralModel:
     def save(self, path: str | Path) -> None:
         """Write the fitted model to one safetensors file, whole or not at all: parameters, states and series."""
         self._fitted()
-        structural_files.save(self, path)
+        saved_fits.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The model that `save` wrote; no pickle is read. Raises ValueError if the file is none or damaged."""
-        return structural_files.load(cls, path)
+        return saved_fits.load(cls, path)
 
     # ---- parts ----
 
@@ -439,9 +453,10 @@ def _check_fitting(panel: Panel, structures: list[Structure]) -> None:
         series = int(without.nonzero()[0])
         fewest = min(structure.diffuse for structure in structures) + 2
         problem = f"series {series} has {int(panel.count[series])} values, and no structure can be fitted to them"
-        raise checks.fail(
-            "fit", f"{problem}.", f"The smallest takes {fewest} values, and logarithms take values above 0."
-        )
+        remedy = f"The smallest takes {fewest} values, and logarithms take values above 0."
+        if len(panel.y) > panel.y.shape[1] > 1:
+            remedy += f" There are {len(panel.y)} series of {panel.y.shape[1]} steps: is it y.T?"
+        raise checks.fail("fit", f"{problem}.", remedy)
 
 
 def _weights(panel: Panel, fits: list[StructureFit], combine: str) -> Tensor:

@@ -79,6 +79,8 @@ def n4sid(
     >>> found.suggested_order
     2
     """
+    if feedthrough and u is None:
+        raise checks.fail(OP, "feedthrough=True, and there are no inputs u.", "Leave it out, or give u.")
     y, u, dtype = _records(y, u)
     N, T, m = y.shape
     p = 0 if u is None else u.shape[2]
@@ -95,8 +97,10 @@ def n4sid(
         checks.number(OP, "order", order, low=1, high=most, integer=True)
     past, future = _windows(y, u, i)
     left, values = _canonical(past, *future, DEPENDENT[dtype])
-    suggested = _suggest(values)
+    suggested = _suggest(values, i * _whiten(y.flatten(0, 1), DEPENDENT[dtype]).shape[1])
     n = order or suggested
+    if not left.shape[1]:
+        raise checks.fail(OP, "y stays at 0, or is a sum of inputs ahead.", "There is nothing to find a state in.")
     if n > left.shape[1]:
         problem = f"order is {n}, and the past has {left.shape[1]} independent directions"
         raise checks.fail(OP, f"{problem}.", "Take a lower order.")
@@ -186,13 +190,16 @@ def _whiten(X: Tensor, dependent: float) -> Tensor:
     return V[kept].mT / sizes[kept] * len(X) ** 0.5
 
 
-def _suggest(values: Tensor) -> int:
-    """The order behind which the singular values fall by the largest factor."""
+def _suggest(values: Tensor, directions: int) -> int:
+    """The order behind which the singular values fall by the largest factor, of half of a future's `directions`.
+
+    Columns of y that are sums of others add no direction.
+    """
     if len(values) < 2:
         return 1
     floor = values.clamp(min=1e-8)
     fall = floor[:-1] / floor[1:]
-    return int(fall[: max(1, len(fall) // 2 + 1)].argmax()) + 1
+    return int(fall[: max(1, directions // 2)].argmax()) + 1
 
 
 def _model(

@@ -56,7 +56,8 @@ data:
   A row a moment, a column a series; tabs, semicolons, commas or blanks between. With a header or without (columns are
   then 1, 2, …). Missing is an empty cell or nan; rows may be missing too, if there are times: numbers, or dates as in
   2024-03-01 12:30; a file whose first time is a day, 20240131, or a month, 202401, has such (if it has not:
-  --time-format number). A step of a model is the middle gap between times, a month in monthly data.
+  --time-format number). A step of a model is the middle gap between times, a month in monthly data. --decimal , is for
+  21,5 in place of 21.5.
 
 output:
   A line for each row and column: time, column, kind (data or forecast), observed, mean, sd, lower, upper; with --smooth
@@ -67,6 +68,8 @@ Ctrl-C ends it early: what was read is written and saved.
 SECONDS = 5.0  # between lines of progress
 LEARN_ROWS = 5000
 TIMES = ("time", "date", "datetime", "timestamp", "day", "month", "year", "seconds", "t")  # what times are often called
+DECIMALS = (".", ",")
+TOLD, TOLD_WIDTH = 6, 12  # columns of which variances are told, and of what width
 POLL = 0.2  # seconds between looks at a file that is followed
 
 
@@ -79,6 +82,9 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     what.add_argument("--time", metavar="COLUMN", help="name or number of the column of times (default: even rows)")
     what.add_argument("--time-format", metavar="FORM", help="how dates are written, as in %%d/%%m/%%Y; or number")
     what.add_argument("--columns", metavar="A,B", help="names or numbers of those to filter (default: all)")
+    what.add_argument(
+        "--decimal", choices=DECIMALS, metavar="MARK", help="what is before decimals, . or , (default: .)"
+    )
     what.add_argument("--step", type=float, metavar="X", help="what is one step: seconds, or units of numeric times")
     model = parser.add_argument_group("how it is filtered")
     model.add_argument("--model", metavar="NAME", help="a name, a sum of names, or a .yaml file (default: local-trend)")
@@ -139,7 +145,7 @@ def _level(options: argparse.Namespace) -> float:
 def _check(options: argparse.Namespace) -> None:
     """Refuse what does not go together, and what would be overwritten, before anything is done."""
     if options.load_state:
-        for name in ("model", "time", "time_format", "columns", "step", "learn_rows"):
+        for name in ("model", "time", "time_format", "columns", "decimal", "step", "learn_rows"):
             if getattr(options, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"--load-state brings what {flag} would say; leave one of the two out")
@@ -153,6 +159,8 @@ def _check(options: argparse.Namespace) -> None:
             raise UsageError("without DATA there is nothing to do but --forecast N")
     if options.time_format and not options.time:
         raise UsageError("--time-format needs --time, the column it is about")
+    if options.step is not None and not options.time:
+        raise UsageError("--step needs --time: without times a row is a step")
     for name in ("smooth", "plot"):
         if options.follow and getattr(options, name):
             raise UsageError(f"--{name} waits for the last row, and --follow answers each at once")
@@ -220,9 +228,11 @@ class Job:
                 columns=sensor.columns,
                 time_format=sensor.time_format,
                 names=sensor.names,
+                decimal=sensor.decimal,
             )
         columns = None if o.columns is None else [name.strip() for name in o.columns.split(",")]
-        return SeriesReader(source, lines, time=o.time, columns=columns, time_format=o.time_format)
+        decimal = "." if o.decimal is None else o.decimal
+        return SeriesReader(source, lines, time=o.time, columns=columns, time_format=o.time_format, decimal=decimal)
 
     def begin(self, out: TextIO, reader: SeriesReader | None) -> None:
         """Prepare what is written, once the data was found to be there."""
@@ -290,22 +300,23 @@ class Job:
             if name.lower() in TIMES:
                 print(f"note: {name!r} is filtered as a series; --time {name} takes it for the time", file=sys.stderr)
         began = time.perf_counter()
+        if learns and not self.options.quiet and sys.stderr.isatty():
+            print(f"learning from {len(rows):,} rows …", end="\r", file=sys.stderr, flush=True)
         self.sensor.fit(self._series(rows), learn=learns)
         if learns and not self.options.quiet:
             took = time.perf_counter() - began
             print(f"learnt from {len(rows):,} rows in {took:.1f} s; standard deviations a step:", file=sys.stderr)
-            for name, values in self.sensor.variances.items():
-                print(f"  {name:12s} " + "  ".join(f"{value**0.5:.6g}" for value in values), file=sys.stderr)
+            for line in _deviations(self.sensor):
+                print(line, file=sys.stderr)
+            for name in self.sensor.exact:
+                told = (
+                    "is predicted without error, as if constant or a straight line; its noise is none that was learnt"
+                )
+                print(f"note: {name!r} {told}", file=sys.stderr)
 
     def _series(self, rows: list[Row]) -> Series:
-        import torch
-
-        from stateline.apps.series_files import Series
-
-        reader = self._reader
-        assert reader is not None
-        values = torch.tensor([row.values for row in rows], dtype=torch.float64).reshape(len(rows), -1)
-        return Series(values, reader.columns, rows, reader.source, reader.time, reader.time_format, reader.names)
+        assert self._reader is not None
+        return self._reader.series(rows)
 
     def _piece(self, rows: list[Row], *, smooth: bool = False) -> None:
         if not rows:
@@ -315,6 +326,18 @@ class Job:
         self.table.rows(series, clean, self.sensor.rows)
         if self.picture is not None:
             self.picture.add(series, clean, self.sensor.rows)
+
+
+def _deviations(sensor: SeriesFilter) -> list[str]:
+    """A line for each standard deviation, a field for each column, of many the first few."""
+    table = {name: [f"{value**0.5:.6g}" for value in values] for name, values in sensor.variances.items()}
+    columns = max(map(len, table.values()))
+    head = {"": [name[:TOLD_WIDTH] for name in sensor.columns]} if columns > 1 else {}
+    more = f"  … {columns - TOLD} more" if columns > TOLD else ""
+    return [
+        f"  {name:12s} " + ("  ".join(f"{value:<{TOLD_WIDTH}}" for value in values[:TOLD]) + more).rstrip()
+        for name, values in (head | table).items()
+    ]
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------------

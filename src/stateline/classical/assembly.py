@@ -149,6 +149,10 @@ class Structure:
             found["coefficients"] = _autoregression(STABLE * torch.sin(theta[:, theta.shape[1] - self.ar :]))
         return found
 
+    def exact(self, theta: Tensor) -> Tensor:
+        """(N): whether all variances went to the border; what is left, FLOOR, says nothing of the series."""
+        return (theta[:, : 1 + len(self.deviations)] ** 2).sum(1) < FLOOR
+
     def model(self, theta: Tensor, X: Tensor | None = None) -> StateSpace:
         """The models of N series with parameters (N, k) and scaled regressors X (N, T, columns); differentiable."""
         N, n = theta.shape[0], self.n

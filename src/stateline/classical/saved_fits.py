@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from stateline.checks import fail, plain
-from stateline.classical.likeliest import StructureFit
+from stateline.classical.assembly import Structure
+from stateline.classical.batch_fit import StructureFit
 from stateline.classical.panel import Panel
-from stateline.classical.structures import Structure
 from stateline.ops.kalman import KalmanState
 from stateline.state import read, write
 

@@ -22,6 +22,8 @@ DIFFERENCE = 1e-5
 SINGULAR = 1e-8
 #: A variance whose error is this many times itself has gone to zero, the border, where curvature says nothing.
 VAGUE = 10.0
+#: Errors expected of predictions, beside the largest value of a series: below, they are how its numbers are rounded.
+EXACT = 4 * torch.finfo(torch.float64).eps
 Tensors = tuple[Tensor, ...]
 
 
@@ -90,10 +92,40 @@ class Cost:
         return out.loglik.sum(1) if data.each else out.loglik.sum()[None]
 
 
-def standard_errors(flat: StateSpace, data: Data, free: dict[str, Tensor]) -> tuple[dict[str, Tensor] | None, str]:
+def without_top(flat: StateSpace, data: Data, free: dict[str, Tensor]) -> dict[int, str]:
+    """Models whose likelihood has no largest value, and why: they predict without error, as a series that is constant.
+
+    The smaller a variance, the likelier is what is predicted exactly, until rounding ends it.
+    """
+    learned = [name for name in ("Q", "R") if name in free]
+    if not learned:
+        return {}
+
+    def run(rows: Tensor) -> Tensors:
+        model, some = some_of(flat, data, rows)
+        _, state = kalman_filter(model, some.y, some.u, form=data.form, keep="loglik")
+        C, R = model.C[:, -1], model.R[:, -1]
+        expected = (C @ state.cov @ C.mT + R).diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        seen = torch.nan_to_num(some.y).abs().amax(1)
+        exact = (expected <= EXACT * torch.where(seen > 0, seen, 1.0)) & ~some.y.isnan().all(1)
+        return (exact if data.each else exact.all(0, keepdim=True),)
+
+    def failed(row: int, problem: str) -> Tensors:
+        return (torch.zeros(1, data.y.shape[2], dtype=torch.bool),)
+
+    (found,) = apart(run, failed, torch.arange(len(data.y) if data.each else 1))
+    problem = "is predicted without error, so that its likelihood grows without end as variances fall to 0"
+    remedy = f"Leave {' and '.join(learned)} out of learn; is it constant?"
+    columns = {g: int(found[g].nonzero()[0]) for g in found.any(1).nonzero()[:, 0].tolist()}
+    return {g: f"column {column} of y {problem}. {remedy}" for g, column in columns.items()}
+
+
+def standard_errors(
+    flat: StateSpace, data: Data, free: dict[str, Tensor], without: dict[int, str]
+) -> tuple[dict[str, Tensor] | None, str]:
     """Of the learned parts (G, …) at `flat`: from the information in learned numbers, carried over to the entries.
 
-    NaN for models that have none; None if no model has any.
+    without: models that have none, and why.   NaN for models that have none; None if no model has any.
     """
     G = len(data.y) if data.each else 1
     parameters = Parameters(OP, flat, tuple(free), free, stable=False)
@@ -103,7 +135,7 @@ def standard_errors(flat: StateSpace, data: Data, free: dict[str, Tensor]) -> tu
         move = torch.zeros_like(x)
         move[:, j] = DIFFERENCE
         information[:, j] = (cost(x + move, rows)[1] - cost(x - move, rows)[1]) / (2 * DIFFERENCE)
-    reasons = {g: f"the likelihood ends at what was found: {problem}" for g, problem in cost.problems.items()}
+    reasons = {g: f"the likelihood ends at what was found: {problem}" for g, problem in cost.problems.items()} | without
     spread = _inverted(information, ~parameters.moves(G), reasons)
     errors = {}
     with torch.enable_grad():

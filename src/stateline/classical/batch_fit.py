@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stateline.classical.assembly import Structure
 from stateline.classical.minimise import minimise
 from stateline.classical.panel import Panel
-from stateline.classical.structures import Structure
 from stateline.ops.kalman import KalmanState, kalman
 
 #: Numbers in the covariances of a block: what one batch of series may keep for its derivatives, here 64 MiB.
