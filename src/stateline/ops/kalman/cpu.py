@@ -103,14 +103,17 @@ def backward(
             *(x for _, f in slopes for x in f), *(native.pointer(v) for v in results),
         ),
     )  # fmt: skip
+    _need_digits(info, y)
+    del system, slopes
+    results[4] = reference.symmetric(results[4])  # type: ignore[arg-type]  # R is there
+    return tuple(results)
+
+
+def _need_digits(info: Sequence[int], y: Tensor) -> None:
+    """Raise if a way back says that it could not factorise."""
     if info[0] >= 0:
         step, series = divmod(info[0], y.shape[0])
         raise reference.too_few_digits(series, step, y.dtype)
-    del system, slopes
-    dR = results[4]
-    assert dR is not None
-    results[4] = (dR + dR.mT) / 2
-    return tuple(results)
 
 
 def _spread(v: Tensor) -> Tensor:
@@ -261,6 +264,47 @@ def smooth(
     )  # fmt: skip
     del system
     return mean, cov, lag
+
+
+def smooth_backward(
+    grads: tuple[Tensor | None, ...],
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    R: Tensor,
+    d: Tensor | None,
+    predicted_mean: Tensor,
+    predicted_cov: Tensor,
+    *,
+    shared: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of y, A, C, R, d, predicted_mean, predicted_cov in their shapes from those of `smooth`'s results."""
+    given, dtype, n = (y, A, C, R, d, predicted_mean, predicted_cov), y.dtype, predicted_mean.shape[2]
+    if not y.numel():
+        return reference.smooth_backward(grads, *given, shared=shared)
+    r, W = _empty(predicted_mean.shape, dtype), _empty(predicted_cov.shape, dtype)
+    results = [None if v is None else _empty(v.shape, dtype) for v in given]
+    y, A, C, R, d = (None if v is None else _spread(v) for v in given[:5])  # type: ignore[assignment]  # d alone may be
+    system, fields = _system((y, A, C, W, R, r, d, predicted_mean, predicted_cov), dtype)
+    sizes = _sizes(y, n, "joseph", shared)
+    found = (0, 0, r.data_ptr(), 0, 0, 0, W.data_ptr())
+    native.call("kalman_smooth", (*sizes, *fields, *found, *(0,) * 4, *_NO_GRADIENTS))
+    info = array.array("q", _FINE)
+    slopes = [
+        _operand(None if g is None else _spread(g), dtype, dims) for g, dims in zip(grads, (1, 2, 2), strict=True)
+    ]
+    (_, mean), (_, cov), (_, lag) = slopes
+    incoming = (*mean, *cov, *ABSENT3 * 4, *lag)
+    dy, dA, dC, dR, dd, dmean, dcov = (native.pointer(v) for v in results)
+    outgoing = (dy, dA, dC, 0, dR, 0, dd, dmean, dcov)
+    native.call(
+        "kalman_smooth_backward",
+        (*sizes, *fields, *(0,) * 7, info.buffer_info()[0], 0, 0, 0, *incoming, *outgoing),
+    )
+    _need_digits(info, y)
+    del system, slopes
+    results[3] = reference.symmetric(results[3])  # type: ignore[arg-type]  # R is there
+    return tuple(results)
 
 
 def _shared_means(

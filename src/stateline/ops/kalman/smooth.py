@@ -1,7 +1,6 @@
 """kalman_smooth: moments of a linear-Gaussian state given all observations, from the filter's predicted moments.
 
-Its gradient runs through the definition, whatever computed the values: not an op of its own, since autograd does not
-work inside one; what is traced or transformed takes the definition throughout. Suffixes as in reference.py.
+Suffixes as in reference.py.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from torch.autograd import Function
 from stateline import backends, checks
 from stateline.checks import Sizes
 from stateline.ops.kalman import DTYPES, PRECISION, exact, expanded
-from stateline.ops.kalman.reference import smooth, smooth_backward
-from stateline.ops.library import call, define, first_only_of
+from stateline.ops.library import call, define, first_only_of, or_empty
 
 OP = "kalman_smooth"
 
@@ -66,11 +64,7 @@ def kalman_smooth(
     shared = N > 1 and expanded(predicted_cov) and all(v.shape[0] == 1 for v in (A, C, R)) and _same_gaps(y)
     cov = predicted_cov[:1] if shared else predicted_cov
     inputs = (y, A, C, R, observation_offset, predicted_mean, cov)
-    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    if torch._C._are_functorch_transforms_active() or (wanted and torch.compiler.is_compiling()):
-        mean, cov, lag = smooth(*inputs, shared=shared)  # the definition is what they can see through
-    else:
-        mean, cov, lag = call(_Smooth, *inputs, shared, backend)
+    mean, cov, lag = call(_Smooth, *inputs, shared, backend)
     return mean, cov.expand(N, *cov.shape[1:]), lag.expand(N, *lag.shape[1:])
 
 
@@ -94,11 +88,31 @@ def _fake(y: Tensor, A: Any, C: Any, R: Any, d: Any, mean: Tensor, cov: Tensor, 
     return y.new_empty(mean.shape), y.new_empty(cov.shape), y.new_empty((s, max(T - 1, 0), n, n))
 
 
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    grads, y, rest, (shared, backend) = args[:3], args[3], args[4:-2], args[-2:]
+    with exact(y):
+        module = backends.kernel(OP, y.device.type, backend, y.dtype, (y, *rest))
+        found = module.smooth_backward(grads, y, *rest, shared=shared)
+    return tuple(or_empty(v, y) for v in found)
+
+
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    y = args[3]
+    return tuple(y.new_empty((0,) if v is None else v.shape) for v in args[3:10])
+
+
 _GIVEN = "Tensor y, Tensor A, Tensor C, Tensor R, Tensor? d, Tensor mean, Tensor cov, bool shared, str? backend"
 _forward = define(f"{OP}({_GIVEN}) -> (Tensor, Tensor, Tensor)", _run, _fake)
+_backward = define(
+    f"{OP}_backward(Tensor? dmean, Tensor? dcov, Tensor? dlag, {_GIVEN}) -> ({', '.join(['Tensor'] * 7)})",
+    _run_backward,
+    _fake_backward,
+)
 
 
 class _Smooth(Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         y: Tensor, A: Tensor, C: Tensor, R: Tensor, d: Tensor | None, mean: Tensor, cov: Tensor, shared: bool,
@@ -116,6 +130,5 @@ class _Smooth(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs: Any = ctx.saved_tensors
-        with exact(inputs[0]):
-            found: Any = smooth_backward(grads, *inputs, shared=ctx.options[0])
+        found = _backward(*grads, *inputs, *ctx.options)
         return (*first_only_of(OP, inputs, found, *(v for v in grads if v is not None)), None, None)
