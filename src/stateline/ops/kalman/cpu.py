@@ -160,16 +160,22 @@ def update(
     d: Tensor | None,
     mean: Tensor,
     cov: Tensor,
+    index: Tensor | None,
     noise: int,
 ) -> Stepped:
-    """`step` of rows 0 … b−1 with one system for all, A (n, n) or (1, n, n) and so on; all contiguous, of one dtype, on
-    the CPU, as is the state. noise: 1 if the state has factors, and so Q, R; + FACTORS if these have anyway, whose
+    """`step` with one system for all, A (n, n) or (1, n, n) and so on; all contiguous, of one dtype, on the CPU, as is
+    the state; index of int64. noise: 1 if the state has factors, and so Q, R; + FACTORS if these have anyway, whose
     lower triangles count."""
     if noise & 1 and y.dtype is torch.float32:
-        return _wide_step(y, (A, C, Q, R, b, d), mean, cov, None, noise)
-    rows, n = mean.shape
-    m, dtype = y.shape[1], y.dtype
-    m_out, P_out, loglik = torch.empty_like(mean), torch.empty_like(cov), torch.empty(rows, dtype=dtype, device=CPU)
+        return _wide_step(y, (A, C, Q, R, b, d), mean, cov, index, noise)
+    (rows, m), (slots, n), dtype = y.shape, mean.shape, y.dtype
+    if index is None:
+        m_out, P_out, loglik = torch.empty_like(mean), torch.empty_like(cov), torch.empty(rows, dtype=dtype, device=CPU)
+        which = 0
+    else:
+        kind: Any = {"dtype": dtype, "device": CPU}
+        m_out, P_out, loglik = (torch.zeros(shape, **kind) for shape in ((rows, n), (rows, n, n), (rows,)))
+        which = index.data_ptr()
     info = array.array("q", _FINE)
     native.call(
         "kalman_step",
@@ -178,7 +184,7 @@ def update(
             y.data_ptr(), m, 0, A.data_ptr(), 0, 0, C.data_ptr(), 0, 0, Q.data_ptr(), 0, 0,
             R.data_ptr(), 0, 0, 0 if b is None else b.data_ptr(), n, 0, 0 if d is None else d.data_ptr(), m, 0,
             mean.data_ptr(), n, 0, cov.data_ptr(), n * n, 0, m_out.data_ptr(), P_out.data_ptr(), 0, 0,
-            loglik.data_ptr(), mean.data_ptr(), cov.data_ptr(), info.buffer_info()[0], 0, 0, rows, *_NO_GRADIENTS,
+            loglik.data_ptr(), mean.data_ptr(), cov.data_ptr(), info.buffer_info()[0], 0, which, slots, *_NO_GRADIENTS,
         ),
     )  # fmt: skip
     return m_out, P_out, loglik, info.tolist()
