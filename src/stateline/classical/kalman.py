@@ -188,13 +188,18 @@ def filter_by_factors(
 
 
 def run(
-    flat: Flat, form: str, keep: str, backend: str | None, factors: tuple[Tensor, Tensor] | None = None
+    flat: Flat,
+    form: str,
+    keep: str,
+    backend: str | None,
+    factors: tuple[Tensor, Tensor] | None = None,
+    wide: bool = False,
 ) -> tuple[Filtered, State]:
     """The operation on flattened series."""
     return kalman(
         flat.y, flat.A, flat.C, flat.Q, flat.R, flat.state, transition_offset=flat.transition_offset,
         observation_offset=flat.observation_offset, form=form, factors=factors, keep=keep,
-        backend=backend,
+        wide=wide, backend=backend,
     )  # fmt: skip
 
 

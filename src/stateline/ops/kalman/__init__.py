@@ -100,6 +100,7 @@ def kalman(
     form: str = "joseph",
     factors: tuple[Tensor, Tensor] | None = None,
     keep: str = "all",
+    wide: bool = False,
     backend: str | None = None,
 ) -> tuple[Filtered, State]:
     """Filter `h[t+1] = A h[t] + b + v`, `y[t] = C h[t] + d + n`, v ~ N(0, Q), n ~ N(0, R): moments and the next state.
@@ -114,6 +115,7 @@ def kalman(
         factors: with form="sqrt", square roots (F Fᵀ) of Q and R if they are at hand, in their layouts. Gradients go to
             Q and R all the same.
         keep: "all", "filtered" (mean, cov, loglik) or "loglik"; the rest is not written.
+        wide: results and state in float64, in which form="sqrt" is computed, whatever y is: for what goes on from them.
         backend: "gpu", "cpu" or "reference" forces one, None chooses.
 
     Returns:
@@ -146,6 +148,8 @@ def kalman(
     roots = _roots(OP, form, (Q, R), factors, initial_state, shared)
     cov = initial_state.cov[:1] if shared else initial_state.cov
     inputs = (y, A, C, Q, R, transition_offset, observation_offset, initial_state.mean, cov)
+    if wide:
+        inputs, roots = (tuple(None if v is None else v.double() for v in part) for part in (inputs, roots))  # type: ignore[assignment]  # lengths stay
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     needed = keep if not wanted else "predicted" if keep == "loglik" else "all"
     results = call(_Kalman, *inputs, *roots, form, needed, shared, backend)

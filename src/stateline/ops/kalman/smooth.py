@@ -28,6 +28,7 @@ def kalman_smooth(
     predicted_cov: Tensor,
     *,
     observation_offset: Tensor | None = None,
+    known: tuple[Tensor, Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (N, T, n), cov (N, T, n, n), and Cov(h[t], h[t+1]) (N, T−1, n, n) of the state, given all of y.
@@ -35,6 +36,7 @@ def kalman_smooth(
     Args:
         y, A, C, R, observation_offset: as `ops.kalman` took them.
         predicted_mean, predicted_cov: as it returned them; covariances of one series, expanded, are taken as shared.
+        known: the three results, where they are at hand already, from factors: only their gradients are computed here.
         backend: "cpu" or "reference" forces one, None chooses.
 
     Differentiable in every tensor; first derivatives only.
@@ -63,8 +65,8 @@ def kalman_smooth(
     N = y.shape[0]
     shared = N > 1 and expanded(predicted_cov) and all(v.shape[0] == 1 for v in (A, C, R)) and _same_gaps(y)
     cov = predicted_cov[:1] if shared else predicted_cov
-    inputs = (y, A, C, R, observation_offset, predicted_mean, cov)
-    mean, cov, lag = call(_Smooth, *inputs, shared, backend)
+    there = (None, None, None) if known is None else (known[0], *(v[:1] if shared else v for v in known[1:]))
+    mean, cov, lag = call(_Smooth, y, A, C, R, observation_offset, predicted_mean, cov, *there, shared, backend)
     return mean, cov.expand(N, *cov.shape[1:]), lag.expand(N, *lag.shape[1:])
 
 
@@ -115,9 +117,12 @@ class _Smooth(Function):
 
     @staticmethod
     def forward(
-        y: Tensor, A: Tensor, C: Tensor, R: Tensor, d: Tensor | None, mean: Tensor, cov: Tensor, shared: bool,
+        y: Tensor, A: Tensor, C: Tensor, R: Tensor, d: Tensor | None, mean: Tensor, cov: Tensor,
+        known_mean: Tensor | None, known_cov: Tensor | None, known_lag: Tensor | None, shared: bool,
         backend: str | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        if known_mean is not None and known_cov is not None and known_lag is not None:
+            return known_mean.clone(), known_cov.clone(), known_lag.clone()
         results: tuple[Tensor, ...] = _forward(y, A, C, R, d, mean, cov, shared, backend)
         return results
 
@@ -125,10 +130,10 @@ class _Smooth(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:7])
-        ctx.options = inputs[7:]
+        ctx.options = inputs[10:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs: Any = ctx.saved_tensors
         found = _backward(*grads, *inputs, *ctx.options)
-        return (*first_only_of(OP, inputs, found, *(v for v in grads if v is not None)), None, None)
+        return (*first_only_of(OP, inputs, found, *(v for v in grads if v is not None)), *[None] * 5)
