@@ -40,10 +40,12 @@ class Sizes:
     def match(self, name: str, tensor: Tensor, spec: str, remedy: str = "") -> None:
         """Check `tensor` against `spec`, a string such as "b t d", binding the letters it meets first.
 
-        Raises TypeError if it is not a tensor, ValueError naming the sizes that disagree and who set them.
+        Raises TypeError if it is no dense tensor, ValueError naming the sizes that disagree and who set them.
         """
         if not isinstance(tensor, Tensor):
             raise fail(self.op, f"{name} is a {type(tensor).__name__}, expected a tensor ({spec})", error=TypeError)
+        if tensor.layout is not torch.strided or tensor.is_nested or without_memory(tensor):
+            dense(self.op, name, tensor)
         letters = spec.split()  # as fast as a cache, which torch.compile would warn of
         shape = tensor.shape
         if len(shape) != len(letters):
@@ -60,6 +62,23 @@ class Sizes:
 
 def _tuple(letters: Sequence[str]) -> str:
     return "(" + ", ".join(letters) + ("," if len(letters) == 1 else "") + ")"
+
+
+def dense(op: str, name: str, tensor: Tensor) -> None:
+    """Raise TypeError if the tensor's values do not lie in memory each: sparse, nested, or zeros that are nowhere."""
+    kind, to = str(tensor.layout).removeprefix("torch."), "to_dense()"
+    if tensor.is_nested:
+        kind, to = "nested", "to_padded_tensor(0.0)"
+    elif tensor.layout is torch.strided:
+        if not without_memory(tensor):
+            return
+        kind, to = "zeros without memory (torch._efficientzerotensor)", "clone()"
+    raise fail(op, f"{name} is {kind}, expected a dense tensor.", f"{name}.{to} makes one.", error=TypeError)
+
+
+def without_memory(tensor: Tensor) -> bool:
+    """Whether the tensor stands for zeros that are nowhere, as autograd's do."""
+    return not torch.compiler.is_compiling() and tensor._is_zerotensor()
 
 
 def dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], remedy: str = "") -> None:
