@@ -427,6 +427,27 @@ def test_errors_name_the_argument() -> None:
             ops.kalman_step_(start, y[:, 0], A[0], C[0], Q[0], R[0], index=index)
 
 
+@pytest.mark.parametrize("name", ["y", "A", "C", "Q", "R", "mean", "cov"])
+def test_only_dense_tensors_are_read(name: str) -> None:
+    """Sparse, nested, and zeros that are nowhere, whose address would be read: by the whole operation and by a step."""
+    x = problem(USUAL | {"N": 1, "t": 1, "gaps": "none"}).leaves
+    given = {k: symmetric(x[k]) if k in "QR" else x[k] for k in "yACQR"} | {"mean": x["m0"], "cov": symmetric(x["P0"])}
+    zeros = torch._efficientzerotensor(given[name].shape, dtype=torch.float64)
+    assert not zeros.clone()._is_zerotensor()
+    for odd, message in ((given[name].to_sparse(), "sparse_coo"), (zeros, "zeros without memory")):
+        bad = given | {name: odd}
+        system = [bad[k] for k in "yACQR"]
+        said = f"state.{name}" if len(name) > 1 else name
+        with pytest.raises(TypeError, match=rf"^kalman: {said} is {message}.*, expected a dense tensor"):
+            ops.kalman(*system, KalmanState(bad["mean"], bad["cov"]))
+        steps = [v.clone()[:, 0] if not v.is_sparse else v.to_dense()[:, 0].to_sparse() for v in system]
+        if len(name) == 1 and message != "sparse_coo":
+            place = "yACQR".index(name)
+            steps[place] = torch._efficientzerotensor(steps[place].shape, dtype=torch.float64)
+        with pytest.raises(TypeError, match=rf"^kalman_step_: {said} is {message}.*, expected a dense tensor"):
+            ops.kalman_step_(KalmanState(bad["mean"], bad["cov"]), *steps)
+
+
 def test_explain_names_the_back_end() -> None:
     assert explain(ops.kalman, torch.zeros(1, 2, 1)).name == BACKENDS[-1]
 

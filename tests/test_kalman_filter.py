@@ -379,16 +379,6 @@ def test_errors_name_the_argument() -> None:
         forecast(model, kalman_filter(model, y), 3)  # type: ignore[arg-type]  # wrong
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("name", ["A", "Q", "P0"])
-def test_what_is_not_finite_is_named(name: str, backend: str) -> None:
-    model, y, _ = load(CASES["nile_local_level"])
-    wrong = model._replace(**{name: getattr(model, name) * torch.nan})
-    said = {"P0": "initial_state.cov"}.get(name, name)
-    with pytest.raises(ValueError, match=rf"^kalman: {said} has values that are not finite; series 0 at step [01] "):
-        kalman_filter(wrong, y, backend=backend)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_negative_variance_is_refused_even_where_innovations_stay_positive(form: str) -> None:
     model, y, _ = load(CASES["nile_local_level"])

@@ -177,5 +177,28 @@ def can_read(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def not_finite(op: str, tensors: Mapping[str, Tensor | None], *, steps: bool = True) -> Exception | None:
+    """What to raise for the first value that is not finite, naming its tensor and place; None if all are.
+
+    Where values may be looked at: of CPU tensors. In y (…, T, m), or (b, m) without `steps`, NaN means missing.
+    """
+    for name, v in tensors.items():
+        if v is None or not can_read(v):
+            continue
+        bad = torch.isinf(v) if name == "y" else ~torch.isfinite(v)
+        if not bool(bad.any()):
+            continue
+        place = bad.nonzero()[0].tolist()
+        value = float(v.detach()[tuple(place)])
+        if name != "y":
+            where = f"{name}{place} is {value}, expected finite values."
+            return fail(op, where, "Only observations may be missing (NaN).")
+        series = place[: -2 if steps else -1]
+        which = f" of series {series[0] if len(series) == 1 else series}" if series else ""
+        when = f" at step {place[-2]}" if steps else ""
+        return fail(op, f"y is {value}{when}{which}.", "NaN, and NaN alone, says that a value is missing.")
+    return None
+
+
 def _name(d: torch.dtype) -> str:
     return str(d).removeprefix("torch.")

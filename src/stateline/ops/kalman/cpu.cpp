@@ -32,6 +32,7 @@ void run_group(const Args& a, int64_t first, int count, Arena arena) {
         f.template predict_mean<L>(f.gains(), t);
         f.predict_cov();
     }
+    if (!f.finite(true) && a.slot) return;  // a step in place leaves the state as it was
     f.save(f.mean, 1, f.n(), a.mean_next, f.n(), 0, true);
     f.save_cov(f.P, a.cov_next, 1, 0, true);
 }
@@ -112,7 +113,9 @@ struct SharedCovariance {
             r.rest[0] = f.logdet, r.rest[1] = f.entries;
             f.predict_cov();
         }
-        if (job.to == a.steps) f.save_cov(f.P, a.cov_next, 1, 0, true);
+        if (job.to < a.steps) return true;
+        f.finite(true);
+        f.save_cov(f.P, a.cov_next, 1, 0, true);
         return true;
     }
 };
@@ -144,6 +147,7 @@ void shared_means(void* context, int64_t number) {
         f.save(f.filtered, 1, n, a.mean, a.steps * n, t * n);
         f.template predict_mean<Shared<R>>(gains, t);
     }
+    if (job.to == a.steps) f.finite(false);
     f.save(f.mean, 1, n, job.to == a.steps ? a.mean_next : (char*)job.means, n, 0);
 }
 
@@ -188,7 +192,7 @@ int run_all(const Args& a) {
 }
 
 int filter(const Args& a) {
-    a.info[0] = a.info[1] = -1;
+    a.info[0] = a.info[1] = -1, a.info[2] = 0;
     const int status = in_layout(a, !a.shared, [&]<class L>() { return run_all<L>(a); });
     if (a.info[0] >= 0) a.info[1] = a.info[0] / a.series, a.info[0] = a.at(a.info[0] % a.series);
     return status;

@@ -21,9 +21,9 @@ CPU = torch.device("cpu")  # said each time: another device may be the default
 _DIMS = (1, 2, 2, 2, 2, 1, 1, 1, 2)  # adjacent dimensions of y, A, C, Q, R, b, d, mean0, cov0
 #: Numbers from which a result is much.
 LARGE = 1 << 19
-#: mean (b, n), cov (b, n, n), loglik (b), and series and step of a failure, −1 for none.
+#: mean (b, n), cov (b, n, n), loglik (b), and info.
 Stepped = tuple[Tensor, Tensor, Tensor, list[int]]
-_FINE = (-1, -1)
+_FINE = (-1, -1, 0)
 _NO_GRADIENTS = (*ABSENT3 * 7, *(0,) * 9)
 #: In a record of a step: of Q and R, lower triangles of factors are given.
 FACTORS = 2
@@ -54,7 +54,7 @@ def forward(
     shapes = ((N, T, n), (s, T, n, n), (N, T, n), (s, T, n, n), (N, T), (N, n), (s, n, n))
     dropped = DROPPED[keep]
     results = [None if name in dropped else _empty(shape, y.dtype) for name, shape in zip(RESULTS, shapes, strict=True)]
-    info = torch.empty(2, dtype=torch.int64, device=CPU)
+    info = torch.empty(3, dtype=torch.int64, device=CPU)
     system, fields = _system((y, A, C, Q, R, b, d, mean0, cov0), y.dtype)
     native.call(
         "kalman_forward",
@@ -138,7 +138,8 @@ def step(
     """One observation y (b, m), in place: filtered mean (b, n), cov (b, n, n), loglik (b), and info as of `forward`.
 
     A (·, n, n), C (·, m, n), Q, R, b (·, n), d (·, m): the first dimension is that of y or 1. index (b) picks rows of
-    mean and cov, a negative one skips. A series that fails keeps its state; others may not.
+    mean and cov, a negative one skips. A series that fails, or whose next state is not finite, keeps its state; others
+    may not.
     """
     if form == "sqrt" and y.dtype is torch.float32:
         return _wide_step(y, (A, C, Q, R, b, d), mean, cov, index)

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.theory.covariance import ROUNDING, spectrum
 
 #: What `forward` returns before the status, in order, and what each `keep` leaves out (None). "predicted" is what a
 #: gradient needs where a user keeps only log-likelihoods.
@@ -52,8 +51,9 @@ def forward(
     """mean (N, T, n), cov (s, T, n, n), predicted_mean, predicted_cov, loglik (N, T), mean_next (N, n), cov_next
     (s, n, n), info; None for what `keep` leaves out.
 
-    info: int64 (2), the series and step of the first innovation covariance (by step, then series) that is not positive
-    definite, or (−1, −1). What comes after a failure has no meaning.
+    info: int64 (3), the series and step of the first innovation covariance (by step, then series) that is not positive
+    definite, or −1 and −1, and 1 if the last state is not finite: an input was not, or the numbers are too large. What
+    comes after a failure has no meaning.
     """
     correct, predict = (joseph_correct, joseph_predict) if form == "joseph" else (sqrt_correct, sqrt_predict)
     (N, T, _), n, s, dtype = y.shape, mean0.shape[1], 1 if shared else y.shape[0], y.dtype
@@ -74,7 +74,8 @@ def forward(
     columns = [torch.stack(c, 1) for c in zip(*steps, strict=True)] if steps else [y.new_empty(x) for x in shapes]
     kept = (None if name in DROPPED[keep] else c.to(dtype) for name, c in zip(RESULTS, columns, strict=False))
     last = (v.to(dtype).clone(memory_format=torch.contiguous_format) for v in (m, P))
-    return (*kept, *last, torch.tensor(failure))
+    odd = not bool(torch.isfinite(m).all() and torch.isfinite(P).all())
+    return (*kept, *last, torch.tensor([*failure, odd]))
 
 
 def backward(
@@ -186,11 +187,13 @@ def step(
 
     inputs: Any = (*map(picked, (y, A, C, Q, R, b, d)), mean[rows], cov[rows])
     results: Any = forward(*inputs, form=form, keep="filtered", shared=False)
-    filtered_mean, filtered_cov, _, _, loglik, mean[rows], cov[rows], info = results
+    filtered_mean, filtered_cov, _, _, loglik, mean_next, cov_next, info = results
+    if info[1] < 0 and not info[2]:
+        mean[rows], cov[rows] = mean_next, cov_next
     out = (y.new_zeros(len(y), *mean.shape[1:]), y.new_zeros(len(y), *cov.shape[1:]), y.new_zeros(len(y)))
     for whole, part in zip(out, (filtered_mean, filtered_cov, loglik), strict=True):
         whole[keep] = part[:, 0]
-    return (*out, torch.stack([keep[info[0]] if info[1] >= 0 else info[0], info[1]]))
+    return (*out, torch.stack([keep[info[0]] if info[1] >= 0 else info[0], *info[1:]]))
 
 
 def smooth(
@@ -313,8 +316,6 @@ def smooth_backward(
         if t:
             before = symmetric(outer(v.r[:, t - 1], times(C_t.mT, s)))
             into(6, t, -before, -symmetric((2 * v.W[:, t - 1] - C_t.mT @ D) @ O @ D.mT @ C_t))
-        for i, part in ((0, s), (4, -s), (5, -times(C_t.mT, s))):
-            into(i, t, part)
         p, O, carry = times(A_t, dz), A_t @ dB @ A_t.mT, torch.zeros_like(carry)
         if lag is not None:
             lag = torch.cat([lag, lag.new_zeros(N - covs, n, n)])
@@ -327,8 +328,12 @@ def smooth_backward(
         moments = (predicted_mean[:, t], predicted_cov[:, t].expand(N, n, n))
         nothing = torch.zeros_like(a), torch.zeros_like(dP)
         parts, dm, dP = step_backward(y[:, t], system, moments, (a, dP, None), *nothing)
-        for i, found in {0: parts[0], 2: parts[2], 3: parts[4], 4: parts[6], 5: (dm,), 6: (dP,)}.items():
-            into(i, t, *found)
+        into(0, t, *parts[0], s)
+        into(2, t, *parts[2])
+        into(3, t, *parts[4])
+        into(4, t, *parts[6], -s)
+        into(5, t, dm, -times(C_t.mT, s))
+        into(6, t, dP)
     return tuple(sums)
 
 
@@ -463,32 +468,3 @@ def outer(x: Tensor, y: Tensor) -> Tensor:
 def symmetric(P: Tensor) -> Tensor:
     """(P + Pᵀ)/2."""
     return (P + P.mT) / 2
-
-
-def square_root(S: Tensor, op: str = "square_root", name: str = "S") -> Tensor:
-    """F (…, n, n), lower triangular with a diagonal ≥ 0, such that F Fᵀ = S; S positive semidefinite. No gradient.
-
-    By Cholesky where it succeeds, else by eigenvectors of S scaled to a unit diagonal, so that small variances beside
-    large ones keep their digits.
-
-    Raises:
-        ValueError: on the CPU, if S has an eigenvalue below 0 by more than rounding explains. `op`, `name`: who asks.
-    """
-    with torch.no_grad():
-        S = (S + S.mT) / 2
-        L, problem = torch.linalg.cholesky_ex(S)
-        if checks.can_read(S) and not problem.any():
-            return L.contiguous()
-        scale, values, vectors = spectrum(S)
-        if checks.can_read(S):
-            tolerance = ROUNDING * S.shape[-1] * torch.finfo(S.dtype).eps
-            rest = S * ((scale == 0)[..., :, None] | (scale == 0)[..., None, :])  # 0 unless S is indefinite
-            if not bool(torch.isfinite(S).all()) or bool(rest.any()) or float(values.min()) < -tolerance:
-                problem_of = f"{name} is not positive semidefinite"
-                raise checks.fail(
-                    op, f"{problem_of}.", "A covariance has no eigenvalue below 0; look for a wrong sign."
-                )
-        F = scale[..., :, None] * vectors * values.clamp(min=0).sqrt()[..., None, :]
-        G = torch.linalg.qr(F.mT, mode="r").R.mT.tril()
-        G = G * torch.where(G.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G)[..., None, :]
-        return torch.where((problem != 0)[..., None, None], G, L).contiguous()

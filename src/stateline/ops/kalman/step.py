@@ -155,7 +155,11 @@ def quick_step(
     )
     for v, shape in zip(given, shapes, strict=False):
         if v is not None and not (
-            v.shape == shape and v.dtype is dtype and v.is_cpu and v.is_contiguous() and not v.is_neg()
+            v.shape == shape
+            and v.dtype is dtype
+            and v.is_cpu
+            and v.is_contiguous()
+            and not (v.is_neg() or v._is_zerotensor())
         ):
             return None
     if not (m and n) or dtype not in DTYPES or one not in ([], [1]):
@@ -165,7 +169,8 @@ def quick_step(
     kind = roots + (cpu.FACTORS if triangles else 0)
     mean, cov, loglik, info = cpu.update(y, *system, *offsets, state.mean, second, index, kind)
     count_write(state.mean, second)
-    raise_failed(info, "sqrt" if roots else "joseph", STEP)
+    if info[1] >= 0 or info[2]:
+        raise_failed(info, "sqrt" if roots else "joseph", STEP, (y, *system, *offsets, state.mean, second))
     if not roots:
         return Filtered(mean, cov, None, None, loglik)
     with exact(y):
@@ -179,7 +184,7 @@ def _run_step(mean: Tensor, cov: Tensor, *args: Any) -> tuple[Tensor, ...]:
     y, *system, index, form, backend = args
     with exact(y):
         *results, info = kernel(y, backend, *system, form).step(y, *system, mean, cov, index, form=form)
-    raise_failed(info, form, STEP)
+    raise_failed(info, form, STEP, (y, *system, mean, cov))
     return tuple(results)
 
 
