@@ -84,7 +84,8 @@ def kalman_filter(
     Differentiable in every part of the model, y, u and the state.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came, or the series and step that failed.
+        ValueError, TypeError: naming the argument, what was expected and what came, or the series and step that failed;
+            on the CPU also a value that is not finite (in y: infinite), with its place.
 
     >>> one = torch.ones(1, 1, dtype=torch.float64)
     >>> level = StateSpace(one, None, one, None, 0.1 * one, one, m0=one[0], P0=one)

@@ -136,6 +136,9 @@ class KalmanFilter(nn.Module):
         """`update` in place, without gradient, for streams: some microseconds a call on a CPU.
 
         state: any number of rows. index (b): the row of each y, negative to skip it; None: row i.
+
+        Raises:
+            ValueError, TypeError: as `kalman_filter`. A series whose next state would not be finite keeps its state.
         """
         find = self._parameters.get  # past the module's search for attributes, which takes longer than the step
         A, C, Q, R, B, D = find("A"), find("C"), find("Q_factor"), find("R_factor"), find("B"), find("D")

@@ -39,7 +39,8 @@ def square_root(S: Tensor, op: str = "square_root", name: str = "S") -> Tensor:
     large ones keep their digits.
 
     Raises:
-        ValueError: on the CPU, if S has an eigenvalue below 0 by more than rounding explains. `op`, `name`: who asks.
+        ValueError: on the CPU, if a value is not finite, or S has an eigenvalue below 0 by more than rounding explains.
+            `op`, `name`: who asks.
     """
     with torch.no_grad():
         S = (S + S.mT) / 2

@@ -237,10 +237,17 @@ def check_state(op: str, sizes: Sizes, y: Tensor, state: State, form: str, rows:
 
 def _shared(y: Tensor, system: Sequence[Tensor], state: State) -> bool:
     """Whether one recursion of covariances serves all series: same matrices, same start, the same entries missing."""
-    if y.shape[0] < 2 or any(v.shape[0] != 1 for v in system) or not checks.can_read(y):
+    if y.shape[0] < 2 or any(v.shape[0] != 1 for v in system):
         return False
     cov = state.factor if isinstance(state, SquareRootState) else state.cov
     if not expanded(cov) and (cov.requires_grad or not checks.can_read(cov) or not bool((cov == cov[:1]).all())):
+        return False
+    return same_gaps(y)
+
+
+def same_gaps(y: Tensor) -> bool:
+    """Whether all series miss the same entries, or none, where values may be looked at."""
+    if not checks.can_read(y):
         return False
     if not bool(torch.isnan(y.detach().sum())):  # no entry is missing
         return True

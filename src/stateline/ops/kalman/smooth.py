@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.kalman import DTYPES, PRECISION, exact, expanded
+from stateline.ops.kalman import DTYPES, PRECISION, exact, expanded, same_gaps
 from stateline.ops.library import call, define, first_only_of, or_empty
 
 OP = "kalman_smooth"
@@ -63,19 +62,11 @@ def kalman_smooth(
             checks.dtype(OP, name, v, (y.dtype,), "Observations, system and moments share one dtype.")
     checks.same_device(OP, {"y": y} | given | moments)
     N = y.shape[0]
-    shared = N > 1 and expanded(predicted_cov) and all(v.shape[0] == 1 for v in (A, C, R)) and _same_gaps(y)
+    shared = N > 1 and expanded(predicted_cov) and all(v.shape[0] == 1 for v in (A, C, R)) and same_gaps(y)
     cov = predicted_cov[:1] if shared else predicted_cov
     there = (None, None, None) if known is None else (known[0], *(v[:1] if shared else v for v in known[1:]))
     mean, cov, lag = call(_Smooth, y, A, C, R, observation_offset, predicted_mean, cov, *there, shared, backend)
     return mean, cov.expand(N, *cov.shape[1:]), lag.expand(N, *lag.shape[1:])
-
-
-def _same_gaps(y: Tensor) -> bool:
-    """Whether all series miss the same entries, where values may be looked at."""
-    if not checks.can_read(y):
-        return False
-    holes = torch.isnan(y)
-    return bool((holes == holes[:1]).all())
 
 
 def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
