@@ -303,8 +303,8 @@ def raise_failed(info: Tensor | Sequence[int], form: str, what: str, given: Sequ
         problem = f"the innovation covariance C P Cᵀ + R of {where} is not positive definite."
         raise checks.fail(what, problem, _remedy(form))
     if not steps:
-        problem = "the next state has numbers too large for its dtype; the state is left as it was."
-        raise checks.fail(what, problem, "Scale what is observed, or look at the eigenvalues of A.")
+        problem = "the next state would not be finite; the state is left as it was."
+        raise checks.fail(what, problem, "Numbers outgrow the dtype: scale them, or look at the eigenvalues of A.")
 
 
 def _remedy(form: str) -> str:
