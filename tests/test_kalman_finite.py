@@ -137,6 +137,31 @@ def test_a_stream_goes_on_after_a_value_that_is_not_finite(form: str, slots: boo
     torch.testing.assert_close(after.mean, layer(y[None, :3], u[None, :3]).mean[:, 2])  # type: ignore[index]  # kept
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_one_bad_value_touches_no_state_of_many(form: str, dtype: torch.dtype) -> None:
+    """Of whichever series it is, so that the step can be taken again; a row that is skipped may hold anything."""
+    model, y, _ = load(CASES["track2d"], dtype)
+    layer = KalmanFilter(model, form=form)
+    rows = y[:40].clone()
+    for bad in (0, 17, 39):
+        state = layer.init_state(40)
+        before = states.clone(state)
+        wrong = rows.clone()
+        wrong[bad, 1] = torch.inf
+        for index in (None, torch.arange(39, -1, -1)):
+            with pytest.raises(ValueError, match=rf"^kalman_step_: y is inf of series {bad}\."):
+                layer.update_(wrong, state, index=index)
+            assert torch.equal(state.mean, before.mean)
+            assert torch.equal(state.cov, before.cov)
+        skip = torch.arange(40)
+        skip[bad] = -1
+        layer.update_(wrong, state, index=skip)
+        layer.update_(rows, before)
+        others = skip[skip >= 0]
+        assert torch.equal(state.mean[others], before.mean[others])
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_step_whose_state_overflows_says_so_and_leaves_it(backend: str) -> None:
     one = torch.ones(1, 1, 1, dtype=F64)

@@ -214,6 +214,9 @@ def test_transforms_and_shared_covariances() -> None:
     leaf = A.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(energy(leaf), leaf)
     torch.testing.assert_close(torch.func.grad(energy)(A), wanted)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(energy))(torch.stack([A, A]))[1], wanted)
+    with pytest.raises(RuntimeError, match=r"^kalman_smooth: a second derivative was asked for"):
+        torch.autograd.grad(torch.autograd.grad(energy(leaf), leaf, create_graph=True)[0].sum(), leaf)
     compiled = torch.compile(energy, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], wanted)
     apart = kalman_smooth(y, A, C, R, mean, cov, observation_offset=d)

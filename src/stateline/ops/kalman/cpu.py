@@ -138,8 +138,8 @@ def step(
     """One observation y (b, m), in place: filtered mean (b, n), cov (b, n, n), loglik (b), and info as of `forward`.
 
     A (·, n, n), C (·, m, n), Q, R, b (·, n), d (·, m): the first dimension is that of y or 1. index (b) picks rows of
-    mean and cov, a negative one skips. A series that fails, or whose next state is not finite, keeps its state; others
-    may not.
+    mean and cov, a negative one skips. No state is touched where a number of y or the system is not finite; a series
+    that fails, or whose next state is not finite, keeps its own, others may not.
     """
     if form == "sqrt" and y.dtype is torch.float32:
         return _wide_step(y, (A, C, Q, R, b, d), mean, cov, index)
