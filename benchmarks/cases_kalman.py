@@ -29,6 +29,7 @@ def kalman() -> Iterator[Case]:
     yield _case("kalman", 1000, 1000, 4, 2, lambda: _filter(1000, 1000, 4, 2, gaps=True), "own gaps")
     yield _case("kalman gradient", 1, 1000, 4, 2, lambda: _gradient(1, 1000), "likelihood")
     yield _case("kalman smooth", 1, 10_000, 4, 2, lambda: _smooth(10_000), "from predictions")
+    yield _case("kalman smooth gradient", 1, 1000, 4, 2, lambda: _smooth_gradient(1000), "from predictions")
     yield _case("kalman step", 1, 1, 4, 2, lambda: _step(1), "in place")
     yield _case("kalman step", 10_000, 1, 4, 2, lambda: _step(10_000), "in place")
 
@@ -82,11 +83,25 @@ def _gradient(N: int, T: int) -> dict[str, Run]:
     return {OURS: both(cpu), PLAIN: both(reference)}
 
 
-def _smooth(T: int) -> dict[str, Run]:
+def _predicted(T: int) -> tuple[Any, ...]:
+    """What the smoother takes: y, A, C, R, no offset, predicted moments."""
     given = problem(1, T, 4, 2)
-    values = reference.forward(*given[:7], *given[7:], form="joseph", keep="all", shared=False)
+    values = reference.forward(*given, form="joseph", keep="all", shared=False)
     y, A, C, _, R = given[:5]
-    operands = (y, A, C, R, None, *values[2:4])
+    return (y, A, C, R, None, *values[2:4])
+
+
+def _smooth_gradient(T: int) -> dict[str, Run]:
+    operands = _predicted(T)
+    slopes = tuple(map(torch.ones_like, cpu.smooth(*operands, shared=False)))
+    return {
+        name: functools.partial(module.smooth_backward, slopes, *operands, shared=False)
+        for name, module in ((OURS, cpu), (PLAIN, reference))
+    }
+
+
+def _smooth(T: int) -> dict[str, Run]:
+    operands = _predicted(T)
     return {
         name: functools.partial(module.smooth, *operands, shared=False)
         for name, module in ((OURS, cpu), (PLAIN, reference))

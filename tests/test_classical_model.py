@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import itertools
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils import _pytree as pytree
 
-from stateline import ops
+from stateline import classical, ops
 from stateline.classical import components, model, sampled
 from stateline.classical.model import StateSpace, check, from_scan, simulate, to_scan, validate
 from stateline.classical.sampled import discretize, process_noise
@@ -388,3 +390,20 @@ def test_sampling_has_gradients() -> None:
 def test_sampling_refuses(call: Callable[[Tensor], Any], words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         call(torch.eye(2, dtype=F64))
+
+
+def test_types_that_signatures_name_can_be_imported_beside_the_functions() -> None:
+    """As whoever annotates a function that keeps a filter's state does."""
+    of_classes = [f for c in (classical.KalmanFilter, classical.Forecast) for f in vars(c).values()]
+    whole = [getattr(classical, name) for name in classical.__all__]
+    estimating = {f"stateline.classical.{name}" for name in ("kalman", "layer", "smoother", "nonlinear", "steady")}
+    functions = [f for f in (*whole, *of_classes) if inspect.isfunction(f) and f.__module__ in estimating]
+    assert len(functions) > 12
+    for function in functions:
+        known = vars(inspect.getmodule(function))
+        for name in re.findall(r"[A-Za-z]\w*", " ".join(map(str, function.__annotations__.values()))):
+            found = known.get(name)
+            ours = "stateline." in f"{getattr(found, '__module__', '')} {found}"  # a union has no module of its own
+            assert not ours or name in classical.__all__, f"{function.__qualname__} says {name}"
+            assert not ours or getattr(classical, name) is found
+    assert isinstance(classical.KalmanState(torch.zeros(1), torch.eye(1)), classical.State)

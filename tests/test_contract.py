@@ -256,6 +256,9 @@ BAD_SCANS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"padding_side": "centre"}, ValueError, "padding_side is 'centre', expected one of 'right', 'left'"),
     ({"backend": "tpu"}, ValueError, "backend is 'tpu', expected one of 'gpu', 'cpu', 'reference' or None"),
     ({"u": X["u"].to("meta")}, ValueError, "dt is on cpu, u is on meta"),
+    ({"u": X["u"].to_sparse()}, TypeError, r"u is sparse_coo, expected a dense tensor. u.to_dense\(\) makes one"),
+    ({"A": X["A"].to_sparse()}, TypeError, "A is sparse_coo, expected a dense tensor"),
+    ({"u": torch._efficientzerotensor(X["u"].shape)}, TypeError, r"u is zeros without memory .*u.clone\(\) makes one"),
 ]
 
 
@@ -265,6 +268,13 @@ BAD_SCANS: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_scan_input_gets_one_clear_error(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^selective_scan: .*" + message):
         ops.selective_scan(**(X | change))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_are_refused(layout: torch.layout) -> None:
+    with pytest.raises(TypeError, match=r"^selective_scan: u is nested, expected a dense tensor. u.to_padded_tensor"):
+        ops.selective_scan(**(X | {"u": torch.nested.nested_tensor([X["u"][0]], layout=layout)}))
 
 
 def test_bad_packing_gets_one_clear_error() -> None:
@@ -285,6 +295,8 @@ TOKEN = {"x": V["x"][:, 0], "weight": V["weight"]}
 BAD_CALLS: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (ops.causal_conv1d, V | {"weight": V["weight"][:, None]}, ValueError, "as .d, 1, k.: pass weight.squeeze"),
     (ops.causal_conv1d, V | {"weight": V["weight"][:, :0]}, ValueError, "weight has no taps"),
+    (ops.causal_conv1d, V | {"weight": V["weight"].to_sparse()}, TypeError, "weight is sparse_coo, expected a dense"),
+    (ops.rms_norm, {"x": V["x"].to_sparse(), "weight": torch.ones(4)}, TypeError, "x is sparse_coo, expected a dense"),
     (ops.causal_conv1d, V | {"activation": "gelu"}, ValueError, "activation is 'gelu', expected one of None, 'silu'"),
     (ops.causal_conv1d, V | {"initial_state": TAPS}, ValueError, "n_seq = 2 .set by the number of sequences."),
     (ops.causal_conv1d, V | {"initial_state": torch.zeros(2, 3, 4)}, ValueError, "k-1 = 2 .set by weight."),

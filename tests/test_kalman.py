@@ -258,15 +258,19 @@ def test_a_leaf_that_is_one_row_in_memory_has_gradients_of_each_row(form: str) -
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("slots", [False, True])
 @pytest.mark.parametrize("b", [1, 9])
 def test_the_short_way_of_a_step_has_the_bits_of_the_long_one(
-    form: str, b: int, monkeypatch: pytest.MonkeyPatch
+    form: str, b: int, slots: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = problem(USUAL | {"N": b, "t": 1, "offsets": "both", "form": form}).leaves
     y, A, C, Q, R = (symmetric(v) if k in "QR" else v for k, v in whole.items() if k in "yACQR")
     offsets = {"transition_offset": whole["b"][:, 0], "observation_offset": whole["d"][:, 0]}
     y, A, C, Q, R = (v[:, 0] for v in (y, A, C, Q, R))
     noise = (square_root(Q), square_root(R)) if form == "sqrt" else None
+    index = torch.arange(b + 2, 2, -1) if slots else None
+    if index is not None and b > 1:
+        index[3] = -1
     found: list[Any] = []
     taken: list[bool] = []
     quick = step.quick_step
@@ -278,9 +282,10 @@ def test_the_short_way_of_a_step_has_the_bits_of_the_long_one(
 
     monkeypatch.setattr(step, "quick_step", tried)
     for _ in range(2):
-        eye = torch.eye(A.shape[-1], dtype=torch.float64).expand(b, -1, -1).clone()
-        state = (SquareRootState if form == "sqrt" else KalmanState)(y.new_zeros(b, A.shape[-1]), eye)
-        out = ops.kalman_step_(state, y, A, C, Q, R, factors=noise, **offsets)
+        rows = b + 3 if slots else b
+        eye = torch.eye(A.shape[-1], dtype=torch.float64).expand(rows, -1, -1).clone()
+        state = (SquareRootState if form == "sqrt" else KalmanState)(y.new_zeros(rows, A.shape[-1]), eye)
+        out = ops.kalman_step_(state, y, A, C, Q, R, factors=noise, index=index, **offsets)
         found.append([v for v in (*out, state.mean, state.cov) if v is not None])
     assert taken == ["cpu" in BACKENDS, False]
     assert len(found[0]) == len(found[1])
@@ -411,8 +416,36 @@ def test_errors_name_the_argument() -> None:
     shared = KalmanState(start.mean, start.cov[:1].expand(3, 3, 3))
     with pytest.raises(ValueError, match=r"^kalman_step_: state is not contiguous"):
         ops.kalman_step_(shared, y[:, 0], A[0], C[0], Q[0], R[0])
-    with pytest.raises(ValueError, match=r"index is \[0, 0, 1\], expected distinct slots"):
-        ops.kalman_step_(start, y[:, 0], A[0], C[0], Q[0], R[0], index=torch.tensor([0, 0, 1]))
+    for index, message in [
+        (torch.tensor([0, 0, 1]), r"index is \[0, 0, 1\], expected distinct slots below 3"),
+        (torch.tensor([0, 1, 3]), r"index is \[0, 1, 3\], expected distinct slots below 3"),
+        (torch.tensor([0, 1]), r"index has shape \(2,\), expected \(b,\) with b = 3"),
+        ([0, 1, 2], r"index is a list, expected a tensor"),
+        (torch.tensor([0.0, 1, 2]), r"index is float32, expected one of int32, int64"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=rf"^kalman_step_: {message}"):
+            ops.kalman_step_(start, y[:, 0], A[0], C[0], Q[0], R[0], index=index)
+
+
+@pytest.mark.parametrize("name", ["y", "A", "C", "Q", "R", "mean", "cov"])
+def test_only_dense_tensors_are_read(name: str) -> None:
+    """Sparse, nested, and zeros that are nowhere, whose address would be read: by the whole operation and by a step."""
+    x = problem(USUAL | {"N": 1, "t": 1, "gaps": "none"}).leaves
+    given = {k: symmetric(x[k]) if k in "QR" else x[k] for k in "yACQR"} | {"mean": x["m0"], "cov": symmetric(x["P0"])}
+    zeros = torch._efficientzerotensor(given[name].shape, dtype=torch.float64)
+    assert not zeros.clone()._is_zerotensor()
+    for odd, message in ((given[name].to_sparse(), "sparse_coo"), (zeros, "zeros without memory")):
+        bad = given | {name: odd}
+        system = [bad[k] for k in "yACQR"]
+        said = f"state.{name}" if len(name) > 1 else name
+        with pytest.raises(TypeError, match=rf"^kalman: {said} is {message}.*, expected a dense tensor"):
+            ops.kalman(*system, KalmanState(bad["mean"], bad["cov"]))
+        steps = [v.clone()[:, 0] if not v.is_sparse else v.to_dense()[:, 0].to_sparse() for v in system]
+        if len(name) == 1 and message != "sparse_coo":
+            place = "yACQR".index(name)
+            steps[place] = torch._efficientzerotensor(steps[place].shape, dtype=torch.float64)
+        with pytest.raises(TypeError, match=rf"^kalman_step_: {said} is {message}.*, expected a dense tensor"):
+            ops.kalman_step_(KalmanState(bad["mean"], bad["cov"]), *steps)
 
 
 def test_explain_names_the_back_end() -> None:

@@ -10,6 +10,7 @@ from test_kalman_filter import CASES, F64, FORMS, STRESS, load
 from torch import Tensor
 
 from stateline import state as states
+from stateline.backends import native_problem
 from stateline.classical import KalmanFilter, KalmanState, SquareRootState, StateSpace, kalman_filter
 
 
@@ -287,3 +288,37 @@ def test_rows_in_another_order_and_factors_of_another_sign(form: str) -> None:
     assert torch.allclose(whole.mean, again.mean, rtol=1e-12, atol=1e-12)
     second_part = start.factor if isinstance(start, SquareRootState) else start.cov
     assert (second_part.diagonal(dim1=-2, dim2=-1) >= 0).all()
+
+
+@pytest.mark.skipif(native_problem() is not None, reason="no C++ library")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_rows_by_index_take_the_short_way(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits of the long one, inputs or none; what is not as the kernel reads it goes the long way."""
+    model, y, u = load(CASES["track2d_inputs"], dtype)
+    assert u is not None
+    layer, rows, index = KalmanFilter(model, form=form), y[:3], torch.tensor([4, -1, 1])
+    plain = KalmanFilter(model._replace(B=None, D=None), form=form)
+
+    def run(index: Tensor) -> list[Tensor]:
+        state, found = layer.init_state(5), []
+        for step in (
+            lambda: layer.update_(rows, state, u[:3], index=index),
+            lambda: plain.update_(rows, state, index=index),
+        ):
+            found += [v for v in step() if v is not None] + [state.mean.clone(), state.cov.clone()]
+        return found
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the long way")
+
+    long = run(index.int())
+    monkeypatch.setattr("stateline.classical.layer.advance", refuse)
+    with pytest.raises(AssertionError, match="the long way"):
+        run(index.int())
+    for a, b in zip(run(index), long, strict=True):
+        assert torch.equal(a, b)
+    monkeypatch.undo()
+    for wrong in ([4, 1, 4], [0, 1, 5]):
+        with pytest.raises(ValueError, match=r"index is .*, expected distinct slots below 5"):
+            run(torch.tensor(wrong))

@@ -40,10 +40,12 @@ class Sizes:
     def match(self, name: str, tensor: Tensor, spec: str, remedy: str = "") -> None:
         """Check `tensor` against `spec`, a string such as "b t d", binding the letters it meets first.
 
-        Raises TypeError if it is not a tensor, ValueError naming the sizes that disagree and who set them.
+        Raises TypeError if it is no dense tensor, ValueError naming the sizes that disagree and who set them.
         """
         if not isinstance(tensor, Tensor):
             raise fail(self.op, f"{name} is a {type(tensor).__name__}, expected a tensor ({spec})", error=TypeError)
+        if tensor.layout is not torch.strided or tensor.is_nested or without_memory(tensor):
+            dense(self.op, name, tensor)
         letters = spec.split()  # as fast as a cache, which torch.compile would warn of
         shape = tensor.shape
         if len(shape) != len(letters):
@@ -60,6 +62,23 @@ class Sizes:
 
 def _tuple(letters: Sequence[str]) -> str:
     return "(" + ", ".join(letters) + ("," if len(letters) == 1 else "") + ")"
+
+
+def dense(op: str, name: str, tensor: Tensor) -> None:
+    """Raise TypeError if the tensor's values do not lie in memory each: sparse, nested, or zeros that are nowhere."""
+    kind, to = str(tensor.layout).removeprefix("torch."), "to_dense()"
+    if tensor.is_nested:
+        kind, to = "nested", "to_padded_tensor(0.0)"
+    elif tensor.layout is torch.strided:
+        if not without_memory(tensor):
+            return
+        kind, to = "zeros without memory (torch._efficientzerotensor)", "clone()"
+    raise fail(op, f"{name} is {kind}, expected a dense tensor.", f"{name}.{to} makes one.", error=TypeError)
+
+
+def without_memory(tensor: Tensor) -> bool:
+    """Whether the tensor stands for zeros that are nowhere, as autograd's do."""
+    return not torch.compiler.is_compiling() and tensor._is_zerotensor()
 
 
 def dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], remedy: str = "") -> None:
@@ -156,6 +175,29 @@ def can_read(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return False
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def not_finite(op: str, tensors: Mapping[str, Tensor | None], *, steps: bool = True) -> Exception | None:
+    """What to raise for the first value that is not finite, naming its tensor and place; None if all are.
+
+    Where values may be looked at: of CPU tensors. In y (…, T, m), or (b, m) without `steps`, NaN means missing.
+    """
+    for name, v in tensors.items():
+        if v is None or not can_read(v):
+            continue
+        bad = torch.isinf(v) if name == "y" else ~torch.isfinite(v)
+        if not bool(bad.any()):
+            continue
+        place = bad.nonzero()[0].tolist()
+        value = float(v.detach()[tuple(place)])
+        if name != "y":
+            where = f"{name}{place} is {value}, expected finite values."
+            return fail(op, where, "Only observations may be missing (NaN).")
+        series = place[: -2 if steps else -1]
+        which = f" of series {series[0] if len(series) == 1 else series}" if series else ""
+        when = f" at step {place[-2]}" if steps else ""
+        return fail(op, f"y is {value}{when}{which}.", "NaN, and NaN alone, says that a value is missing.")
+    return None
 
 
 def _name(d: torch.dtype) -> str:

@@ -37,7 +37,7 @@ from stateline.classical.smoother import Smoothed, kalman_smoother, posterior_sa
 from stateline.classical.steady import Steady, SteadyFiltered, steady_filter, steady_state
 from stateline.classical.structural import Coefficients, Components, StructuralModel
 from stateline.classical.subspace import Subspace, n4sid
-from stateline.ops.kalman import Filtered, KalmanState, SquareRootState
+from stateline.ops.kalman import Filtered, KalmanState, SquareRootState, State
 
 __all__ = [
     "Coefficients",
@@ -62,6 +62,7 @@ __all__ = [
     "Sampled",
     "Smoothed",
     "SquareRootState",
+    "State",
     "StateSpace",
     "Steady",
     "SteadyFiltered",

@@ -30,6 +30,9 @@ class Flat(NamedTuple):
     observation_offset: Tensor | None
     state: State
     batch: tuple[int, ...]
+    #: What the caller gave, by name, and to what: for errors.
+    given: dict[str, Tensor | None] | None = None
+    op: str = "kalman_filter"
 
 
 class Forecast(NamedTuple):
@@ -81,7 +84,8 @@ def kalman_filter(
     Differentiable in every part of the model, y, u and the state.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came, or the series and step that failed.
+        ValueError, TypeError: naming the argument, what was expected and what came, or the series and step that failed;
+            on the CPU also a value that is not finite (in y: infinite), with its place.
 
     >>> one = torch.ones(1, 1, dtype=torch.float64)
     >>> level = StateSpace(one, None, one, None, 0.1 * one, one, m0=one[0], P0=one)
@@ -99,7 +103,7 @@ def kalman_filter(
     flat = flatten("kalman_filter", model, y, u, initial_state, form)
     if parallel and y.shape[-2]:
         with exact(y):
-            return shaped(flat, *parallel_filter(flat, keep))
+            return shaped(flat, *_in_parallel(flat, keep))
     return _run(flat, form, keep, backend)
 
 
@@ -170,7 +174,11 @@ def flatten(op: str, model: StateSpace, y: Tensor, u: Tensor | None, initial_sta
     state = initial_state or KalmanState(model.m0, model.P0)
     whole = y.expand(*batch, *y.shape[-2:]).reshape(N, *y.shape[-2:])
     A, C, Q, R = (lead(v, 2) for v in (model.A, model.C, model.Q, model.R))
-    return Flat(whole, A, C, Q, R, lead(b, 1), lead(d, 1), _rows(state, batch), batch)
+    given = {"y": y, "u": u} | model._asdict()
+    if initial_state is not None:
+        name, second = _second(initial_state)
+        given |= {"m0": None, "P0": None, "initial_state.mean": initial_state.mean, f"initial_state.{name}": second}
+    return Flat(whole, A, C, Q, R, lead(b, 1), lead(d, 1), _rows(state, batch), batch, given, op)
 
 
 def drive(M: Tensor, u: Tensor) -> Tensor:
@@ -188,14 +196,36 @@ def filter_by_factors(
 
 
 def run(
-    flat: Flat, form: str, keep: str, backend: str | None, factors: tuple[Tensor, Tensor] | None = None
+    flat: Flat,
+    form: str,
+    keep: str,
+    backend: str | None,
+    factors: tuple[Tensor, Tensor] | None = None,
+    wide: bool = False,
 ) -> tuple[Filtered, State]:
-    """The operation on flattened series."""
-    return kalman(
-        flat.y, flat.A, flat.C, flat.Q, flat.R, flat.state, transition_offset=flat.transition_offset,
-        observation_offset=flat.observation_offset, form=form, factors=factors, keep=keep,
-        backend=backend,
-    )  # fmt: skip
+    """The operation on flattened series; what is not finite is named as the caller knows it."""
+    try:
+        return kalman(
+            flat.y, flat.A, flat.C, flat.Q, flat.R, flat.state, transition_offset=flat.transition_offset,
+            observation_offset=flat.observation_offset, form=form, factors=factors, keep=keep, wide=wide,
+            backend=backend,
+        )  # fmt: skip
+    except ValueError as error:
+        raise checks.not_finite(flat.op, flat.given or {}) or error from None
+
+
+def _in_parallel(flat: Flat, keep: str) -> tuple[Filtered, State]:
+    """The scan over time, with the errors of `run`."""
+    try:
+        out, state = parallel_filter(flat, keep)
+        odd = checks.can_read(state.mean) and not bool((state.mean.sum() + state.cov.sum()).isfinite())
+        error: Exception | None = None
+    except ValueError as failed:
+        odd, error = True, failed
+    cause = checks.not_finite(flat.op, flat.given or {}) or error if odd else None
+    if cause is not None:
+        raise cause from None
+    return out, state
 
 
 def _run(flat: Flat, form: str, keep: str, backend: str | None) -> tuple[Filtered, State]:
@@ -205,15 +235,18 @@ def _run(flat: Flat, form: str, keep: str, backend: str | None) -> tuple[Filtere
 def shaped(flat: Flat, out: Filtered, state: State) -> tuple[Filtered, State]:
     """Results with the leading dimensions (…) of the series."""
     shaped: Any = [None if v is None else v.reshape(*flat.batch, *v.shape[1:]) for v in out]
-    second = state.factor if isinstance(state, SquareRootState) else state.cov
-    parts = (v.reshape(*flat.batch, *v.shape[1:]) for v in (state.mean, second))
+    parts = (v.reshape(*flat.batch, *v.shape[1:]) for v in (state.mean, _second(state)[1]))
     return Filtered(*shaped), type(state)(*parts)
+
+
+def _second(state: State) -> tuple[str, Tensor]:
+    """What a state has beside its mean, by its name."""
+    return ("factor", state.factor) if isinstance(state, SquareRootState) else ("cov", state.cov)
 
 
 def _rows(state: State, batch: tuple[int, ...]) -> State:
     N = torch.Size(batch).numel()
-    second = state.factor if isinstance(state, SquareRootState) else state.cov
-    n = state.mean.shape[-1]
+    second, n = _second(state)[1], state.mean.shape[-1]
     mean = state.mean.expand(*batch, n).reshape(N, n)
     return type(state)(mean, second.expand(*batch, n, n).reshape(N, n, n))
 
@@ -230,7 +263,7 @@ def _check_kind(op: str, state: State, form: str) -> None:
 
 def _with_state(op: str, frame: Frame, state: State) -> tuple[int, ...]:
     """The leading dimensions (…) of series and state together."""
-    name, second = ("factor", state.factor) if isinstance(state, SquareRootState) else ("cov", state.cov)
+    name, second = _second(state)
     for part, v, tail in (("mean", state.mean, (frame.n,)), (name, second, (frame.n, frame.n))):
         if tuple(v.shape[v.dim() - len(tail) :]) != tail or v.dim() < len(tail):
             expected = ", ".join(("…", *map(str, tail)))

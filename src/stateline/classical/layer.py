@@ -136,13 +136,16 @@ class KalmanFilter(nn.Module):
         """`update` in place, without gradient, for streams: some microseconds a call on a CPU.
 
         state: any number of rows. index (b): the row of each y, negative to skip it; None: row i.
+
+        Raises:
+            ValueError, TypeError: as `kalman_filter`. If a value of y, u or the model is not finite no state is touched.
         """
         find = self._parameters.get  # past the module's search for attributes, which takes longer than the step
         A, C, Q, R, B, D = find("A"), find("C"), find("Q_factor"), find("R_factor"), find("B"), find("D")
-        if index is None and A is not None and C is not None and Q is not None and R is not None:
+        if A is not None and C is not None and Q is not None and R is not None:
             plain = u is None and B is None and D is None
             if plain and (self.form == "sqrt" or not isinstance(state, SquareRootState)):
-                out = quick_step(state, y, (A, C, Q, R), (None, None), triangles=True)
+                out = quick_step(state, y, (A, C, Q, R), (None, None), index, triangles=True)
                 if out is not None:
                     return out
         with torch.no_grad():
@@ -156,6 +159,8 @@ class KalmanFilter(nn.Module):
         sizes.match("y", y, "b m", SEVERAL)
         checks.dtype(OP, "y", y, (self.m0.dtype,), "Observations and model share one dtype.")
         check_state(OP, sizes, y, state, self.form, "slots")
+        if index is not None:
+            sizes.match("index", index, "b")
         checks.same_device(OP, {"y": y, "the model": self.m0, "u": u, "index": index})
         if u is not None or B is not None or D is not None:
             p = next((int(M.shape[1]) for M in (B, D) if M is not None), 0)
@@ -164,10 +169,9 @@ class KalmanFilter(nn.Module):
             checks.dtype(OP, "u", u, (y.dtype,), "Inputs and model share one dtype.")  # type: ignore[arg-type]  # and here
         with exact(y):
             b, d = (None if u is None or M is None else u @ M.mT for M in (B, D))
-        if index is None:
-            system = (self.A, self.C, self.Q_factor, self.R_factor)
-            if (out := quick_step(state, y, system, (b, d), triangles=True)) is not None:
-                return out
+        system = (self.A, self.C, self.Q_factor, self.R_factor)
+        if (out := quick_step(state, y, system, (b, d), index, triangles=True)) is not None:
+            return out
         for name, form in {"A": "n n", "C": "m n", "Q_factor": "n n", "R_factor": "m m"}.items():
             v = getattr(self, name)
             sizes.match(name, v, form)

@@ -104,6 +104,7 @@ def match(sizes: Sizes, name: str, x: Tensor, form: str) -> None:
         known = isinstance(x, np.ndarray | list | tuple)
         remedy = f"torch.as_tensor({name}, dtype=torch.float64) makes one." if known else ""
         raise checks.fail(sizes.op, problem, remedy, error=TypeError)
+    checks.dense(sizes.op, name, x)
     if name == "A":
         checks.dtype(sizes.op, name, x, DTYPES, "Convert with .to(torch.float64).")
     if x.dim() < len(letters):

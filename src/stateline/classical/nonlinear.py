@@ -167,6 +167,8 @@ def _prepare(
         batch = tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         raise checks.fail(op, f"the series of {', '.join(given)} are {shapes}, which do not broadcast.") from None
+    if (cause := checks.not_finite(op, {name: v for name, (v, _) in given.items()})) is not None:
+        raise cause
     no_negative_variance(op, Q=model.Q, R=model.R, **({"P0": cov} if initial_state is None else {}))
     N = torch.Size(batch).numel()
     Q, R, cov = symmetric(model.Q), symmetric(model.R), symmetric(cov)

@@ -45,11 +45,11 @@ def kalman_smoother(
 ) -> Smoothed:
     """Estimate the state at each step from the whole series; arguments as in `kalman_filter`.
 
-    Differentiable in every part of the model, y, u and the state in form="joseph", which also takes singular
-    covariances as they are.
+    Differentiable in every part of the model, y, u and the state; the gradient is that of covariances in float64
+    whatever the form. Singular covariances are taken as they are.
 
     Raises:
-        ValueError, TypeError: as `kalman_filter`; and for form="sqrt" where a derivative is wanted, which it lacks.
+        ValueError, TypeError: as `kalman_filter`.
 
     >>> one = torch.ones(1, 1, dtype=torch.float64)
     >>> level = StateSpace(one, None, one, None, 0.1 * one, one, m0=one[0], P0=one)
@@ -73,23 +73,25 @@ def filter_and_smooth(
     op = "kalman_smoother"
     checks.choice(op, "form", form, FORMS)
     flat = flatten(op, model, y, u, initial_state, form)
-    out, state = run(flat, form, "all", backend)
+    roots = form == "sqrt"
+    out, state = run(flat, form, "all", backend, wide=roots)
+    before: Any = (out.predicted_mean, out.predicted_cov)
+    system = [None if v is None else v.to(out.loglik.dtype) for v in (flat.y, flat.A, flat.C, flat.R)]
+    offset = None if flat.observation_offset is None else flat.observation_offset.to(out.loglik.dtype)
+    own = None if backend == "gpu" else backend  # which has no kernel of its own for the way back
     with exact(y):
-        if form == "sqrt":
-            if torch.is_grad_enabled() and out.loglik.requires_grad:
-                remedy = 'Use form="joseph", or torch.no_grad().'
-                raise checks.fail(op, 'a derivative is wanted, which form="sqrt" does not have here.', remedy)
-            mean, cov, lag = _through_factors(flat, out)
-        else:
-            assert out.predicted_mean is not None
-            assert out.predicted_cov is not None
-            before = (out.predicted_mean, out.predicted_cov)
-            own = None if backend == "gpu" else backend  # where the way back is the definition's
-            options: Any = {"observation_offset": flat.observation_offset, "backend": own}
-            mean, cov, lag = kalman_smooth(flat.y, flat.A, flat.C, flat.R, *before, **options)
-    N = flat.y.shape[0]
-    parts = (v.expand(N, *v.shape[1:]).reshape(*flat.batch, *v.shape[1:]) for v in (mean, cov, lag, out.loglik))
-    return *shaped(flat, out, state), Smoothed(*parts)
+        known = None
+        if roots:
+            with torch.no_grad():
+                known = _through_factors(flat, out)
+        smoothed = kalman_smooth(*system, *before, observation_offset=offset, known=known, backend=own)
+    out, state = shaped(flat, out, state)
+    N, dtype = flat.y.shape[0], flat.y.dtype
+    parts = (v.expand(N, *v.shape[1:]).reshape(*flat.batch, *v.shape[1:]) for v in smoothed)
+    if roots and dtype is not torch.float64:
+        out = Filtered(*(None if v is None else v.to(dtype) for v in out))  # type: ignore[arg-type]  # loglik is there
+        state = SquareRootState(state.mean.to(dtype), state.factor.to(dtype))  # type: ignore[union-attr]  # in this form
+    return out, state, Smoothed(*(v.to(dtype) for v in (*parts, out.loglik)))
 
 
 def posterior_sample(
@@ -136,7 +138,8 @@ def posterior_sample(
 
 
 def _through_factors(flat: Flat, out: Filtered) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (N, T, n), cov (s, T, n, n), lag (s, T−1, n, n), from the filter's factors G (P = G Gᵀ) and F (Q = F Fᵀ).
+    """Mean (N, T, n), cov (s, T, n, n), lag (s, T−1, n, n), from the filter's factors G (P = G Gᵀ) and F (Q = F Fᵀ),
+    in float64.
 
         [A G  F]  U = [X  0]
         [G    0]      [Y  Z]        J = Y X⁻¹,   mean = m + J (mean[t+1] − m'[t+1]),   G ← [Z  J G[t+1]]
@@ -146,12 +149,12 @@ def _through_factors(flat: Flat, out: Filtered) -> tuple[Tensor, Tensor, Tensor]
     """
     dtype, F = flat.y.dtype, square_root(flat.Q, "kalman_smoother", "Q").double()
     moments: Any = (out.mean, out.predicted_mean, out.factor, out.predicted_factor)
-    m, m_before, G, G_before = (v.double() for v in moments)
+    m, m_before, G, G_before = moments
     (_, T, n), A = m.shape, flat.A.double()
-    if moments[2].stride(0) == 0:
+    if G.stride(0) == 0:
         G, G_before = G[:1], G_before[:1]
     if T == 0:
-        return moments[0], moments[2], moments[2]
+        return m, G, G
     A, F = (v if v.shape[1] == 1 else v[:, :-1] for v in (A, F))
     first = G[:, :-1]
     above = torch.cat([A @ first, F.expand_as(first)], -1)
@@ -170,7 +173,7 @@ def _through_factors(flat: Flat, out: Filtered) -> tuple[Tensor, Tensor, Tensor]
         factors.append(factor)
     mean, factor = torch.stack(means[::-1], 1), torch.stack(factors[::-1], 1)
     cov = factor @ factor.mT
-    return mean.to(dtype), cov.to(dtype), (J @ cov[:, 1:]).to(dtype)
+    return mean, cov, J @ cov[:, 1:]
 
 
 def _inverse(X: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -145,6 +145,8 @@ def steady_filter(
     assert steps is not None
     if checks.can_read(y.detach()) and y.isnan().any():
         raise checks.fail(op, "y has missing entries (NaN), which a constant gain cannot skip.", "Take kalman_filter.")
+    if (cause := checks.not_finite(op, {"y": y.detach(), "u": u})) is not None:
+        raise cause
     if initial_state is not None:
         _check_state(op, initial_state, n, y)
         batch = tuple(torch.broadcast_shapes(batch, initial_state.shape[:-1]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stateline import checks
+
 #: Squares A², A⁴, … after which a sum over all of time has converged, or never will.
 DOUBLINGS = 60
 #: Eigenvalues of a correlation matrix below so many roundings a row are none.
@@ -28,6 +30,38 @@ def spectral_root(S: Tensor) -> Tensor:
     size, values, vectors = spectrum(S)
     values = torch.where(values > ROUNDING * S.shape[-1] * torch.finfo(S.dtype).eps, values, 0.0)
     return size[..., :, None] * vectors * values.sqrt()[..., None, :]
+
+
+def square_root(S: Tensor, op: str = "square_root", name: str = "S") -> Tensor:
+    """F (…, n, n), lower triangular with a diagonal ≥ 0, such that F Fᵀ = S; S positive semidefinite. No gradient.
+
+    By Cholesky where it succeeds, else by eigenvectors of S scaled to a unit diagonal, so that small variances beside
+    large ones keep their digits.
+
+    Raises:
+        ValueError: on the CPU, if a value is not finite, or S has an eigenvalue below 0 by more than rounding explains.
+            `op`, `name`: who asks.
+    """
+    with torch.no_grad():
+        S = (S + S.mT) / 2
+        L, problem = torch.linalg.cholesky_ex(S)
+        if checks.can_read(S) and not problem.any():
+            return L.contiguous()
+        scale, values, vectors = spectrum(S)
+        if checks.can_read(S):
+            tolerance = ROUNDING * S.shape[-1] * torch.finfo(S.dtype).eps
+            rest = S * ((scale == 0)[..., :, None] | (scale == 0)[..., None, :])  # 0 unless S is indefinite
+            if (cause := checks.not_finite(op, {name: S})) is not None:
+                raise cause
+            if bool(rest.any()) or float(values.min()) < -tolerance:
+                problem_of = f"{name} is not positive semidefinite"
+                raise checks.fail(
+                    op, f"{problem_of}.", "A covariance has no eigenvalue below 0; look for a wrong sign."
+                )
+        F = scale[..., :, None] * vectors * values.clamp(min=0).sqrt()[..., None, :]
+        G = torch.linalg.qr(F.mT, mode="r").R.mT.tril()
+        G = G * torch.where(G.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G)[..., None, :]
+        return torch.where((problem != 0)[..., None, None], G, L).contiguous()
 
 
 def lyapunov(A: Tensor, Q: Tensor, *, continuous: bool = False) -> Tensor:

@@ -15,16 +15,17 @@ from torch.autograd import Function
 from stateline import backends, checks
 from stateline.checks import Sizes
 from stateline.ops.kalman import cpu
-from stateline.ops.kalman.reference import DROPPED, RESULTS, square_root
+from stateline.ops.kalman.reference import DROPPED, RESULTS
 from stateline.ops.library import call, define, first_only, first_only_of, or_empty
+from stateline.theory.covariance import square_root
 
 OP = "kalman"
 DTYPES = (torch.float32, torch.float64)
 FORMS = ("joseph", "sqrt")
 KEEPS = ("all", "filtered", "loglik")
 PRECISION = "Covariances need full precision: float32 or float64."
-START = ("initial_state.mean", "initial_state.cov")
-SYSTEM_NAMES = ("A", "C", "Q", "R", "transition_offset", "observation_offset", *START)
+START = "initial_state"
+SYSTEM_NAMES = ("A", "C", "Q", "R", "transition_offset", "observation_offset")
 LAYOUT = "Dimensions ahead of a matrix are those of y, or 1 for all."
 
 
@@ -100,6 +101,7 @@ def kalman(
     form: str = "joseph",
     factors: tuple[Tensor, Tensor] | None = None,
     keep: str = "all",
+    wide: bool = False,
     backend: str | None = None,
 ) -> tuple[Filtered, State]:
     """Filter `h[t+1] = A h[t] + b + v`, `y[t] = C h[t] + d + n`, v ~ N(0, Q), n ~ N(0, R): moments and the next state.
@@ -114,21 +116,23 @@ def kalman(
         factors: with form="sqrt", square roots (F Fᵀ) of Q and R if they are at hand, in their layouts. Gradients go to
             Q and R all the same.
         keep: "all", "filtered" (mean, cov, loglik) or "loglik"; the rest is not written.
+        wide: results and state in float64, in which form="sqrt" is computed, whatever y is: for what goes on from them.
         backend: "gpu", "cpu" or "reference" forces one, None chooses.
 
     Returns:
         `Filtered`, and the state at the observation that would come next, of the kind of `form`: give it as
         `initial_state` to go on, with equal results. Series that share all matrices and miss the same entries share
-        covariances, which on the CPU are then computed once and expanded. On a GPU, where finding that out would mean
-        to wait for it, each series has its own; results there lie in memory step by step (strides of (T, N, …)).
+        covariances, which on the CPU are computed once and expanded. On a GPU, which would have to wait to find that
+        out, each series has its own; results there lie in memory step by step (strides of (T, N, …)).
 
     Differentiable in every tensor, NaN entries of y having zero, and out of every result; first derivatives only. No
     jitter is added anywhere: Q, R = 0 or P = 0 are used as they are.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came; on the CPU also series and step
-            whose innovation covariance C P Cᵀ + R is not positive definite. Elsewhere nothing waits to learn of it:
-            results of that series are NaN from there on, others are untouched, `out.check()` raises when you ask.
+        ValueError, TypeError: naming the argument, what was expected and what came; on the CPU also where a value is
+            not finite (in y: infinite), and series and step whose innovation covariance C P Cᵀ + R is not positive
+            definite. Elsewhere nothing waits to learn of either: results of that series are NaN from there on, others
+            are untouched, `out.check()` raises when you ask.
 
     >>> one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     >>> start = KalmanState(torch.zeros(1, 1, dtype=torch.float64), one[0])
@@ -146,16 +150,23 @@ def kalman(
     roots = _roots(OP, form, (Q, R), factors, initial_state, shared)
     cov = initial_state.cov[:1] if shared else initial_state.cov
     inputs = (y, A, C, Q, R, transition_offset, observation_offset, initial_state.mean, cov)
+    if wide:
+        inputs, roots = (tuple(None if v is None else v.double() for v in part) for part in (inputs, roots))  # type: ignore[assignment]  # lengths stay
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     needed = keep if not wanted else "predicted" if keep == "loglik" else "all"
     results = call(_Kalman, *inputs, *roots, form, needed, shared, backend)
+    return _of_every_series(y.shape[0], results, form, keep)
+
+
+def _of_every_series(N: int, results: tuple[Any, ...], form: str, keep: str) -> tuple[Filtered, State]:
+    """What `kalman` returns, covariances of N rows, from what its Function does."""
     mean, cov, predicted_mean, predicted_cov, loglik, mean_next, cov_next, factor, predicted_factor, root = results
     if form == "sqrt" and cov_next.requires_grad:
         root = call(_Factor, cov_next, root)
 
     def whole(v: Tensor | None, kept: bool = True) -> Tensor | None:
         """`v` of every series; None if it is not to be kept."""
-        return v.expand(y.shape[0], *v.shape[1:]) if kept and v is not None else None
+        return v.expand(N, *v.shape[1:]) if kept and v is not None else None
 
     filtered, predicted = keep != "loglik", keep == "all"
     out = Filtered(
@@ -187,6 +198,7 @@ def check_system(
     for name, v, letters in given:
         if not isinstance(v, Tensor):
             raise checks.fail(op, f"{name} is a {type(v).__name__}, expected a tensor", error=TypeError)
+        checks.dense(op, name, v)
         shape, ahead = v.shape, len(lead)
         fits = len(shape) == ahead + len(letters) and all(s in (1, t) for s, t in zip(shape, lead, strict=False))
         for letter, size in zip(letters, shape[ahead:], strict=False):
@@ -225,10 +237,17 @@ def check_state(op: str, sizes: Sizes, y: Tensor, state: State, form: str, rows:
 
 def _shared(y: Tensor, system: Sequence[Tensor], state: State) -> bool:
     """Whether one recursion of covariances serves all series: same matrices, same start, the same entries missing."""
-    if y.shape[0] < 2 or any(v.shape[0] != 1 for v in system) or not checks.can_read(y):
+    if y.shape[0] < 2 or any(v.shape[0] != 1 for v in system):
         return False
     cov = state.factor if isinstance(state, SquareRootState) else state.cov
     if not expanded(cov) and (cov.requires_grad or not checks.can_read(cov) or not bool((cov == cov[:1]).all())):
+        return False
+    return same_gaps(y)
+
+
+def same_gaps(y: Tensor) -> bool:
+    """Whether all series miss the same entries, or none, where values may be looked at."""
+    if not checks.can_read(y):
         return False
     if not bool(torch.isnan(y.detach().sum())):  # no entry is missing
         return True
@@ -248,7 +267,7 @@ def _roots(
     if form == "joseph":
         return None, None, None
     Q, R = factors or (square_root(v, op, name) for v, name in zip(noise, "QR", strict=True))
-    start = state.factor if isinstance(state, SquareRootState) else square_root(state.cov, op, "initial_state.cov")
+    start = state.factor if isinstance(state, SquareRootState) else square_root(state.cov, op, f"{START}.cov")
     return Q.detach(), R.detach(), start.detach()[: 1 if shared else None]
 
 
@@ -262,24 +281,30 @@ def kernel(y: Tensor, backend: str | None, *args: Any) -> ModuleType:
     return backends.kernel(OP, y.device.type, backend, y.dtype, (y, *args))
 
 
-def raise_failed(info: Tensor | list[int], form: str, what: str, system: Sequence[Tensor | None] = ()) -> None:
-    """Raise if `info` (series, step) says so; not read on devices that would have to be waited for.
+def raise_failed(info: Tensor | Sequence[int], form: str, what: str, given: Sequence[Tensor | None]) -> None:
+    """Raise if `info`, as of `forward`, says so; not read on devices that would have to be waited for.
 
-    system: what was given beside y, of which what is not finite is named.
+    given: what the operation `what` was given, y first, of which a value that is not finite is named.
     """
     if isinstance(info, Tensor):
         if info.device.type != "cpu":
             return
         info = info.tolist()
-    series, step = info
+    series, step, odd = info
+    if step < 0 and not odd:
+        return
+    steps = what == OP
+    names = ("y", *SYSTEM_NAMES, *((f"{START}.mean", f"{START}.cov") if steps else ("state.mean", "state.cov")))
+    cause = checks.not_finite(what, dict(zip(names, given, strict=False)), steps=steps)
+    if cause is not None:
+        raise cause
     if step >= 0:
-        where = f"series {series}" + (f" at step {step}" if what == OP else "")
-        for name, v in zip(SYSTEM_NAMES, system, strict=False):
-            if v is not None and not bool(torch.isfinite(v).all()):
-                problem = f"{name} has values that are not finite; {where} could not be computed."
-                raise checks.fail(what, problem, "Only observations may be missing (NaN).")
+        where = f"series {series}" + (f" at step {step}" if steps else "")
         problem = f"the innovation covariance C P Cᵀ + R of {where} is not positive definite."
         raise checks.fail(what, problem, _remedy(form))
+    if not steps:
+        problem = "the next state would not be finite; the state is left as it was."
+        raise checks.fail(what, problem, "Numbers outgrow the dtype: scale them, or look at the eigenvalues of A.")
 
 
 def _remedy(form: str) -> str:
@@ -292,7 +317,7 @@ def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     with exact(y):
         module = kernel(y, backend, *system, form)
         *results, info = module.forward(y, *system, form=form, keep=keep, shared=shared)
-    raise_failed(info, form, OP, system)
+    raise_failed(info, form, OP, (y, *system))
     if y.is_cuda:
         results[:5] = [v if v is None else _steps_first(v) for v in results[:5]]
     return tuple(or_empty(v, y) for v in results)

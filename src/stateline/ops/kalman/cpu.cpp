@@ -32,6 +32,7 @@ void run_group(const Args& a, int64_t first, int count, Arena arena) {
         f.template predict_mean<L>(f.gains(), t);
         f.predict_cov();
     }
+    if (!f.finite(true) && a.slot) return;  // a step in place leaves the state as it was
     f.save(f.mean, 1, f.n(), a.mean_next, f.n(), 0, true);
     f.save_cov(f.P, a.cov_next, 1, 0, true);
 }
@@ -112,7 +113,9 @@ struct SharedCovariance {
             r.rest[0] = f.logdet, r.rest[1] = f.entries;
             f.predict_cov();
         }
-        if (job.to == a.steps) f.save_cov(f.P, a.cov_next, 1, 0, true);
+        if (job.to < a.steps) return true;
+        f.finite(true);
+        f.save_cov(f.P, a.cov_next, 1, 0, true);
         return true;
     }
 };
@@ -144,6 +147,7 @@ void shared_means(void* context, int64_t number) {
         f.save(f.filtered, 1, n, a.mean, a.steps * n, t * n);
         f.template predict_mean<Shared<R>>(gains, t);
     }
+    if (job.to == a.steps) f.finite(false);
     f.save(f.mean, 1, n, job.to == a.steps ? a.mean_next : (char*)job.means, n, 0);
 }
 
@@ -188,7 +192,7 @@ int run_all(const Args& a) {
 }
 
 int filter(const Args& a) {
-    a.info[0] = a.info[1] = -1;
+    a.info[0] = a.info[1] = -1, a.info[2] = 0;
     const int status = in_layout(a, !a.shared, [&]<class L>() { return run_all<L>(a); });
     if (a.info[0] >= 0) a.info[1] = a.info[0] / a.series, a.info[0] = a.at(a.info[0] % a.series);
     return status;
@@ -225,6 +229,29 @@ void take_triangles(Args& a, char* memory) {
     a.Q.data = (char*)Q, a.R.data = (char*)S;
 }
 
+// Whether the rows of an operand at `place` are finite, or where `gaps` may be, finite or NaN.
+template <class R>
+bool finite_rows(const Operand& o, const int64_t* place, int64_t rows, int64_t numbers, bool gaps) {
+    if (!o.batch && rows > 1) rows = 1;
+    for (int64_t r = 0; o && r < rows; r++) {
+        const R* p = (const R*)o.data + place[r] * o.batch;
+        R odd = 0;
+        for (int64_t i = 0; i < numbers; i++) odd += gaps && p[i] != p[i] ? R(0) : p[i] * R(0);
+        if (odd != odd) return false;
+    }
+    return true;
+}
+template <class R>
+bool finite_step(const Args& a) {
+    const struct {
+        const Operand& o;
+        int64_t numbers;
+    } system[] = {{a.A, a.n * a.n}, {a.C, a.m * a.n}, {a.Q, a.n * a.n}, {a.R, a.m * a.m}, {a.b, a.n}, {a.d, a.m}};
+    bool fine = finite_rows<R>(a.y, a.place, a.series, a.m, true);
+    for (const auto& part : system) fine &= finite_rows<R>(part.o, a.place, a.series, part.numbers, false);
+    return fine;
+}
+
 }  // namespace
 
 // One observation of each row of y; index picks rows of the state, a negative one skips.
@@ -247,7 +274,11 @@ static int one_step(const Args& given) {
         count += row >= 0;
     }
     a.place = place, a.slot = slot, a.series = count;
-    const int status = filter(a);
+    int status = SL_OK;
+    if (a.is_double ? finite_step<double>(a) : finite_step<float>(a))
+        status = filter(a);
+    else
+        a.info[0] = a.info[1] = -1, a.info[2] = 1;  // before any state is touched
     free(memory);
     return status;
 }

@@ -21,9 +21,9 @@ CPU = torch.device("cpu")  # said each time: another device may be the default
 _DIMS = (1, 2, 2, 2, 2, 1, 1, 1, 2)  # adjacent dimensions of y, A, C, Q, R, b, d, mean0, cov0
 #: Numbers from which a result is much.
 LARGE = 1 << 19
-#: mean (b, n), cov (b, n, n), loglik (b), and series and step of a failure, −1 for none.
+#: mean (b, n), cov (b, n, n), loglik (b), and info.
 Stepped = tuple[Tensor, Tensor, Tensor, list[int]]
-_FINE = (-1, -1)
+_FINE = (-1, -1, 0)
 _NO_GRADIENTS = (*ABSENT3 * 7, *(0,) * 9)
 #: In a record of a step: of Q and R, lower triangles of factors are given.
 FACTORS = 2
@@ -54,7 +54,7 @@ def forward(
     shapes = ((N, T, n), (s, T, n, n), (N, T, n), (s, T, n, n), (N, T), (N, n), (s, n, n))
     dropped = DROPPED[keep]
     results = [None if name in dropped else _empty(shape, y.dtype) for name, shape in zip(RESULTS, shapes, strict=True)]
-    info = torch.empty(2, dtype=torch.int64, device=CPU)
+    info = torch.empty(3, dtype=torch.int64, device=CPU)
     system, fields = _system((y, A, C, Q, R, b, d, mean0, cov0), y.dtype)
     native.call(
         "kalman_forward",
@@ -103,14 +103,17 @@ def backward(
             *(x for _, f in slopes for x in f), *(native.pointer(v) for v in results),
         ),
     )  # fmt: skip
+    _need_digits(info, y)
+    del system, slopes
+    results[4] = reference.symmetric(results[4])  # type: ignore[arg-type]  # R is there
+    return tuple(results)
+
+
+def _need_digits(info: Sequence[int], y: Tensor) -> None:
+    """Raise if a way back says that it could not factorise."""
     if info[0] >= 0:
         step, series = divmod(info[0], y.shape[0])
         raise reference.too_few_digits(series, step, y.dtype)
-    del system, slopes
-    dR = results[4]
-    assert dR is not None
-    results[4] = (dR + dR.mT) / 2
-    return tuple(results)
 
 
 def _spread(v: Tensor) -> Tensor:
@@ -135,7 +138,8 @@ def step(
     """One observation y (b, m), in place: filtered mean (b, n), cov (b, n, n), loglik (b), and info as of `forward`.
 
     A (·, n, n), C (·, m, n), Q, R, b (·, n), d (·, m): the first dimension is that of y or 1. index (b) picks rows of
-    mean and cov, a negative one skips. A series that fails keeps its state; others may not.
+    mean and cov, a negative one skips. No state is touched where a number of y or the system is not finite; a series
+    that fails, or whose next state is not finite, keeps its own, others may not.
     """
     if form == "sqrt" and y.dtype is torch.float32:
         return _wide_step(y, (A, C, Q, R, b, d), mean, cov, index)
@@ -157,16 +161,22 @@ def update(
     d: Tensor | None,
     mean: Tensor,
     cov: Tensor,
+    index: Tensor | None,
     noise: int,
 ) -> Stepped:
-    """`step` of rows 0 … b−1 with one system for all, A (n, n) or (1, n, n) and so on; all contiguous, of one dtype, on
-    the CPU, as is the state. noise: 1 if the state has factors, and so Q, R; + FACTORS if these have anyway, whose
+    """`step` with one system for all, A (n, n) or (1, n, n) and so on; all contiguous, of one dtype, on the CPU, as is
+    the state; index of int64. noise: 1 if the state has factors, and so Q, R; + FACTORS if these have anyway, whose
     lower triangles count."""
     if noise & 1 and y.dtype is torch.float32:
-        return _wide_step(y, (A, C, Q, R, b, d), mean, cov, None, noise)
-    rows, n = mean.shape
-    m, dtype = y.shape[1], y.dtype
-    m_out, P_out, loglik = torch.empty_like(mean), torch.empty_like(cov), torch.empty(rows, dtype=dtype, device=CPU)
+        return _wide_step(y, (A, C, Q, R, b, d), mean, cov, index, noise)
+    (rows, m), (slots, n), dtype = y.shape, mean.shape, y.dtype
+    if index is None:
+        m_out, P_out, loglik = torch.empty_like(mean), torch.empty_like(cov), torch.empty(rows, dtype=dtype, device=CPU)
+        which = 0
+    else:
+        kind: Any = {"dtype": dtype, "device": CPU}
+        m_out, P_out, loglik = (torch.zeros(shape, **kind) for shape in ((rows, n), (rows, n, n), (rows,)))
+        which = index.data_ptr()
     info = array.array("q", _FINE)
     native.call(
         "kalman_step",
@@ -175,7 +185,7 @@ def update(
             y.data_ptr(), m, 0, A.data_ptr(), 0, 0, C.data_ptr(), 0, 0, Q.data_ptr(), 0, 0,
             R.data_ptr(), 0, 0, 0 if b is None else b.data_ptr(), n, 0, 0 if d is None else d.data_ptr(), m, 0,
             mean.data_ptr(), n, 0, cov.data_ptr(), n * n, 0, m_out.data_ptr(), P_out.data_ptr(), 0, 0,
-            loglik.data_ptr(), mean.data_ptr(), cov.data_ptr(), info.buffer_info()[0], 0, 0, rows, *_NO_GRADIENTS,
+            loglik.data_ptr(), mean.data_ptr(), cov.data_ptr(), info.buffer_info()[0], 0, which, slots, *_NO_GRADIENTS,
         ),
     )  # fmt: skip
     return m_out, P_out, loglik, info.tolist()
@@ -261,6 +271,47 @@ def smooth(
     )  # fmt: skip
     del system
     return mean, cov, lag
+
+
+def smooth_backward(
+    grads: tuple[Tensor | None, ...],
+    y: Tensor,
+    A: Tensor,
+    C: Tensor,
+    R: Tensor,
+    d: Tensor | None,
+    predicted_mean: Tensor,
+    predicted_cov: Tensor,
+    *,
+    shared: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of y, A, C, R, d, predicted_mean, predicted_cov in their shapes from those of `smooth`'s results."""
+    given, dtype, n = (y, A, C, R, d, predicted_mean, predicted_cov), y.dtype, predicted_mean.shape[2]
+    if not y.numel():
+        return reference.smooth_backward(grads, *given, shared=shared)
+    r, W = _empty(predicted_mean.shape, dtype), _empty(predicted_cov.shape, dtype)
+    results = [None if v is None else _empty(v.shape, dtype) for v in given]
+    y, A, C, R, d = (None if v is None else _spread(v) for v in given[:5])  # type: ignore[assignment]  # d alone may be
+    system, fields = _system((y, A, C, W, R, r, d, predicted_mean, predicted_cov), dtype)
+    sizes = _sizes(y, n, "joseph", shared)
+    found = (0, 0, r.data_ptr(), 0, 0, 0, W.data_ptr())
+    native.call("kalman_smooth", (*sizes, *fields, *found, *(0,) * 4, *_NO_GRADIENTS))
+    info = array.array("q", _FINE)
+    slopes = [
+        _operand(None if g is None else _spread(g), dtype, dims) for g, dims in zip(grads, (1, 2, 2), strict=True)
+    ]
+    (_, mean), (_, cov), (_, lag) = slopes
+    incoming = (*mean, *cov, *ABSENT3 * 4, *lag)
+    dy, dA, dC, dR, dd, dmean, dcov = (native.pointer(v) for v in results)
+    outgoing = (dy, dA, dC, 0, dR, 0, dd, dmean, dcov)
+    native.call(
+        "kalman_smooth_backward",
+        (*sizes, *fields, *(0,) * 7, info.buffer_info()[0], 0, 0, 0, *incoming, *outgoing),
+    )
+    _need_digits(info, y)
+    del system, slopes
+    results[3] = reference.symmetric(results[3])  # type: ignore[arg-type]  # R is there
+    return tuple(results)
 
 
 def _shared_means(

@@ -20,7 +20,8 @@ struct Args {
     int64_t series, steps, n, m, threads, is_double, factors, shared;
     Operand y, A, C, Q, R, b, d, mean0, cov0;
     char *mean, *cov, *predicted_mean, *predicted_cov, *loglik, *mean_next, *cov_next;
-    int64_t* info;  // two: series and step of the first failure, or −1; meanwhile their rank in the first
+    // Three: series and step of the first failure, or −1 (meanwhile their rank in the first); whether a state is not finite.
+    int64_t* info;
     const int64_t *place, *slot;  // the step: rows of y and of the state of each series; at first, of each row of y
     int64_t slots;
     // gradients: of the seven results, then of y, A, C, Q, R, b, d, mean0, cov0
@@ -348,6 +349,19 @@ struct Filter : Algebra<L> {
         R lanes[SERIES];
         L::set(lanes, all * L::number(R(-0.5)));
         for (int i = 0; i < count; i++) ((R*)a.loglik)[a.at(first + i) * a.steps + t] = lanes[i];
+    }
+    // Whether the mean, and P if asked, are finite: what is not never leaves them, so that the last step's tell of all. Reports it.
+    bool finite(bool cov) const {
+        const E zero = L::number(R(0));
+        E odd = zero, more = zero;  // 0, or NaN; above the diagonal is all of P, or of its factor
+        for (int i = 0; i < n(); i++) {
+            odd = madd(L::one(at(mean, 0, i)), zero, odd);
+            for (int j = i; cov && j < n(); j++) more = madd(L::one(at(P, i, j)), zero, more);
+        }
+        odd = odd + more;
+        const bool fine = every(equal(odd, odd));
+        if (!fine) __atomic_store_n(a.info + 2, 1, __ATOMIC_RELAXED);
+        return fine;
     }
     // Whether every series of the group has a filtered covariance; reports the first that has none.
     bool check(int64_t t) const {

@@ -1,9 +1,6 @@
 // The smoother of Bryson and Frazier on CPUs, from the last step to the first: moments given all observations, from the
 // filter's predicted moments. The definition is `smooth` in reference.py. What a step computed is computed again.
-#include <stdlib.h>
-
-#include "cpu_filter.h"
-#include "pool.h"
+#include "cpu_backward.h"
 
 namespace {
 
@@ -12,55 +9,32 @@ struct Job {
     int64_t width, failed;  // width: series of a group
 };
 
-// mean0 and cov0 are here the predicted moments of every step; predicted_cov is where Cov(h[t], h[t+1]) goes.
+// mean0 and cov0 are here the predicted moments of every step; predicted_cov is where Cov(h[t], h[t+1]) goes, predicted_mean and
+// cov_next where r[t] and W[t] go, of which series that share covariances have one W.
 template <class L>
-struct Smoother : Filter<L> {
-    typedef Filter<L> F0;
+struct Smoother : Replay<L> {
+    typedef Replay<L> F0;
     typedef typename F0::M M;
-    typedef typename F0::R R;
-    typedef typename F0::E E;
-    using F0::a, F0::at, F0::multiply, F0::mirror, F0::copy, F0::transpose, F0::now, F0::n, F0::m;
+    using F0::a, F0::at, F0::multiply, F0::mirror, F0::copy, F0::transpose, F0::now, F0::n, F0::m, F0::v;
 
-    M W, AP, WAP, AF, next, lag, more, SC, r, fresh, v;
+    M W, AP, WAP, AF, next, lag, more, SC, r, fresh;
 
-    Smoother(const Args& args, Arena& arena) : F0(args, arena) {
+    Smoother(const Args& args, Arena& arena) : Replay<L>(args, arena) {
         M *const squares[] = {&W, &AP, &WAP, &AF, &next, &lag, &more}, *const states[] = {&r, &fresh};
         for (M* x : squares) *x = this->take(arena, n(), n());
         for (M* x : states) *x = this->take(arena, 1, n());
-        SC = this->take(arena, m(), n()), v = this->take(arena, 1, m());
+        SC = this->take(arena, m(), n());
     }
 
     void run(int64_t first, int series) {
+        const int64_t n = this->n(), apart = a.shared ? 0 : a.steps * n * n;
         this->begin(first, series);
         for (int64_t t = a.steps - 1; t >= 0; t--) {
-            recompute(t);
-            moments(t);
+            this->replay(t, t == a.steps - 1);
+            this->save(r, 1, n, a.predicted_mean, a.steps * n, t * n);
+            if (apart || !first) this->save(W, n, n, a.cov_next, apart, t * n * n);
+            if (a.mean) moments(t);
             if (t) back();
-        }
-    }
-    // The filtered moments, F = I − K C and v = S⁻¹ e.
-    void recompute(int64_t t) {
-        const int n = this->n(), m = this->m();
-        const bool once = t == a.steps - 1;
-        if (once || a.A.time) {
-            this->load(this->T, n, n, a.A, t);
-            transpose(this->At, this->T, n, n);
-        }
-        if (once || a.C.time) {
-            this->load(this->given.C, m, n, a.C, t);
-            transpose(this->given.Ct, this->given.C, m, n);
-        }
-        if (once || a.R.time) this->load_symmetric(this->given.R, m, a.R, t);
-        this->load(this->mean, 1, n, a.mean0, t);
-        this->load(this->P, n, n, a.cov0, t);
-        this->observe(t);
-        this->correct_cov();
-        this->template correct_mean<L>(this->gains());
-        if (n > LITERAL) this->template multiply<true>(this->F, n, n, this->I, turned(this->gain), now.C, m);
-        for (int j = m - 1; j >= 0; j--) {
-            E sum = L::one(at(this->w, 0, j)) * L::one(this->inverse + j * L::ES);
-            for (int k = j + 1; k < m; k++) sum = madd(-L::one(at(this->U, j, k)), L::one(at(v, 0, k)), sum);
-            L::set(at(v, 0, j), sum);
         }
     }
     // mean + P Aᵀ r,  P − P Aᵀ W A P,  and P Aᵀ (I − W P'), P' predicted for the next step.
@@ -123,7 +97,7 @@ int run_all(const Args& a) {
 
 }  // namespace
 
-// There is a step at least, and the covariances of every series.
+// There is a step at least. With no place for means, r and W alone.
 SL_KERNEL(kalman_smooth) {
     const Args& a = *(const Args*)args;
     return in_layout(a, true, [&]<class L>() { return run_all<L>(a); });

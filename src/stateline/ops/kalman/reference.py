@@ -20,13 +20,12 @@ float32 loses what nearly collinear sensors tell apart. Results and state are fl
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.theory.covariance import ROUNDING, spectrum
 
 #: What `forward` returns before the status, in order, and what each `keep` leaves out (None). "predicted" is what a
 #: gradient needs where a user keeps only log-likelihoods.
@@ -52,8 +51,9 @@ def forward(
     """mean (N, T, n), cov (s, T, n, n), predicted_mean, predicted_cov, loglik (N, T), mean_next (N, n), cov_next
     (s, n, n), info; None for what `keep` leaves out.
 
-    info: int64 (2), the series and step of the first innovation covariance (by step, then series) that is not positive
-    definite, or (−1, −1). What comes after a failure has no meaning.
+    info: int64 (3), the series and step of the first innovation covariance (by step, then series) that is not positive
+    definite, or −1 and −1, and 1 if the last state is not finite: an input was not, or the numbers are too large. What
+    comes after a failure has no meaning.
     """
     correct, predict = (joseph_correct, joseph_predict) if form == "joseph" else (sqrt_correct, sqrt_predict)
     (N, T, _), n, s, dtype = y.shape, mean0.shape[1], 1 if shared else y.shape[0], y.dtype
@@ -74,7 +74,8 @@ def forward(
     columns = [torch.stack(c, 1) for c in zip(*steps, strict=True)] if steps else [y.new_empty(x) for x in shapes]
     kept = (None if name in DROPPED[keep] else c.to(dtype) for name, c in zip(RESULTS, columns, strict=False))
     last = (v.to(dtype).clone(memory_format=torch.contiguous_format) for v in (m, P))
-    return (*kept, *last, torch.tensor(failure))
+    odd = not bool(torch.isfinite(m).all() and torch.isfinite(P).all())
+    return (*kept, *last, torch.tensor([*failure, odd]))
 
 
 def backward(
@@ -102,12 +103,7 @@ def backward(
     dmean, dcov, dpredicted_mean, dpredicted_cov, dloglik, dm, dP = grads
     (N, T, _), n, s = y.shape, mean0.shape[1], 1 if shared else y.shape[0]
     sums = [None if v is None else torch.zeros_like(v) for v in (y, A, C, Q, R, b, d)]
-    if checks.can_read(y) and y.numel():
-        C_seen, R_seen = masked(C, R, ~torch.isnan(y[:s]))
-        lost = factorised(symmetric(C_seen @ predicted_cov @ C_seen.mT + R_seen))[1].expand(s, T)
-        if bool(lost.any()):
-            step, series = lost.mT.nonzero()[0].tolist()
-            raise too_few_digits(series, step, y.dtype)
+    need_digits(y, C, R, predicted_cov)
     dm = y.new_zeros(N, n) if dm is None else dm
     dP = y.new_zeros(s, n, n) if dP is None else symmetric(dP)
     for t in reversed(range(T)):
@@ -191,11 +187,13 @@ def step(
 
     inputs: Any = (*map(picked, (y, A, C, Q, R, b, d)), mean[rows], cov[rows])
     results: Any = forward(*inputs, form=form, keep="filtered", shared=False)
-    filtered_mean, filtered_cov, _, _, loglik, mean[rows], cov[rows], info = results
+    filtered_mean, filtered_cov, _, _, loglik, mean_next, cov_next, info = results
+    if info[1] < 0 and not info[2]:
+        mean[rows], cov[rows] = mean_next, cov_next
     out = (y.new_zeros(len(y), *mean.shape[1:]), y.new_zeros(len(y), *cov.shape[1:]), y.new_zeros(len(y)))
     for whole, part in zip(out, (filtered_mean, filtered_cov, loglik), strict=True):
         whole[keep] = part[:, 0]
-    return (*out, torch.stack([keep[info[0]] if info[1] >= 0 else info[0], info[1]]))
+    return (*out, torch.stack([keep[info[0]] if info[1] >= 0 else info[0], *info[1:]]))
 
 
 def smooth(
@@ -211,23 +209,45 @@ def smooth(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Given all of y: mean (N, T, n), cov (s, T, n, n) and Cov(h[t], h[t+1]) (s, T−1, n, n), by Bryson & Frazier 1963.
 
-        r[t−1] = Cᵀ S⁻¹ e + Lᵀ r[t],   W[t−1] = Cᵀ S⁻¹ C + Lᵀ W[t] L,   L = A (I − K C)
+        r[t−1] = Cᵀ S⁻¹ e + Fᵀ Aᵀ r[t],   W[t−1] = Cᵀ S⁻¹ C + Fᵀ Aᵀ W[t] A F,   F = I − K C
         mean = m + P Aᵀ r[t],   cov = P − P Aᵀ W[t] A P,   Cov(h[t], h[t+1]) = P Aᵀ (I − W[t] P'[t+1])
 
     with m, P filtered and P' predicted moments: from the filtered side, a precise sensor costs no digits. P' (s, T, n,
     n) and predicted_mean (N, T, n) are those of `forward`; only innovation covariances are inverted.
     """
+    v = backwards(y, A, C, R, d, predicted_mean, predicted_cov)
+    PA = v.P @ A.mT
+    lag = PA[:, :-1] @ (torch.eye(A.shape[-1]).to(A) - v.W[:, :-1] @ predicted_cov[:, 1:])
+    return v.m + times(PA, v.r), symmetric(v.P - PA @ v.W @ PA.mT), lag
+
+
+class Backwards(NamedTuple):
+    """All steps of a smoother: C where it is seen, K, F = I − K C, D = S⁻¹ C, S⁻¹ e, filtered m and P, r and W."""
+
+    C: Tensor
+    K: Tensor
+    F: Tensor
+    D: Tensor
+    e: Tensor
+    m: Tensor
+    P: Tensor
+    r: Tensor
+    W: Tensor
+
+
+def backwards(
+    y: Tensor, A: Tensor, C: Tensor, R: Tensor, d: Tensor | None, predicted_mean: Tensor, predicted_cov: Tensor
+) -> Backwards:
+    """The recursion of `smooth`, whose arguments these are."""
     seen = ~torch.isnan(y)
-    holes = seen[: predicted_cov.shape[0]]
     e = residual(y, C, y.new_zeros(()) if d is None else d, predicted_mean, seen)
     m, P, _, _ = joseph_correct(predicted_mean, predicted_cov, e, C, R, seen)
-    C, R = masked(C, R, holes)
+    C, R = masked(C, R, seen[: predicted_cov.shape[0]])
     CP = C @ predicted_cov
     S = torch.linalg.cholesky_ex(symmetric(CP @ C.mT + R)).L
-    eye = torch.eye(A.shape[-1]).to(A)
-    L = A @ (eye - torch.cholesky_solve(CP, S).mT @ C)
-    g = times(torch.cholesky_solve(C, S).mT, e)
-    H = C.mT @ torch.cholesky_solve(C, S)
+    K, D = torch.cholesky_solve(CP, S).mT, torch.cholesky_solve(C, S)
+    F = torch.eye(A.shape[-1]).to(A) - K @ C
+    L, g, H = A @ F, times(D.mT, e), C.mT @ D
     r, W = torch.zeros_like(g[:, :0].sum(1)), torch.zeros_like(H[:, :0].sum(1))
     after_r, after_W = [], []
     for g_t, H_t, L_t in zip(reversed(g.unbind(1)), reversed(H.unbind(1)), reversed(L.unbind(1)), strict=True):
@@ -235,9 +255,7 @@ def smooth(
         after_W.append(W)
         r, W = g_t + times(L_t.mT, r), symmetric(H_t + L_t.mT @ W @ L_t)
     r, W = (torch.stack(v[::-1], 1) if v else like for v, like in ((after_r, g), (after_W, H)))
-    PA = P @ A.mT
-    lag = PA[:, :-1] @ (eye - W[:, :-1] @ predicted_cov[:, 1:])
-    return m + times(PA, r), symmetric(P - PA @ W @ PA.mT), lag
+    return Backwards(C, K, F, D, torch.cholesky_solve(e[..., None], S)[..., 0], m, P, r, W)
 
 
 def smooth_backward(
@@ -252,15 +270,71 @@ def smooth_backward(
     *,
     shared: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of y, A, C, R, d, predicted_mean, predicted_cov from those of `smooth`'s results, through its loop."""
-    given = [None if v is None else v.detach() for v in (y, A, C, R, d, predicted_mean, predicted_cov)]
-    with torch.enable_grad():
-        leaves = [None if v is None else v.requires_grad_() for v in given]
-        results = smooth(*leaves, shared=shared)  # type: ignore[arg-type]  # all there but d
-        there = [v for v in leaves if v is not None]
-        values, slopes = zip(*((v, g) for v, g in zip(results, grads, strict=True) if g is not None), strict=True)
-        found = iter(torch.autograd.grad(values, there, slopes, materialize_grads=True))
-    return tuple(None if v is None else next(found) for v in leaves)
+    """Gradients of y, A, C, R, d, predicted_mean, predicted_cov in their shapes from those of `smooth`'s results.
+
+    From the first step to the last. With a, G, L the gradients of mean, cov and Cov(h[t], h[t+1]), p and O those of
+    r[t−1] and W[t−1], z = Aᵀ r, B = Aᵀ W A and X = A P, those of z and B and of r[t] and W[t] are
+
+        dz = P a + F p,   dB = F O Fᵀ − P G P,   dr = A dz,   dW = A dB Aᵀ − sym(X L P')
+        dA = r dzᵀ + 2 W A dB + Y Lᵀ P,   Y = I − W P',   dP' = −sym(W X L)  of the step after
+        dP = G + sym(a zᵀ) − G P B − B P G + sym(Aᵀ Y Lᵀ)  and  dm = a  of the filtered moments: `step_backward`
+
+    and with D = S⁻¹ C, x = S⁻¹ e − Kᵀ z, s = D p and E = D − Kᵀ B F, what C, R, e and the step's own P' have besides is
+
+        dC = x (F p)ᵀ − s (m + P z)ᵀ + 2 E O Fᵀ − 2 D O Fᵀ B P,   dR = −sym(x sᵀ) − sym((2 E − D) O Dᵀ),   de = s
+        dP' = −sym(r[t−1] (Cᵀ s)ᵀ) − sym((2 W[t−1] − Cᵀ D) O Dᵀ C)
+    """
+    (N, T, _), n, covs = y.shape, predicted_mean.shape[2], predicted_cov.shape[0]
+    given = (y, A, C, R, d, predicted_mean, predicted_cov)
+    sums = [None if v is None else torch.zeros_like(v, memory_format=torch.contiguous_format) for v in given]
+    need_digits(y, C, R, predicted_cov)
+    v = backwards(y, A, C, R, d, predicted_mean, predicted_cov)
+    p, O, carry = y.new_zeros(N, n), y.new_zeros(N, n, n), y.new_zeros(N, n, n)
+
+    def into(i: int, t: int, *parts: Tensor) -> None:
+        total = sums[i]
+        if total is not None:
+            row = total[:, t if total.shape[1] > 1 else 0]
+            for part in parts:
+                row += part.sum_to_size(row.shape)
+
+    for t in range(T):
+        a, G, lag = (None if g is None or t == g.shape[1] else g[:, t] for g in grads)
+        A_t, F, D, K, P, r, W, C_t = (at(w, t) for w in (A, v.F, v.D, v.K, v.P, v.r, v.W, v.C))
+        a = y.new_zeros(N, n) if a is None else a
+        G = y.new_zeros(covs, n, n) if G is None else symmetric(G)
+        G = torch.cat([G, G.new_zeros(N - covs, n, n)])  # covariances of all are the first series'
+        z, B, Fp, FO = times(A_t.mT, r), A_t.mT @ W @ A_t, times(F, p), F @ O
+        dz, dB = times(P, a) + Fp, FO @ F.mT - P @ G @ P
+        into(1, t, outer(r, dz), 2 * W @ A_t @ dB)
+        dP = G + symmetric(outer(a, z)) - 2 * symmetric(G @ P @ B)
+        x, s, E = v.e[:, t] - times(K.mT, z), times(D, p), D - K.mT @ B @ F
+        mean = v.m[:, t] + times(P, z)
+        into(2, t, outer(x, Fp), -outer(s, mean), 2 * E @ FO.mT, -2 * D @ FO.mT @ B @ P)
+        into(3, t, -symmetric(outer(x, s)), -symmetric((2 * E - D) @ O @ D.mT))
+        into(6, t, carry)
+        if t:
+            before = symmetric(outer(v.r[:, t - 1], times(C_t.mT, s)))
+            into(6, t, -before, -symmetric((2 * v.W[:, t - 1] - C_t.mT @ D) @ O @ D.mT @ C_t))
+        p, O, carry = times(A_t, dz), A_t @ dB @ A_t.mT, torch.zeros_like(carry)
+        if lag is not None:
+            lag = torch.cat([lag, lag.new_zeros(N - covs, n, n)])
+            after = predicted_cov[:, t + 1]
+            XL, YL = A_t @ P @ lag, (torch.eye(n).to(A) - W @ after) @ lag.mT
+            O, carry = O - symmetric(XL @ after), -symmetric(W @ XL)
+            into(1, t, YL @ P)
+            dP = dP + symmetric(A_t.mT @ YL)
+        system = (A_t, at(C, t), at(R, t), at(d, t))
+        moments = (predicted_mean[:, t], predicted_cov[:, t].expand(N, n, n))
+        nothing = torch.zeros_like(a), torch.zeros_like(dP)
+        parts, dm, dP = step_backward(y[:, t], system, moments, (a, dP, None), *nothing)
+        into(0, t, *parts[0], s)
+        into(2, t, *parts[2])
+        into(3, t, *parts[4])
+        into(4, t, *parts[6], -s)
+        into(5, t, dm, -times(C_t.mT, s))
+        into(6, t, dP)
+    return tuple(sums)
 
 
 # ---- the equations ---------------------------------------------------------------------------------------------------
@@ -312,8 +386,19 @@ def factorised(S: Tensor) -> tuple[Tensor, Tensor]:
     return L, (problem != 0) | ~(pivots > tolerance * S.diagonal(dim1=-2, dim2=-1)).all(-1)
 
 
+def need_digits(y: Tensor, C: Tensor, R: Tensor, predicted_cov: Tensor) -> None:
+    """Raise if the way back from factors, through covariances, has lost their digits; on the CPU only."""
+    if checks.can_read(y) and y.numel():
+        s, T = predicted_cov.shape[:2]
+        C, R = masked(C, R, ~torch.isnan(y[:s]))
+        lost = factorised(symmetric(C @ predicted_cov @ C.mT + R))[1].expand(s, T)
+        if bool(lost.any()):
+            step, series = lost.mT.nonzero()[0].tolist()
+            raise too_few_digits(series, step, y.dtype)
+
+
 def too_few_digits(series: int, step: int, dtype: torch.dtype) -> Exception:
-    """What to raise where the way back from factors, through covariances, has lost them."""
+    """What `need_digits` raises."""
     kind = str(dtype).removeprefix("torch.")
     problem = f"the gradient of series {series} at step {step} takes more digits than {kind} covariances have."
     return checks.fail("kalman", problem, "The values stand. Merge sensors that are all but one, or cut the graph.")
@@ -383,32 +468,3 @@ def outer(x: Tensor, y: Tensor) -> Tensor:
 def symmetric(P: Tensor) -> Tensor:
     """(P + Pᵀ)/2."""
     return (P + P.mT) / 2
-
-
-def square_root(S: Tensor, op: str = "square_root", name: str = "S") -> Tensor:
-    """F (…, n, n), lower triangular with a diagonal ≥ 0, such that F Fᵀ = S; S positive semidefinite. No gradient.
-
-    By Cholesky where it succeeds, else by eigenvectors of S scaled to a unit diagonal, so that small variances beside
-    large ones keep their digits.
-
-    Raises:
-        ValueError: on the CPU, if S has an eigenvalue below 0 by more than rounding explains. `op`, `name`: who asks.
-    """
-    with torch.no_grad():
-        S = (S + S.mT) / 2
-        L, problem = torch.linalg.cholesky_ex(S)
-        if checks.can_read(S) and not problem.any():
-            return L.contiguous()
-        scale, values, vectors = spectrum(S)
-        if checks.can_read(S):
-            tolerance = ROUNDING * S.shape[-1] * torch.finfo(S.dtype).eps
-            rest = S * ((scale == 0)[..., :, None] | (scale == 0)[..., None, :])  # 0 unless S is indefinite
-            if not bool(torch.isfinite(S).all()) or bool(rest.any()) or float(values.min()) < -tolerance:
-                problem_of = f"{name} is not positive semidefinite"
-                raise checks.fail(
-                    op, f"{problem_of}.", "A covariance has no eigenvalue below 0; look for a wrong sign."
-                )
-        F = scale[..., :, None] * vectors * values.clamp(min=0).sqrt()[..., None, :]
-        G = torch.linalg.qr(F.mT, mode="r").R.mT.tril()
-        G = G * torch.where(G.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(G)[..., None, :]
-        return torch.where((problem != 0)[..., None, None], G, L).contiguous()

@@ -1,22 +1,19 @@
 """kalman_smooth: moments of a linear-Gaussian state given all observations, from the filter's predicted moments.
 
-Its gradient runs through the definition, whatever computed the values: not an op of its own, since autograd does not
-work inside one; what is traced or transformed takes the definition throughout. Suffixes as in reference.py.
+Suffixes as in reference.py.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from stateline import backends, checks
 from stateline.checks import Sizes
-from stateline.ops.kalman import DTYPES, PRECISION, exact, expanded
-from stateline.ops.kalman.reference import smooth, smooth_backward
-from stateline.ops.library import call, define, first_only_of
+from stateline.ops.kalman import DTYPES, PRECISION, exact, expanded, same_gaps
+from stateline.ops.library import call, define, first_only_of, or_empty
 
 OP = "kalman_smooth"
 
@@ -30,6 +27,7 @@ def kalman_smooth(
     predicted_cov: Tensor,
     *,
     observation_offset: Tensor | None = None,
+    known: tuple[Tensor, Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (N, T, n), cov (N, T, n, n), and Cov(h[t], h[t+1]) (N, T−1, n, n) of the state, given all of y.
@@ -37,6 +35,7 @@ def kalman_smooth(
     Args:
         y, A, C, R, observation_offset: as `ops.kalman` took them.
         predicted_mean, predicted_cov: as it returned them; covariances of one series, expanded, are taken as shared.
+        known: the three results, where they are at hand already, from factors: only their gradients are computed here.
         backend: "cpu" or "reference" forces one, None chooses.
 
     Differentiable in every tensor; first derivatives only.
@@ -63,23 +62,11 @@ def kalman_smooth(
             checks.dtype(OP, name, v, (y.dtype,), "Observations, system and moments share one dtype.")
     checks.same_device(OP, {"y": y} | given | moments)
     N = y.shape[0]
-    shared = N > 1 and expanded(predicted_cov) and all(v.shape[0] == 1 for v in (A, C, R)) and _same_gaps(y)
+    shared = N > 1 and expanded(predicted_cov) and all(v.shape[0] == 1 for v in (A, C, R)) and same_gaps(y)
     cov = predicted_cov[:1] if shared else predicted_cov
-    inputs = (y, A, C, R, observation_offset, predicted_mean, cov)
-    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    if torch._C._are_functorch_transforms_active() or (wanted and torch.compiler.is_compiling()):
-        mean, cov, lag = smooth(*inputs, shared=shared)  # the definition is what they can see through
-    else:
-        mean, cov, lag = call(_Smooth, *inputs, shared, backend)
+    there = (None, None, None) if known is None else (known[0], *(v[:1] if shared else v for v in known[1:]))
+    mean, cov, lag = call(_Smooth, y, A, C, R, observation_offset, predicted_mean, cov, *there, shared, backend)
     return mean, cov.expand(N, *cov.shape[1:]), lag.expand(N, *lag.shape[1:])
-
-
-def _same_gaps(y: Tensor) -> bool:
-    """Whether all series miss the same entries, where values may be looked at."""
-    if not checks.can_read(y):
-        return False
-    holes = torch.isnan(y)
-    return bool((holes == holes[:1]).all())
 
 
 def _run(y: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -94,16 +81,39 @@ def _fake(y: Tensor, A: Any, C: Any, R: Any, d: Any, mean: Tensor, cov: Tensor, 
     return y.new_empty(mean.shape), y.new_empty(cov.shape), y.new_empty((s, max(T - 1, 0), n, n))
 
 
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    grads, y, rest, (shared, backend) = args[:3], args[3], args[4:-2], args[-2:]
+    with exact(y):
+        module = backends.kernel(OP, y.device.type, backend, y.dtype, (y, *rest))
+        found = module.smooth_backward(grads, y, *rest, shared=shared)
+    return tuple(or_empty(v, y) for v in found)
+
+
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    y = args[3]
+    return tuple(y.new_empty((0,) if v is None else v.shape) for v in args[3:10])
+
+
 _GIVEN = "Tensor y, Tensor A, Tensor C, Tensor R, Tensor? d, Tensor mean, Tensor cov, bool shared, str? backend"
 _forward = define(f"{OP}({_GIVEN}) -> (Tensor, Tensor, Tensor)", _run, _fake)
+_backward = define(
+    f"{OP}_backward(Tensor? dmean, Tensor? dcov, Tensor? dlag, {_GIVEN}) -> ({', '.join(['Tensor'] * 7)})",
+    _run_backward,
+    _fake_backward,
+)
 
 
 class _Smooth(Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        y: Tensor, A: Tensor, C: Tensor, R: Tensor, d: Tensor | None, mean: Tensor, cov: Tensor, shared: bool,
+        y: Tensor, A: Tensor, C: Tensor, R: Tensor, d: Tensor | None, mean: Tensor, cov: Tensor,
+        known_mean: Tensor | None, known_cov: Tensor | None, known_lag: Tensor | None, shared: bool,
         backend: str | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        if known_mean is not None and known_cov is not None and known_lag is not None:
+            return known_mean.clone(), known_cov.clone(), known_lag.clone()
         results: tuple[Tensor, ...] = _forward(y, A, C, R, d, mean, cov, shared, backend)
         return results
 
@@ -111,11 +121,10 @@ class _Smooth(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:7])
-        ctx.options = inputs[7:]
+        ctx.options = inputs[10:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs: Any = ctx.saved_tensors
-        with exact(inputs[0]):
-            found: Any = smooth_backward(grads, *inputs, shared=ctx.options[0])
-        return (*first_only_of(OP, inputs, found, *(v for v in grads if v is not None)), None, None)
+        found = _backward(*grads, *inputs, *ctx.options)
+        return (*first_only_of(OP, inputs, found, *(v for v in grads if v is not None)), *[None] * 5)

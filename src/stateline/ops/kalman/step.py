@@ -63,9 +63,9 @@ def kalman_step_(
     """
     form = "sqrt" if isinstance(state, SquareRootState) else "joseph"
     given = (Q, R) if factors is None else factors
-    usual = backend is None and index is None and (form == "joseph") == (factors is None)
+    usual = backend is None and (form == "joseph") == (factors is None)
     if usual and (factors is None or _alike((Q, R), factors)):
-        out = quick_step(state, y, (A, C, *given), (transition_offset, observation_offset))
+        out = quick_step(state, y, (A, C, *given), (transition_offset, observation_offset), index)
         if out is not None:
             return out
     sizes = Sizes(STEP)
@@ -73,6 +73,8 @@ def kalman_step_(
     offsets = {"transition_offset": transition_offset, "observation_offset": observation_offset}
     check_system(STEP, sizes, y, A, C, Q, R, offsets, form, factors)
     check_state(STEP, sizes, y, state, form, "slots")
+    if index is not None:
+        sizes.match("index", index, "b")
     checks.same_device(STEP, {"y": y, "index": index})
     with torch.no_grad():
         if form == "sqrt" and factors is None:
@@ -102,17 +104,27 @@ def _alike(given: tuple[Tensor, Tensor], noise: tuple[Tensor, Tensor]) -> bool:
     )
 
 
+def _distinct(index: Tensor, b: int, rows: int) -> bool:
+    """Whether `index` is b distinct slots below `rows` or negative, as the kernel reads them."""
+    usual = isinstance(index, Tensor) and index.shape == (b,) and index.dtype is torch.int64
+    if not usual or not (index.is_cpu and index.is_contiguous()):
+        return False
+    used = [i for i in index.tolist() if i >= 0]
+    return not used or (max(used) < rows and len(set(used)) == len(used))
+
+
 def quick_step(
     state: State,
     y: Tensor,
     system: tuple[Tensor, Tensor, Tensor, Tensor],
     offsets: tuple[Tensor | None, Tensor | None],
+    index: Tensor | None = None,
     *,
     triangles: bool = False,
 ) -> Filtered | None:
-    """`kalman_step_` of rows 0 … b−1, or None, nothing done, where anything is not as the C++ kernel reads it.
+    """`kalman_step_`, or None, nothing done, where anything is not as the C++ kernel reads it.
 
-    y: (b, m).   state: b rows.   offsets: b = B u (b, n), d = D u (b, m).
+    y: (b, m).   index: (b), as there; None: the state's b rows.   offsets: b = B u (b, n), d = D u (b, m).
     system: A (1, n, n), C (1, m, n), Q (1, n, n), R (1, m, m), or square roots of the last two for a state of factors.
     triangles: the system has no dimension ahead, and of Q, R come square roots whatever the state, of which the lower
         triangles count. They are read as they are now, whoever wrote them.
@@ -123,34 +135,42 @@ def quick_step(
         roots, second = 1, state.factor
     else:
         return None
-    given = (y, state.mean, second, *system, *offsets)
+    given = (y, state.mean, second, *system, *offsets, index)
     if not all(isinstance(v, Tensor) for v in given[:7]) or not seen_by_nobody(given):
         return None
     if y.dim() != 2 or system[1].dim() != (2 if triangles else 3) or backends.native_problem() is not None:
         return None
-    (rows, _), (*one, m, n), dtype = y.shape, system[1].shape, y.dtype
+    (b, _), (*one, m, n), dtype = y.shape, system[1].shape, y.dtype
+    rows = b if index is None else (*second.shape, 0)[0]
     shapes = (
-        (rows, m),
+        (b, m),
         (rows, n),
         (rows, n, n),
         (*one, n, n),
         (*one, m, n),
         (*one, n, n),
         (*one, m, m),
-        (rows, n),
-        (rows, m),
+        (b, n),
+        (b, m),
     )
-    for v, shape in zip(given, shapes, strict=True):
+    for v, shape in zip(given, shapes, strict=False):
         if v is not None and not (
-            v.shape == shape and v.dtype is dtype and v.is_cpu and v.is_contiguous() and not v.is_neg()
+            v.shape == shape
+            and v.dtype is dtype
+            and v.is_cpu
+            and v.is_contiguous()
+            and not (v.is_neg() or v._is_zerotensor())
         ):
             return None
     if not (m and n) or dtype not in DTYPES or one not in ([], [1]):
         return None
+    if index is not None and not _distinct(index, b, rows):
+        return None
     kind = roots + (cpu.FACTORS if triangles else 0)
-    mean, cov, loglik, info = cpu.update(y, *system, *offsets, state.mean, second, kind)
+    mean, cov, loglik, info = cpu.update(y, *system, *offsets, state.mean, second, index, kind)
     count_write(state.mean, second)
-    raise_failed(info, "sqrt" if roots else "joseph", STEP)
+    if info[1] >= 0 or info[2]:
+        raise_failed(info, "sqrt" if roots else "joseph", STEP, (y, *system, *offsets, state.mean, second))
     if not roots:
         return Filtered(mean, cov, None, None, loglik)
     with exact(y):
@@ -164,7 +184,7 @@ def _run_step(mean: Tensor, cov: Tensor, *args: Any) -> tuple[Tensor, ...]:
     y, *system, index, form, backend = args
     with exact(y):
         *results, info = kernel(y, backend, *system, form).step(y, *system, mean, cov, index, form=form)
-    raise_failed(info, form, STEP)
+    raise_failed(info, form, STEP, (y, *system, mean, cov))
     return tuple(results)
 
 

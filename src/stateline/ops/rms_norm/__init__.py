@@ -47,12 +47,14 @@ def rms_norm(
     """
     if not isinstance(x, Tensor) or x.dim() < 1:
         raise checks.fail(OP, f"x is {x!r}, expected a tensor (…, d).", error=TypeError)
+    checks.dense(OP, "x", x)
     checks.dtype(OP, "x", x, checks.REAL_DTYPES)
     sizes = Sizes(OP)
     sizes.bind("d", x.shape[-1], "x")
     sizes.match("weight", weight, "d")
     checks.dtype(OP, "weight", weight, checks.REAL_DTYPES)
     if residual is not None:
+        checks.dense(OP, "residual", residual)
         checks.dtype(OP, "residual", residual, checks.REAL_DTYPES)
         if residual.shape != x.shape:
             raise checks.fail(
@@ -97,6 +99,7 @@ def gated_rms_norm(
     if not isinstance(y, Tensor) or y.dim() < 1:
         raise checks.fail(GATED, f"y is {y!r}, expected a tensor (…, d).", error=TypeError)
     for name, x in (("y", y), ("z", z), ("weight", weight)):
+        checks.dense(GATED, name, x)
         checks.dtype(GATED, name, x, checks.REAL_DTYPES)
     if z.shape != y.shape:
         raise checks.fail(GATED, f"z has shape {tuple(z.shape)}, y has {tuple(y.shape)}; one gates the other.")
