@@ -138,7 +138,7 @@ class KalmanFilter(nn.Module):
         state: any number of rows. index (b): the row of each y, negative to skip it; None: row i.
 
         Raises:
-            ValueError, TypeError: as `kalman_filter`. If a value of y, u or the model is not finite no state is touched.
+            ValueError, TypeError: as `kalman_filter`. Where a value of y, u or the model is not finite, no state moves.
         """
         find = self._parameters.get  # past the module's search for attributes, which takes longer than the step
         A, C, Q, R, B, D = find("A"), find("C"), find("Q_factor"), find("R_factor"), find("B"), find("D")
