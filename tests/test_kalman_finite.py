@@ -121,7 +121,7 @@ def test_a_stream_goes_on_after_a_value_that_is_not_finite(form: str, slots: boo
         worn = KalmanFilter(model, form=form)
         worn.Q_factor[0, 0] = torch.nan
     for run, message in [
-        (lambda: layer.update_(bad_y, state, u[1:2], index=index), r"y is -inf of series 0\. NaN, and NaN alone"),
+        (lambda: layer.update_(bad_y, state, u[1:2], index=index), r"y is -inf in series 0\. NaN, and NaN alone"),
         (lambda: layer.update_(y[1:2], state, bad_u, index=index), r"transition_offset\[0, .\] is nan"),
         (lambda: layer.update_(blind, state, bad_u, index=index), r"transition_offset\[0, .\] is nan"),
         (lambda: worn.update_(y[1:2], state, u[1:2], index=index), r"Q\[0, 0\] is nan"),
@@ -150,7 +150,7 @@ def test_one_bad_value_touches_no_state_of_many(form: str, dtype: torch.dtype) -
         wrong = rows.clone()
         wrong[bad, 1] = torch.inf
         for index in (None, torch.arange(39, -1, -1)):
-            with pytest.raises(ValueError, match=rf"^kalman_step_: y is inf of series {bad}\."):
+            with pytest.raises(ValueError, match=rf"^kalman_step_: y is inf in series {bad}\."):
                 layer.update_(wrong, state, index=index)
             assert torch.equal(state.mean, before.mean)
             assert torch.equal(state.cov, before.cov)

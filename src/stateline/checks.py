@@ -194,7 +194,7 @@ def not_finite(op: str, tensors: Mapping[str, Tensor | None], *, steps: bool = T
             where = f"{name}{place} is {value}, expected finite values."
             return fail(op, where, "Only observations may be missing (NaN).")
         series = place[: -2 if steps else -1]
-        which = f" of series {series[0] if len(series) == 1 else series}" if series else ""
+        which = f" {'of' if steps else 'in'} series {series[0] if len(series) == 1 else series}" if series else ""
         when = f" at step {place[-2]}" if steps else ""
         return fail(op, f"y is {value}{when}{which}.", "NaN, and NaN alone, says that a value is missing.")
     return None
