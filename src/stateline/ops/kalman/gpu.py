@@ -1,7 +1,10 @@
-"""kalman in CUDA C++ (gpu.cu, gpu_backward.cu), compiled at first use: the same functions as reference.py.
+"""kalman in CUDA C++ (gpu.cu, gpu_common.cu, gpu_backward.cu), compiled at first use: the functions of reference.py.
 
 A thread computes one series, whose bits depend on no other. Whether all series miss the same entries, only y tells, and
-nothing is read back from a GPU: covariances are shared where the caller says so, and else each series has its own.
+nothing is read back from a GPU. So where matrices are one for all, a warp computes the covariances of the first series,
+and warps of others look for themselves whether these are theirs: as long as they are, they take them (gpu_common.cu), and
+else go on by themselves (gpu.cu), with the same bits. Results hold a covariance of each series all the same, unless the
+caller says `shared`.
 
 Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n state, m observation.
 """
@@ -27,6 +30,8 @@ MOST = 8
 LANES = 32
 #: Bytes of a series that a warp moves at a time, at least, where they lie series by series: what memory moves at once.
 LINE = 32
+#: The most steps by which covariances that series share are ahead of their means.
+FAR = 256
 _DIMS = (1, 2, 2, 2, 2, 1, 1)  # adjacent dimensions of y, A, C, Q, R, b, d
 
 
@@ -57,7 +62,8 @@ class Variant(NamedTuple):
 def source(file: str) -> str:
     """A kernel file with what both share in front."""
     folder = importlib.resources.files("stateline.ops.kalman")
-    return "".join((folder / part).read_text() for part in ("gpu_matrix.cuh", "gpu_stage.cuh", file))
+    ahead = ("gpu_matrix.cuh", "gpu_stage.cuh", "gpu_filter.cuh")[: 2 if file == "gpu_backward.cu" else 3]
+    return "".join((folder / part).read_text() for part in (*ahead, file))
 
 
 def options(file: str, v: Variant) -> tuple[str, ...]:
@@ -66,6 +72,8 @@ def options(file: str, v: Variant) -> tuple[str, ...]:
     unrolled = ((8, 6), (6, 4))[back][v.size == 8]
     warps = 8 if back or wide > 16 else 16 if wide > 8 else 28  # of a multiprocessor (timings: benchmarks/NOTES.md)
     room = backward_room(v) if back else forward_room(v)[1]
+    if file == "gpu_common.cu":
+        warps, room = 8 if wide > 32 else 16 if wide > 16 else 24 if wide > 8 else 28, common_room(v)
     return (
         f"-DSTATES={v.n}", f"-DOBSERVED={v.m}", f"-DNUMBER={'double' if v.size == 8 else 'float'}", f"-DOWN={v.own:d}",
         f"-DLINE={LINE}", f"-DSMALL={unrolled}", f"-DWARPS={warps}", f"-DROOM={room}", "--fmad=false",
@@ -97,9 +105,9 @@ def _stage(offset: int, count: int, size: int) -> int:
     return _row(offset, count, steps, size)
 
 
-def _part(offset: int, count: int, v: Variant) -> int:
-    """Where a `Part` of `count` numbers ends."""
-    return _after(offset, -(-count * v.size * (LANES if v.own else 1) // 16) * 16, 16)
+def _part(offset: int, count: int, v: Variant, own: bool = True) -> int:
+    """Where a `Part` of `count` numbers ends; not `own`: of all lanes, whatever the variant."""
+    return _after(offset, -(-count * v.size * (LANES if v.own and own else 1) // 16) * 16, 16)
 
 
 @functools.cache
@@ -110,6 +118,24 @@ def forward_room(v: Variant) -> tuple[int, int]:
         end = _part(end, count, v)
     filtered = _row(_stage(_after(end, LANES * 8, 8), m, v.size), n * n, 1, v.size)
     return _after(filtered, 0, 16), _after(_row(filtered, n * n, 1, v.size), 0, 16)
+
+
+def common_size(v: Variant) -> int:
+    """Bytes of a `Common`, a step of covariances that series share."""
+    return _after(0, -(-(2 * v.n * v.n + v.n * v.m + v.m * v.m + 2 * v.m + 2) * v.size // 16) * 16, 16)
+
+
+@functools.cache
+def common_room(v: Variant) -> int:
+    """Bytes of shared memory of a warp of gpu_common.cu."""
+    n, m, lead, follow, steps = v.n, v.m, 0, 0, 1
+    for count in (n * n, n * n, m * n, m * m, n * n, n * n, n * n, n * m, m * n, m * n, m * m):
+        lead = _part(lead, count, v, own=False)
+    for count, own in ((n * n, False), (m * n, False), (n, True), (m, True)):
+        follow = _part(follow, count, v, own)
+    while m * v.size * steps < LINE:
+        steps *= 2
+    return max(lead + LANES * 4, _after(_stage(follow + steps * common_size(v), m, v.size), 0, 16))
 
 
 @functools.cache
@@ -222,17 +248,39 @@ def _run(
     """Launch over y, A, C, Q, R, b, d into the seven results; info."""
     system = _System(given)
     y, mean0, cov0, index = system.like, cuda.plain(mean0), _rows(cov0), cuda.plain(index)  # type: ignore[assignment]  # given
-    blocks = cuda.ceil_div(y.shape[0], LANES)
+    blocks, steps = cuda.ceil_div(y.shape[0], LANES), y.shape[1]
+    ends = _launches(steps) if index is None and may_be_common(system.views, *y.shape[:2]) else ()
     failed = cuda.empty((blocks + 2,), torch.int64, y)
     record = [
         y.shape[0], y.shape[1], *(x for view in system.views for x in view),
         mean0.data_ptr(), mean0.stride(0), 0, cov0.data_ptr(), cov0.stride(0) if cov0.shape[0] > 1 else 0, 0,
         _address(index), index is not None and index.dtype == torch.int64, shared, system.times,
-        *map(_address, out), failed.data_ptr(),
+        *map(_address, out), failed.data_ptr(), *[0] * 8,
     ]  # fmt: skip
+    if ends:
+        common = cuda.empty((steps + 1, common_size(system.variant) // y.dtype.itemsize), y.dtype, y)
+        marks = cuda.empty((blocks + 2 + len(ends),), torch.int64, y)
+        reached, lost, followed = (marks.data_ptr() + 8 * i for i in (0, blocks, blocks + 1))
+        for i, (begin, middle, end) in enumerate(zip((0, 0, *ends), (0, *ends), (*ends, steps), strict=False)):
+            record[-8:] = common.data_ptr(), reached, lost, followed, begin, middle, end, i
+            launch = ("kalman_common", 1 + (blocks if i else 0), common_room(system.variant))
+            system.launch("gpu_common.cu", record, launch)
     room = forward_room(system.variant)[keep in ("all", "predicted")]
     system.launch("gpu.cu", record, ("kalman_forward", blocks, room), ("first_failure", 1, LANES * 8))
     return failed[blocks:]
+
+
+def may_be_common(views: Sequence[tuple[int, int, int]], series: int, steps: int) -> bool:
+    """Whether to look for series that share covariances, from the strides of A, C, Q and R among y, A, C, Q, R, b, d."""
+    return series > 1 and steps >= LANES and not any(rows for _, rows, _ in views[1:5])
+
+
+def _launches(steps: int) -> tuple[int, ...]:
+    """Where each launch that leads ends: the next one follows it as far. First ones are short, for whoever does not."""
+    ends = [0]
+    while ends[-1] < steps:
+        ends.append(min(steps, ends[-1] + min(max(LANES, ends[-1]), FAR)))
+    return tuple(ends[1:])
 
 
 def backward(
