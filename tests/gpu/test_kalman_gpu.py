@@ -15,6 +15,7 @@ from torch import Tensor
 from where import DEVICE, INTERPRETED
 
 from stateline import backends, ops
+from stateline.ops import cuda
 from stateline.ops.kalman import Filtered, KalmanState, SquareRootState, gpu, reference
 
 GRID: dict[str, list[Any]] = {
@@ -27,14 +28,14 @@ if INTERPRETED:
 else:
     GRID |= {"N": [1, 2, 33, 70], "t": [0, 1, 2, 7, 12, 18], "n": [1, 2, 3, 4, 5, 6, 7, 8], "m": [1, 2, 3, 4, 5, 8]}
 
-#: Series that share matrices. gaps: the same in all, but for one entry of the last series at the last step ("last") or of
-#: the first series at the first ("first"), or for a series that misses everything ("one").   start: one in memory, equal,
-#: or another of the last series.   fails: S is singular at one step.
+#: Series that share matrices. gaps: the same in all (in the end: now and then), but for one entry of the last series at the
+#: last step ("last") or of the first series at the first ("first"), or for a series that misses everything ("one").
+#: start: one in memory, equal, or another of the last series.   turned: y lies step by step.   fails: S is singular once.
 COMMON: dict[str, list[Any]] = {
     "dtype": list(BOUND), "N": [2, 33, 70], "t": [0, 1, 33, 300], "size": [(3, 2), (2, 1)], "A": ["one", "time"],
     "noise": ["one", "time"], "offsets": ["none", "one", "own"], "start": ["one", "equal", "other"],
-    "gaps": ["none", "same", "all", "last", "first", "one", "own"], "keep": ["all", "filtered", "predicted", "loglik"],
-    "fails": [False, True],
+    "gaps": ["none", "same", "all", "last", "first", "one", "own", "rare"], "turned": [False, True],
+    "keep": ["all", "filtered", "predicted", "loglik"], "fails": [False, True],
 }  # fmt: skip
 if not INTERPRETED:
     COMMON |= {"N": [1, 2, 33, 70], "size": [(1, 1), (2, 3), (3, 2), (4, 2), (5, 8), (8, 4)]}
@@ -229,7 +230,9 @@ def share(s: dict[str, Any]) -> list[Any]:
     y, P0 = x["y"], P0 if s["start"] == "one" else P0.clone()
     if s["start"] == "other":
         P0[-1] *= 1.001
-    if s["gaps"] != "none":
+    if s["gaps"] == "rare":
+        y[:, 50::97] = torch.nan
+    elif s["gaps"] != "none":
         y[(torch.rand(1, T, m) < (1.1 if s["gaps"] == "all" else 0.3)).expand(N, T, m)] = torch.nan
     if s["fails"] and T:
         y[:, 2 * T // 3] = torch.nan if s["gaps"] == "all" else 1.0
@@ -243,6 +246,8 @@ def share(s: dict[str, Any]) -> list[Any]:
         y[N // 2] = torch.nan
     if s["gaps"] == "own":
         y[torch.rand(N, T, m) < 0.05] = torch.nan
+    if s["turned"]:
+        y = y.transpose(0, 1).contiguous().transpose(0, 1)
     given = [y, x["A"], x["C"], symmetric(x["Q"]), symmetric(x["R"]), x.get("b"), x.get("d"), x["m0"]]
     given = [None if v is None else v.to(DEVICE) for v in given]
     return [*given, P0.to(DEVICE) if s["start"] != "one" else P0[:1].to(DEVICE).expand(N, n, n)]
@@ -262,7 +267,7 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> None:
 def test_common_covariances_have_the_bits_of_own_ones(s: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     given = share(s)
     for shared in (False, True):
-        if shared and (s["start"] == "other" or s["gaps"] not in ("none", "same", "all")):
+        if shared and (s["start"] == "other" or s["gaps"] not in ("none", "same", "all", "rare")):
             continue
         given[8] = given[8][:1] if shared else given[8]
         results = []
@@ -271,7 +276,7 @@ def test_common_covariances_have_the_bits_of_own_ones(s: dict[str, Any], monkeyp
             results.append(gpu.forward(*given, form="joseph", keep=s["keep"], shared=shared))
         for a, b in zip(*results, strict=True):
             same_bits(a, b)
-        if s["gaps"] in ("none", "same"):
+        if s["gaps"] in ("none", "same", "rare"):
             assert torch.isnan(results[1][4]).any() == (s["fails"] and s["t"] > 0)
 
 
@@ -288,9 +293,9 @@ class Followed:
 
 def test_covariances_are_computed_once_as_far_as_they_are_common(monkeypatch: pytest.MonkeyPatch) -> None:
     s: dict[str, Any] = {key: values[0] for key, values in COMMON.items()}
-    s |= {"N": 70, "t": 300, "size": (3, 2), "gaps": "same", "start": "equal", "keep": "all"}
-    given = share(s)
-    assert gpu.may_be_common(gpu._System(given[:7]).views, 70, 300)
+    given = share(s | {"N": 70, "t": 300, "size": (3, 2), "gaps": "same", "start": "equal"})
+    system = gpu._System(given[:7])
+    assert gpu.may_be_common(system.variant, system.views, 70, 300)
     whole = gpu.forward(*given, form="joseph", keep="all", shared=False)
     library = gpu.library
     monkeypatch.setattr(gpu, "library", lambda *key: Followed(library(*key)))
@@ -302,11 +307,28 @@ def test_covariances_are_computed_once_as_far_as_they_are_common(monkeypatch: py
     assert cov is not None
     for rows in (slice(32), slice(64, 70)):  # warps that follow to the end
         same_bits(cov[rows], whole[1][rows])
-    same_bits(cov[32:64, :192], whole[1][32:64, :192])  # and as far as runs of 16 and fewer steps tell nothing else
-    if INTERPRETED:  # what nobody wrote is fenced
-        assert torch.isnan(cov[32:64, 200:]).all()
-    given[2] = given[2].expand(70, *given[2].shape[1:]).clone()
-    assert not gpu.may_be_common(gpu._System(given[:7]).views, 70, 300)
+    same_bits(cov[32:64, :192], whole[1][32:64, :192])  # whole runs, as far as they tell nothing else
+    assert torch.isnan(cov[32:64, 208:]).all()  # fenced, and written by nobody
+
+
+def test_common_covariances_settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A level and its slope are steady after a hundred steps; steps since then are copies."""
+    eye = torch.eye(2, device=DEVICE)[None, None]
+    A, C = eye + eye.flip(-1).triu(), eye[:, :, :1]
+    mean0, cov0 = torch.zeros(33, 2, device=DEVICE), eye[0].expand(33, 2, 2)
+    given = [torch.zeros(33, 300, 1, device=DEVICE), A, C, 0.01 * eye, eye[..., :1, :1], None, None, mean0, cov0]
+    empty, made = cuda.empty, []
+
+    def remembered(*args: Any) -> Tensor:
+        made.append(empty(*args))
+        return made[-1]
+
+    monkeypatch.setattr(cuda, "empty", remembered)
+    for y in (given[0], given[0].clone().index_fill_(1, torch.tensor([280], device=DEVICE), torch.nan)):
+        made.clear()
+        gpu.forward(y, *given[1:], form="joseph", keep="all", shared=False)
+        (marks,) = (v for v in made if v.dtype == torch.int64 and len(v) > 4)
+        assert (marks[3] == 1) == (y is given[0])  # 20 steps after the gap tell nothing yet
 
 
 @pytest.mark.skipif(INTERPRETED, reason="only a GPU records graphs")

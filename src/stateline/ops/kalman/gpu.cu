@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_forward(const 
 #pragma unroll
             for (int i = 0; i < M; ++i) w[i] = e[i], count += seen(y[i]);
             now.S.solve(w);
-            T loglik = log_normal(e, w, now.logdet, count);
+            T loglik = log_normal(e, w, now.logdet, log_entries(count));
             apply(m[own], m[own], now.K, e);
             if (slot[own] < 0) loglik = (T)0, clear(m[own]), clear(P[own]);
             store<1>(k.loglik, g, lane, t, k.series, &loglik);

@@ -30,6 +30,8 @@ MOST = 8
 LANES = 32
 #: Bytes of a series that a warp moves at a time, at least, where they lie series by series: what memory moves at once.
 LINE = 32
+#: The same where a warp does little else.
+LONG_LINE = 128
 #: The most steps by which covariances that series share are ahead of their means.
 FAR = 256
 _DIMS = (1, 2, 2, 2, 2, 1, 1)  # adjacent dimensions of y, A, C, Q, R, b, d
@@ -72,11 +74,13 @@ def options(file: str, v: Variant) -> tuple[str, ...]:
     unrolled = ((8, 6), (6, 4))[back][v.size == 8]
     warps = 8 if back or wide > 16 else 16 if wide > 8 else 28  # of a multiprocessor (timings: benchmarks/NOTES.md)
     room = backward_room(v) if back else forward_room(v)[1]
+    line = LINE
     if file == "gpu_common.cu":
+        line = LONG_LINE
         warps, room = 8 if wide > 32 else 16 if wide > 16 else 24 if wide > 8 else 28, common_room(v)
     return (
         f"-DSTATES={v.n}", f"-DOBSERVED={v.m}", f"-DNUMBER={'double' if v.size == 8 else 'float'}", f"-DOWN={v.own:d}",
-        f"-DLINE={LINE}", f"-DSMALL={unrolled}", f"-DWARPS={warps}", f"-DROOM={room}", "--fmad=false",
+        f"-DLINE={line}", f"-DSMALL={unrolled}", f"-DWARPS={warps}", f"-DROOM={room}", "--fmad=false",
     )  # fmt: skip
 
 
@@ -97,12 +101,14 @@ def _row(offset: int, count: int, steps: int, size: int) -> int:
     return _after(offset, LANES * (count * size // piece * steps | 1) * piece, piece)
 
 
-def _stage(offset: int, count: int, size: int) -> int:
+def _steps(count: int, size: int, line: int) -> int:
+    """Steps of `count` numbers in a run."""
+    return 1 if count * size >= line else 2 * _steps(2 * count, size, line)
+
+
+def _stage(offset: int, count: int, size: int, line: int = LINE) -> int:
     """Where a `Stage` of `count` numbers ends."""
-    steps = 1
-    while count * size * steps < LINE:
-        steps *= 2
-    return _row(offset, count, steps, size)
+    return _row(offset, count, _steps(count, size, line), size)
 
 
 def _part(offset: int, count: int, v: Variant, own: bool = True) -> int:
@@ -120,22 +126,31 @@ def forward_room(v: Variant) -> tuple[int, int]:
     return _after(filtered, 0, 16), _after(_row(filtered, n * n, 1, v.size), 0, 16)
 
 
+def _gain_size(v: Variant) -> int:
+    """Bytes of a `Gain`."""
+    return _after((v.n * v.m + v.m * v.m + 2 * v.m + 2) * v.size + 4, 0, 16)
+
+
 def common_size(v: Variant) -> int:
     """Bytes of a `Common`, a step of covariances that series share."""
-    return _after(0, -(-(2 * v.n * v.n + v.n * v.m + v.m * v.m + 2 * v.m + 2) * v.size // 16) * 16, 16)
+    return _after(_gain_size(v) + 2 * v.n * v.n * v.size, 0, 16)
 
 
 @functools.cache
 def common_room(v: Variant) -> int:
     """Bytes of shared memory of a warp of gpu_common.cu."""
-    n, m, lead, follow, steps = v.n, v.m, 0, 0, 1
-    for count in (n * n, n * n, m * n, m * m, n * n, n * n, n * n, n * m, m * n, m * n, m * m):
+    n, m, lead, follow = v.n, v.m, 0, 0
+    for count in (n * n, n * n, m * n, m * m, n * n, n * n, n * n, n * m, m * n, m * n, m * m, n * n):
         lead = _part(lead, count, v, own=False)
     for count, own in ((n * n, False), (m * n, False), (n, True), (m, True)):
         follow = _part(follow, count, v, own)
-    while m * v.size * steps < LINE:
-        steps *= 2
-    return max(lead + LANES * 4, _after(_stage(follow + steps * common_size(v), m, v.size), 0, 16))
+    follow += _steps(m, v.size, LONG_LINE) * _gain_size(v)
+    return max(lead + LANES * 4, _after(_stage(follow, m, v.size, LONG_LINE), 0, 16))
+
+
+def spread_room(v: Variant) -> int:
+    """Bytes of shared memory of a warp that hands covariances of a step to all series."""
+    return _after(2 * v.n * v.n * v.size + 8 * LANES, 0, 16)
 
 
 @functools.cache
@@ -249,7 +264,7 @@ def _run(
     system = _System(given)
     y, mean0, cov0, index = system.like, cuda.plain(mean0), _rows(cov0), cuda.plain(index)  # type: ignore[assignment]  # given
     blocks, steps = cuda.ceil_div(y.shape[0], LANES), y.shape[1]
-    ends = _launches(steps) if index is None and may_be_common(system.views, *y.shape[:2]) else ()
+    ends = _launches(steps) if index is None and may_be_common(system.variant, system.views, *y.shape[:2]) else ()
     failed = cuda.empty((blocks + 2,), torch.int64, y)
     record = [
         y.shape[0], y.shape[1], *(x for view in system.views for x in view),
@@ -259,20 +274,26 @@ def _run(
     ]  # fmt: skip
     if ends:
         common = cuda.empty((steps + 1, common_size(system.variant) // y.dtype.itemsize), y.dtype, y)
-        marks = cuda.empty((blocks + 2 + len(ends),), torch.int64, y)
-        reached, lost, followed = (marks.data_ptr() + 8 * i for i in (0, blocks, blocks + 1))
+        marks = cuda.empty((blocks + 3 + len(ends),), torch.int64, y)
+        places = (common.data_ptr(), *(marks.data_ptr() + 8 * i for i in (0, blocks, blocks + 2)))
+        room = common_room(system.variant)
         for i, (begin, middle, end) in enumerate(zip((0, 0, *ends), (0, *ends), (*ends, steps), strict=False)):
-            record[-8:] = common.data_ptr(), reached, lost, followed, begin, middle, end, i
-            launch = ("kalman_common", 1 + (blocks if i else 0), common_room(system.variant))
-            system.launch("gpu_common.cu", record, launch)
+            record[-8:] = *places, begin, middle, end, i
+            system.launch("gpu_common.cu", record, ("kalman_common", 1 + (blocks if i else 0), room))
+        record[-4] = steps if keep == "loglik" else 0
+        parts, room = 1 if shared else cuda.ceil_div(blocks, LANES), spread_room(system.variant)
+        system.launch("gpu_common.cu", record, ("kalman_spread", (steps + 1 - record[-4]) * parts, room))
     room = forward_room(system.variant)[keep in ("all", "predicted")]
     system.launch("gpu.cu", record, ("kalman_forward", blocks, room), ("first_failure", 1, LANES * 8))
     return failed[blocks:]
 
 
-def may_be_common(views: Sequence[tuple[int, int, int]], series: int, steps: int) -> bool:
-    """Whether to look for series that share covariances, from the strides of A, C, Q and R among y, A, C, Q, R, b, d."""
-    return series > 1 and steps >= LANES and not any(rows for _, rows, _ in views[1:5])
+def may_be_common(v: Variant, views: Sequence[tuple[int, int, int]], series: int, steps: int) -> bool:
+    """Whether to look for series that share covariances. views: address and strides of y, A, C, Q, R, b, d."""
+    one = not any(rows for _, rows, _ in views[1:5])
+    address, *strides = views[0]
+    piece = next(size for size in (16, 8, v.size) if v.m * v.size % size == 0)
+    return one and series > 1 and steps >= LANES and not any(x % piece for x in (address, *(v.size * s for s in strides)))
 
 
 def _launches(steps: int) -> tuple[int, ...]:

@@ -3,6 +3,16 @@
 // series, until a series of theirs misses something else than the first one; kalman_forward goes on from there. Whoever
 // computes a number does the same products in the same order: its bits do not tell which. Follows gpu_filter.cuh.
 
+constexpr int MATRIX = N * N;
+
+// 16 bytes, of which steps are made.
+struct alignas(16) Piece {
+    unsigned x[4];
+};
+constexpr int PIECES = sizeof(Common) / sizeof(Piece), GAIN = sizeof(Gain) / sizeof(Piece), AT_ONCE = 8;
+// Whether a lane keeps the system in registers as it follows.
+constexpr bool HELD = (N * N + M * N + N + M) * sizeof(T) <= 128;
+
 // What the leading warp has in shared memory.
 struct Lead {
     Part<N, N, false> A, Q;
@@ -10,18 +20,24 @@ struct Lead {
     Part<M, M, false> R;
     alignas(16) T P[N][N], filtered[N][N], rest[N][N], K[N][M];
     alignas(16) T Z[M][N], seen_C[M][N], seen_R[M][M]; // of C and R: as they are where entries are missing
+    alignas(16) T known[N][N];                         // an earlier P, to see whether it comes back
     alignas(16) int seen[LANES];                       // of so many steps, as in Common
 };
 
 // What a following warp has.
 struct Follow {
-    typedef Stage<M> Observations;
     Part<N, N, false> A;
     Part<M, N, false> C;
     Part<N, 1> b;
     Part<M, 1> d;
-    Common steps[Observations::STEPS];
-    Observations y;
+    Gain gains[Stage<M>::STEPS];
+    Stage<M> y;
+};
+// What a warp has that hands the covariances of a step to LANES warps of series.
+struct Spread {
+    alignas(16) T filtered[N][N];
+    T P[N][N];
+    i64 reached[LANES];
 };
 #ifdef ROOM
 static_assert((sizeof(Lead) > sizeof(Follow) ? sizeof(Lead) : sizeof(Follow)) == ROOM, "gpu.py lays shared memory out alike");
@@ -47,6 +63,15 @@ __device__ __forceinline__ void copy(T (&to)[N], const T (&from)[N]) {
 #pragma unroll
     for (int j = 0; j < N; ++j) to[j] = from[j];
 }
+// Whether a lane's part of two matrices, or all of them, has other bits.
+__device__ __forceinline__ bool differ(const T* a, const T* b, int lane, int lanes) {
+    const unsigned *x = (const unsigned*)a, *y = (const unsigned*)b;
+    unsigned found = 0;
+    for (int i = lane; i < (int)(MATRIX * sizeof(T) / sizeof(unsigned)); i += lanes) found |= x[i] ^ y[i];
+    return found;
+}
+
+// ---- covariances, once -----------------------------------------------------------------------------------------------
 
 // Row `lane` of the gain K and of what the filtered covariance is made of, rest P and K R; returns log det S.
 __device__ __forceinline__ T correct(Lead& room, Common& now, int lane, T (&rest_P)[N], T (&KR)[M]) {
@@ -66,43 +91,111 @@ __device__ __forceinline__ T correct(Lead& room, Common& now, int lane, T (&rest
     }
     row_times(rest_P, rest, room.P), row_times(KR, K, room.seen_R);
 #pragma unroll
-    for (int j = 0; j < M; ++j) room.K[lane][j] = now.K[lane][j] = K[j];
+    for (int j = 0; j < M; ++j) room.K[lane][j] = now.gain.K[lane][j] = K[j];
     if (lane > 0) return logdet;
-    now.logdet = logdet;
+    now.gain.logdet = logdet;
 #pragma unroll
     for (int i = 0; i < M; ++i) {
-        now.S.pivot[i] = S.pivot[i], now.S.inverse[i] = S.inverse[i];
+        now.gain.S.pivot[i] = S.pivot[i], now.gain.S.inverse[i] = S.inverse[i];
 #pragma unroll
-        for (int j = 0; j < i; ++j) now.S.L[i][j] = S.L[i][j];
+        for (int j = 0; j < i; ++j) now.gain.S.L[i][j] = S.L[i][j];
     }
     return logdet;
 }
 
-// Steps [middle, end) of the covariances.
-__device__ __forceinline__ void lead(const Filter& k) {
-    Lead& room = *(Lead*)shared_memory();
-    const Group first = {0, 1};
-    const bool alone = k.launch > 1 && !k.followed[k.launch - 1];
-    T rest_P[WIDTH][N], KR[WIDTH][M];
-    i64 lost = k.middle ? *k.lost : k.steps;
-    int seen_before = -1;
-    EACH_LANE {
-        if (lane == 0) k.followed[k.launch + 1] = 0;
-    }
-    if (alone) return;
-    room.A.template fetch<false>(k.A, first, k.middle), room.Q.template fetch<true>(k.Q, first, k.middle);
-    room.C.template fetch<false>(k.C, first, k.middle), room.R.template fetch<true>(k.R, first, k.middle);
+// Step t of the covariances, from P to P. Returns log det S.
+__device__ __forceinline__ T lead_step(Lead& room, Common& now, int seen_now) {
+    T rest_P[WIDTH][N], KR[WIDTH][M], logdet = (T)0;
     EACH_LANE {
         if (lane < N) {
+            T column[N];
 #pragma unroll
-            for (int j = 0; j < N; ++j) {
-                const T symmetric = (k.cov0.p[lane * N + j] + k.cov0.p[j * N + lane]) * (T)0.5;
-                room.P[lane][j] = k.middle ? k.common[k.middle].P[lane][j] : symmetric;
+            for (int j = 0; j < N; ++j) column[j] = room.P[j][lane];
+            copy(now.P[lane], room.P[lane]);
+#pragma unroll
+            for (int i = 0; i < M; ++i) {
+                T v = room.seen_C[i][0] * column[0];
+#pragma unroll
+                for (int j = 1; j < N; ++j) v = madd(room.seen_C[i][j], column[j], v);
+                room.Z[i][lane] = v;
             }
         }
     }
+    MEET();
+    EACH_LANE {
+        if (lane < N) logdet = correct(room, now, lane, rest_P[own], KR[own]);
+        if (lane == 0) {
+            int count = 0;
+#pragma unroll
+            for (int i = 0; i < M; ++i) count += seen_now >> i & 1;
+            now.gain.seen = seen_now, now.gain.entries = log_entries(count);
+        }
+    }
+    MEET();
+    EACH_LANE {
+        if (lane < N) {
+            T row[N], none[N];
+            clear(none);
+            apply(row, none, room.rest, rest_P[own]), apply(row, row, room.K, KR[own]);
+            put_row(room.filtered, lane, row);
+        }
+    }
+    MEET();
+    EACH_LANE {
+        if (lane < N) {
+            T row[N], AF[N];
+            copy(now.filtered[lane], room.filtered[lane]);
+            row_times(AF, room.A.all()[lane], room.filtered);
+            apply(row, room.Q.all()[lane], room.A.all(), AF);
+            put_row(room.P, lane, row);
+        }
+    }
+    MEET();
+    return logdet;
+}
+
+// Steps from t on, `count` of them, as they were `period` steps before.
+__device__ __forceinline__ void repeat(Common* steps, i64 t, int count, int period) {
+    const Piece* from = (const Piece*)(steps + (t - period));
+    Piece* to = (Piece*)(steps + t);
+    EACH_LANE {
+        for (int i = lane; i < PIECES; i += LANES)
+            for (int first = 0; first < count; first += AT_ONCE) {
+                Piece some[AT_ONCE];
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; ++j)
+                    if (first + j < count) some[j] = from[(first + j) % period * PIECES + i];
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; ++j)
+                    if (first + j < count) to[(first + j) * PIECES + i] = some[j];
+            }
+    }
+}
+
+// Steps [middle, end) of the covariances. Those of a constant system settle: as soon as one has the bits of an earlier one
+// (Brent 1980), with nothing else missing since, all that follows has been computed before.
+__device__ __forceinline__ void lead(const Filter& k) {
+    Lead& room = *(Lead*)shared_memory();
+    const Group first = {0, 1};
+    const bool followed = k.launch < 2 || k.followed[k.launch - 1];
+    const int times = (int)k.times & 15;
+    i64 lost = k.middle ? k.lost[0] : k.steps, known = k.middle, most = 1;
+    int period = k.middle ? (int)k.lost[1] : 0;
+    int seen_before = period ? k.common[k.middle - 1].gain.seen : -1;
+    bool other[WIDTH], ready = false; // ready: the system is in shared memory
+    EACH_LANE {
+        if (lane == 0) k.followed[k.launch + 1] = 0;
+    }
+    if (!followed) return;
+    EACH_LANE {
+        for (int i = lane; i < MATRIX; i += LANES) {
+            const T symmetric = (k.cov0.p[i] + k.cov0.p[i % N * N + i / N]) * (T)0.5;
+            room.P[i / N][i % N] = k.middle ? k.common[k.middle].P[i / N][i % N] : symmetric;
+        }
+    }
     for (i64 t = k.middle; t < k.end; ++t) {
-        if ((t & LANES - 1) == 0) {
+        const int place = (int)t & (LANES - 1);
+        if (place == 0) {
             EACH_LANE {
                 int seen_now = 0;
                 if (t + lane < k.end) {
@@ -112,16 +205,28 @@ __device__ __forceinline__ void lead(const Filter& k) {
             }
             MEET();
         }
-        const int seen_now = room.seen[(t & LANES - 1)];
-        if (seen_now != seen_before || k.times & 15) {
-            if (t > k.middle) {
-                if (k.times & 1) room.A.template fetch<false>(k.A, first, t);
-                if (k.times & 2) room.C.template fetch<false>(k.C, first, t);
-                if (k.times & 4) room.Q.template fetch<true>(k.Q, first, t);
-                if (k.times & 8) room.R.template fetch<true>(k.R, first, t);
-            }
+        const int seen_now = room.seen[place];
+        if (period && seen_now == seen_before) {
+            const int left = k.end - t < LANES - place ? (int)(k.end - t) : LANES - place;
+            EACH_LANE other[own] = lane < left && room.seen[(place + lane) & (LANES - 1)] != seen_now;
+            const int count = ANY(other) ? 1 : left;
+            repeat(k.common, t, count, period);
+            MEET();
+            t += count - 1;
+            continue;
+        }
+        const int fetch = ready ? times : 15;
+        if (seen_now != seen_before || fetch) {
+            if (fetch & 1) room.A.template fetch<false>(k.A, first, t);
+            if (fetch & 2) room.C.template fetch<false>(k.C, first, t);
+            if (fetch & 4) room.Q.template fetch<true>(k.Q, first, t);
+            if (fetch & 8) room.R.template fetch<true>(k.R, first, t);
             MEET();
             EACH_LANE {
+                for (int i = lane; i < MATRIX; i += LANES) {
+                    if (period) room.P[i / N][i % N] = k.common[t - period].P[i / N][i % N];
+                    room.known[i / N][i % N] = room.P[i / N][i % N];
+                }
                 if (lane < M) {
                     const bool here = seen_now >> lane & 1;
 #pragma unroll
@@ -132,62 +237,126 @@ __device__ __forceinline__ void lead(const Filter& k) {
                 }
             }
             MEET();
-            seen_before = seen_now;
+            seen_before = seen_now, known = t, most = 1, period = 0, ready = true;
         }
-        Common& now = k.common[t];
-        EACH_LANE {
-            if (lane < N) {
-                T column[N];
-#pragma unroll
-                for (int j = 0; j < N; ++j) column[j] = room.P[j][lane];
-                copy(now.P[lane], room.P[lane]);
-#pragma unroll
-                for (int i = 0; i < M; ++i) {
-                    T v = room.seen_C[i][0] * column[0];
-#pragma unroll
-                    for (int j = 1; j < N; ++j) v = madd(room.seen_C[i][j], column[j], v);
-                    room.Z[i][lane] = v;
-                }
+        const T logdet = lead_step(room, k.common[t], seen_now);
+        if (logdet != logdet && lost == k.steps) lost = t;
+        if (times) continue;
+        EACH_LANE other[own] = differ(&room.P[0][0], &room.known[0][0], lane, LANES);
+        if (!ANY(other)) {
+            period = (int)(t + 1 - known);
+        } else if (t + 1 - known == most) {
+            EACH_LANE {
+                for (int i = lane; i < MATRIX; i += LANES) room.known[i / N][i % N] = room.P[i / N][i % N];
             }
+            known = t + 1, most *= 2;
+            MEET();
         }
-        MEET();
-        EACH_LANE {
-            if (lane < N) {
-                const T logdet = correct(room, now, lane, rest_P[own], KR[own]);
-                if (lane == 0) now.seen = (T)seen_now;
-                if (logdet != logdet && lost == k.steps) lost = t;
-            }
-        }
-        MEET();
-        EACH_LANE {
-            if (lane < N) {
-                T row[N], none[N];
-                clear(none);
-                apply(row, none, room.rest, rest_P[own]), apply(row, row, room.K, KR[own]);
-                put_row(room.filtered, lane, row);
-            }
-        }
-        MEET();
-        EACH_LANE {
-            if (lane < N) {
-                T row[N], AF[N];
-                copy(now.filtered[lane], room.filtered[lane]);
-                row_times(AF, room.A.all()[lane], room.filtered);
-                apply(row, room.Q.all()[lane], room.A.all(), AF);
-                put_row(room.P, lane, row);
-            }
-        }
-        MEET();
     }
     EACH_LANE {
-        if (lane < N) copy(k.common[k.end].P[lane], room.P[lane]);
-        if (lane == 0) *k.lost = lost;
+        if (lane < N) copy(k.common[k.end].P[lane], period ? k.common[k.end - period].P[lane] : room.P[lane]);
+        if (lane == 0) k.lost[0] = lost, k.lost[1] = period;
     }
 }
 
-// The same covariance to a row of each of `count` series of a result (steps, series, N, N).
+// ---- means and likelihoods of each series ----------------------------------------------------------------------------
+
+// The system as it is now, for a lane.
+struct Held {
+    T A[N][N], C[M][N], b[N], d[M];
+
+    __device__ __forceinline__ void get(const Follow& room, int lane) {
+        room.A.get(lane, A), room.C.get(lane, C), room.b.get(lane, b), room.d.get(lane, d);
+    }
+};
+
+// Steps [begin, middle) of a warp's series, or as far as they miss what the first one does, in whole runs.
+__device__ __forceinline__ void follow(const Filter& k, i64 warp) {
+    Follow& room = *(Follow*)shared_memory();
+    const Group g = group_of(k.series, warp);
+    if (k.begin && k.reached[warp] != k.begin) return;
+    Held held[WIDTH];
+    T m[WIDTH][N], kept[WIDTH][N];
+    i64 at[WIDTH]; // of a step of a series among those of all
+    bool other[WIDTH];
+    EACH_LANE {
+        const i64 s = g.first + (lane < g.count ? lane : g.count - 1);
+        const T* mean = k.begin ? k.mean_next + s * N : k.mean0.p + s * k.mean0.s;
+        copy(m[own], *(const T(*)[N])mean);
+        at[own] = k.begin * k.series + s;
+        other[own] = !k.begin && k.cov0.s && differ(k.cov0.p, k.cov0.p + s * k.cov0.s, 0, 1);
+    }
+    i64 t = k.begin;
+    bool apart = ANY(other);
+    while (!apart && t < k.middle) {
+        const int left = k.middle - t < Stage<M>::STEPS ? (int)(k.middle - t) : Stage<M>::STEPS;
+        room.y.template fetch<true>(k.y, g, t, k.steps);
+        EACH_LANE {
+            for (int i = lane; i < left * GAIN; i += LANES)
+                ((Piece*)room.gains)[i] = ((const Piece*)(k.common + t + i / GAIN))[i % GAIN];
+            copy(kept[own], m[own]);
+        }
+        MEET();
+        for (int i = 0; i < left; ++i) {
+            const int fetch = t + i == k.begin ? 51 : (int)k.times & 51; // of A, C, b, d
+            if (fetch) {
+                MEET();
+                if (fetch & 1) room.A.template fetch<false>(k.A, g, t + i);
+                if (fetch & 2) room.C.template fetch<false>(k.C, g, t + i);
+                if (fetch & 16) room.b.template fetch<false>(k.b, g, t + i);
+                if (fetch & 32) room.d.template fetch<false>(k.d, g, t + i);
+                MEET();
+                EACH_LANE {
+                    if (HELD) held[own].get(room, lane);
+                }
+            }
+            const Gain& now = room.gains[i];
+            EACH_LANE {
+                Held& x = held[own];
+                T y[M], e[M], w[M], next[N];
+                int seen_now = 0;
+                const bool live = lane < g.count;
+                room.y.get(lane, i, y);
+                if (!HELD) x.get(room, lane);
+                residual(e, x.C, y, x.d, m[own]);
+#pragma unroll
+                for (int j = 0; j < M; ++j) w[j] = e[j], seen_now |= seen(y[j]) << j;
+                other[own] |= seen_now != now.seen;
+                now.S.solve(w);
+                if (k.before && live) Row<N>::put((typename Row<N>::Piece*)k.before + at[own] * Row<N>::PIECES, m[own]);
+                if (live) k.loglik[at[own]] = log_normal(e, w, now.logdet, now.entries);
+                apply(m[own], m[own], now.K, e);
+                if (k.mean && live) Row<N>::put((typename Row<N>::Piece*)k.mean + at[own] * Row<N>::PIECES, m[own]);
+                apply(next, x.b, x.A, m[own]), copy(m[own], next);
+                at[own] += k.series;
+            }
+        }
+        EACH_LANE other[own] = other[own] && lane < g.count;
+        MEET();
+        apart = ANY(other);
+        if (!apart) t += left;
+    }
+    EACH_LANE {
+        if (lane < g.count && t) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) k.mean_next[(g.first + lane) * N + i] = apart ? kept[own][i] : m[own][i];
+        }
+        if (lane) continue;
+        k.reached[warp] = t;
+        if (t == k.steps) k.failed[warp] = *k.lost * k.series + (*k.lost < k.steps ? g.first : 0);
+        else if (t == k.middle) k.followed[k.launch] = 1;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_common(const __grid_constant__ Filter k) {
+    if (blockIdx.x) follow(k, blockIdx.x - 1);
+    else if (k.middle < k.end) lead(k);
+}
+
+// ---- covariances, to every series ------------------------------------------------------------------------------------
+
 __device__ __forceinline__ void spread(T* out, Group g, int count, i64 t, i64 series, const T (&P)[N][N]) {
-    typedef Row<N * N> Row;
+    typedef Row<MATRIX> Row;
     typename Row::Piece* to = (typename Row::Piece*)out + (t * series + g.first) * Row::PIECES;
     const typename Row::Piece* from = (const typename Row::Piece*)P;
     for_each<Row::PIECES>(Row::PIECES, [&](int row, int i, i64 along) {
@@ -195,103 +364,28 @@ __device__ __forceinline__ void spread(T* out, Group g, int count, i64 t, i64 se
     });
 }
 
-// Whether two covariances have the same bits.
-__device__ __forceinline__ bool same(const T* a, const T* b) {
-    const unsigned *x = (const unsigned*)a, *y = (const unsigned*)b;
-    bool found = true;
-    for (int i = 0; i < (int)(N * N * sizeof(T) / sizeof(unsigned)); ++i) found = found && x[i] == y[i];
-    return found;
-}
-
-// Steps [begin, middle) of a warp's series, or as far as they miss what the first one does.
-__device__ __forceinline__ void follow(const Filter& k, i64 warp) {
-    Follow& room = *(Follow*)shared_memory();
-    constexpr int STEPS = Follow::Observations::STEPS;
-    const Group g = group_of(k.series, warp);
-    const int covs = !k.shared ? g.count : g.first == 0; // series whose covariances are wanted
-    const i64 rows = k.shared ? 1 : k.series;
-    if (k.begin && k.reached[warp] != k.begin) return;
-    T m[WIDTH][N];
-    bool apart[WIDTH];
-    room.A.template fetch<false>(k.A, g, k.begin), room.C.template fetch<false>(k.C, g, k.begin);
-    room.b.template fetch<false>(k.b, g, k.begin), room.d.template fetch<false>(k.d, g, k.begin);
+// A block for each LANES warps of series and step, from `begin` on; one behind the last is that of the returned states.
+extern "C" __global__ void __launch_bounds__(LANES) kalman_spread(const __grid_constant__ Filter k) {
+    Spread& room = *(Spread*)shared_memory();
+    const i64 warps = k.shared ? 1 : (k.series + LANES - 1) / LANES, rows = k.shared ? 1 : k.series;
+    const unsigned blocks = (unsigned)((warps + LANES - 1) / LANES), block = (unsigned)blockIdx.x;
+    const i64 t = k.begin + block / blocks, first = (i64)(block % blocks) * LANES;
     EACH_LANE {
-        const i64 s = g.first + (lane < g.count ? lane : g.count - 1);
-        const T* mean = k.begin ? k.mean_next + s * N : k.mean0.p + s * k.mean0.s;
-#pragma unroll
-        for (int i = 0; i < N; ++i) m[own][i] = mean[i];
-        apart[own] = !k.begin && k.cov0.s && !same(k.cov0.p, k.cov0.p + s * k.cov0.s);
+        room.reached[lane] = first + lane < warps ? k.reached[first + lane] : 0;
+        for (int i = lane; i < MATRIX; i += LANES) {
+            room.filtered[i / N][i % N] = k.common[t].filtered[i / N][i % N];
+            room.P[i / N][i % N] = k.common[t].P[i / N][i % N];
+        }
     }
-    i64 t = k.begin;
-    for (; t < k.middle; ++t) {
-        const int place = room.y.place(t);
-        if (room.y.begins(t)) {
-            const int left = k.middle - t < STEPS ? (int)(k.middle - t) : STEPS;
-            room.y.fetch(k.y, g, t, k.steps);
-            EACH_LANE {
-                typedef typename Row<16 / sizeof(T)>::Piece Piece;
-                for (int i = lane; i < left * (int)(sizeof(Common) / sizeof(Piece)); i += LANES)
-                    ((Piece*)room.steps)[i] = ((const Piece*)(k.common + t))[i];
-            }
-            MEET();
-            EACH_LANE {
-                for (int i = 0; i < left && lane < g.count; ++i) {
-                    T y[M];
-                    int seen_now = 0;
-                    room.y.get(lane, t + i, y);
-#pragma unroll
-                    for (int j = 0; j < M; ++j) seen_now |= seen(y[j]) << j;
-                    apart[own] |= seen_now != (int)room.steps[i].seen;
-                }
-            }
-            if (ANY(apart)) break;
+    MEET();
+    for (int i = 0; i < LANES && first + i < warps; ++i) {
+        const Group g = group_of(k.series, first + i);
+        const int count = k.shared ? 1 : g.count;
+        if (t == k.steps) {
+            if (room.reached[i] == t) spread(k.cov_next, g, count, 0, rows, room.P);
+        } else if (room.reached[i] > t) {
+            if (k.mean) spread(k.cov, g, count, t, rows, room.filtered);
+            if (k.before) spread(k.before_cov, g, count, t, rows, room.P);
         }
-        if (t > k.begin && k.times & 51) {
-            MEET();
-            if (k.times & 1) room.A.template fetch<false>(k.A, g, t);
-            if (k.times & 2) room.C.template fetch<false>(k.C, g, t);
-            if (k.times & 16) room.b.template fetch<false>(k.b, g, t);
-            if (k.times & 32) room.d.template fetch<false>(k.d, g, t);
-            MEET();
-        }
-        const Common& now = room.steps[place];
-        EACH_LANE {
-            T y[M], d[M], e[M], w[M], C[M][N], A[N][N], b[N];
-            room.y.get(lane, t, y), room.d.get(lane, d), room.C.get(lane, C);
-            if (k.before) store<N>(k.before, g, lane, t, k.series, m[own]);
-            residual(e, C, y, d, m[own]);
-            int count = 0;
-#pragma unroll
-            for (int i = 0; i < M; ++i) w[i] = e[i], count += seen(y[i]);
-            now.S.solve(w);
-            const T loglik = log_normal(e, w, now.logdet, count);
-            apply(m[own], m[own], now.K, e);
-            store<1>(k.loglik, g, lane, t, k.series, &loglik);
-            if (k.mean) store<N>(k.mean, g, lane, t, k.series, m[own]);
-            room.A.get(lane, A), room.b.get(lane, b);
-            T next[N];
-            apply(next, b, A, m[own]);
-#pragma unroll
-            for (int i = 0; i < N; ++i) m[own][i] = next[i];
-        }
-        if (k.before) spread(k.before_cov, g, covs, t, rows, now.P);
-        if (k.mean) spread(k.cov, g, covs, t, rows, now.filtered);
-        if (room.y.full(t, k.steps)) MEET();
     }
-    EACH_LANE {
-        if (lane < g.count && t) {
-#pragma unroll
-            for (int i = 0; i < N; ++i) k.mean_next[(g.first + lane) * N + i] = m[own][i];
-        }
-        if (lane) continue;
-        k.reached[warp] = t;
-        if (t == k.steps) k.failed[warp] = (*k.lost) * k.series + (*k.lost < k.steps ? g.first : 0);
-        else if (t == k.middle) k.followed[k.launch] = 1;
-    }
-    if (t == k.steps) spread(k.cov_next, g, covs, 0, rows, k.common[t].P);
-}
-
-extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_common(const __grid_constant__ Filter k) {
-    if (blockIdx.x) follow(k, blockIdx.x - 1);
-    else if (k.middle < k.end) lead(k);
 }

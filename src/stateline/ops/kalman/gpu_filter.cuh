@@ -1,11 +1,17 @@
 // What the forward kernels of the Kalman filter are told. Follows gpu_stage.cuh.
 
-// A step of covariances that are the same for all series, as it lies in memory. filtered, P: the step's filtered and predicted
-// covariance.   seen: Σ 2^i over the entries that are there.
-struct alignas(16) Common {
-    T filtered[N][N], P[N][N], K[N][M];
+// What a step of covariances that are the same for all series makes of their means. seen: Σ 2^i over the entries that are there.
+// entries: log 2π for each of them.
+struct alignas(16) Gain {
+    T K[N][M];
     Factors S;
-    T logdet, seen;
+    T logdet, entries;
+    int seen;
+};
+// Such a step, as it lies in memory: its filtered and its predicted covariance too.
+struct alignas(16) Common {
+    Gain gain;
+    T filtered[N][N], P[N][N];
 };
 
 // Filled by gpu.py in this order; every field has eight bytes. Results lie step by step: (steps, series, …).
@@ -19,7 +25,7 @@ struct Filter {
     // Where series may share covariances (gpu_common.cu), else null.
     Common* common; // steps + 1 of them; of the last P alone
     i64* reached;   // of each warp, the step up to which it followed
-    i64* lost;      // the step from which on S is not positive definite; or steps
+    i64* lost;      // the step from which on S is not positive definite, or steps; and after how many steps all comes back, or 0
     i64* followed;  // of each launch, whether any warp got to its end
     i64 begin, middle, end, launch; // steps to follow, [begin, middle), and to lead, [middle, end), in the `launch`th launch
 };

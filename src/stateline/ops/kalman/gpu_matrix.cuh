@@ -130,12 +130,14 @@ __device__ __forceinline__ void look(
         for (int j = 0; j < M; ++j) R[i][j] = seen(y[i]) && seen(y[j]) ? R[i][j] : (T)(i == j);
     }
 }
-// log N(e; 0, S) of the `count` entries seen; w = S⁻¹ e, logdet = log det S.
-__device__ __forceinline__ T log_normal(const T (&e)[M], const T (&w)[M], T logdet, int count) {
+// log 2π for each of `count` entries.
+__device__ __forceinline__ T log_entries(int count) { return (T)count * (T)1.8378770664093453; }
+// log N(e; 0, S) of the entries seen; w = S⁻¹ e, logdet = log det S.
+__device__ __forceinline__ T log_normal(const T (&e)[M], const T (&w)[M], T logdet, T entries) {
     T square = (T)0;
 #pragma unroll
     for (int i = 0; i < M; ++i) square = madd(w[i], e[i], square);
-    return (T)-0.5 * (square + logdet + (T)count * (T)1.8378770664093453);
+    return (T)-0.5 * (square + logdet + entries);
 }
 
 // S = L D Lᵀ: ones on the diagonal of L, of which only what is below is kept; D, and its reciprocals.
