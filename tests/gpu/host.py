@@ -94,7 +94,7 @@ def kalman(file: str, variant: object, device: int) -> Library:
 
     names = {
         "gpu.cu": ("kalman_forward", "first_failure"),
-        "gpu_common.cu": ("kalman_common", "kalman_spread"),
+        "gpu_common.cu": ("kalman_lead", "kalman_follow", "kalman_spread"),
         "gpu_backward.cu": ("kalman_backward",),
     }[file]
     return Library(gpu.source(file), gpu.options(file, variant), names)  # type: ignore[arg-type]  # a Variant

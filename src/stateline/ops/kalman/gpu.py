@@ -32,8 +32,8 @@ LANES = 32
 LINE = 32
 #: The same where a warp does little else.
 LONG_LINE = 128
-#: The most steps by which covariances that series share are ahead of their means.
-FAR = 256
+#: How many times further each part of the steps goes at whose ends series tell whether they share covariances still.
+FURTHER = 4
 _DIMS = (1, 2, 2, 2, 2, 1, 1)  # adjacent dimensions of y, A, C, Q, R, b, d
 
 
@@ -74,13 +74,15 @@ def options(file: str, v: Variant) -> tuple[str, ...]:
     unrolled = ((8, 6), (6, 4))[back][v.size == 8]
     warps = 8 if back or wide > 16 else 16 if wide > 8 else 28  # of a multiprocessor (timings: benchmarks/NOTES.md)
     room = backward_room(v) if back else forward_room(v)[1]
-    line = LINE
+    line, more = LINE, ()
     if file == "gpu_common.cu":
-        line = LONG_LINE
-        warps, room = 8 if wide > 32 else 16 if wide > 16 else 24 if wide > 8 else 28, common_room(v)
+        lead, room, _ = common_rooms(v)
+        line, more = LONG_LINE, (f"-DLEAD={lead}",)
+        warps = 8 if wide > 32 else 12 if wide > 16 else 24 if wide > 8 else 28
     return (
         f"-DSTATES={v.n}", f"-DOBSERVED={v.m}", f"-DNUMBER={'double' if v.size == 8 else 'float'}", f"-DOWN={v.own:d}",
-        f"-DLINE={line}", f"-DSMALL={unrolled}", f"-DWARPS={warps}", f"-DROOM={room}", "--fmad=false",
+        f"-DLINE={line}", f"-DSMALL={unrolled}", f"-DWARPS={warps}", f"-DROOM={room}", *more,
+        "--fmad=false",
     )  # fmt: skip
 
 
@@ -137,20 +139,19 @@ def common_size(v: Variant) -> int:
 
 
 @functools.cache
-def common_room(v: Variant) -> int:
-    """Bytes of shared memory of a warp of gpu_common.cu."""
+def common_rooms(v: Variant) -> tuple[int, int, int]:
+    """Bytes of shared memory of warps of gpu_common.cu that lead, follow, and spread covariances."""
     n, m, lead, follow = v.n, v.m, 0, 0
-    for count in (n * n, n * n, m * n, m * m, n * n, n * n, n * n, n * m, m * n, m * n, m * m, n * n):
+    for count in (n * n, n * n, m * n, m * m):
+        lead = _part(lead, count, v, own=False)
+    lead += 4 * LANES
+    for count in (n * n, n * n, n * n, n * m, m * n, m * n, m * m, n * n):
         lead = _part(lead, count, v, own=False)
     for count, own in ((n * n, False), (m * n, False), (n, True), (m, True)):
         follow = _part(follow, count, v, own)
     follow += _steps(m, v.size, LONG_LINE) * _gain_size(v)
-    return max(lead + LANES * 4, _after(_stage(follow, m, v.size, LONG_LINE), 0, 16))
-
-
-def spread_room(v: Variant) -> int:
-    """Bytes of shared memory of a warp that hands covariances of a step to all series."""
-    return _after(2 * v.n * v.n * v.size + 8 * LANES, 0, 16)
+    spread = 2 * n * n * v.size + 8 * LANES
+    return lead, _after(_stage(follow, m, v.size, LONG_LINE), 0, 16), _after(spread, 0, 16)
 
 
 @functools.cache
@@ -264,25 +265,26 @@ def _run(
     system = _System(given)
     y, mean0, cov0, index = system.like, cuda.plain(mean0), _rows(cov0), cuda.plain(index)  # type: ignore[assignment]  # given
     blocks, steps = cuda.ceil_div(y.shape[0], LANES), y.shape[1]
-    ends = _launches(steps) if index is None and may_be_common(system.variant, system.views, *y.shape[:2]) else ()
+    ends = _parts(steps) if index is None and may_be_common(system.variant, system.views, *y.shape[:2]) else ()
     failed = cuda.empty((blocks + 2,), torch.int64, y)
     record = [
         y.shape[0], y.shape[1], *(x for view in system.views for x in view),
         mean0.data_ptr(), mean0.stride(0), 0, cov0.data_ptr(), cov0.stride(0) if cov0.shape[0] > 1 else 0, 0,
         _address(index), index is not None and index.dtype == torch.int64, shared, system.times,
-        *map(_address, out), failed.data_ptr(), *[0] * 8,
+        *map(_address, out), failed.data_ptr(), *[0] * 7,
     ]  # fmt: skip
     if ends:
         common = cuda.empty((steps + 1, common_size(system.variant) // y.dtype.itemsize), y.dtype, y)
-        marks = cuda.empty((blocks + 3 + len(ends),), torch.int64, y)
-        places = (common.data_ptr(), *(marks.data_ptr() + 8 * i for i in (0, blocks, blocks + 2)))
-        room = common_room(system.variant)
-        for i, (begin, middle, end) in enumerate(zip((0, 0, *ends), (0, *ends), (*ends, steps), strict=False)):
-            record[-8:] = *places, begin, middle, end, i
-            system.launch("gpu_common.cu", record, ("kalman_common", 1 + (blocks if i else 0), room))
-        record[-4] = steps if keep == "loglik" else 0
-        parts, room = 1 if shared else cuda.ceil_div(blocks, LANES), spread_room(system.variant)
-        system.launch("gpu_common.cu", record, ("kalman_spread", (steps + 1 - record[-4]) * parts, room))
+        marks = cuda.empty((blocks + 2 + len(ends),), torch.int64, y)
+        record[-7:-3] = common.data_ptr(), *(marks.data_ptr() + 8 * i for i in (0, blocks, blocks + 2))
+        lead, follow, spread = common_rooms(system.variant)
+        for i, (begin, end) in enumerate(zip((0, *ends), ends, strict=False)):
+            record[-3:] = begin, end, i
+            kernels = ("kalman_lead", 1, lead), ("kalman_follow", blocks, follow)
+            system.launch("gpu_common.cu", record, *kernels)
+        record[-3] = steps if keep == "loglik" else 0
+        parts = 1 if shared else cuda.ceil_div(blocks, LANES)
+        system.launch("gpu_common.cu", record, ("kalman_spread", (steps + 1 - record[-3]) * parts, spread))
     room = forward_room(system.variant)[keep in ("all", "predicted")]
     system.launch("gpu.cu", record, ("kalman_forward", blocks, room), ("first_failure", 1, LANES * 8))
     return failed[blocks:]
@@ -296,12 +298,12 @@ def may_be_common(v: Variant, views: Sequence[tuple[int, int, int]], series: int
     return one and series > 1 and steps >= LANES and not any(x % piece for x in (address, *(v.size * s for s in strides)))
 
 
-def _launches(steps: int) -> tuple[int, ...]:
-    """Where each launch that leads ends: the next one follows it as far. First ones are short, for whoever does not."""
-    ends = [0]
+def _parts(steps: int) -> tuple[int, ...]:
+    """Where each part of the steps ends. First ones are short, for series that share nothing."""
+    ends = [LANES]
     while ends[-1] < steps:
-        ends.append(min(steps, ends[-1] + min(max(LANES, ends[-1]), FAR)))
-    return tuple(ends[1:])
+        ends.append(FURTHER * ends[-1])
+    return (*ends[:-1], steps)
 
 
 def backward(

@@ -1,7 +1,7 @@
 // The Kalman filter of series that share matrices and start, and miss the same entries as far as they do. One warp leads: it
-// computes the covariances of all, a row a lane. The others follow a launch behind with means and likelihoods, a thread a
-// series, until a series of theirs misses something else than the first one; kalman_forward goes on from there. Whoever
-// computes a number does the same products in the same order: its bits do not tell which. Follows gpu_filter.cuh.
+// computes the covariances of all. The others follow with means and likelihoods, a thread a series, until a series of theirs
+// misses something else than the first one; kalman_forward goes on from there. Whoever computes a number does the same
+// products in the same order: its bits do not tell which. Follows gpu_filter.cuh.
 
 constexpr int MATRIX = N * N;
 
@@ -13,15 +13,18 @@ constexpr int PIECES = sizeof(Common) / sizeof(Piece), GAIN = sizeof(Gain) / siz
 // Whether a lane keeps the system in registers as it follows.
 constexpr bool HELD = (N * N + M * N + N + M) * sizeof(T) <= 128;
 
+// Whether each lane of the leading warp computes all there is, in registers; else a row.
+constexpr bool ALONE = N <= 4 && M <= 4;
+
 // What the leading warp has in shared memory.
 struct Lead {
     Part<N, N, false> A, Q;
     Part<M, N, false> C;
     Part<M, M, false> R;
+    alignas(16) int seen[LANES]; // of so many steps, as in Gain
     alignas(16) T P[N][N], filtered[N][N], rest[N][N], K[N][M];
     alignas(16) T Z[M][N], seen_C[M][N], seen_R[M][M]; // of C and R: as they are where entries are missing
     alignas(16) T known[N][N];                         // an earlier P, to see whether it comes back
-    alignas(16) int seen[LANES];                       // of so many steps, as in Common
 };
 
 // What a following warp has.
@@ -40,7 +43,7 @@ struct Spread {
     i64 reached[LANES];
 };
 #ifdef ROOM
-static_assert((sizeof(Lead) > sizeof(Follow) ? sizeof(Lead) : sizeof(Follow)) == ROOM, "gpu.py lays shared memory out alike");
+static_assert(sizeof(Lead) == LEAD && sizeof(Follow) == ROOM, "gpu.py lays shared memory out alike");
 #endif
 
 // out = x Y.
@@ -63,15 +66,73 @@ __device__ __forceinline__ void copy(T (&to)[N], const T (&from)[N]) {
 #pragma unroll
     for (int j = 0; j < N; ++j) to[j] = from[j];
 }
-// Whether a lane's part of two matrices, or all of them, has other bits.
-__device__ __forceinline__ bool differ(const T* a, const T* b, int lane, int lanes) {
-    const unsigned *x = (const unsigned*)a, *y = (const unsigned*)b;
+// Whether any of COUNT numbers have other bits.
+template <int COUNT> __device__ __forceinline__ bool differ(const T* a, const T* b) {
+    union Bits {
+        T x;
+        unsigned words[sizeof(T) / sizeof(unsigned)];
+    };
     unsigned found = 0;
-    for (int i = lane; i < (int)(MATRIX * sizeof(T) / sizeof(unsigned)); i += lanes) found |= x[i] ^ y[i];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        const Bits one = {a[i]}, other = {b[i]};
+#pragma unroll
+        for (int j = 0; j < (int)(sizeof(T) / sizeof(unsigned)); ++j) found |= one.words[j] ^ other.words[j];
+    }
     return found;
 }
 
 // ---- covariances, once -----------------------------------------------------------------------------------------------
+
+// Everything in registers of each lane, alike.
+struct Alone {
+    T A[N][N], Q[N][N], C[M][N], R[M][M], P[N][N], known[N][N]; // C, R: as they are where entries are missing
+
+    static __device__ __forceinline__ void put(T (&to)[N][N], const T (&from)[N][N]) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) copy(to[i], from[i]);
+    }
+    // From a covariance; from its symmetric part if `fold`.
+    __device__ __forceinline__ void start(Lead&, const T* from, bool fold) {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+#pragma unroll
+            for (int j = 0; j < N; ++j) P[i][j] = fold ? (from[i * N + j] + from[j * N + i]) * (T)0.5 : from[i * N + j];
+    }
+    __device__ __forceinline__ void remember(Lead&) { put(known, P); }
+    // Whether P is what was remembered.
+    __device__ __forceinline__ bool back(const Lead&) const { return !differ<MATRIX>(&P[0][0], &known[0][0]); }
+    __device__ __forceinline__ void last(const Lead&, Common& now) const { put(now.P, P); }
+    // The system as it is where `seen_now` tells what is there.
+    __device__ __forceinline__ void look(const Lead& room, int seen_now) {
+        room.A.get(0, A), room.Q.get(0, Q), room.C.get(0, C), room.R.get(0, R);
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+            const bool here = seen_now >> i & 1;
+#pragma unroll
+            for (int k = 0; k < N; ++k) C[i][k] = here ? C[i][k] : (T)0;
+#pragma unroll
+            for (int j = 0; j < M; ++j) R[i][j] = here && seen_now >> j & 1 ? R[i][j] : (T)(i == j);
+        }
+    }
+    // A step, from P to P. Returns log det S.
+    __device__ __forceinline__ T step(Lead&, Common& now) {
+        T F[N][N], m[N], none[N];
+        Correction found;
+        put(now.P, P);
+        found.of(F, P, C, R);
+        put(now.filtered, F);
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+#pragma unroll
+            for (int j = 0; j < M; ++j) now.gain.K[i][j] = found.K[i][j];
+        now.gain.S = found.S, now.gain.logdet = found.logdet;
+        clear(m), clear(none);
+        predict(m, F, A, Q, none);
+        put(P, F);
+        return found.logdet;
+    }
+};
 
 // Row `lane` of the gain K and of what the filtered covariance is made of, rest P and K R; returns log det S.
 __device__ __forceinline__ T correct(Lead& room, Common& now, int lane, T (&rest_P)[N], T (&KR)[M]) {
@@ -103,56 +164,88 @@ __device__ __forceinline__ T correct(Lead& room, Common& now, int lane, T (&rest
     return logdet;
 }
 
-// Step t of the covariances, from P to P. Returns log det S.
-__device__ __forceinline__ T lead_step(Lead& room, Common& now, int seen_now) {
-    T rest_P[WIDTH][N], KR[WIDTH][M], logdet = (T)0;
-    EACH_LANE {
-        if (lane < N) {
-            T column[N];
+// A row a lane, in shared memory.
+struct Rows {
+    __device__ __forceinline__ void start(Lead& room, const T* from, bool fold) {
+        EACH_LANE {
+            for (int i = lane; i < MATRIX; i += LANES)
+                room.P[i / N][i % N] = fold ? (from[i] + from[i % N * N + i / N]) * (T)0.5 : from[i];
+        }
+        MEET();
+    }
+    __device__ __forceinline__ void remember(Lead& room) {
+        EACH_LANE {
+            if (lane < N) copy(room.known[lane], room.P[lane]);
+        }
+        MEET();
+    }
+    __device__ __forceinline__ bool back(const Lead& room) const {
+        bool other[WIDTH];
+        EACH_LANE other[own] = lane < N && differ<N>(room.P[lane], room.known[lane]);
+        return !ANY(other);
+    }
+    __device__ __forceinline__ void last(const Lead& room, Common& now) const {
+        EACH_LANE {
+            if (lane < N) copy(now.P[lane], room.P[lane]);
+        }
+    }
+    __device__ __forceinline__ void look(Lead& room, int seen_now) {
+        EACH_LANE {
+            if (lane < M) {
+                const bool here = seen_now >> lane & 1;
 #pragma unroll
-            for (int j = 0; j < N; ++j) column[j] = room.P[j][lane];
-            copy(now.P[lane], room.P[lane]);
+                for (int j = 0; j < N; ++j) room.seen_C[lane][j] = here ? room.C.all()[lane][j] : (T)0;
 #pragma unroll
-            for (int i = 0; i < M; ++i) {
-                T v = room.seen_C[i][0] * column[0];
-#pragma unroll
-                for (int j = 1; j < N; ++j) v = madd(room.seen_C[i][j], column[j], v);
-                room.Z[i][lane] = v;
+                for (int j = 0; j < M; ++j)
+                    room.seen_R[lane][j] = here && seen_now >> j & 1 ? room.R.all()[lane][j] : (T)(lane == j);
             }
         }
+        MEET();
     }
-    MEET();
-    EACH_LANE {
-        if (lane < N) logdet = correct(room, now, lane, rest_P[own], KR[own]);
-        if (lane == 0) {
-            int count = 0;
+    __device__ __forceinline__ T step(Lead& room, Common& now) {
+        T rest_P[WIDTH][N], KR[WIDTH][M], logdet = (T)0;
+        EACH_LANE {
+            if (lane < N) {
+                T column[N];
 #pragma unroll
-            for (int i = 0; i < M; ++i) count += seen_now >> i & 1;
-            now.gain.seen = seen_now, now.gain.entries = log_entries(count);
+                for (int j = 0; j < N; ++j) column[j] = room.P[j][lane];
+                copy(now.P[lane], room.P[lane]);
+#pragma unroll
+                for (int i = 0; i < M; ++i) {
+                    T v = room.seen_C[i][0] * column[0];
+#pragma unroll
+                    for (int j = 1; j < N; ++j) v = madd(room.seen_C[i][j], column[j], v);
+                    room.Z[i][lane] = v;
+                }
+            }
         }
-    }
-    MEET();
-    EACH_LANE {
-        if (lane < N) {
-            T row[N], none[N];
-            clear(none);
-            apply(row, none, room.rest, rest_P[own]), apply(row, row, room.K, KR[own]);
-            put_row(room.filtered, lane, row);
+        MEET();
+        EACH_LANE {
+            if (lane < N) logdet = correct(room, now, lane, rest_P[own], KR[own]);
         }
-    }
-    MEET();
-    EACH_LANE {
-        if (lane < N) {
-            T row[N], AF[N];
-            copy(now.filtered[lane], room.filtered[lane]);
-            row_times(AF, room.A.all()[lane], room.filtered);
-            apply(row, room.Q.all()[lane], room.A.all(), AF);
-            put_row(room.P, lane, row);
+        MEET();
+        EACH_LANE {
+            if (lane < N) {
+                T row[N], none[N];
+                clear(none);
+                apply(row, none, room.rest, rest_P[own]), apply(row, row, room.K, KR[own]);
+                put_row(room.filtered, lane, row);
+            }
         }
+        MEET();
+        EACH_LANE {
+            if (lane < N) {
+                T row[N], AF[N];
+                copy(now.filtered[lane], room.filtered[lane]);
+                row_times(AF, room.A.all()[lane], room.filtered);
+                apply(row, room.Q.all()[lane], room.A.all(), AF);
+                put_row(room.P, lane, row);
+            }
+        }
+        MEET();
+        return logdet;
     }
-    MEET();
-    return logdet;
-}
+};
 
 // Steps from t on, `count` of them, as they were `period` steps before.
 __device__ __forceinline__ void repeat(Common* steps, i64 t, int count, int period) {
@@ -172,30 +265,33 @@ __device__ __forceinline__ void repeat(Common* steps, i64 t, int count, int peri
     }
 }
 
-// Steps [middle, end) of the covariances. Those of a constant system settle: as soon as one has the bits of an earlier one
-// (Brent 1980), with nothing else missing since, all that follows has been computed before.
-__device__ __forceinline__ void lead(const Filter& k) {
+template <bool> struct Leader {
+    typedef Alone Type;
+};
+template <> struct Leader<false> {
+    typedef Rows Type;
+};
+
+// Steps [begin, end) of the covariances. Those of a constant system settle: as soon as one has the bits of an earlier one
+// (found as Brent 1980 does), with nothing else missing since, all that follows has been computed before.
+extern "C" __global__ void __launch_bounds__(LANES) kalman_lead(const __grid_constant__ Filter k) {
     Lead& room = *(Lead*)shared_memory();
     const Group first = {0, 1};
-    const bool followed = k.launch < 2 || k.followed[k.launch - 1];
-    const int times = (int)k.times & 15;
-    i64 lost = k.middle ? k.lost[0] : k.steps, known = k.middle, most = 1;
-    int period = k.middle ? (int)k.lost[1] : 0;
-    int seen_before = period ? k.common[k.middle - 1].gain.seen : -1;
-    bool other[WIDTH], ready = false; // ready: the system is in shared memory
+    const int times = (int)k.times & 15; // of A, C, Q, R
+    const bool wanted = !k.part || k.followed[k.part - 1];
+    i64 lost = k.begin ? k.lost[0] : k.steps, known = 0, most = 1;
+    int period = k.begin ? (int)k.lost[1] : 0, seen_before = period ? k.common[k.begin - 1].gain.seen : -1;
+    bool other[WIDTH], ready = false; // ready: the system is here
     EACH_LANE {
-        if (lane == 0) k.followed[k.launch + 1] = 0;
+        if (lane == 0) k.followed[k.part] = 0;
     }
-    if (!followed) return;
-    EACH_LANE {
-        for (int i = lane; i < MATRIX; i += LANES) {
-            const T symmetric = (k.cov0.p[i] + k.cov0.p[i % N * N + i / N]) * (T)0.5;
-            room.P[i / N][i % N] = k.middle ? k.common[k.middle].P[i / N][i % N] : symmetric;
-        }
-    }
-    for (i64 t = k.middle; t < k.end; ++t) {
+    if (!wanted) return;
+    Leader<ALONE>::Type leader;
+    leader.start(room, k.begin ? &k.common[k.begin].P[0][0] : k.cov0.p, !k.begin);
+    for (i64 t = k.begin; t < k.end; ++t) {
         const int place = (int)t & (LANES - 1);
         if (place == 0) {
+            MEET();
             EACH_LANE {
                 int seen_now = 0;
                 if (t + lane < k.end) {
@@ -215,46 +311,34 @@ __device__ __forceinline__ void lead(const Filter& k) {
             t += count - 1;
             continue;
         }
+        if (period) leader.start(room, &k.common[t - period].P[0][0], false);
         const int fetch = ready ? times : 15;
-        if (seen_now != seen_before || fetch) {
+        if (fetch) {
+            MEET();
             if (fetch & 1) room.A.template fetch<false>(k.A, first, t);
             if (fetch & 2) room.C.template fetch<false>(k.C, first, t);
             if (fetch & 4) room.Q.template fetch<true>(k.Q, first, t);
             if (fetch & 8) room.R.template fetch<true>(k.R, first, t);
             MEET();
-            EACH_LANE {
-                for (int i = lane; i < MATRIX; i += LANES) {
-                    if (period) room.P[i / N][i % N] = k.common[t - period].P[i / N][i % N];
-                    room.known[i / N][i % N] = room.P[i / N][i % N];
-                }
-                if (lane < M) {
-                    const bool here = seen_now >> lane & 1;
-#pragma unroll
-                    for (int j = 0; j < N; ++j) room.seen_C[lane][j] = here ? room.C.all()[lane][j] : (T)0;
-#pragma unroll
-                    for (int j = 0; j < M; ++j)
-                        room.seen_R[lane][j] = here && seen_now >> j & 1 ? room.R.all()[lane][j] : (T)(lane == j);
-                }
-            }
-            MEET();
-            seen_before = seen_now, known = t, most = 1, period = 0, ready = true;
         }
-        const T logdet = lead_step(room, k.common[t], seen_now);
+        if (seen_now != seen_before) leader.remember(room), known = t, most = 1;
+        if (seen_now != seen_before || fetch) leader.look(room, seen_now);
+        seen_before = seen_now, period = 0, ready = true;
+        const T logdet = leader.step(room, k.common[t]);
+        EACH_LANE {
+            int count = 0;
+#pragma unroll
+            for (int i = 0; i < M; ++i) count += seen_now >> i & 1;
+            if (lane == 0) k.common[t].gain.seen = seen_now, k.common[t].gain.entries = log_entries(count);
+        }
         if (logdet != logdet && lost == k.steps) lost = t;
         if (times) continue;
-        EACH_LANE other[own] = differ(&room.P[0][0], &room.known[0][0], lane, LANES);
-        if (!ANY(other)) {
-            period = (int)(t + 1 - known);
-        } else if (t + 1 - known == most) {
-            EACH_LANE {
-                for (int i = lane; i < MATRIX; i += LANES) room.known[i / N][i % N] = room.P[i / N][i % N];
-            }
-            known = t + 1, most *= 2;
-            MEET();
-        }
+        if (leader.back(room)) period = (int)(t + 1 - known);
+        else if (t + 1 - known == most) leader.remember(room), known = t + 1, most *= 2;
     }
+    if (period) leader.start(room, &k.common[k.end - period].P[0][0], false);
+    leader.last(room, k.common[k.end]);
     EACH_LANE {
-        if (lane < N) copy(k.common[k.end].P[lane], period ? k.common[k.end - period].P[lane] : room.P[lane]);
         if (lane == 0) k.lost[0] = lost, k.lost[1] = period;
     }
 }
@@ -270,10 +354,11 @@ struct Held {
     }
 };
 
-// Steps [begin, middle) of a warp's series, or as far as they miss what the first one does, in whole runs.
-__device__ __forceinline__ void follow(const Filter& k, i64 warp) {
+// Steps [begin, end) of a warp's series, or as far as they miss what the first one does, in whole runs.
+extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_follow(const __grid_constant__ Filter k) {
     Follow& room = *(Follow*)shared_memory();
-    const Group g = group_of(k.series, warp);
+    const i64 warp = blockIdx.x;
+    const Group g = group_of(k.series);
     if (k.begin && k.reached[warp] != k.begin) return;
     Held held[WIDTH];
     T m[WIDTH][N], kept[WIDTH][N];
@@ -284,12 +369,12 @@ __device__ __forceinline__ void follow(const Filter& k, i64 warp) {
         const T* mean = k.begin ? k.mean_next + s * N : k.mean0.p + s * k.mean0.s;
         copy(m[own], *(const T(*)[N])mean);
         at[own] = k.begin * k.series + s;
-        other[own] = !k.begin && k.cov0.s && differ(k.cov0.p, k.cov0.p + s * k.cov0.s, 0, 1);
+        other[own] = !k.begin && k.cov0.s && differ<MATRIX>(k.cov0.p, k.cov0.p + s * k.cov0.s);
     }
     i64 t = k.begin;
     bool apart = ANY(other);
-    while (!apart && t < k.middle) {
-        const int left = k.middle - t < Stage<M>::STEPS ? (int)(k.middle - t) : Stage<M>::STEPS;
+    while (!apart && t < k.end) {
+        const int left = k.end - t < Stage<M>::STEPS ? (int)(k.end - t) : Stage<M>::STEPS;
         room.y.template fetch<true>(k.y, g, t, k.steps);
         EACH_LANE {
             for (int i = lane; i < left * GAIN; i += LANES)
@@ -344,13 +429,8 @@ __device__ __forceinline__ void follow(const Filter& k, i64 warp) {
         if (lane) continue;
         k.reached[warp] = t;
         if (t == k.steps) k.failed[warp] = *k.lost * k.series + (*k.lost < k.steps ? g.first : 0);
-        else if (t == k.middle) k.followed[k.launch] = 1;
+        else if (t == k.end) k.followed[k.part] = 1;
     }
-}
-
-extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_common(const __grid_constant__ Filter k) {
-    if (blockIdx.x) follow(k, blockIdx.x - 1);
-    else if (k.middle < k.end) lead(k);
 }
 
 // ---- covariances, to every series ------------------------------------------------------------------------------------

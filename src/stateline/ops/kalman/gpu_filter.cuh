@@ -26,8 +26,8 @@ struct Filter {
     Common* common; // steps + 1 of them; of the last P alone
     i64* reached;   // of each warp, the step up to which it followed
     i64* lost;      // the step from which on S is not positive definite, or steps; and after how many steps all comes back, or 0
-    i64* followed;  // of each launch, whether any warp got to its end
-    i64 begin, middle, end, launch; // steps to follow, [begin, middle), and to lead, [middle, end), in the `launch`th launch
+    i64* followed;  // of each part of the steps, whether any warp got to its end
+    i64 begin, end, part; // steps [begin, end)
 };
 
 __device__ __forceinline__ i64 slot_of(const Filter& k, i64 s) {
