@@ -152,7 +152,7 @@ template <int R, int K, bool EACH = OWN> struct Part {
     template <bool FOLD> __device__ __forceinline__ void fetch(const View& v, Group g, i64 t) {
         EACH_LANE {
             const T* from = v.p + t * v.t + (EACH ? (g.first + (lane < g.count ? lane : g.count - 1)) * v.s : 0);
-#pragma unroll 8
+#pragma unroll(EACH ? 8 : 1)
             for (int i = EACH ? 0 : lane; i < R * K; i += EACH ? 1 : LANES) {
                 T value = v.p ? from[i] : (T)0;
                 if (FOLD) value = (value + from[i % K * K + i / K]) * (T)0.5;
