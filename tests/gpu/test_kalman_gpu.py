@@ -28,9 +28,10 @@ if INTERPRETED:
 else:
     GRID |= {"N": [1, 2, 33, 70], "t": [0, 1, 2, 7, 12, 18], "n": [1, 2, 3, 4, 5, 6, 7, 8], "m": [1, 2, 3, 4, 5, 8]}
 
-#: Series that share matrices. gaps: the same in all (in the end: now and then), but for one entry of the last series at the
-#: last step ("last") or of the first series at the first ("first"), or for a series that misses everything ("one").
-#: start: one in memory, equal, or another of the last series.   turned: y lies step by step.   fails: S is singular once.
+#: Series that share matrices. gaps: the same in all (in the end: now and then), but for one entry of the last series at
+#: the last step ("last") or of the first series at the first ("first"), or for a series that misses everything ("one").
+#: start: one in memory, equal, or another of the last series.   turned: y lies step by step.   fails: S once is
+#: singular.
 COMMON: dict[str, list[Any]] = {
     "dtype": list(BOUND), "N": [2, 33, 70], "t": [0, 1, 33, 300], "size": [(3, 2), (2, 1)], "A": ["one", "time"],
     "noise": ["one", "time"], "offsets": ["none", "one", "own"], "start": ["one", "equal", "other"],
@@ -220,10 +221,16 @@ def test_shared_covariances() -> None:
         close(f"gradient {k}", a.cpu(), b, BOUND[torch.float64][1])  # type: ignore[union-attr,arg-type]  # all there
 
 
+def flip(y: Tensor, *at: int) -> None:
+    """An entry that is missing is there, or the other way round."""
+    y[at] = 1.0 if y[at] != y[at] else torch.nan
+
+
 def share(s: dict[str, Any]) -> list[Any]:
     """Arguments of `forward` on the device, all series with the same matrices."""
     (n, m), N, T = s["size"], s["N"], s["t"]
-    one = {"N": 1, "n": n, "m": m, "gaps": "none", "start": "one", "offsets": "both" if s["offsets"] != "none" else "none"}
+    one = {"N": 1, "n": n, "m": m, "gaps": "none", "start": "one"}
+    one["offsets"] = "none" if s["offsets"] == "none" else "both"
     x, many = problem(USUAL | s | one).leaves, problem(USUAL | s | one | {"N": N, "A": "one", "noise": "one"}).leaves
     x |= {k: v for k, v in many.items() if k in ("y", "m0") or (k in "bd" and s["offsets"] == "own")}
     P0 = symmetric(x["P0"]).expand(N, n, n)
@@ -240,8 +247,7 @@ def share(s: dict[str, Any]) -> list[Any]:
             x[k] = x[k].expand(1, T, *x[k].shape[2:]).clone()
             x[k][:, 2 * T // 3] = 0
     if s["gaps"] in ("first", "last") and T:
-        at = (0, 0, 0) if s["gaps"] == "first" else (-1, -1, -1)
-        y[at] = 1.0 if torch.isnan(y[at]) else torch.nan
+        flip(y, *((0, 0, 0) if s["gaps"] == "first" else (-1, -1, -1)))
     if s["gaps"] == "one":
         y[N // 2] = torch.nan
     if s["gaps"] == "own":
@@ -301,7 +307,7 @@ def test_covariances_are_computed_once_as_far_as_they_are_common(monkeypatch: py
     monkeypatch.setattr(gpu, "library", lambda *key: Followed(library(*key)))
     for a, b in zip(whole, gpu.forward(*given, form="joseph", keep="all", shared=False), strict=True):
         same_bits(a, b)
-    given[0][40, 200, 1] = torch.nan if given[0][40, 200, 1] == given[0][40, 200, 1] else 1.0
+    flip(given[0], 40, 200, 1)
     _, cov, *_ = gpu.forward(*given, form="joseph", keep="all", shared=False)
     assert whole[1] is not None
     assert cov is not None
@@ -311,12 +317,33 @@ def test_covariances_are_computed_once_as_far_as_they_are_common(monkeypatch: py
     assert torch.isnan(cov[32:64, 208:]).all()  # fenced, and written by nobody
 
 
-def test_common_covariances_settle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A level and its slope are steady after a hundred steps; steps since then are copies."""
+def both_ways(monkeypatch: pytest.MonkeyPatch, given: list[Any]) -> tuple[Any, Any]:
+    """Results with covariances of each series' own, and of all as far as they have them in common."""
+    results = []
+    for common in (False, True):
+        monkeypatch.setattr(gpu, "may_be_common", lambda *_, common=common: common)
+        results.append(gpu.forward(*given, form="joseph", keep="all", shared=False))
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("fails", FLAG)
+def test_a_series_that_misses_something_else_goes_on_by_itself(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a run of steps, and after the step at which all have failed."""
+    s: dict[str, Any] = {key: values[0] for key, values in COMMON.items()}
+    given = share(s | {"N": 70, "t": 300, "size": (3, 2), "gaps": "same", "noise": "time", "fails": fails})
+    flip(given[0], 5, 251, 1)
+    own, common = both_ways(monkeypatch, given)
+    for a, b in zip(own, common, strict=True):
+        same_bits(a, b)
+    assert common[-1].tolist() == ([0, 200] if fails else [-1, -1])
+
+
+@pytest.mark.parametrize("t", [300, 301])
+def test_common_covariances_settle(t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this system soon are two in turn. Steps from then on are copies, until something is missing."""
     eye = torch.eye(2, device=DEVICE)[None, None]
-    A, C = eye + eye.flip(-1).triu(), eye[:, :, :1]
-    mean0, cov0 = torch.zeros(33, 2, device=DEVICE), eye[0].expand(33, 2, 2)
-    given = [torch.zeros(33, 300, 1, device=DEVICE), A, C, 0.01 * eye, eye[..., :1, :1], None, None, mean0, cov0]
+    A = torch.tensor([[1.0, 1.0], [0.0, 0.95]], device=DEVICE)[None, None]
+    y, mean0, cov0 = torch.zeros(33, t, 1, device=DEVICE), torch.zeros(33, 2, device=DEVICE), eye[0].expand(33, 2, 2)
     empty, made = cuda.empty, []
 
     def remembered(*args: Any) -> Tensor:
@@ -324,11 +351,16 @@ def test_common_covariances_settle(monkeypatch: pytest.MonkeyPatch) -> None:
         return made[-1]
 
     monkeypatch.setattr(cuda, "empty", remembered)
-    for y in (given[0], given[0].clone().index_fill_(1, torch.tensor([280], device=DEVICE), torch.nan)):
-        made.clear()
-        gpu.forward(y, *given[1:], form="joseph", keep="all", shared=False)
-        (marks,) = (v for v in made if v.dtype == torch.int64 and len(v) > 4)
-        assert (marks[3] == 1) == (y is given[0])  # 20 steps after the gap tell nothing yet
+    for gap in (None, 100, 201):
+        if gap is not None:
+            y[:, gap] = torch.nan
+        own, common = both_ways(
+            monkeypatch, [y, A, eye[:, :, :1], 0.1 * eye, eye[..., :1, :1], None, None, mean0, cov0]
+        )
+        for a, b in zip(own, common, strict=True):
+            same_bits(a, b)
+        marks = [v for v in made if v.dtype == torch.int64 and len(v) > 4][-1]
+        assert marks[3] == 2
 
 
 @pytest.mark.skipif(INTERPRETED, reason="only a GPU records graphs")

@@ -2,9 +2,9 @@
 
 A thread computes one series, whose bits depend on no other. Whether all series miss the same entries, only y tells, and
 nothing is read back from a GPU. So where matrices are one for all, a warp computes the covariances of the first series,
-and warps of others look for themselves whether these are theirs: as long as they are, they take them (gpu_common.cu), and
-else go on by themselves (gpu.cu), with the same bits. Results hold a covariance of each series all the same, unless the
-caller says `shared`.
+and warps of others look for themselves whether these are theirs: as long as they are, they take them (gpu_common.cu),
+and else go on by themselves (gpu.cu), with the same bits. Results hold a covariance of each series all the same, unless
+the caller says `shared`.
 
 Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n state, m observation.
 """
@@ -74,7 +74,8 @@ def options(file: str, v: Variant) -> tuple[str, ...]:
     unrolled = ((8, 6), (6, 4))[back][v.size == 8]
     warps = 8 if back or wide > 16 else 16 if wide > 8 else 28  # of a multiprocessor (timings: benchmarks/NOTES.md)
     room = backward_room(v) if back else forward_room(v)[1]
-    line, more = LINE, ()
+    line = LINE
+    more: tuple[str, ...] = ()
     if file == "gpu_common.cu":
         lead, room, _ = common_rooms(v)
         line, more = LONG_LINE, (f"-DLEAD={lead}",)
@@ -291,11 +292,15 @@ def _run(
 
 
 def may_be_common(v: Variant, views: Sequence[tuple[int, int, int]], series: int, steps: int) -> bool:
-    """Whether to look for series that share covariances. views: address and strides of y, A, C, Q, R, b, d."""
+    """Whether to look for series that share covariances. views: address and strides of y, A, C, Q, R, b, d.
+
+    Not so for one or two states, whose covariances are computed about as fast as they are read, nor for few steps.
+    """
     one = not any(rows for _, rows, _ in views[1:5])
     address, *strides = views[0]
     piece = next(size for size in (16, 8, v.size) if v.m * v.size % size == 0)
-    return one and series > 1 and steps >= LANES and not any(x % piece for x in (address, *(v.size * s for s in strides)))
+    aligned = not any(x % piece for x in (address, *(v.size * s for s in strides)))
+    return one and aligned and v.n > 2 and series > 1 and steps >= LANES
 
 
 def _parts(steps: int) -> tuple[int, ...]:

@@ -70,16 +70,30 @@ __device__ __forceinline__ void copy(T (&to)[N], const T (&from)[N]) {
 template <int COUNT> __device__ __forceinline__ bool differ(const T* a, const T* b) {
     union Bits {
         T x;
-        unsigned words[sizeof(T) / sizeof(unsigned)];
+        unsigned words[sizeof(T) / 4];
     };
     unsigned found = 0;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         const Bits one = {a[i]}, other = {b[i]};
-#pragma unroll
-        for (int j = 0; j < (int)(sizeof(T) / sizeof(unsigned)); ++j) found |= one.words[j] ^ other.words[j];
+        found |= one.words[0] ^ other.words[0] | one.words[sizeof(Bits) / 4 - 1] ^ other.words[sizeof(Bits) / 4 - 1];
     }
     return found;
+}
+
+// store(i, load(i)) of every i < count, a lane each, with several loads under way.
+template <class What, class Load, class Store> __device__ __forceinline__ void move(int count, Load load, Store store) {
+    EACH_LANE {
+        for (int first = lane; first < count; first += AT_ONCE * LANES) {
+            What some[AT_ONCE];
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j)
+                if (first + j * LANES < count) some[j] = load(first + j * LANES);
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j)
+                if (first + j * LANES < count) store(first + j * LANES, some[j]);
+        }
+    }
 }
 
 // ---- covariances, once -----------------------------------------------------------------------------------------------
@@ -247,30 +261,8 @@ struct Rows {
     }
 };
 
-// Steps from t on, `count` of them, as they were `period` steps before.
-__device__ __forceinline__ void repeat(Common* steps, i64 t, int count, int period) {
-    const Piece* from = (const Piece*)(steps + (t - period));
-    Piece* to = (Piece*)(steps + t);
-    EACH_LANE {
-        for (int i = lane; i < PIECES; i += LANES)
-            for (int first = 0; first < count; first += AT_ONCE) {
-                Piece some[AT_ONCE];
-#pragma unroll
-                for (int j = 0; j < AT_ONCE; ++j)
-                    if (first + j < count) some[j] = from[(first + j) % period * PIECES + i];
-#pragma unroll
-                for (int j = 0; j < AT_ONCE; ++j)
-                    if (first + j < count) to[(first + j) * PIECES + i] = some[j];
-            }
-    }
-}
-
-template <bool> struct Leader {
-    typedef Alone Type;
-};
-template <> struct Leader<false> {
-    typedef Rows Type;
-};
+template <bool> struct Leader { typedef Alone Type; };
+template <> struct Leader<false> { typedef Rows Type; };
 
 // Steps [begin, end) of the covariances. Those of a constant system settle: as soon as one has the bits of an earlier one
 // (found as Brent 1980 does), with nothing else missing since, all that follows has been computed before.
@@ -282,9 +274,7 @@ extern "C" __global__ void __launch_bounds__(LANES) kalman_lead(const __grid_con
     i64 lost = k.begin ? k.lost[0] : k.steps, known = 0, most = 1;
     int period = k.begin ? (int)k.lost[1] : 0, seen_before = period ? k.common[k.begin - 1].gain.seen : -1;
     bool other[WIDTH], ready = false; // ready: the system is here
-    EACH_LANE {
-        if (lane == 0) k.followed[k.part] = 0;
-    }
+    k.followed[k.part] = 0;
     if (!wanted) return;
     Leader<ALONE>::Type leader;
     leader.start(room, k.begin ? &k.common[k.begin].P[0][0] : k.cov0.p, !k.begin);
@@ -306,7 +296,11 @@ extern "C" __global__ void __launch_bounds__(LANES) kalman_lead(const __grid_con
             const int left = k.end - t < LANES - place ? (int)(k.end - t) : LANES - place;
             EACH_LANE other[own] = lane < left && room.seen[(place + lane) & (LANES - 1)] != seen_now;
             const int count = ANY(other) ? 1 : left;
-            repeat(k.common, t, count, period);
+            const Piece* from = (const Piece*)(k.common + (t - period));
+            Piece* to = (Piece*)(k.common + t);
+            move<Piece>(
+                count * PIECES, [&](int i) { return from[i / PIECES % period * PIECES + i % PIECES]; },
+                [&](int i, const Piece& x) { to[i] = x; });
             MEET();
             t += count - 1;
             continue;
@@ -338,9 +332,7 @@ extern "C" __global__ void __launch_bounds__(LANES) kalman_lead(const __grid_con
     }
     if (period) leader.start(room, &k.common[k.end - period].P[0][0], false);
     leader.last(room, k.common[k.end]);
-    EACH_LANE {
-        if (lane == 0) k.lost[0] = lost, k.lost[1] = period;
-    }
+    if (threadIdx.x == 0) k.lost[0] = lost, k.lost[1] = period; // others may not know log det S
 }
 
 // ---- means and likelihoods of each series ----------------------------------------------------------------------------
@@ -354,8 +346,44 @@ struct Held {
     }
 };
 
+// `left` steps of observations from t on, of each series; some rows at a time, with several loads under way.
+__device__ __forceinline__ void fetch_run(Stage<M>& y, const View& v, Group g, i64 t, int left) {
+    typedef Stage<M> Run;
+    typedef typename Run::Piece Piece;
+    constexpr int WIDE = LANES % Run::PIECES ? LANES : Run::PIECES, ROWS = LANES / WIDE; // lanes of a row, rows at a time
+    constexpr int EACH = (Run::PIECES + WIDE - 1) / WIDE, BATCH = EACH < AT_ONCE ? AT_ONCE / EACH : 1; // loads of a lane in a row
+    static_assert(LANES % (ROWS * BATCH) == 0, "whole batches of rows");
+    EACH_LANE {
+        const int row = lane / WIDE;
+        i64 along[EACH];
+        bool here[EACH];
+        const T* from = v.p + (g.first + row) * v.s + t * v.t;
+        Piece* to = y.rows + row * Run::PITCH + lane % WIDE;
+#pragma unroll
+        for (int p = 0; p < EACH; ++p) {
+            const int i = lane % WIDE + p * WIDE, step = i / Run::A_STEP;
+            along[p] = step * v.t + i % Run::A_STEP * Run::EACH, here[p] = i < Run::PIECES && step < left;
+        }
+#pragma unroll 1
+        for (int first = row; first < g.count; first += ROWS * BATCH) {
+            Piece some[BATCH][EACH];
+#pragma unroll
+            for (int r = 0; r < BATCH; ++r, from += ROWS * v.s)
+#pragma unroll
+                for (int p = 0; p < EACH; ++p)
+                    if (here[p] && first + r * ROWS < g.count) some[r][p] = *(const Piece*)(from + along[p]);
+#pragma unroll
+            for (int r = 0; r < BATCH; ++r, to += ROWS * Run::PITCH)
+#pragma unroll
+                for (int p = 0; p < EACH; ++p)
+                    if (here[p] && first + r * ROWS < g.count) to[p * WIDE] = some[r][p];
+        }
+    }
+}
+
 // Steps [begin, end) of a warp's series, or as far as they miss what the first one does, in whole runs.
 extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_follow(const __grid_constant__ Filter k) {
+    typedef Stage<M> Run;
     Follow& room = *(Follow*)shared_memory();
     const i64 warp = blockIdx.x;
     const Group g = group_of(k.series);
@@ -374,13 +402,12 @@ extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_follow(const _
     i64 t = k.begin;
     bool apart = ANY(other);
     while (!apart && t < k.end) {
-        const int left = k.end - t < Stage<M>::STEPS ? (int)(k.end - t) : Stage<M>::STEPS;
-        room.y.template fetch<true>(k.y, g, t, k.steps);
-        EACH_LANE {
-            for (int i = lane; i < left * GAIN; i += LANES)
-                ((Piece*)room.gains)[i] = ((const Piece*)(k.common + t + i / GAIN))[i % GAIN];
-            copy(kept[own], m[own]);
-        }
+        const int left = k.end - t < Run::STEPS ? (int)(k.end - t) : Run::STEPS;
+        fetch_run(room.y, k.y, g, t, left);
+        move<Piece>(
+            left * GAIN, [&](int i) { return ((const Piece*)(k.common + t + i / GAIN))[i % GAIN]; },
+            [&](int i, const Piece& x) { ((Piece*)room.gains)[i] = x; });
+        EACH_LANE copy(kept[own], m[own]);
         MEET();
         for (int i = 0; i < left; ++i) {
             const int fetch = t + i == k.begin ? 51 : (int)k.times & 51; // of A, C, b, d
