@@ -1,4 +1,4 @@
-"""What stands in for a GPU in tests of indices: CUDA kernels whose lanes meet at `MEET` alone, built by a C++ compiler.
+"""What stands in for a GPU in tests of indices: CUDA kernels whose lanes meet at `MEET` and `ANY`, by a C++ compiler.
 
 A warp is a loop over its lanes from one meeting to the next, blocks run one after the other, and shared memory is
 exactly as large as the launch says, full of NaN, between guards.
