@@ -21,27 +21,34 @@ from stateline.ops.kalman import KalmanState
 
 PEER = "torch-kf"
 N, T = 100_000, 1000
+#: What series have of their own, all matrices being common: the covariance they start with, nothing, or what they miss;
+#: or all miss the same.
+KINDS = ("own start", "common", "own gaps", "common gaps")
 
 
 def kalman() -> Iterator[Case]:
     """Yield every case; inputs are built when a case is asked for."""
-    for count, n, m, gaps in ((N, 4, 2, False), (N, 4, 2, True), (N, 2, 1, False), (N // 5, 8, 4, False)):
-        make = functools.partial(_filter, count, n, m, gaps)
-        moved = 4 * count * T * (m + 1 + 2 * (n + n * n))
-        what = f"N{count} T{T} n{n} m{m}"
-        yield Case("kalman", what + " own gaps" * gaps, make, ("kalman",), moved, tokens=count * T)
-        if not gaps:
-            make = functools.partial(_filter, count, n, m, gaps, "loglik")
-            yield Case("kalman likelihood", what, make, ("kalman",), 4 * count * T * (m + 1), tokens=count * T)
-            of, both = functools.partial(_gradient, count, n, m), (m + 1 + n + n * n) + (2 * m + 1 + n + n * n)
-            yield Case("kalman gradient", what, of, ("kalman",), 4 * count * T * both, tokens=count * T)
+    for count, n, m in ((N, 4, 2), (N, 2, 1), (N // 5, 8, 4)):
+        moved, of = 4 * count * T * (m + 1), functools.partial(_filter, count, n, m)
+        for kind in KINDS if n == 4 else KINDS[:2]:
+            what = f"N{count} T{T} n{n} m{m} {kind}"
+            whole = 4 * count * T * (m + 1 + 2 * (n + n * n))
+            yield Case("kalman", what, functools.partial(of, kind), ("kalman",), whole, tokens=count * T)
+            make = functools.partial(of, kind, "loglik")
+            yield Case("kalman likelihood", what, make, ("kalman",), moved, tokens=count * T)
+        both = (m + 1 + n + n * n) + (2 * m + 1 + n + n * n)
+        make = functools.partial(_gradient, count, n, m)
+        what = f"N{count} T{T} n{n} m{m} {KINDS[0]}"
+        yield Case("kalman gradient", what, make, ("kalman",), 4 * count * T * both, tokens=count * T)
     yield Case("kalman step", f"N{N} n4 m2 in place", lambda: _step(4, 2), ("kalman",), 4 * N * (2 + 3 * 20), tokens=N)
 
 
-def _given(count: int, n: int, m: int, gaps: bool) -> dict[str, Any]:
+def _given(count: int, n: int, m: int, kind: str) -> dict[str, Any]:
     """Arguments of ops.kalman by name, on the device."""
     names = ("y", "A", "C", "Q", "R", "transition_offset", "observation_offset", "mean0", "cov0")
-    values = problem(1000, T, n, m, gaps, False)
+    values = problem(1000, T, n, m, kind == "own gaps", kind != "own start")
+    if kind == "common gaps":
+        values[0][:, torch.rand(T, m) < 0.1] = torch.nan
     x: dict[str, Any] = {name: v if v is None else v.float().to(DEVICE) for name, v in zip(names, values, strict=True)}
     for name in ("y", "mean0", "cov0"):
         v: Tensor = x[name]
@@ -50,10 +57,10 @@ def _given(count: int, n: int, m: int, gaps: bool) -> dict[str, Any]:
     return x
 
 
-def _filter(count: int, n: int, m: int, gaps: bool, keep: str = "all") -> dict[str, Callable[[], object]]:
-    x = _given(count, n, m, gaps)
+def _filter(count: int, n: int, m: int, kind: str, keep: str = "all") -> dict[str, Callable[[], object]]:
+    x = _given(count, n, m, kind)
     work: dict[str, Callable[[], object]] = {OURS: lambda: ops.kalman(**x, keep=keep, backend="gpu")}
-    if keep == "all" and n == 4 and not gaps and find_spec("torch_kf"):  # seconds a call
+    if keep == "all" and n == 4 and kind == KINDS[0] and find_spec("torch_kf"):  # seconds a call
         from torch_kf import GaussianState, KalmanFilter
 
         peer = KalmanFilter(*(x[name][0, 0] for name in "ACQR"))
@@ -64,7 +71,7 @@ def _filter(count: int, n: int, m: int, gaps: bool, keep: str = "all") -> dict[s
 
 
 def _gradient(count: int, n: int, m: int) -> dict[str, Callable[[], object]]:
-    x = _given(count, n, m, False)
+    x = _given(count, n, m, KINDS[0])
     leaves = [x[name].requires_grad_() for name in "ACQR"]
 
     def run() -> object:
@@ -75,7 +82,7 @@ def _gradient(count: int, n: int, m: int) -> dict[str, Callable[[], object]]:
 
 
 def _step(n: int, m: int) -> dict[str, Callable[[], object]]:
-    x = _given(N, n, m, False)
+    x = _given(N, n, m, KINDS[0])
     y, state = x["y"][:, 0].contiguous(), x.pop("initial_state")
     one = {name: v if v is None else v[:, 0] for name, v in x.items() if name != "y"}
     return {OURS: lambda: ops.kalman_step_(state, y, **one, backend="gpu")}

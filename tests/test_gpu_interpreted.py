@@ -32,7 +32,7 @@ FILES = {
 #: Of the Kalman filter's kernels, which are CUDA C++.
 KALMAN = (
     "test_gradients and float64 or test_steps and float32 or test_runs and float32 or test_the_first or test_keep"
-    " or test_shared or test_what or test_states"
+    " or test_shared or test_what or test_states or common and (300 and float64 or once or settle)"
 )
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0"

@@ -1,4 +1,4 @@
-"""What stands in for a GPU in tests of indices: CUDA kernels whose lanes meet at `MEET` alone, built by a C++ compiler.
+"""What stands in for a GPU in tests of indices: CUDA kernels whose lanes meet at `MEET` and `ANY`, by a C++ compiler.
 
 A warp is a loop over its lanes from one meeting to the next, blocks run one after the other, and shared memory is
 exactly as large as the launch says, full of NaN, between guards.
@@ -30,11 +30,17 @@ AHEAD = """
 #define WIDTH 32
 #define MEET()
 #define HERE(x)
+#define ANY(x) any(x)
 using std::log;
 static struct { long long x; } blockIdx;
 static const struct { int x; } threadIdx = {0};
 static unsigned char* shared_bytes;
 static void* shared_memory() { return shared_bytes; }
+static bool any(const bool (&x)[WIDTH]) {
+    bool found = false;
+    for (bool one : x) found |= one;
+    return found;
+}
 """
 BEHIND = """
 template <class Record> static void run(void (*kernel)(Record), const void* record, long long blocks, unsigned char* shared, long long size) {
@@ -86,5 +92,9 @@ def kalman(file: str, variant: object, device: int) -> Library:
     """What `stateline.ops.kalman.gpu.library` returns."""
     from stateline.ops.kalman import gpu
 
-    names = {"gpu.cu": ("kalman_forward", "first_failure"), "gpu_backward.cu": ("kalman_backward",)}[file]
+    names = {
+        "gpu.cu": ("kalman_forward", "first_failure"),
+        "gpu_common.cu": ("kalman_lead", "kalman_follow", "kalman_spread"),
+        "gpu_backward.cu": ("kalman_backward",),
+    }[file]
     return Library(gpu.source(file), gpu.options(file, variant), names)  # type: ignore[arg-type]  # a Variant

@@ -15,6 +15,7 @@ from torch import Tensor
 from where import DEVICE, INTERPRETED
 
 from stateline import backends, ops
+from stateline.ops import cuda
 from stateline.ops.kalman import Filtered, KalmanState, SquareRootState, gpu, reference
 
 GRID: dict[str, list[Any]] = {
@@ -26,6 +27,19 @@ if INTERPRETED:
     GRID |= {"N": [1, 33], "t": [0, 1, 3, 9], "n": [1, 2, 3, 4, 7], "m": [1, 2, 3]}
 else:
     GRID |= {"N": [1, 2, 33, 70], "t": [0, 1, 2, 7, 12, 18], "n": [1, 2, 3, 4, 5, 6, 7, 8], "m": [1, 2, 3, 4, 5, 8]}
+
+#: Series that share matrices. gaps: the same in all (in the end: now and then), but for one entry of the last series at
+#: the last step ("last") or of the first series at the first ("first"), or for a series that misses everything ("one").
+#: start: one in memory, equal, or another of the last series.   turned: y lies step by step.   fails: S once is
+#: singular.
+COMMON: dict[str, list[Any]] = {
+    "dtype": list(BOUND), "N": [2, 33, 70], "t": [0, 1, 33, 300], "size": [(3, 2), (2, 1)], "A": ["one", "time"],
+    "noise": ["one", "time"], "offsets": ["none", "one", "own"], "start": ["one", "equal", "other"],
+    "gaps": ["none", "same", "all", "last", "first", "one", "own", "rare"], "turned": [False, True],
+    "keep": ["all", "filtered", "predicted", "loglik"], "fails": [False, True],
+}  # fmt: skip
+if not INTERPRETED:
+    COMMON |= {"N": [1, 2, 33, 70], "size": [(1, 1), (2, 3), (3, 2), (4, 2), (5, 8), (8, 4)]}
 
 pytestmark = pytest.mark.skipif(INTERPRETED and host.COMPILER is None, reason="no C++ compiler to stand in for NVRTC")
 
@@ -205,6 +219,163 @@ def test_shared_covariances() -> None:
     back = gpu.backward(tuple(v.to(DEVICE) for v in slopes), *there, *got[2:4], shared=True)  # type: ignore[arg-type]  # nine
     for k, (a, b) in enumerate(zip(back, wanted, strict=True)):
         close(f"gradient {k}", a.cpu(), b, BOUND[torch.float64][1])  # type: ignore[union-attr,arg-type]  # all there
+
+
+def flip(y: Tensor, *at: int) -> None:
+    """An entry that is missing is there, or the other way round."""
+    y[at] = 1.0 if y[at] != y[at] else torch.nan
+
+
+def share(s: dict[str, Any]) -> list[Any]:
+    """Arguments of `forward` on the device, all series with the same matrices."""
+    (n, m), N, T = s["size"], s["N"], s["t"]
+    one = {"N": 1, "n": n, "m": m, "gaps": "none", "start": "one"}
+    one["offsets"] = "none" if s["offsets"] == "none" else "both"
+    x, many = problem(USUAL | s | one).leaves, problem(USUAL | s | one | {"N": N, "A": "one", "noise": "one"}).leaves
+    x |= {k: v for k, v in many.items() if k in ("y", "m0") or (k in "bd" and s["offsets"] == "own")}
+    P0 = symmetric(x["P0"]).expand(N, n, n)
+    y, P0 = x["y"], P0 if s["start"] == "one" else P0.clone()
+    if s["start"] == "other":
+        P0[-1] *= 1.001
+    if s["gaps"] == "rare":
+        y[:, 50::97] = torch.nan
+    elif s["gaps"] != "none":
+        y[(torch.rand(1, T, m) < (1.1 if s["gaps"] == "all" else 0.3)).expand(N, T, m)] = torch.nan
+    if s["fails"] and T:
+        y[:, 2 * T // 3] = torch.nan if s["gaps"] == "all" else 1.0
+        for k in "CR":
+            x[k] = x[k].expand(1, T, *x[k].shape[2:]).clone()
+            x[k][:, 2 * T // 3] = 0
+    if s["gaps"] in ("first", "last") and T:
+        flip(y, *((0, 0, 0) if s["gaps"] == "first" else (-1, -1, -1)))
+    if s["gaps"] == "one":
+        y[N // 2] = torch.nan
+    if s["gaps"] == "own":
+        y[torch.rand(N, T, m) < 0.05] = torch.nan
+    if s["turned"]:
+        y = y.transpose(0, 1).contiguous().transpose(0, 1)
+    given = [y, x["A"], x["C"], symmetric(x["Q"]), symmetric(x["R"]), x.get("b"), x.get("d"), x["m0"]]
+    given = [None if v is None else v.to(DEVICE) for v in given]
+    return [*given, P0.to(DEVICE) if s["start"] != "one" else P0[:1].to(DEVICE).expand(N, n, n)]
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> None:
+    """Of whatever is a number; what is none is none in both."""
+    assert (a is None) == (b is None)
+    if a is not None and b is not None:
+        bits = {4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+        numbers = [torch.where(v != v, 0, v).contiguous().view(bits) for v in (a, b)]
+        assert torch.equal(a != a, b != b)
+        assert torch.equal(*numbers)
+
+
+@pytest.mark.parametrize("s", pairwise(COMMON), ids=named)
+def test_common_covariances_have_the_bits_of_own_ones(s: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = share(s)
+    for shared in (False, True):
+        if shared and (s["start"] == "other" or s["gaps"] not in ("none", "same", "all", "rare")):
+            continue
+        given[8] = given[8][:1] if shared else given[8]
+        results = []
+        for common in (False, True):
+            monkeypatch.setattr(gpu, "may_be_common", lambda *_, common=common: common)
+            results.append(gpu.forward(*given, form="joseph", keep=s["keep"], shared=shared))
+        for a, b in zip(*results, strict=True):
+            same_bits(a, b)
+        if s["gaps"] in ("none", "same", "rare"):
+            assert torch.isnan(results[1][4]).any() == (s["fails"] and s["t"] > 0)
+
+
+class Followed:
+    """Kernels but for that of series whose covariances are their own."""
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+    def launch(self, name: str, *rest: Any) -> None:
+        if name != "kalman_forward":
+            self.of.launch(name, *rest)
+
+
+def test_covariances_are_computed_once_as_far_as_they_are_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    s: dict[str, Any] = {key: values[0] for key, values in COMMON.items()}
+    given = share(s | {"N": 70, "t": 300, "size": (3, 2), "gaps": "same", "start": "equal"})
+    system = gpu._System(given[:7])
+    assert gpu.may_be_common(system.variant, system.views, 70, 300)
+    whole = gpu.forward(*given, form="joseph", keep="all", shared=False)
+    library = gpu.library
+    monkeypatch.setattr(gpu, "library", lambda *key: Followed(library(*key)))
+    for a, b in zip(whole, gpu.forward(*given, form="joseph", keep="all", shared=False), strict=True):
+        same_bits(a, b)
+    flip(given[0], 40, 200, 1)
+    _, cov, *_ = gpu.forward(*given, form="joseph", keep="all", shared=False)
+    assert whole[1] is not None
+    assert cov is not None
+    for rows in (slice(32), slice(64, 70)):  # warps that follow to the end
+        same_bits(cov[rows], whole[1][rows])
+    same_bits(cov[32:64, :192], whole[1][32:64, :192])  # whole runs, as far as they tell nothing else
+    assert torch.isnan(cov[32:64, 208:]).all()  # fenced, and written by nobody
+
+
+def both_ways(monkeypatch: pytest.MonkeyPatch, given: list[Any]) -> tuple[Any, Any]:
+    """Results with covariances of each series' own, and of all as far as they have them in common."""
+    results = []
+    for common in (False, True):
+        monkeypatch.setattr(gpu, "may_be_common", lambda *_, common=common: common)
+        results.append(gpu.forward(*given, form="joseph", keep="all", shared=False))
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("fails", FLAG)
+def test_a_series_that_misses_something_else_goes_on_by_itself(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a run of steps, and after the step at which all have failed."""
+    s: dict[str, Any] = {key: values[0] for key, values in COMMON.items()}
+    given = share(s | {"N": 70, "t": 300, "size": (3, 2), "gaps": "same", "noise": "time", "fails": fails})
+    flip(given[0], 5, 251, 1)
+    own, common = both_ways(monkeypatch, given)
+    for a, b in zip(own, common, strict=True):
+        same_bits(a, b)
+    assert common[-1].tolist() == ([0, 200] if fails else [-1, -1])
+
+
+@pytest.mark.parametrize("t", [300, 301])
+def test_common_covariances_settle(t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this system soon are two in turn. Steps from then on are copies, until something is missing."""
+    eye = torch.eye(2, device=DEVICE)[None, None]
+    A = torch.tensor([[1.0, 1.0], [0.0, 0.95]], device=DEVICE)[None, None]
+    y, mean0, cov0 = torch.zeros(33, t, 1, device=DEVICE), torch.zeros(33, 2, device=DEVICE), eye[0].expand(33, 2, 2)
+    empty, made = cuda.empty, []
+
+    def remembered(*args: Any) -> Tensor:
+        made.append(empty(*args))
+        return made[-1]
+
+    monkeypatch.setattr(cuda, "empty", remembered)
+    for gap in (None, 100, 201):
+        if gap is not None:
+            y[:, gap] = torch.nan
+        own, common = both_ways(
+            monkeypatch, [y, A, eye[:, :, :1], 0.1 * eye, eye[..., :1, :1], None, None, mean0, cov0]
+        )
+        for a, b in zip(own, common, strict=True):
+            same_bits(a, b)
+        marks = [v for v in made if v.dtype == torch.int64 and len(v) > 4][-1]
+        assert marks[3] == 2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="only a GPU records graphs")
+def test_a_graph_finds_out_anew_whether_covariances_are_common() -> None:
+    s: dict[str, Any] = {key: values[0] for key, values in COMMON.items()} | {"N": 70, "t": 70, "gaps": "same"}
+    given, other = share(s), share(s | {"gaps": "own"})
+    gpu.forward(*given, form="joseph", keep="all", shared=False)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = gpu.forward(*given, form="joseph", keep="all", shared=False)
+    for y in (given[0].clone(), other[0]):
+        given[0].copy_(y)
+        graph.replay()
+        for a, b in zip(recorded, gpu.forward(*given, form="joseph", keep="all", shared=False), strict=True):
+            same_bits(a, b)
 
 
 def test_what_is_not_covered_is_refused_by_name() -> None:

@@ -121,9 +121,10 @@ def kalman(
 
     Returns:
         `Filtered`, and the state at the observation that would come next, of the kind of `form`: give it as
-        `initial_state` to go on, with equal results. Series that share all matrices and miss the same entries share
-        covariances, which on the CPU are computed once and expanded. On a GPU, which would have to wait to find that
-        out, each series has its own; results there lie in memory step by step (strides of (T, N, …)).
+        `initial_state` to go on, with equal results. Series that share all matrices and the covariance they start
+        with, and miss the same entries, share covariances: these are computed once, and on the CPU expanded. On a GPU,
+        where nobody waits to learn whether they do, each series has a copy, with the bits of its own as long as they
+        do; results there lie in memory step by step (strides of (T, N, …)).
 
     Differentiable in every tensor, NaN entries of y having zero, and out of every result; first derivatives only. No
     jitter is added anywhere: Q, R = 0 or P = 0 are used as they are.

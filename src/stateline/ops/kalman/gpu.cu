@@ -1,14 +1,4 @@
-// The Kalman filter on a GPU, a thread a series. See gpu_matrix.cuh for the arithmetic, gpu_stage.cuh for the traffic.
-
-// Filled by gpu.py in this order; every field has eight bytes. Results lie step by step: (steps, series, …).
-struct Filter {
-    i64 series, steps;
-    View y, A, C, Q, R, b, d, mean0, cov0;
-    const void* index; // rows of the state, negative to skip a series
-    i64 index_wide, shared, times;
-    T *mean, *cov, *before, *before_cov, *loglik, *mean_next, *cov_next;
-    i64* failed; // of each warp, step·series + series of its first failure, by step, then series; or steps·series
-};
+// The Kalman filter on a GPU, a thread a series. Follows gpu_filter.cuh.
 
 // What a warp has in shared memory; of its end only as much as is kept (gpu.py knows these sizes).
 struct Room {
@@ -25,14 +15,12 @@ struct Room {
 static_assert(sizeof(Room) == ROOM, "gpu.py and gpu.cu lay shared memory out alike");
 #endif
 
-__device__ __forceinline__ i64 slot_of(const Filter& k, i64 s) {
-    return !k.index ? s : k.index_wide ? ((const i64*)k.index)[s] : ((const int*)k.index)[s];
-}
-
 extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_forward(const __grid_constant__ Filter k) {
     Room& room = *(Room*)shared_memory();
     const Group g = group_of(k.series);
     const int covs = !k.shared ? g.count : g.first == 0; // series whose covariances are wanted
+    const i64 start = k.reached ? k.reached[blockIdx.x] : 0; // up to which its covariances were those of all (gpu_common.cu)
+    if (start == k.steps) return;
     T m[WIDTH][N], P[WIDTH][N][N];
     i64 slot[WIDTH], when[WIDTH];
     room.A.template fetch<false>(k.A, g, 0), room.Q.template fetch<true>(k.Q, g, 0);
@@ -40,17 +28,19 @@ extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_forward(const 
     room.b.template fetch<false>(k.b, g, 0), room.d.template fetch<false>(k.d, g, 0);
     EACH_LANE {
         slot[own] = slot_of(k, g.first + (lane < g.count ? lane : g.count - 1));
-        when[own] = k.steps;
+        when[own] = start && *k.lost < start ? *k.lost : k.steps;
         const i64 row = slot[own] < 0 ? 0 : slot[own];
-        const T *mean = k.mean0.p + row * k.mean0.s, *cov = k.cov0.p + row * k.cov0.s;
+        const T* mean = start ? k.mean_next + row * N : k.mean0.p + row * k.mean0.s;
+        const T* cov = start ? &k.common[start].P[0][0] : k.cov0.p + row * k.cov0.s;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             m[own][i] = mean[i];
 #pragma unroll
-            for (int j = 0; j <= i; ++j) P[own][i][j] = P[own][j][i] = (cov[i * N + j] + cov[j * N + i]) * (T)0.5;
+            for (int j = 0; j <= i; ++j)
+                P[own][i][j] = P[own][j][i] = start ? cov[i * N + j] : (cov[i * N + j] + cov[j * N + i]) * (T)0.5;
         }
     }
-    for (i64 t = 0; t < k.steps; ++t) {
+    for (i64 t = start; t < k.steps; ++t) {
         if (room.y.begins(t)) room.y.fetch(k.y, g, t, k.steps);
         if (t > 0 && k.times) {
             if (k.times & 1) room.A.template fetch<false>(k.A, g, t);
@@ -73,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(LANES, WARPS) kalman_forward(const 
 #pragma unroll
             for (int i = 0; i < M; ++i) w[i] = e[i], count += seen(y[i]);
             now.S.solve(w);
-            T loglik = now.loglik(e, w, count);
+            T loglik = log_normal(e, w, now.logdet, log_entries(count));
             apply(m[own], m[own], now.K, e);
             if (slot[own] < 0) loglik = (T)0, clear(m[own]), clear(P[own]);
             store<1>(k.loglik, g, lane, t, k.series, &loglik);

@@ -1,7 +1,10 @@
-"""kalman in CUDA C++ (gpu.cu, gpu_backward.cu), compiled at first use: the same functions as reference.py.
+"""kalman in CUDA C++ (gpu.cu, gpu_common.cu, gpu_backward.cu), compiled at first use: the functions of reference.py.
 
 A thread computes one series, whose bits depend on no other. Whether all series miss the same entries, only y tells, and
-nothing is read back from a GPU: covariances are shared where the caller says so, and else each series has its own.
+nothing is read back from a GPU. So where matrices are one for all, a warp computes the covariances of the first series,
+and warps of others look for themselves whether these are theirs: as long as they are, they take them (gpu_common.cu),
+and else go on by themselves (gpu.cu), with the same bits. Results hold a covariance of each series all the same, unless
+the caller says `shared`.
 
 Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n state, m observation.
 """
@@ -27,6 +30,10 @@ MOST = 8
 LANES = 32
 #: Bytes of a series that a warp moves at a time, at least, where they lie series by series: what memory moves at once.
 LINE = 32
+#: The same where a warp does little else.
+LONG_LINE = 128
+#: How many times further each part of the steps goes at whose ends series tell whether they share covariances still.
+FURTHER = 4
 _DIMS = (1, 2, 2, 2, 2, 1, 1)  # adjacent dimensions of y, A, C, Q, R, b, d
 
 
@@ -57,7 +64,8 @@ class Variant(NamedTuple):
 def source(file: str) -> str:
     """A kernel file with what both share in front."""
     folder = importlib.resources.files("stateline.ops.kalman")
-    return "".join((folder / part).read_text() for part in ("gpu_matrix.cuh", "gpu_stage.cuh", file))
+    ahead = ("gpu_matrix.cuh", "gpu_stage.cuh", "gpu_filter.cuh")[: 2 if file == "gpu_backward.cu" else 3]
+    return "".join((folder / part).read_text() for part in (*ahead, file))
 
 
 def options(file: str, v: Variant) -> tuple[str, ...]:
@@ -66,9 +74,16 @@ def options(file: str, v: Variant) -> tuple[str, ...]:
     unrolled = ((8, 6), (6, 4))[back][v.size == 8]
     warps = 8 if back or wide > 16 else 16 if wide > 8 else 28  # of a multiprocessor (timings: benchmarks/NOTES.md)
     room = backward_room(v) if back else forward_room(v)[1]
+    line = LINE
+    more: tuple[str, ...] = ()
+    if file == "gpu_common.cu":
+        lead, room, _ = common_rooms(v)
+        line, more = LONG_LINE, (f"-DLEAD={lead}",)
+        warps = 8 if wide > 32 else 12 if wide > 16 else 24 if wide > 8 else 28
     return (
         f"-DSTATES={v.n}", f"-DOBSERVED={v.m}", f"-DNUMBER={'double' if v.size == 8 else 'float'}", f"-DOWN={v.own:d}",
-        f"-DLINE={LINE}", f"-DSMALL={unrolled}", f"-DWARPS={warps}", f"-DROOM={room}", "--fmad=false",
+        f"-DLINE={line}", f"-DSMALL={unrolled}", f"-DWARPS={warps}", f"-DROOM={room}", *more,
+        "--fmad=false",
     )  # fmt: skip
 
 
@@ -89,17 +104,19 @@ def _row(offset: int, count: int, steps: int, size: int) -> int:
     return _after(offset, LANES * (count * size // piece * steps | 1) * piece, piece)
 
 
-def _stage(offset: int, count: int, size: int) -> int:
+def _steps(count: int, size: int, line: int) -> int:
+    """Steps of `count` numbers in a run."""
+    return 1 if count * size >= line else 2 * _steps(2 * count, size, line)
+
+
+def _stage(offset: int, count: int, size: int, line: int = LINE) -> int:
     """Where a `Stage` of `count` numbers ends."""
-    steps = 1
-    while count * size * steps < LINE:
-        steps *= 2
-    return _row(offset, count, steps, size)
+    return _row(offset, count, _steps(count, size, line), size)
 
 
-def _part(offset: int, count: int, v: Variant) -> int:
-    """Where a `Part` of `count` numbers ends."""
-    return _after(offset, -(-count * v.size * (LANES if v.own else 1) // 16) * 16, 16)
+def _part(offset: int, count: int, v: Variant, own: bool = True) -> int:
+    """Where a `Part` of `count` numbers ends; not `own`: of all lanes, whatever the variant."""
+    return _after(offset, -(-count * v.size * (LANES if v.own and own else 1) // 16) * 16, 16)
 
 
 @functools.cache
@@ -110,6 +127,32 @@ def forward_room(v: Variant) -> tuple[int, int]:
         end = _part(end, count, v)
     filtered = _row(_stage(_after(end, LANES * 8, 8), m, v.size), n * n, 1, v.size)
     return _after(filtered, 0, 16), _after(_row(filtered, n * n, 1, v.size), 0, 16)
+
+
+def _gain_size(v: Variant) -> int:
+    """Bytes of a `Gain`."""
+    return _after((v.n * v.m + v.m * v.m + 2 * v.m + 2) * v.size + 4, 0, 16)
+
+
+def common_size(v: Variant) -> int:
+    """Bytes of a `Common`, a step of covariances that series share."""
+    return _after(_gain_size(v) + 2 * v.n * v.n * v.size, 0, 16)
+
+
+@functools.cache
+def common_rooms(v: Variant) -> tuple[int, int, int]:
+    """Bytes of shared memory of warps of gpu_common.cu that lead, follow, and spread covariances."""
+    n, m, lead, follow = v.n, v.m, 0, 0
+    for count in (n * n, n * n, m * n, m * m):
+        lead = _part(lead, count, v, own=False)
+    lead += 4 * LANES
+    for count in (n * n, n * n, n * n, n * m, m * n, m * n, m * m, n * n):
+        lead = _part(lead, count, v, own=False)
+    for count, own in ((n * n, False), (m * n, False), (n, True), (m, True)):
+        follow = _part(follow, count, v, own)
+    follow += _steps(m, v.size, LONG_LINE) * _gain_size(v)
+    spread = 2 * n * n * v.size + 8 * LANES
+    return lead, _after(_stage(follow, m, v.size, LONG_LINE), 0, 16), _after(spread, 0, 16)
 
 
 @functools.cache
@@ -222,17 +265,50 @@ def _run(
     """Launch over y, A, C, Q, R, b, d into the seven results; info."""
     system = _System(given)
     y, mean0, cov0, index = system.like, cuda.plain(mean0), _rows(cov0), cuda.plain(index)  # type: ignore[assignment]  # given
-    blocks = cuda.ceil_div(y.shape[0], LANES)
+    blocks, steps = cuda.ceil_div(y.shape[0], LANES), y.shape[1]
+    ends = _parts(steps) if index is None and may_be_common(system.variant, system.views, *y.shape[:2]) else ()
     failed = cuda.empty((blocks + 2,), torch.int64, y)
     record = [
         y.shape[0], y.shape[1], *(x for view in system.views for x in view),
         mean0.data_ptr(), mean0.stride(0), 0, cov0.data_ptr(), cov0.stride(0) if cov0.shape[0] > 1 else 0, 0,
         _address(index), index is not None and index.dtype == torch.int64, shared, system.times,
-        *map(_address, out), failed.data_ptr(),
+        *map(_address, out), failed.data_ptr(), *[0] * 7,
     ]  # fmt: skip
+    if ends:
+        common = cuda.empty((steps + 1, common_size(system.variant) // y.dtype.itemsize), y.dtype, y)
+        marks = cuda.empty((blocks + 2 + len(ends),), torch.int64, y)
+        record[-7:-3] = common.data_ptr(), *(marks.data_ptr() + 8 * i for i in (0, blocks, blocks + 2))
+        lead, follow, spread = common_rooms(system.variant)
+        for i, (begin, end) in enumerate(zip((0, *ends), ends, strict=False)):
+            record[-3:] = begin, end, i
+            kernels = ("kalman_lead", 1, lead), ("kalman_follow", blocks, follow)
+            system.launch("gpu_common.cu", record, *kernels)
+        record[-3] = steps if keep == "loglik" else 0
+        parts = 1 if shared else cuda.ceil_div(blocks, LANES)
+        system.launch("gpu_common.cu", record, ("kalman_spread", (steps + 1 - record[-3]) * parts, spread))
     room = forward_room(system.variant)[keep in ("all", "predicted")]
     system.launch("gpu.cu", record, ("kalman_forward", blocks, room), ("first_failure", 1, LANES * 8))
     return failed[blocks:]
+
+
+def may_be_common(v: Variant, views: Sequence[tuple[int, int, int]], series: int, steps: int) -> bool:
+    """Whether to look for series that share covariances. views: address and strides of y, A, C, Q, R, b, d.
+
+    Not so for one or two states, whose covariances are computed about as fast as they are read, nor for few steps.
+    """
+    one = not any(rows for _, rows, _ in views[1:5])
+    address, *strides = views[0]
+    piece = next(size for size in (16, 8, v.size) if v.m * v.size % size == 0)
+    aligned = not any(x % piece for x in (address, *(v.size * s for s in strides)))
+    return one and aligned and v.n > 2 and series > 1 and steps >= LANES
+
+
+def _parts(steps: int) -> tuple[int, ...]:
+    """Where each part of the steps ends. First ones are short, for series that share nothing."""
+    ends = [LANES]
+    while ends[-1] < steps:
+        ends.append(FURTHER * ends[-1])
+    return (*ends[:-1], steps)
 
 
 def backward(

@@ -108,21 +108,36 @@ __device__ __forceinline__ void apply_turned(T (&out)[I], const T (&base)[I], co
     }
 }
 
-// e = y − C m − d, and C and R as they are where entries of y are missing: e and rows of C are 0 there, those of R but for a
-// unit diagonal.
-__device__ __forceinline__ void look(
-    T (&e)[M], T (&C)[M][N], T (&R)[M][M], const T (&y)[M], const T (&d)[M], const T (&m)[N]) {
+// e = y − C m − d, 0 where an entry of y is missing.
+__device__ __forceinline__ void residual(T (&e)[M], const T (&C)[M][N], const T (&y)[M], const T (&d)[M], const T (&m)[N]) {
 #pragma unroll
     for (int i = 0; i < M; ++i) {
         T v = y[i] - d[i];
 #pragma unroll
         for (int k = 0; k < N; ++k) v = madd(-C[i][k], m[k], v);
         e[i] = seen(y[i]) ? v : (T)0;
+    }
+}
+// The same, and C and R as they are where entries are missing: rows of C are 0 there, those of R but for a unit diagonal.
+__device__ __forceinline__ void look(
+    T (&e)[M], T (&C)[M][N], T (&R)[M][M], const T (&y)[M], const T (&d)[M], const T (&m)[N]) {
+    residual(e, C, y, d, m);
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
 #pragma unroll
         for (int k = 0; k < N; ++k) C[i][k] = seen(y[i]) ? C[i][k] : (T)0;
 #pragma unroll
         for (int j = 0; j < M; ++j) R[i][j] = seen(y[i]) && seen(y[j]) ? R[i][j] : (T)(i == j);
     }
+}
+// log 2π for each of `count` entries.
+__device__ __forceinline__ T log_entries(int count) { return (T)count * (T)1.8378770664093453; }
+// log N(e; 0, S) of the entries seen; w = S⁻¹ e, logdet = log det S.
+__device__ __forceinline__ T log_normal(const T (&e)[M], const T (&w)[M], T logdet, T entries) {
+    T square = (T)0;
+#pragma unroll
+    for (int i = 0; i < M; ++i) square = madd(w[i], e[i], square);
+    return (T)-0.5 * (square + logdet + entries);
 }
 
 // S = L D Lᵀ: ones on the diagonal of L, of which only what is below is kept; D, and its reciprocals.
@@ -205,13 +220,6 @@ struct Correction {
         clear(none);
         symmetric(filtered, none, rest_P, rest);
         symmetric(filtered, filtered, KR, K);
-    }
-    // log N(e; 0, S) of the `count` entries seen; w = S⁻¹ e.
-    __device__ __forceinline__ T loglik(const T (&e)[M], const T (&w)[M], int count) const {
-        T square = (T)0;
-#pragma unroll
-        for (int i = 0; i < M; ++i) square = madd(w[i], e[i], square);
-        return (T)-0.5 * (square + logdet + (T)count * (T)1.8378770664093453);
     }
 };
 

@@ -9,6 +9,7 @@
 #ifndef WIDTH
 #define WIDTH 1
 #define MEET() __syncwarp()
+#define ANY(x) __any_sync(0xffffffffu, x[0]) // whether an array over WIDTH is true in any lane
 #define HERE(x) asm volatile("" : "+l"(x)) // nothing made of x is made ahead of a loop, and kept in registers through it
 extern __shared__ __align__(16) unsigned char shared_bytes[];
 __device__ __forceinline__ void* shared_memory() { return shared_bytes; }
@@ -27,8 +28,8 @@ struct Group {
     i64 first;
     int count;
 };
-__device__ __forceinline__ Group group_of(i64 series) {
-    const i64 first = (i64)blockIdx.x * LANES, left = series - first;
+__device__ __forceinline__ Group group_of(i64 series, i64 warp = blockIdx.x) {
+    const i64 first = warp * LANES, left = series - first;
     return {first, left < LANES ? (int)left : LANES};
 }
 
@@ -142,20 +143,20 @@ struct Covariances {
     }
 };
 
-// A matrix of the system as it is now, of each lane (OWN) or of all.
-template <int R, int K> struct Part {
-    static constexpr int APART = OWN ? LANES : 1;
+// A matrix of the system as it is now, of each lane (EACH) or of all.
+template <int R, int K, bool EACH = OWN> struct Part {
+    static constexpr int APART = EACH ? LANES : 1;
     alignas(16) T x[R * K * APART];
 
     // From an operand, for step t; the symmetric part of it if FOLD.
     template <bool FOLD> __device__ __forceinline__ void fetch(const View& v, Group g, i64 t) {
         EACH_LANE {
-            const T* from = v.p + t * v.t + (OWN ? (g.first + (lane < g.count ? lane : g.count - 1)) * v.s : 0);
-#pragma unroll 8
-            for (int i = OWN ? 0 : lane; i < R * K; i += OWN ? 1 : LANES) {
+            const T* from = v.p + t * v.t + (EACH ? (g.first + (lane < g.count ? lane : g.count - 1)) * v.s : 0);
+#pragma unroll(EACH ? 8 : 1)
+            for (int i = EACH ? 0 : lane; i < R * K; i += EACH ? 1 : LANES) {
                 T value = v.p ? from[i] : (T)0;
                 if (FOLD) value = (value + from[i % K * K + i / K]) * (T)0.5;
-                x[i * APART + (OWN ? lane : 0)] = value;
+                x[i * APART + (EACH ? lane : 0)] = value;
             }
         }
     }
@@ -163,10 +164,12 @@ template <int R, int K> struct Part {
 #pragma unroll ROWS_AT_ONCE
         for (int i = 0; i < R; ++i)
 #pragma unroll
-            for (int j = 0; j < K; ++j) X[i][j] = x[(i * K + j) * APART + (OWN ? lane : 0)];
+            for (int j = 0; j < K; ++j) X[i][j] = x[(i * K + j) * APART + (EACH ? lane : 0)];
     }
     __device__ __forceinline__ void get(int lane, T (&v)[R]) const {
 #pragma unroll
-        for (int i = 0; i < R; ++i) v[i] = x[i * APART + (OWN ? lane : 0)];
+        for (int i = 0; i < R; ++i) v[i] = x[i * APART + (EACH ? lane : 0)];
     }
+    // That of all.
+    __device__ __forceinline__ const T (&all() const)[R][K] { return *(const T(*)[R][K])x; }
 };
