@@ -27,9 +27,14 @@ AHEAD = """
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#ifdef ROWS
+#define WIDTH (ROWS * COLUMNS < 32 ? 32 : ROWS * COLUMNS)
+#else
 #define WIDTH 32
+#endif
 #define MEET()
 #define HERE(x)
+#define SOON(address)
 using std::log;
 static struct { long long x; } blockIdx;
 static const struct { int x; } threadIdx = {0};
@@ -66,7 +71,6 @@ class Library:
 
     def launch(self, name: str, blocks: int, threads: int, shared: int, record: Sequence[int]) -> None:
         """Run `name`. Raises AssertionError if it writes beside its shared memory."""
-        assert threads == 32
         memory = ctypes.create_string_buffer(b"\x5a" * (shared + 2 * GUARD + 15), shared + 2 * GUARD + 15)
         start = -(ctypes.addressof(memory) + GUARD) % 16 + GUARD
         fields = array("q", record)
@@ -86,5 +90,5 @@ def kalman(file: str, variant: object, device: int) -> Library:
     """What `stateline.ops.kalman.gpu.library` returns."""
     from stateline.ops.kalman import gpu
 
-    names = {"gpu.cu": ("kalman_forward", "first_failure"), "gpu_backward.cu": ("kalman_backward",)}[file]
+    names = ("kalman_backward",) if file.endswith("backward.cu") else ("kalman_forward", "first_failure")
     return Library(gpu.source(file), gpu.options(file, variant), names)  # type: ignore[arg-type]  # a Variant

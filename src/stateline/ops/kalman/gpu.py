@@ -1,6 +1,6 @@
 """kalman in CUDA C++ (gpu.cu, gpu_backward.cu), compiled at first use: the same functions as reference.py.
 
-A thread computes one series, whose bits depend on no other. Whether all series miss the same entries, only y tells, and
+A thread computes one series, or several lanes where its numbers do not fit in one (gpu_wide.py); its bits depend on no other. Whether all series miss the same entries, only y tells, and
 nothing is read back from a GPU: covariances are shared where the caller says so, and else each series has its own.
 
 Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n state, m observation.
@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from stateline.ops import cuda, nvrtc
-from stateline.ops.kalman import reference
+from stateline.ops.kalman import gpu_wide, reference
 from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 DTYPES = frozenset({torch.float32, torch.float64})
-#: The largest system: more would not fit in the registers of a thread, nor in what it may spill.
-MOST = 8
 #: As in the sources: series of a warp, each of which is a block.
 LANES = 32
 #: Bytes of a series that a warp moves at a time, at least, where they lie series by series: what memory moves at once.
@@ -34,12 +32,31 @@ def problem(y: object = None, A: object = None, C: object = None, *rest: object)
     """Why the kernels do not cover such a system, or None. rest: what else the operation takes, its form among it."""
     if "sqrt" in [v for v in rest if isinstance(v, str)] or any(hasattr(v, "factor") for v in rest):
         return 'its GPU kernels compute form="joseph"; square roots are those of the reference.'
-    if isinstance(C, Tensor) and max(C.shape[-2:]) > MOST:
-        sizes = f"{C.shape[-1]} states and {C.shape[-2]} observed values"
-        return f"the system has {sizes}, a thread of its GPU kernels has room for {MOST} of each."
+    if isinstance(y, Tensor) and isinstance(C, Tensor) and (why := _too_large(y, *C.shape[-2:])):
+        return why
     if isinstance(y, Tensor) and y.is_cuda and (why := nvrtc.problem(y.get_device())):
         return f"its GPU kernels cannot be compiled here: {why.rstrip('.')}."
     return None
+
+
+def _too_large(y: Tensor, m: int, n: int) -> str | None:
+    """Why a system of that size has no room in a block of the device of y, or None."""
+    system = f"the system has {n} states and {m} observed values"
+    if max(n, m) > gpu_wide.MOST:
+        return f"{system}, its GPU kernels know up to {gpu_wide.MOST} of each."
+    need, have = gpu_wide.room(gpu_wide.BACKWARD, Variant(n, m, y.dtype.itemsize, True)), _block_room(y.get_device())
+    if need > have and max(n, m) >= min(gpu_wide.FEWEST.values()):
+        kind = str(y.dtype).removeprefix("torch.")
+        return f"{system} of {kind}, which take {need} bytes of shared memory where a block of this device has {have}."
+    return None
+
+
+@functools.cache
+def _block_room(device: int) -> int:
+    """Bytes of shared memory that a block may have; without a device, of those kernels are tuned for."""
+    if device < 0:
+        return gpu_wide.SHARED - gpu_wide.KEPT
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------
@@ -56,12 +73,16 @@ class Variant(NamedTuple):
 
 def source(file: str) -> str:
     """A kernel file with what both share in front."""
+    if file in gpu_wide.FEWEST:
+        return gpu_wide.source(file)
     folder = importlib.resources.files("stateline.ops.kalman")
     return "".join((folder / part).read_text() for part in ("gpu_matrix.cuh", "gpu_stage.cuh", file))
 
 
 def options(file: str, v: Variant) -> tuple[str, ...]:
     """What a source is compiled with for a variant."""
+    if file in gpu_wide.FEWEST:
+        return gpu_wide.options(file, v)
     back, wide = file == "gpu_backward.cu", max(v.n, v.m) * v.size
     unrolled = ((8, 6), (6, 4))[back][v.size == 8]
     warps = 8 if back or wide > 16 else 16 if wide > 8 else 28  # of a multiprocessor (timings: benchmarks/NOTES.md)
@@ -156,8 +177,9 @@ class _System:
         """Run kernels of a file one after the other: name, blocks, bytes of shared memory."""
         with torch.cuda.device_of(self.like):
             there = library(file, self.variant, self.device)
+            threads = gpu_wide.threads(self.variant) if file in gpu_wide.FEWEST else LANES
             for name, blocks, shared in kernels:
-                there.launch(name, blocks, LANES, shared, record)
+                there.launch(name, blocks, threads, shared, record)
 
 
 def _view(v: Tensor | None) -> tuple[int, int, int]:
@@ -222,7 +244,8 @@ def _run(
     """Launch over y, A, C, Q, R, b, d into the seven results; info."""
     system = _System(given)
     y, mean0, cov0, index = system.like, cuda.plain(mean0), _rows(cov0), cuda.plain(index)  # type: ignore[assignment]  # given
-    blocks = cuda.ceil_div(y.shape[0], LANES)
+    wide = gpu_wide.takes(gpu_wide.FORWARD, system.variant)
+    blocks = cuda.ceil_div(y.shape[0], gpu_wide.series(system.variant) if wide else LANES)
     failed = cuda.empty((blocks + 2,), torch.int64, y)
     record = [
         y.shape[0], y.shape[1], *(x for view in system.views for x in view),
@@ -230,8 +253,11 @@ def _run(
         _address(index), index is not None and index.dtype == torch.int64, shared, system.times,
         *map(_address, out), failed.data_ptr(),
     ]  # fmt: skip
-    room = forward_room(system.variant)[keep in ("all", "predicted")]
-    system.launch("gpu.cu", record, ("kalman_forward", blocks, room), ("first_failure", 1, LANES * 8))
+    file, room, threads = "gpu.cu", forward_room(system.variant)[keep in ("all", "predicted")], LANES
+    if wide:
+        file, threads = gpu_wide.FORWARD, gpu_wide.threads(system.variant)
+        room = gpu_wide.room(file, system.variant)
+    system.launch(file, record, ("kalman_forward", blocks, room), ("first_failure", 1, threads * 8))
     return failed[blocks:]
 
 
@@ -244,7 +270,9 @@ def backward(
     given = (y, A, C, Q, R, b, d, mean0, cov0)
     if not y.numel():
         return reference.backward(grads, *given, predicted_mean, predicted_cov, shared=shared)
-    system, blocks = _System(given[:7]), cuda.ceil_div(y.shape[0], LANES)
+    system = _System(given[:7])
+    wide = gpu_wide.takes(gpu_wide.BACKWARD, system.variant)
+    blocks = cuda.ceil_div(y.shape[0], gpu_wide.series(system.variant) if wide else LANES)
     n, shapes = mean0.shape[1], [y.shape]
     for v in given[1:7]:
         rows = blocks if v is None or v.shape[0] == 1 else v.shape[0]
@@ -259,7 +287,9 @@ def backward(
         *(x for v in (*before, dloglik) for x in _view(v)), *map(_address, slopes), *map(_address, parts),
         shared, system.times, system.rows,
     ]  # fmt: skip
-    system.launch("gpu_backward.cu", record, ("kalman_backward", blocks, backward_room(system.variant)))
+    file = gpu_wide.BACKWARD if wide else "gpu_backward.cu"
+    room = gpu_wide.room(file, system.variant) if wide else backward_room(system.variant)
+    system.launch(file, record, ("kalman_backward", blocks, room))
     return tuple(
         None if v is None or part is None else part if part.shape == v.shape else part.sum(0, keepdim=True)
         for v, part in zip(given, parts, strict=True)
