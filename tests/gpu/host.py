@@ -35,6 +35,9 @@ AHEAD = """
 #define MEET()
 #define HERE(x)
 #define SOON(address)
+#ifdef LAST_LANE_FIRST
+#define EACH_LANE(count) for (int own = WIDTH - 1; own >= 0; --own) if (const Lane x(own); x.series < (count))
+#endif
 using std::log;
 static struct { long long x; } blockIdx;
 static const struct { int x; } threadIdx = {0};
@@ -86,9 +89,9 @@ class Library:
 
 
 @functools.cache
-def kalman(file: str, variant: object, device: int) -> Library:
-    """What `stateline.ops.kalman.gpu.library` returns."""
+def kalman(file: str, variant: object, device: int, extra: tuple[str, ...] = ()) -> Library:
+    """What `stateline.ops.kalman.gpu.library` returns, compiled with `extra` options."""
     from stateline.ops.kalman import gpu
 
     names = ("kalman_backward",) if file.endswith("backward.cu") else ("kalman_forward", "first_failure")
-    return Library(gpu.source(file), gpu.options(file, variant), names)  # type: ignore[arg-type]  # a Variant
+    return Library(gpu.source(file), (*gpu.options(file, variant), *extra), names)  # type: ignore[arg-type]  # a Variant

@@ -40,7 +40,9 @@ struct Lane {
     __device__ __forceinline__ Lane(int at) : at(at), series(at / G), lane(at % G), i(lane / COLUMNS), j(lane % COLUMNS) {}
 };
 // The lanes of the block's first `count` series.
+#ifndef EACH_LANE
 #define EACH_LANE(count) for (int own = 0; own < WIDTH; ++own) if (const Lane x(threadIdx.x + own); x.series < (count))
+#endif
 
 constexpr int V = 16 / sizeof(T);
 struct alignas(16) Piece {
