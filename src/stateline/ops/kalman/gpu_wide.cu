@@ -16,11 +16,7 @@ struct Series : Correction {
     __device__ __forceinline__ Matrix<N, N>& filtered() { return P; }
     __device__ __forceinline__ void start_solving(const Lane&) {}
     __device__ __forceinline__ void solve_all(const Lane& l) {
-        for (int j = l.lane; j < N; j += G) {
-#pragma unroll 8
-            for (int i = 0; i < M; ++i) K_turned(i, j) = Z(i, j);
-            solve(K_turned, j);
-        }
+        for (int j = l.lane; j < N; j += G) solve(Z, K_turned, j, [](int, T) {});
     }
     __device__ __forceinline__ void keep(const Lane& l, const Tile<N, N>&) {
         for (int i = l.lane; i < M; i += G) logs[i] = log(pivot[i]);
@@ -30,7 +26,10 @@ struct Series : Correction {
         T square = (T)0, logdet = (T)0;
         int count = 0;
 #pragma unroll 4
-        for (int i = 0; i < M; ++i) square = madd(S(M, i), L(M, i), square), logdet += logs[i], count += seen(y[i]);
+        for (int i = 0; i < M; ++i) {
+            square = madd(S(M, i), divided(S(M, i), pivot[i], inverse[i]), square);
+            logdet += logs[i], count += seen(y[i]);
+        }
         return (T)-0.5 * (square + logdet + (T)count * (T)1.8378770664093453);
     }
 };
@@ -73,7 +72,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kalman_forward(con
     }
     for (i64 t = 0; t < k.steps; ++t) {
         if (t > 0 && k.times & 5) fetch(room, k, first, count, t);
-        look(room, k, first, count, t, t == 0 || k.times & 10, missed);
+        look(room, k, first, count, t);
+        MEET();
+        mask(room, k, first, count, t, t == 0 || k.times & 10, missed);
         EACH_LANE(count) {
             const i64 s = first + x.series, row = t * k.series + s;
             if (x.lane == 0 && t + 1 < k.steps) SOON(k.y.at(s, t + 1));

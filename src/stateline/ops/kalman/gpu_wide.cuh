@@ -54,6 +54,7 @@ __device__ constexpr int pieces(int numbers) { return (numbers + V - 1) / V; }
 template <int R, int K> struct Matrix {
     static constexpr int PITCH = pieces(K);
     Piece p[R * PITCH];
+
     __device__ __forceinline__ T& operator()(int i, int j) { return p[i * PITCH].x[j]; }
     __device__ __forceinline__ T operator()(int i, int j) const { return p[i * PITCH].x[j]; }
     __device__ __forceinline__ T& operator[](int j) { return p[0].x[j]; }
@@ -230,70 +231,90 @@ __device__ __forceinline__ T divided(T x, T pivot, T inverse) {
 }
 
 // A series at a step, in shared memory. `turned`: transposed.   S: C P Cᵀ + R, below it e; afterwards L D, and below it L⁻¹ e.
-// L: of S = L D Lᵀ, with ones on the diagonal, which are not kept.   C, R: as they are where entries of y are missing: rows of C
-// are 0 there, those of R but for a unit diagonal.
+// L: of S = L D Lᵀ, what is below its diagonal of ones.   variance: the diagonal of S.   pivot, inverse: D, and its reciprocals.
+// C, R: as they are where entries of y are missing: rows of C are 0 there, those of R but for a unit diagonal.
 struct Correction {
     Matrix<N, N> P, rest_turned, P_rest_turned;
     Matrix<M, N> C, Z, K_turned, RK_turned;
     Matrix<N, M> C_turned, Z_turned;
-    Matrix<M, M> R;
-    Matrix<M + 1, M> S, L;
+    Matrix<M, M> R, L;
+    Matrix<M + 1, M> S;
     Vector<N> m, filtered_m;
-    Vector<M> y, e, pivot, inverse;
+    Vector<M> y, e, variance, pivot, inverse;
 
-    // S⁻¹ X over column j of X, some rows at a time in registers.
-    template <int J> __device__ __forceinline__ void solve(Matrix<M, J>& X, int j) const {
-        constexpr int B = M < 8 ? M : 8, LAST = (M - 1) / B * B;
+    // S⁻¹ x for column j of `from`, to that of X, some rows at a time in registers. put(i, number): of what comes out.
+    template <int J, class Put>
+    __device__ __forceinline__ void solve(const Matrix<M, J>& from, Matrix<M, J>& X, int j, Put put) const {
+        constexpr int B = M < 8 ? M : 8, BV = pieces(B), LAST = (M - 1) / B * B;
+        constexpr bool WHOLE = M % B == 0;
+        constexpr int MV = pieces(M);
+        Piece rows[B][BV]; // of L, where rows and columns are those at hand
 #pragma unroll 1
         for (int base = 0; base < M; base += B) {
             T x[B];
 #pragma unroll
-            for (int r = 0; r < B; ++r) x[r] = M % B == 0 || base + r < M ? X(base + r, j) : (T)0;
-#pragma unroll 1
-            for (int k = 0; k < base; ++k) {
-                const T v = X(k, j);
+            for (int r = 0; r < B; ++r) x[r] = WHOLE || base + r < M ? from(base + r, j) : (T)0;
+#pragma unroll 2
+            for (int k = 0; k < base / V; ++k) {
+                Piece l[B];
 #pragma unroll
-                for (int r = 0; r < B; ++r)
-                    if (M % B == 0 || base + r < M) x[r] = madd(-L(base + r, k), v, x[r]);
+                for (int r = 0; r < B; ++r) l[r] = L.p[(WHOLE || base + r < M ? base + r : 0) * MV + k];
+#pragma unroll
+                for (int v = 0; v < V; ++v) {
+                    const T known = X(k * V + v, j);
+#pragma unroll
+                    for (int r = 0; r < B; ++r) x[r] = madd(-l[r].x[v], known, x[r]);
+                }
             }
+            diagonal<B>(rows, base);
 #pragma unroll
             for (int r = 1; r < B; ++r)
-                if (M % B == 0 || base + r < M) {
 #pragma unroll
-                    for (int k = 0; k < r; ++k) x[r] = madd(-L(base + r, base + k), x[k], x[r]);
-                }
+                for (int k = 0; k < r; ++k) x[r] = madd(-rows[r][k / V].x[k % V], x[k], x[r]);
 #pragma unroll
             for (int r = 0; r < B; ++r)
-                if (M % B == 0 || base + r < M) X(base + r, j) = x[r];
+                if (WHOLE || base + r < M) X(base + r, j) = x[r];
         }
 #pragma unroll 1
         for (int base = LAST; base >= 0; base -= B) {
             T x[B];
 #pragma unroll
             for (int r = 0; r < B; ++r)
-                x[r] = M % B == 0 || base + r < M ? divided(X(base + r, j), pivot[base + r], inverse[base + r]) : (T)0;
-#pragma unroll 1
+                x[r] = WHOLE || base + r < M ? divided(X(base + r, j), pivot[base + r], inverse[base + r]) : (T)0;
+#pragma unroll 4
             for (int k = base + B; k < M; ++k) {
-                const T v = X(k, j);
+                const T known = X(k, j);
 #pragma unroll
-                for (int r = 0; r < B; ++r) x[r] = madd(-L(k, base + r), v, x[r]);
+                for (int b = 0; b < BV; ++b) {
+                    const Piece l = L.p[k * MV + base / V + b];
+#pragma unroll
+                    for (int v = 0; v < V; ++v)
+                        if (b * V + v < B) x[b * V + v] = madd(-l.x[v], known, x[b * V + v]);
+                }
             }
+            if (LAST > 0) diagonal<B>(rows, base);
 #pragma unroll
             for (int r = B - 2; r >= 0; --r)
 #pragma unroll
                 for (int k = r + 1; k < B; ++k)
-                    if (M % B == 0 || base + k < M) x[r] = madd(-L(base + k, base + r), x[k], x[r]);
+                    if (WHOLE || base + k < M) x[r] = madd(-rows[k][r / V].x[r % V], x[k], x[r]);
 #pragma unroll
             for (int r = 0; r < B; ++r)
-                if (M % B == 0 || base + r < M) X(base + r, j) = x[r];
+                if (WHOLE || base + r < M) X(base + r, j) = x[r], put(base + r, x[r]);
         }
+    }
+    template <int B> __device__ __forceinline__ void diagonal(Piece (&rows)[B][pieces(B)], int base) const {
+#pragma unroll
+        for (int r = 1; r < B; ++r)
+#pragma unroll
+            for (int k = 0; k * V < r; ++k) rows[r][k] = L.p[(M % B == 0 || base + r < M ? base + r : 0) * pieces(M) + base / V + k];
     }
 };
 
-// What the series of a block have in shared memory. A series is 64 bytes more than a multiple of 128 apart from the next, so
-// that lanes of neighbouring series meet different banks.
+// What the series of a block have in shared memory. Of eight lanes, which read 128 bytes at once, those of one series meet other
+// banks than those of the next: so far beyond a multiple of 128 bytes lies it.
 template <class Series, class System> struct Room {
-    static constexpr int APART = (sizeof(Series) + 63) / 128 * 128 + 64;
+    static constexpr int BEYOND = G <= 4 ? 48 : G * 4 % 128, APART = (sizeof(Series) + 127 - BEYOND) / 128 * 128 + BEYOND;
     System systems[OWN ? SERIES : 1];
     alignas(16) unsigned char series[SERIES * APART];
     alignas(16) i64 failed[SERIES + SERIES % 2];
@@ -302,15 +323,17 @@ template <class Series, class System> struct Room {
     __device__ __forceinline__ const System& system(const Lane& l) const { return systems[OWN ? l.series : 0]; }
 };
 
-// y of step t, and C and R, where what is missing (`missed`, of each lane) has changed, or the system is not the same as at the step
-// computed before (`moved`).
-template <class Room, class Record>
-__device__ __forceinline__ void look(Room& room, const Record& k, i64 first, int count, i64 t, bool moved, u64 (&missed)[WIDTH]) {
+// y of step t; a meeting has to follow.
+template <class Room, class Record> __device__ __forceinline__ void look(Room& room, const Record& k, i64 first, int count, i64 t) {
     EACH_LANE(count) {
         const T* from = k.y.at(first + x.series, t);
         for (int i = x.lane; i < M; i += G) room.of(x).y[i] = from[i];
     }
-    MEET();
+}
+// C and R of step t, where what is missing (`missed`, of each lane) has changed, or the system is not the same as at the step computed
+// before (`moved`).
+template <class Room, class Record>
+__device__ __forceinline__ void mask(Room& room, const Record& k, i64 first, int count, i64 t, bool moved, u64 (&missed)[WIDTH]) {
     EACH_LANE(count) {
         auto& s = room.of(x);
         u64 now = 0;
@@ -329,6 +352,51 @@ __device__ __forceinline__ void look(Room& room, const Record& k, i64 first, int
         }
     }
     MEET();
+}
+
+// S = L D Lᵀ, column by column; a lane has its part of S and e in registers, from which the next column comes each time. NaN from
+// the first pivot that is not above 0, or no more than rounding of what it is left from.
+template <class Room> __device__ __forceinline__ void factorise(Room& room, int count) {
+    constexpr int R = M / ROWS + 1, C = (M + COLUMNS - 1) / COLUMNS;
+    T part[WIDTH][R][C];
+    EACH_LANE(count) {
+        auto& s = room.of(x);
+        for (int i = x.lane; i < M; i += G) s.variance[i] = s.S(i, i);
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+            for (int c = 0; c < C; ++c) {
+                const int i = x.i + r * ROWS, k = x.j + c * COLUMNS;
+                part[own][r][c] = s.S(i < M ? i : M, k < M ? k : M - 1);
+            }
+    }
+#pragma unroll 1
+    for (int j = 0; j < M; ++j) {
+        EACH_LANE(count) {
+            auto& s = room.of(x);
+            const T last = s.S(j, j), least = j ? (T)M * (sizeof(T) == 8 ? (T)0x1p-52 : (T)0x1p-23f) * s.variance[j] : (T)0;
+            const T pivot = last > least ? last : (T)nanf(""), inverse = (T)1 / pivot;
+            if (x.lane == 0) s.pivot[j] = pivot, s.inverse[j] = inverse;
+            T l[C];
+#pragma unroll
+            for (int c = 0; c < C; ++c) {
+                const int k = x.j + c * COLUMNS;
+                l[c] = divided(s.S(k < M ? k : M - 1, j), pivot, inverse);
+                if (x.i == 0 && k > j && k < M) s.L(k, j) = l[c];
+            }
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+                const int i = x.i + r * ROWS;
+                const T v = s.S(i < M ? i : M, j);
+#pragma unroll
+                for (int c = 0; c < C; ++c) {
+                    part[own][r][c] = madd(-v, l[c], part[own][r][c]);
+                    if (x.j + c * COLUMNS == j + 1 && j + 1 < M && i > j && i <= M) s.S(i, j + 1) = part[own][r][c];
+                }
+            }
+        }
+        MEET();
+    }
 }
 
 // Z = C P, S = Z Cᵀ + R, K = Zᵀ S⁻¹, rest = I − K C; the mean m + K e, and the covariance rest P restᵀ + K R Kᵀ to `filtered`.
@@ -353,25 +421,7 @@ __device__ __forceinline__ void correct(Room& room, const Record& k, i64 first, 
         s.start_solving(x);
     }
     MEET();
-#pragma unroll 1
-    for (int j = 0; j < M; ++j) { // NaN from the first pivot that is not above 0, or no more than rounding of what it is left from
-        EACH_LANE(count) {
-            auto& s = room.of(x);
-            T last = s.S(j, j);
-            const T least = j ? (T)M * (sizeof(T) == 8 ? (T)0x1p-52 : (T)0x1p-23f) * last : (T)0;
-#pragma unroll 4
-            for (int l = 0; l < j; ++l) last = madd(-s.S(j, l), s.L(j, l), last);
-            const T pivot = last > least ? last : (T)nanf(""), inverse = (T)1 / pivot;
-            if (x.lane == 0) s.pivot[j] = pivot, s.inverse[j] = inverse;
-            for (int i = j + 1 + x.lane; i <= M; i += G) {
-                T v = s.S(i, j);
-#pragma unroll 4
-                for (int l = 0; l < j; ++l) v = madd(-s.S(i, l), s.L(j, l), v);
-                s.S(i, j) = v, s.L(i, j) = divided(v, pivot, inverse);
-            }
-        }
-        MEET();
-    }
+    factorise(room, count);
     EACH_LANE(count) room.of(x).solve_all(x);
     MEET();
     EACH_LANE(count) {

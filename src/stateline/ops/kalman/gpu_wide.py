@@ -62,13 +62,14 @@ def room(file: str, v: Variant) -> int:
         """Of so many matrices of so many rows and columns."""
         return sum(count * rows * -(-columns * v.size // 16) * 16 for count, rows, columns in shapes)
 
-    one = [(3, n, n), (4, m, n), (2, n, m), (1, m, m), (2, m + 1, m), (2, 1, n), (4, 1, m)]
+    one = [(3, n, n), (4, m, n), (2, n, m), (2, m, m), (1, m + 1, m), (2, 1, n), (5, 1, m)]
     if file == FORWARD:
         one, system = [*one, (1, 1, m)], total((2, n, n))
     else:
         one, system = [*one, (3, n, n), (2, n, m), (2, m, m), (6, 1, n), (4, 1, m)], total((1, n, n))
-    count = series(v)
-    apart = (total(*one) + 63) // 128 * 128 + 64
+    count, (rows, columns) = series(v), lanes(v)
+    beyond = 48 if rows * columns <= 4 else rows * columns * 4 % 128
+    apart = (total(*one) + 127 - beyond) // 128 * 128 + beyond
     return system * (count if v.own else 1) + count * apart + -(-count * 8 // 16) * 16
 
 

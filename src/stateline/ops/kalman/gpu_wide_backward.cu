@@ -33,14 +33,8 @@ struct Series : Correction {
         for (int q = l.lane; q < M * M; q += G) inverse_S(q / M, q % M) = (T)(q / M == q % M);
     }
     __device__ __forceinline__ void solve_all(const Lane& l) {
-        for (int j = l.lane; j < N; j += G) {
-#pragma unroll 8
-            for (int i = 0; i < M; ++i) K_turned(i, j) = Z(i, j);
-            solve(K_turned, j);
-#pragma unroll 8
-            for (int i = 0; i < M; ++i) K(j, i) = K_turned(i, j);
-        }
-        for (int j = l.lane; j < M; j += G) solve(inverse_S, j);
+        for (int j = l.lane; j < N; j += G) solve(Z, K_turned, j, [&](int i, T v) { K(j, i) = v; });
+        for (int j = l.lane; j < M; j += G) solve(inverse_S, inverse_S, j, [](int, T) {});
     }
     __device__ __forceinline__ void keep(const Lane& l, const Tile<N, N>& made) {
         made.store(l, rest);
@@ -174,7 +168,8 @@ __device__ __forceinline__ void through_correction(
             const int i = q / M, j = q % M;
             if (j > i) continue;
             const T through_mean = madd(s.z[i], s.w[j], s.w[i] * s.z[j]);
-            s.dS(i, j) = s.dS(j, i) = (T)0.5 * madd(slope, madd(s.w[i], s.w[j], -s.inverse_S(i, j)), -through_mean);
+            const T dS = (T)0.5 * madd(slope, madd(s.w[i], s.w[j], -s.inverse_S(i, j)), -through_mean);
+            s.dS(i, j) = s.dS(j, i) = seen(s.y[i]) && seen(s.y[j]) ? dS : (T)0; // other rows of C are 0
         }
     }
     MEET();
@@ -191,8 +186,7 @@ __device__ __forceinline__ void through_correction(
     EACH_LANE(count) {
         Series& s = room.of(x);
         Tile<M, M> dR;
-        dR.clear(), dR.add(x, s.WK(), s.K);
-        dR.each(x, [&](int i, int j, T& v) { v += seen(s.y[i]) && seen(s.y[j]) ? s.dS(i, j) : (T)0; });
+        dR.clear(), dR.add(x, s.dS), dR.add(x, s.WK(), s.K);
         sums[own].R.add(dR);
         Tile<M, N> KWr;
         KWr.clear(), KWr.template add<true>(x, s.K, s.W_rest()), KWr.store_turned(x, s.KWr);
@@ -234,6 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kalman_backward(co
     for (i64 t = k.steps - 1; t >= 0; --t) {
         const bool last = t == k.steps - 1;
         if (!last && k.times & 1) fetch(room, k, first, count, t);
+        look(room, k, first, count, t);
         EACH_LANE(count) {
             Series& s = room.of(x);
             const i64 series = first + x.series;
@@ -245,7 +240,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kalman_backward(co
                 SOON(k.y.at(series, t - 1));
             }
         }
-        look(room, k, first, count, t, last || k.times & 10, missed);
+        MEET();
+        mask(room, k, first, count, t, last || k.times & 10, missed);
         correct(room, k, first, count, t);
         through_prediction(room, k, first, count, t, sums, W);
         through_correction(room, k, first, count, t, sums, W);
