@@ -45,7 +45,7 @@ def _too_large(y: Tensor, m: int, n: int) -> str | None:
     if max(n, m) > gpu_wide.MOST:
         return f"{system}, its GPU kernels know up to {gpu_wide.MOST} of each."
     need, have = gpu_wide.room(gpu_wide.BACKWARD, Variant(n, m, y.dtype.itemsize, True)), _block_room(y.get_device())
-    if need > have and max(n, m) >= min(gpu_wide.FEWEST.values()):
+    if need > have and max(n, m) >= gpu_wide.FEWEST[gpu_wide.BACKWARD][y.dtype.itemsize]:
         kind = str(y.dtype).removeprefix("torch.")
         return f"{system} of {kind}, which take {need} bytes of shared memory where a block of this device has {have}."
     return None

@@ -16,7 +16,7 @@ struct Series : Correction {
     __device__ __forceinline__ Matrix<N, N>& filtered() { return P; }
     __device__ __forceinline__ void start_solving(const Lane&) {}
     __device__ __forceinline__ void solve_all(const Lane& l) {
-        for (int j = l.lane; j < N; j += G) solve(Z, K_turned, j, [](int, T) {});
+        for (int j = l.lane; j < N; j += G) solve(K_turned, j, [](int, T) {});
     }
     __device__ __forceinline__ void keep(const Lane& l, const Tile<N, N>&) {
         for (int i = l.lane; i < M; i += G) logs[i] = log(pivot[i]);

@@ -232,19 +232,20 @@ __device__ __forceinline__ T divided(T x, T pivot, T inverse) {
 
 // A series at a step, in shared memory. `turned`: transposed.   S: C P Cᵀ + R, below it e; afterwards L D, and below it L⁻¹ e.
 // L: of S = L D Lᵀ, what is below its diagonal of ones.   variance: the diagonal of S.   pivot, inverse: D, and its reciprocals.
-// C, R: as they are where entries of y are missing: rows of C are 0 there, those of R but for a unit diagonal.
+// C, R: as they are where entries of y are missing: rows of C are 0 there, those of R but for a unit diagonal.   K_turned: C P before it
+// is Kᵀ.
 struct Correction {
     Matrix<N, N> P, rest_turned, P_rest_turned;
-    Matrix<M, N> C, Z, K_turned, RK_turned;
+    Matrix<M, N> C, K_turned, RK_turned;
     Matrix<N, M> C_turned, Z_turned;
     Matrix<M, M> R, L;
     Matrix<M + 1, M> S;
     Vector<N> m, filtered_m;
     Vector<M> y, e, variance, pivot, inverse;
 
-    // S⁻¹ x for column j of `from`, to that of X, some rows at a time in registers. put(i, number): of what comes out.
+    // S⁻¹ X over column j of X, some rows at a time in registers. put(i, number): of what comes out.
     template <int J, class Put>
-    __device__ __forceinline__ void solve(const Matrix<M, J>& from, Matrix<M, J>& X, int j, Put put) const {
+    __device__ __forceinline__ void solve(Matrix<M, J>& X, int j, Put put) const {
         constexpr int B = M < 8 ? M : 8, BV = pieces(B), LAST = (M - 1) / B * B;
         constexpr bool WHOLE = M % B == 0;
         constexpr int MV = pieces(M);
@@ -253,7 +254,7 @@ struct Correction {
         for (int base = 0; base < M; base += B) {
             T x[B];
 #pragma unroll
-            for (int r = 0; r < B; ++r) x[r] = WHOLE || base + r < M ? from(base + r, j) : (T)0;
+            for (int r = 0; r < B; ++r) x[r] = WHOLE || base + r < M ? X(base + r, j) : (T)0;
 #pragma unroll 2
             for (int k = 0; k < base / V; ++k) {
                 Piece l[B];
@@ -406,7 +407,7 @@ __device__ __forceinline__ void correct(Room& room, const Record& k, i64 first, 
     EACH_LANE(count) {
         auto& s = room.of(x);
         Tile<M, N> Z;
-        Z.clear(), Z.add(x, s.C_turned, s.P), Z.store(x, s.Z), Z.store_turned(x, s.Z_turned);
+        Z.clear(), Z.add(x, s.C_turned, s.P), Z.store(x, s.K_turned), Z.store_turned(x, s.Z_turned);
         const T* d = k.d.p ? k.d.at(first + x.series, t) : nullptr;
         for (int i = x.lane; i < M; i += G) {
             const T v = s.y[i] - (d ? d[i] : (T)0) - dot((T)0, s.C_turned, i, s.m);

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from stateline.ops.kalman.gpu import Variant
 
 FORWARD, BACKWARD = "gpu_wide.cu", "gpu_wide_backward.cu"
-#: The fewest states, or observed values, that each takes over from a thread a series (timings: benchmarks/NOTES.md).
-FEWEST = {FORWARD: 9, BACKWARD: 5}
+#: The fewest states, or observed values, that each takes over from a thread a series, by bytes of a number: as soon as
+#: the numbers of one do not fit in the registers of a thread.
+FEWEST = {FORWARD: {4: 9, 8: 7}, BACKWARD: {4: 7, 8: 5}}
 #: The most states, and observed values: what is missing of the latter at a step is a number of 64 bits.
 MOST = 64
 #: Shared memory of a multiprocessor of what kernels are tuned for, an H100, and what it keeps of that for each block.
@@ -23,10 +24,10 @@ REGISTERS = 65536
 
 
 def lanes(v: Variant) -> tuple[int, int]:
-    """Rows and columns of the lanes of a series. Numbers of eight bytes, two a piece, take twice as many."""
+    """Rows and columns of the lanes of a series (timings: benchmarks/NOTES.md)."""
     wide = max(v.n, v.m)
     if v.size == 8:
-        return (2, 4) if wide <= 8 else (4, 8) if wide <= 16 else (8, 16)
+        return (2, 4) if wide <= 8 else (4, 4) if wide <= 16 else (8, 8) if wide <= 32 else (8, 16)
     return (2, 2) if wide <= 8 else (4, 4) if wide <= 16 else (4, 8) if wide <= 32 else (8, 16)
 
 
@@ -44,7 +45,7 @@ def series(v: Variant) -> int:
 
 def takes(file: str, v: Variant) -> bool:
     """Whether a kernel of these computes such systems, and not one of a thread a series."""
-    return max(v.n, v.m) >= FEWEST[file]
+    return max(v.n, v.m) >= FEWEST[file][v.size]
 
 
 def source(file: str) -> str:
@@ -62,11 +63,11 @@ def room(file: str, v: Variant) -> int:
         """Of so many matrices of so many rows and columns."""
         return sum(count * rows * -(-columns * v.size // 16) * 16 for count, rows, columns in shapes)
 
-    one = [(3, n, n), (4, m, n), (2, n, m), (2, m, m), (1, m + 1, m), (2, 1, n), (5, 1, m)]
+    one = [(3, n, n), (3, m, n), (2, n, m), (2, m, m), (1, m + 1, m), (2, 1, n), (5, 1, m)]
     if file == FORWARD:
         one, system = [*one, (1, 1, m)], total((2, n, n))
     else:
-        one, system = [*one, (3, n, n), (2, n, m), (2, m, m), (6, 1, n), (4, 1, m)], total((1, n, n))
+        one, system = [*one, (3, n, n), (2, n, m), (1, m, m), (6, 1, n), (4, 1, m)], total((1, n, n))
     count, (rows, columns) = series(v), lanes(v)
     beyond = 48 if rows * columns <= 4 else rows * columns * 4 % 128
     apart = (total(*one) + 127 - beyond) // 128 * 128 + beyond

@@ -13,11 +13,11 @@ struct Gradient {
 };
 
 // dP, dm: gradients of the moments at the step after.   W, g: of the filtered moments.   db, dd: what has come together so far.
-// What is not needed any more makes room for what comes.
+// dS: S⁻¹ before. What is not needed any more makes room for what comes.
 struct Series : Correction {
     Matrix<N, N> dP, rest, F;
-    Matrix<N, M> K, KWr;
-    Matrix<M, M> inverse_S, dS;
+    Matrix<N, M> K, half_dZ;
+    Matrix<M, M> dS;
     Vector<N> dm, g, half_g, Pg, Cw, db;
     Vector<M> w, z, minus_dy, dd;
 
@@ -30,15 +30,15 @@ struct Series : Correction {
     __device__ __forceinline__ Matrix<M, N>& dS_C() { return RK_turned; }
 
     __device__ __forceinline__ void start_solving(const Lane& l) {
-        for (int q = l.lane; q < M * M; q += G) inverse_S(q / M, q % M) = (T)(q / M == q % M);
+        for (int q = l.lane; q < M * M; q += G) dS(q / M, q % M) = (T)(q / M == q % M);
     }
     __device__ __forceinline__ void solve_all(const Lane& l) {
-        for (int j = l.lane; j < N; j += G) solve(Z, K_turned, j, [&](int i, T v) { K(j, i) = v; });
-        for (int j = l.lane; j < M; j += G) solve(inverse_S, inverse_S, j, [](int, T) {});
+        for (int j = l.lane; j < N; j += G) solve(K_turned, j, [&](int i, T v) { K(j, i) = v; });
+        for (int j = l.lane; j < M; j += G) solve(dS, j, [](int, T) {});
     }
     __device__ __forceinline__ void keep(const Lane& l, const Tile<N, N>& made) {
         made.store(l, rest);
-        for (int i = l.lane; i < M; i += G) w[i] = dot((T)0, inverse_S, i, e);
+        for (int i = l.lane; i < M; i += G) w[i] = dot((T)0, dS, i, e);
     }
 };
 struct System {
@@ -84,12 +84,12 @@ __device__ __forceinline__ void give_all(Whole& room, const Gradient& k, i64 fir
         Series& s = room.of(x);
         Sums& of = sums[own];
         if (which & 1) of.A.store(x, s.rest_turned), of.A.clear();
-        if (which & 2) of.C.store(x, s.Z), of.C.clear();
+        if (which & 2) of.C.store(x, s.RK_turned), of.C.clear();
         if (which & 4) of.Q.store(x, s.P_rest_turned), of.Q.clear();
         if (which & 8) of.R.store_symmetric(x, s.dS), of.R.clear();
     }
     if (which & 1) give<N, N>(room, k.dA, first, count, t, steps, k.rows & 1, [](Series& s) -> Matrix<N, N>& { return s.rest_turned; });
-    if (which & 2) give<M, N>(room, k.dC, first, count, t, steps, k.rows & 2, [](Series& s) -> Matrix<M, N>& { return s.Z; });
+    if (which & 2) give<M, N>(room, k.dC, first, count, t, steps, k.rows & 2, [](Series& s) -> Matrix<M, N>& { return s.RK_turned; });
     if (which & 4) give<N, N>(room, k.dQ, first, count, t, steps, k.rows & 4, [](Series& s) -> Matrix<N, N>& { return s.P_rest_turned; });
     if (which & 8) give<M, M>(room, k.dR, first, count, t, steps, k.rows & 8, [](Series& s) -> Matrix<M, M>& { return s.dS; });
     if (which & 16) give<1, N>(room, k.db, first, count, t, steps, k.rows & 16, [](Series& s) -> Vector<N>& { return s.db; });
@@ -168,7 +168,7 @@ __device__ __forceinline__ void through_correction(
             const int i = q / M, j = q % M;
             if (j > i) continue;
             const T through_mean = madd(s.z[i], s.w[j], s.w[i] * s.z[j]);
-            const T dS = (T)0.5 * madd(slope, madd(s.w[i], s.w[j], -s.inverse_S(i, j)), -through_mean);
+            const T dS = (T)0.5 * madd(slope, madd(s.w[i], s.w[j], -s.dS(i, j)), -through_mean);
             s.dS(i, j) = s.dS(j, i) = seen(s.y[i]) && seen(s.y[j]) ? dS : (T)0; // other rows of C are 0
         }
     }
@@ -179,8 +179,6 @@ __device__ __forceinline__ void through_correction(
         WK.clear(), WK.add(x, s.W(), s.K), WK.store(x, s.WK());
         Tile<N, N> W_rest;
         W_rest.clear(), W_rest.add(x, s.W(), s.rest), W_rest.store(x, s.W_rest());
-        Tile<M, N> dS_C;
-        dS_C.clear(), dS_C.add(x, s.dS, s.C), dS_C.store(x, s.dS_C());
     }
     MEET();
     EACH_LANE(count) {
@@ -188,16 +186,16 @@ __device__ __forceinline__ void through_correction(
         Tile<M, M> dR;
         dR.clear(), dR.add(x, s.dS), dR.add(x, s.WK(), s.K);
         sums[own].R.add(dR);
-        Tile<M, N> KWr;
-        KWr.clear(), KWr.template add<true>(x, s.K, s.W_rest()), KWr.store_turned(x, s.KWr);
+        Tile<M, N> half_dZ; // of C P: dS C − Kᵀ W rest
+        half_dZ.clear(), half_dZ.add(x, s.dS, s.C), half_dZ.store(x, s.dS_C());
+        half_dZ.template add<true>(x, s.K, s.W_rest()), half_dZ.store_turned(x, s.half_dZ);
     }
     MEET();
     EACH_LANE(count) {
         Series& s = room.of(x);
         const i64 series = first + x.series;
         Tile<M, N> dC;
-        dC.clear(), dC.add(x, s.dS, s.Z), dC.add(x, s.KWr, s.P), dC.scale((T)2);
-        dC.add(x, s.w, s.Pg), dC.add(x, s.minus_dy, s.m);
+        dC.clear(), dC.add(x, s.half_dZ, s.P), dC.scale((T)2), dC.add(x, s.w, s.Pg), dC.add(x, s.minus_dy, s.m);
         sums[own].C.add(dC);
         Tile<N, N> dP;
         dP.clear(), dP.add(x, s.rest, s.W_rest()), dP.add(x, s.C, s.dS_C());
