@@ -208,8 +208,8 @@ def test_shared_covariances() -> None:
 
 
 def test_what_is_not_covered_is_refused_by_name() -> None:
-    y, A, C = torch.zeros(1, 2, 1, device=DEVICE), torch.zeros(1, 1, 9, 9), torch.zeros(1, 1, 1, 9)
-    words = "the system has 9 states and 1 observed values, a thread of its GPU kernels has room for 8 of each."
+    y, A, C = torch.zeros(1, 2, 1, device=DEVICE), torch.zeros(1, 1, 65, 65), torch.zeros(1, 1, 1, 65)
+    words = "the system has 65 states and 1 observed values, its GPU kernels know up to 64 of each."
     assert gpu.problem(y, A, C) == words
     state = SquareRootState(torch.zeros(1, 2), torch.zeros(1, 2, 2))
     for args in ((y, A[..., :2, :2], C[..., :2], None, None, "sqrt"), (y, A[..., :2, :2], C[..., :2], y, y, state)):
@@ -218,4 +218,4 @@ def test_what_is_not_covered_is_refused_by_name() -> None:
     if not INTERPRETED:
         choice = backends.explain(ops.kalman, y, A, C)
         assert choice.name == "reference"
-        assert "room for 8" in choice.rejected["gpu"]
+        assert "up to 64" in choice.rejected["gpu"]

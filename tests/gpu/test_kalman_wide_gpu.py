@@ -1,9 +1,8 @@
-"""kalman's GPU kernels of several lanes a series against the reference in float64: values, gradients, bits, failures."""
+"""kalman's GPU kernels of several lanes a series against the reference in float64: values, gradients, bits."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import host
@@ -20,7 +19,7 @@ from stateline.ops.kalman import KalmanState, gpu, gpu_wide, reference
 pytestmark = pytest.mark.skipif(INTERPRETED and host.COMPILER is None, reason="no C++ compiler to stand in for NVRTC")
 
 F32, F64 = torch.float32, torch.float64
-#: Series, steps, states, observed values, kind of system, dtype. Compiled by sizes, dtype and whether a series has its own.
+#: Series, steps, states, observed values, kind of system, dtype. Compiled for sizes, dtype and kinds of one series' own.
 CASES: list[tuple[int, int, int, int, str, torch.dtype]] = [
     (3, 4, 5, 3, "both", F64), (9, 2, 5, 3, "series", F64), (1, 1, 5, 3, "time", F64), (2, 3, 17, 10, "both", F64),
     (1, 2, 17, 10, "constant", F64), (5, 3, 2, 9, "time", F32), (3, 2, 9, 2, "both", F32),
@@ -28,17 +27,18 @@ CASES: list[tuple[int, int, int, int, str, torch.dtype]] = [
 if not INTERPRETED:
     CASES += [
         (33 if n < 9 else 5, 7, n, m, kind, dtype)
-        for n, m in ((1, 1), (2, 1), (3, 5), (4, 2), (6, 3), (7, 7), (8, 4), (8, 8), (11, 1), (12, 12), (13, 4), (16, 8), (16, 16),
-                     (20, 7), (24, 24), (31, 2), (32, 16), (32, 32), (40, 3), (9, 40))
+        for n, m in (
+            (1, 1), (2, 1), (3, 5), (4, 2), (6, 3), (7, 7), (8, 4), (8, 8), (11, 1), (12, 12), (13, 4), (16, 8),
+            (16, 16), (20, 7), (24, 24), (31, 2), (32, 16), (32, 32), (40, 3), (9, 40),
+        )
         for kind, dtype in (("constant", F32), ("both", F64))
     ] + [(2, 3, 64, 32, "time", F32), (3, 40, 32, 16, "series", F32)]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def _everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small systems too are computed by these kernels."""
-    monkeypatch.setattr(gpu_wide, "FEWEST", dict.fromkeys(gpu_wide.FEWEST, {4: 1, 8: 1}))
-    yield
+    monkeypatch.setattr(gpu_wide, "FEWEST", {file: {4: 1, 8: 1} for file in gpu_wide.FEWEST})
 
 
 def there(given: list[Any], dtype: torch.dtype = F64) -> list[Any]:
@@ -215,6 +215,11 @@ def test_every_size_is_covered_or_refused_by_name(monkeypatch: pytest.MonkeyPatc
     assert why(65, 1) == "the system has 65 states and 1 observed values, its GPU kernels know up to 64 of each."
     assert why(1, 65) is not None
     assert "64 states and 1 observed values of float64, which take" in str(why(64, 1, F64))
+    for n, dtype, said in (
+        (6, F32, "a thread a series"), (8, F32, "a thread a series, in the gradient 4 lanes a series"),
+        (8, F64, "8 lanes a series"), (32, F32, "32 lanes a series"), (32, F64, "128 lanes a series"),
+    ):  # fmt: skip
+        assert gpu.detail(y.to(dtype), None, torch.zeros(1, 1, 2, n)) == said
     monkeypatch.setattr(gpu, "_block_room", lambda _: 101376)  # an RTX 4090's
     assert why(16, 16, F64) is None
     assert why(32, 16) is None

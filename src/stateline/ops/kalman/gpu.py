@@ -1,7 +1,8 @@
 """kalman in CUDA C++ (gpu.cu, gpu_backward.cu), compiled at first use: the same functions as reference.py.
 
-A thread computes one series, or several lanes where its numbers do not fit in one (gpu_wide.py); its bits depend on no other. Whether all series miss the same entries, only y tells, and
-nothing is read back from a GPU: covariances are shared where the caller says so, and else each series has its own.
+A thread computes one series, or several lanes do where its numbers do not fit in one (gpu_wide.py); its bits depend on
+no other. Whether all series miss the same entries, only y tells, and nothing is read back from a GPU: covariances are
+shared where the caller says so, and else each series has its own.
 
 Suffixes: N series (s: N, or 1 where covariances are shared), T time step, n state, m observation.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,19 @@ def problem(y: object = None, A: object = None, C: object = None, *rest: object)
     return None
 
 
+def detail(y: object = None, A: object = None, C: object = None, *rest: object) -> str:
+    """Whether a thread computes a series or several lanes do, in the filter and in its gradient."""
+    if not isinstance(y, Tensor) or not isinstance(C, Tensor):
+        return ""
+    v = Variant(C.shape[-1], C.shape[-2], y.dtype.itemsize, False)
+    rows, columns = gpu_wide.lanes(v)
+    filtering, gradient = (
+        f"{rows * columns} lanes a series" if gpu_wide.takes(file, v) else "a thread a series"
+        for file in (gpu_wide.FORWARD, gpu_wide.BACKWARD)
+    )
+    return filtering if filtering == gradient else f"{filtering}, in the gradient {gradient}"
+
+
 def _too_large(y: Tensor, m: int, n: int) -> str | None:
     """Why a system of that size has no room in a block of the device of y, or None."""
     system = f"the system has {n} states and {m} observed values"
@@ -56,7 +70,8 @@ def _block_room(device: int) -> int:
     """Bytes of shared memory that a block may have; without a device, of those kernels are tuned for."""
     if device < 0:
         return gpu_wide.SHARED - gpu_wide.KEPT
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    of: Any = torch.cuda.get_device_properties(device)
+    return int(of.shared_memory_per_block_optin)
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Kernels of kalman in which several lanes share a series (gpu_wide.cu, gpu_wide_backward.cu): which sizes, how laid out.
+"""Kernels of kalman in which several lanes share a series (gpu_wide.cu, gpu_wide_backward.cu): sizes and layout.
 
-All of it follows from a system's sizes and dtype, nothing from the number of series: a series has its bits in any batch.
+All of it follows from the system, nothing from the number of series: a series has the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ FORWARD, BACKWARD = "gpu_wide.cu", "gpu_wide_backward.cu"
 FEWEST = {FORWARD: {4: 9, 8: 7}, BACKWARD: {4: 7, 8: 5}}
 #: The most states, and observed values: what is missing of the latter at a step is a number of 64 bits.
 MOST = 64
-#: Shared memory of a multiprocessor of what kernels are tuned for, an H100, and what it keeps of that for each block.
-SHARED, KEPT = 233472, 1024
-REGISTERS = 65536
+#: Of a multiprocessor of what kernels are tuned for, an H100: shared memory, how much of it goes with each block,
+#: registers.
+SHARED, KEPT, REGISTERS = 233472, 1024, 65536
 
 
 def lanes(v: Variant) -> tuple[int, int]:
     """Rows and columns of the lanes of a series (timings: benchmarks/NOTES.md)."""
     wide = max(v.n, v.m)
     if v.size == 8:
-        return (2, 4) if wide <= 8 else (4, 4) if wide <= 16 else (8, 8) if wide <= 32 else (8, 16)
+        return (2, 4) if wide <= 8 else (4, 8) if wide <= 16 else (8, 16)
     return (2, 2) if wide <= 8 else (4, 4) if wide <= 16 else (4, 8) if wide <= 32 else (8, 16)
 
 
@@ -77,7 +77,8 @@ def room(file: str, v: Variant) -> int:
 def options(file: str, v: Variant) -> tuple[str, ...]:
     """What a source is compiled with for a variant."""
     (rows, columns), whole = lanes(v), room(file, v)
-    blocks = max(1, min(SHARED // (whole + KEPT), REGISTERS // (threads(v) * 128), 32))
+    most = REGISTERS // (threads(v) * (168 if v.size == 8 else 128))
+    blocks = max(1, min(SHARED // (whole + KEPT), most, 32))
     return (
         f"-DSTATES={v.n}", f"-DOBSERVED={v.m}", f"-DNUMBER={'double' if v.size == 8 else 'float'}", f"-DOWN={v.own:d}",
         f"-DROWS={rows}", f"-DCOLUMNS={columns}", f"-DBLOCKS={blocks}", f"-DROOM={whole}", "--fmad=false",
