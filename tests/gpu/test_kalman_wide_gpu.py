@@ -19,7 +19,7 @@ from stateline.ops.kalman import KalmanState, gpu, gpu_wide, reference
 pytestmark = pytest.mark.skipif(INTERPRETED and host.COMPILER is None, reason="no C++ compiler to stand in for NVRTC")
 
 F32, F64 = torch.float32, torch.float64
-#: Series, steps, states, observed values, kind of system, dtype. Compiled for sizes, dtype and kinds of one series' own.
+#: Series, steps, states, observed values, kind of system, dtype. Compiled for sizes, dtype, and one series' own or not.
 CASES: list[tuple[int, int, int, int, str, torch.dtype]] = [
     (3, 4, 5, 3, "both", F64), (9, 2, 5, 3, "series", F64), (1, 1, 5, 3, "time", F64), (2, 3, 17, 10, "both", F64),
     (1, 2, 17, 10, "constant", F64), (5, 3, 2, 9, "time", F32), (3, 2, 9, 2, "both", F32),

@@ -18,9 +18,8 @@ FORWARD, BACKWARD = "gpu_wide.cu", "gpu_wide_backward.cu"
 FEWEST = {FORWARD: {4: 9, 8: 7}, BACKWARD: {4: 7, 8: 5}}
 #: The most states, and observed values: what is missing of the latter at a step is a number of 64 bits.
 MOST = 64
-#: Of a multiprocessor of what kernels are tuned for, an H100: shared memory, how much of it goes with each block,
-#: registers.
-SHARED, KEPT, REGISTERS = 233472, 1024, 65536
+#: Shared memory of a multiprocessor of what kernels are tuned for, an H100, and how much of it goes with each block.
+SHARED, KEPT = 233472, 1024
 
 
 def lanes(v: Variant) -> tuple[int, int]:
@@ -67,7 +66,7 @@ def room(file: str, v: Variant) -> int:
     if file == FORWARD:
         one, system = [*one, (1, 1, m)], total((2, n, n))
     else:
-        one, system = [*one, (3, n, n), (2, n, m), (1, m, m), (6, 1, n), (4, 1, m)], total((1, n, n))
+        one, system = [*one, (3, n, n), (1, n, m), (1, m, m), (6, 1, n), (4, 1, m)], total((1, n, n))
     count, (rows, columns) = series(v), lanes(v)
     beyond = 48 if rows * columns <= 4 else rows * columns * 4 % 128
     apart = (total(*one) + 127 - beyond) // 128 * 128 + beyond
@@ -77,8 +76,9 @@ def room(file: str, v: Variant) -> int:
 def options(file: str, v: Variant) -> tuple[str, ...]:
     """What a source is compiled with for a variant."""
     (rows, columns), whole = lanes(v), room(file, v)
-    most = REGISTERS // (threads(v) * (168 if v.size == 8 else 128))
-    blocks = max(1, min(SHARED // (whole + KEPT), most, 32))
+    warps = threads(v) // 32
+    fit = min(SHARED // (whole + KEPT) * warps, 12)  # of a multiprocessor, whose quarters have registers of their own
+    blocks = max(1, (fit if fit < 4 else fit - fit % 4) // warps)
     return (
         f"-DSTATES={v.n}", f"-DOBSERVED={v.m}", f"-DNUMBER={'double' if v.size == 8 else 'float'}", f"-DOWN={v.own:d}",
         f"-DROWS={rows}", f"-DCOLUMNS={columns}", f"-DBLOCKS={blocks}", f"-DROOM={whole}", "--fmad=false",

@@ -16,7 +16,7 @@ struct Gradient {
 // dS: S⁻¹ before. What is not needed any more makes room for what comes.
 struct Series : Correction {
     Matrix<N, N> dP, rest, F;
-    Matrix<N, M> K, half_dZ;
+    Matrix<N, M> K;
     Matrix<M, M> dS;
     Vector<N> dm, g, half_g, Pg, Cw, db;
     Vector<M> w, z, minus_dy, dd;
@@ -27,6 +27,7 @@ struct Series : Correction {
     __device__ __forceinline__ Matrix<N, N>& dP_A_turned() { return P_rest_turned; }
     __device__ __forceinline__ Matrix<N, N>& W_rest() { return rest_turned; }
     __device__ __forceinline__ Matrix<N, M>& WK() { return Z_turned; }
+    __device__ __forceinline__ Matrix<N, M>& half_dZ() { return Z_turned; }
     __device__ __forceinline__ Matrix<M, N>& dS_C() { return RK_turned; }
 
     __device__ __forceinline__ void start_solving(const Lane& l) {
@@ -181,22 +182,20 @@ __device__ __forceinline__ void through_correction(
         W_rest.clear(), W_rest.add(x, s.W(), s.rest), W_rest.store(x, s.W_rest());
     }
     MEET();
+    Tile<M, N> half_dZ[WIDTH]; // of C P: dS C − Kᵀ W rest
     EACH_LANE(count) {
         Series& s = room.of(x);
         Tile<M, M> dR;
         dR.clear(), dR.add(x, s.dS), dR.add(x, s.WK(), s.K);
         sums[own].R.add(dR);
-        Tile<M, N> half_dZ; // of C P: dS C − Kᵀ W rest
-        half_dZ.clear(), half_dZ.add(x, s.dS, s.C), half_dZ.store(x, s.dS_C());
-        half_dZ.template add<true>(x, s.K, s.W_rest()), half_dZ.store_turned(x, s.half_dZ);
+        half_dZ[own].clear(), half_dZ[own].add(x, s.dS, s.C), half_dZ[own].store(x, s.dS_C());
+        half_dZ[own].template add<true>(x, s.K, s.W_rest());
     }
     MEET();
     EACH_LANE(count) {
         Series& s = room.of(x);
         const i64 series = first + x.series;
-        Tile<M, N> dC;
-        dC.clear(), dC.add(x, s.half_dZ, s.P), dC.scale((T)2), dC.add(x, s.w, s.Pg), dC.add(x, s.minus_dy, s.m);
-        sums[own].C.add(dC);
+        half_dZ[own].store_turned(x, s.half_dZ());
         Tile<N, N> dP;
         dP.clear(), dP.add(x, s.rest, s.W_rest()), dP.add(x, s.C, s.dS_C());
         dP.add(x, s.half_g, s.Cw), dP.add(x, s.Cw, s.half_g);
@@ -204,6 +203,13 @@ __device__ __forceinline__ void through_correction(
         dP.store_symmetric(x, s.dP);
         for (int i = x.lane; i < N; i += G)
             s.dm[i] = dot(s.g[i], s.C, i, s.minus_dy) + mean_of(k.predicted_mean, series * k.steps + t, i);
+    }
+    MEET();
+    EACH_LANE(count) {
+        Series& s = room.of(x);
+        Tile<M, N> dC;
+        dC.clear(), dC.add(x, s.half_dZ(), s.P), dC.scale((T)2), dC.add(x, s.w, s.Pg), dC.add(x, s.minus_dy, s.m);
+        sums[own].C.add(dC);
     }
     MEET();
 }
