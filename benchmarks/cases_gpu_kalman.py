@@ -25,7 +25,8 @@ N, T = 100_000, 1000
 
 def kalman() -> Iterator[Case]:
     """Yield every case; inputs are built when a case is asked for."""
-    for count, n, m, gaps in ((N, 4, 2, False), (N, 4, 2, True), (N, 2, 1, False), (N // 5, 8, 4, False)):
+    sizes = ((N, 4, 2, False), (N, 4, 2, True), (N, 2, 1, False), (N // 5, 8, 4, False))
+    for count, n, m, gaps in (*sizes, (N // 50, 16, 8, False), (N // 50, 32, 16, False)):
         make = functools.partial(_filter, count, n, m, gaps)
         moved = 4 * count * T * (m + 1 + 2 * (n + n * n))
         what = f"N{count} T{T} n{n} m{m}"
@@ -53,7 +54,7 @@ def _given(count: int, n: int, m: int, gaps: bool) -> dict[str, Any]:
 def _filter(count: int, n: int, m: int, gaps: bool, keep: str = "all") -> dict[str, Callable[[], object]]:
     x = _given(count, n, m, gaps)
     work: dict[str, Callable[[], object]] = {OURS: lambda: ops.kalman(**x, keep=keep, backend="gpu")}
-    if keep == "all" and n == 4 and not gaps and find_spec("torch_kf"):  # seconds a call
+    if keep == "all" and n in (4, 16, 32) and not gaps and find_spec("torch_kf"):  # half a second a call, or seconds
         from torch_kf import GaussianState, KalmanFilter
 
         peer = KalmanFilter(*(x[name][0, 0] for name in "ACQR"))

@@ -1,6 +1,6 @@
 """kalman in CUDA C++ (gpu.cu, gpu_backward.cu), compiled at first use: the same functions as reference.py.
 
-A thread computes one series, or several lanes do where its numbers do not fit in one (gpu_wide.py); its bits depend on
+A thread computes one series, or several lanes do where its numbers do not fit in one (gpu_plan.py); its bits depend on
 no other. Whether all series miss the same entries, only y tells, and nothing is read back from a GPU: covariances are
 shared where the caller says so, and else each series has its own.
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stateline.ops import cuda, nvrtc
-from stateline.ops.kalman import gpu_wide, reference
+from stateline.ops.kalman import gpu_plan, reference
 from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 DTYPES = frozenset({torch.float32, torch.float64})
@@ -45,10 +45,10 @@ def detail(y: object = None, A: object = None, C: object = None, *rest: object) 
     if not isinstance(y, Tensor) or not isinstance(C, Tensor):
         return ""
     v = Variant(C.shape[-1], C.shape[-2], y.dtype.itemsize, False)
-    rows, columns = gpu_wide.lanes(v)
+    rows, columns = gpu_plan.lanes(v)
     filtering, gradient = (
-        f"{rows * columns} lanes a series" if gpu_wide.takes(file, v) else "a thread a series"
-        for file in (gpu_wide.FORWARD, gpu_wide.BACKWARD)
+        f"{rows * columns} lanes a series" if gpu_plan.takes(file, v) else "a thread a series"
+        for file in (gpu_plan.FORWARD, gpu_plan.BACKWARD)
     )
     return filtering if filtering == gradient else f"{filtering}, in the gradient {gradient}"
 
@@ -56,10 +56,10 @@ def detail(y: object = None, A: object = None, C: object = None, *rest: object) 
 def _too_large(y: Tensor, m: int, n: int) -> str | None:
     """Why a system of that size has no room in a block of the device of y, or None."""
     system = f"the system has {n} states and {m} observed values"
-    if max(n, m) > gpu_wide.MOST:
-        return f"{system}, its GPU kernels know up to {gpu_wide.MOST} of each."
-    need, have = gpu_wide.room(gpu_wide.BACKWARD, Variant(n, m, y.dtype.itemsize, True)), _block_room(y.get_device())
-    if need > have and max(n, m) >= gpu_wide.FEWEST[gpu_wide.BACKWARD][y.dtype.itemsize]:
+    if max(n, m) > gpu_plan.MOST:
+        return f"{system}, its GPU kernels know up to {gpu_plan.MOST} of each."
+    need, have = gpu_plan.room(gpu_plan.BACKWARD, Variant(n, m, y.dtype.itemsize, True)), _block_room(y.get_device())
+    if need > have and max(n, m) >= gpu_plan.FEWEST[gpu_plan.BACKWARD][y.dtype.itemsize]:
         kind = str(y.dtype).removeprefix("torch.")
         return f"{system} of {kind}, which take {need} bytes of shared memory where a block of this device has {have}."
     return None
@@ -69,7 +69,7 @@ def _too_large(y: Tensor, m: int, n: int) -> str | None:
 def _block_room(device: int) -> int:
     """Bytes of shared memory that a block may have; without a device, of those kernels are tuned for."""
     if device < 0:
-        return gpu_wide.SHARED - gpu_wide.KEPT
+        return gpu_plan.SHARED - gpu_plan.KEPT
     of: Any = torch.cuda.get_device_properties(device)
     return int(of.shared_memory_per_block_optin)
 
@@ -88,16 +88,16 @@ class Variant(NamedTuple):
 
 def source(file: str) -> str:
     """A kernel file with what both share in front."""
-    if file in gpu_wide.FEWEST:
-        return gpu_wide.source(file)
+    if file in gpu_plan.FEWEST:
+        return gpu_plan.source(file)
     folder = importlib.resources.files("stateline.ops.kalman")
     return "".join((folder / part).read_text() for part in ("gpu_matrix.cuh", "gpu_stage.cuh", file))
 
 
 def options(file: str, v: Variant) -> tuple[str, ...]:
     """What a source is compiled with for a variant."""
-    if file in gpu_wide.FEWEST:
-        return gpu_wide.options(file, v)
+    if file in gpu_plan.FEWEST:
+        return gpu_plan.options(file, v)
     back, wide = file == "gpu_backward.cu", max(v.n, v.m) * v.size
     unrolled = ((8, 6), (6, 4))[back][v.size == 8]
     warps = 8 if back or wide > 16 else 16 if wide > 8 else 28  # of a multiprocessor (timings: benchmarks/NOTES.md)
@@ -192,7 +192,7 @@ class _System:
         """Run kernels of a file one after the other: name, blocks, bytes of shared memory."""
         with torch.cuda.device_of(self.like):
             there = library(file, self.variant, self.device)
-            threads = gpu_wide.threads(self.variant) if file in gpu_wide.FEWEST else LANES
+            threads = gpu_plan.threads(self.variant) if file in gpu_plan.FEWEST else LANES
             for name, blocks, shared in kernels:
                 there.launch(name, blocks, threads, shared, record)
 
@@ -259,8 +259,8 @@ def _run(
     """Launch over y, A, C, Q, R, b, d into the seven results; info."""
     system = _System(given)
     y, mean0, cov0, index = system.like, cuda.plain(mean0), _rows(cov0), cuda.plain(index)  # type: ignore[assignment]  # given
-    wide = gpu_wide.takes(gpu_wide.FORWARD, system.variant)
-    blocks = cuda.ceil_div(y.shape[0], gpu_wide.series(system.variant) if wide else LANES)
+    wide = gpu_plan.takes(gpu_plan.FORWARD, system.variant)
+    blocks = cuda.ceil_div(y.shape[0], gpu_plan.series(system.variant) if wide else LANES)
     failed = cuda.empty((blocks + 2,), torch.int64, y)
     record = [
         y.shape[0], y.shape[1], *(x for view in system.views for x in view),
@@ -270,8 +270,8 @@ def _run(
     ]  # fmt: skip
     file, room, threads = "gpu.cu", forward_room(system.variant)[keep in ("all", "predicted")], LANES
     if wide:
-        file, threads = gpu_wide.FORWARD, gpu_wide.threads(system.variant)
-        room = gpu_wide.room(file, system.variant)
+        file, threads = gpu_plan.FORWARD, gpu_plan.threads(system.variant)
+        room = gpu_plan.room(file, system.variant)
     system.launch(file, record, ("kalman_forward", blocks, room), ("first_failure", 1, threads * 8))
     return failed[blocks:]
 
@@ -286,8 +286,8 @@ def backward(
     if not y.numel():
         return reference.backward(grads, *given, predicted_mean, predicted_cov, shared=shared)
     system = _System(given[:7])
-    wide = gpu_wide.takes(gpu_wide.BACKWARD, system.variant)
-    blocks = cuda.ceil_div(y.shape[0], gpu_wide.series(system.variant) if wide else LANES)
+    wide = gpu_plan.takes(gpu_plan.BACKWARD, system.variant)
+    blocks = cuda.ceil_div(y.shape[0], gpu_plan.series(system.variant) if wide else LANES)
     n, shapes = mean0.shape[1], [y.shape]
     for v in given[1:7]:
         rows = blocks if v is None or v.shape[0] == 1 else v.shape[0]
@@ -302,8 +302,8 @@ def backward(
         *(x for v in (*before, dloglik) for x in _view(v)), *map(_address, slopes), *map(_address, parts),
         shared, system.times, system.rows,
     ]  # fmt: skip
-    file = gpu_wide.BACKWARD if wide else "gpu_backward.cu"
-    room = gpu_wide.room(file, system.variant) if wide else backward_room(system.variant)
+    file = gpu_plan.BACKWARD if wide else "gpu_backward.cu"
+    room = gpu_plan.room(file, system.variant) if wide else backward_room(system.variant)
     system.launch(file, record, ("kalman_backward", blocks, room))
     return tuple(
         None if v is None or part is None else part if part.shape == v.shape else part.sum(0, keepdim=True)

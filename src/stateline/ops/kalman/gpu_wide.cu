@@ -38,7 +38,7 @@ struct System {
 };
 typedef Room<Series, System> Whole;
 #ifdef ROOM
-static_assert(sizeof(Whole) == ROOM, "gpu_wide.py and gpu_wide.cu lay shared memory out alike");
+static_assert(sizeof(Whole) == ROOM, "gpu_plan.py and gpu_wide.cu lay shared memory out alike");
 #endif
 
 __device__ __forceinline__ i64 slot_of(const Filter& k, i64 s) {

@@ -135,7 +135,7 @@ template <int I, int J> struct Tile {
     // += Xᵀ Y, or −= Xᵀ Y.
     template <bool MINUS = false, int K>
     __device__ __forceinline__ void add(const Lane& l, const Matrix<K, I>& X, const Matrix<K, J>& Y) {
-        constexpr int AT_ONCE = K <= 8 ? K : 4;
+        constexpr int AT_ONCE = K <= 8 ? K : N + M > 48 && R * C > 1 ? 2 : 4; // more take more than 5 seconds to compile
         const Piece *from_x[R], *from_y[C];
 #pragma unroll
         for (int r = 0; r < R; ++r) from_x[r] = X.p + within(row(l, r), IV);

@@ -47,7 +47,7 @@ struct System {
 };
 typedef Room<Series, System> Whole;
 #ifdef ROOM
-static_assert(sizeof(Whole) == ROOM, "gpu_wide.py and gpu_wide_backward.cu lay shared memory out alike");
+static_assert(sizeof(Whole) == ROOM, "gpu_plan.py and gpu_wide_backward.cu lay shared memory out alike");
 #endif
 
 // What has come together of the gradients of matrices.

@@ -77,7 +77,8 @@ def options(file: str, v: Variant) -> tuple[str, ...]:
     """What a source is compiled with for a variant."""
     (rows, columns), whole = lanes(v), room(file, v)
     warps = threads(v) // 32
-    fit = min(SHARED // (whole + KEPT) * warps, 12)  # of a multiprocessor, whose quarters have registers of their own
+    # Of a multiprocessor, whose quarters have registers of their own: 168 or 255 for each thread.
+    fit = min(SHARED // (whole + KEPT) * warps, 8 if file == BACKWARD else 12)
     blocks = max(1, (fit if fit < 4 else fit - fit % 4) // warps)
     return (
         f"-DSTATES={v.n}", f"-DOBSERVED={v.m}", f"-DNUMBER={'double' if v.size == 8 else 'float'}", f"-DOWN={v.own:d}",
