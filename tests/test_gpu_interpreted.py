@@ -37,7 +37,7 @@ KALMAN = (
 #: Of those in which several lanes share a series.
 WIDE = (
     "test_lanes and 9-2 or test_values and (3-4-5-3 or 5-3-2-9 or 3-2-9-2) or test_batch or test_the_first"
-    " or test_steps or test_every or test_singular"
+    " or test_steps or test_every or test_singular or test_each"
 )
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0"

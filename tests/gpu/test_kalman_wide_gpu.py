@@ -74,6 +74,12 @@ def test_values_and_gradients(N: int, T: int, n: int, m: int, kind: str, dtype: 
     check(problem(N, T, n, m, kind, offsets=kind != "constant"), dtype)
 
 
+@pytest.mark.parametrize("moving", [1, 2, 3, 4])
+def test_each_matrix_may_vary_alone(moving: int) -> None:
+    given = problem(3, 3, 5, 3, "time", offsets=False)
+    check([v if v is None or i not in (1, 2, 3, 4) or i == moving else v[:, :1] for i, v in enumerate(given)])
+
+
 @pytest.mark.parametrize("N", [1, 5])
 def test_no_steps_and_nothing_seen(N: int) -> None:
     check(problem(N, 0, 5, 3))
