@@ -34,6 +34,11 @@ KALMAN = (
     "test_gradients and float64 or test_steps and float32 or test_runs and float32 or test_the_first or test_keep"
     " or test_shared or test_what or test_states or common and (300 and float64 or once or settle)"
 )
+#: Of those in which several lanes share a series.
+WIDE = (
+    "test_lanes and 9-2 or test_values and (3-4-5-3 or 5-3-2-9 or 3-2-9-2) or test_batch or test_the_first"
+    " or test_steps or test_every or test_singular or test_each"
+)
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install --no-deps triton==3.6.0"
 )
@@ -74,6 +79,13 @@ def test_kernels_compute_the_same_under_the_interpreter() -> None:
 @pytest.mark.parametrize("chosen", [KALMAN, pytest.param("", marks=pytest.mark.full)], ids=["quick", "all"])
 def test_cuda_kernels_compute_the_same_on_the_cpu(chosen: str) -> None:
     interpreted(chosen, "kalman_gpu")
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("chosen", [WIDE, pytest.param("", marks=pytest.mark.full)], ids=["quick", "all"])
+def test_cuda_kernels_of_several_lanes_a_series_do_too(chosen: str) -> None:
+    interpreted(chosen, "kalman_wide_gpu")
 
 
 @needs_triton

@@ -17,6 +17,8 @@ from stateline.generation.decode import network_of, prepare_for_decode
 from stateline.ops import nvrtc
 from stateline.ops.decode_token import Heads, Matrix
 from stateline.ops.decode_token import gpu as token
+from stateline.ops.kalman import gpu as kalman
+from stateline.ops.kalman import gpu_plan as kalman_plan
 from stateline.ops.selective_scan import gpu, gpu_plan
 
 # Multiprocessors, shared memory of a block and of a multiprocessor: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
@@ -193,3 +195,17 @@ def test_sources_compile_for(arch: str, tmp_path: Path, monkeypatch: pytest.Monk
             said = compiled(gpu.source(file), each[0].options, arch, tmp_path)
             spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", said)]
             assert not any(spilled), f"{file} for {dtype} spills {spilled} bytes"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize(("n", "m"), [(5, 3), (8, 8), (11, 2), (16, 8), (3, 20), (32, 16), (32, 32), (64, 1)])
+def test_kernels_of_several_lanes_a_series_compile(
+    n: int, m: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATELINE_CACHE", str(tmp_path))
+    for own, arch in ((False, "sm_80"), (True, "sm_90"), (False, "sm_120")):
+        variant = kalman.Variant(n, m, size, own)
+        for file in kalman_plan.FEWEST:
+            said = compiled(kalman.source(file), kalman.options(file, variant), arch, tmp_path)
+            assert sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)) < 400, said

@@ -27,9 +27,17 @@ AHEAD = """
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#ifdef ROWS
+#define WIDTH (ROWS * COLUMNS < 32 ? 32 : ROWS * COLUMNS)
+#else
 #define WIDTH 32
+#endif
 #define MEET()
 #define HERE(x)
+#define SOON(address)
+#ifdef LAST_LANE_FIRST
+#define EACH_LANE(count) for (int own = WIDTH - 1; own >= 0; --own) if (const Lane x(own); x.series < (count))
+#endif
 #define ANY(x) any(x)
 using std::log;
 static struct { long long x; } blockIdx;
@@ -72,7 +80,6 @@ class Library:
 
     def launch(self, name: str, blocks: int, threads: int, shared: int, record: Sequence[int]) -> None:
         """Run `name`. Raises AssertionError if it writes beside its shared memory."""
-        assert threads == 32
         memory = ctypes.create_string_buffer(b"\x5a" * (shared + 2 * GUARD + 15), shared + 2 * GUARD + 15)
         start = -(ctypes.addressof(memory) + GUARD) % 16 + GUARD
         fields = array("q", record)
@@ -88,13 +95,13 @@ class Library:
 
 
 @functools.cache
-def kalman(file: str, variant: object, device: int) -> Library:
-    """What `stateline.ops.kalman.gpu.library` returns."""
+def kalman(file: str, variant: object, device: int, extra: tuple[str, ...] = ()) -> Library:
+    """What `stateline.ops.kalman.gpu.library` returns, compiled with `extra` options."""
     from stateline.ops.kalman import gpu
 
-    names = {
-        "gpu.cu": ("kalman_forward", "first_failure"),
-        "gpu_common.cu": ("kalman_lead", "kalman_follow", "kalman_spread"),
-        "gpu_backward.cu": ("kalman_backward",),
-    }[file]
-    return Library(gpu.source(file), gpu.options(file, variant), names)  # type: ignore[arg-type]  # a Variant
+    names: tuple[str, ...] = ("kalman_forward", "first_failure")
+    if file.endswith("backward.cu"):
+        names = ("kalman_backward",)
+    elif file == "gpu_common.cu":
+        names = ("kalman_lead", "kalman_follow", "kalman_spread")
+    return Library(gpu.source(file), (*gpu.options(file, variant), *extra), names)  # type: ignore[arg-type]  # a Variant

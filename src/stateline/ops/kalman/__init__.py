@@ -292,7 +292,7 @@ def raise_failed(info: Tensor | Sequence[int], form: str, what: str, given: Sequ
             return
         info = info.tolist()
     series, step, odd = info
-    if step < 0 and not odd:
+    if step < 0 and odd <= 0:
         return
     steps = what == OP
     names = ("y", *SYSTEM_NAMES, *((f"{START}.mean", f"{START}.cov") if steps else ("state.mean", "state.cov")))

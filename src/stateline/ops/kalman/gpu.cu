@@ -119,5 +119,6 @@ extern "C" __global__ void __launch_bounds__(LANES) first_failure(const __grid_c
         for (int i = 0; i < LANES; ++i) first = least[i] < first ? least[i] : first;
         k.failed[count] = first < none ? first % k.series : -1;
         k.failed[count + 1] = first < none ? first / k.series : -1;
+        k.failed[count + 2] = 0; // not looked for
     }
 }

@@ -1,7 +1,8 @@
 """kalman in CUDA C++ (gpu.cu, gpu_common.cu, gpu_backward.cu), compiled at first use: the functions of reference.py.
 
-A thread computes one series, whose bits depend on no other. Whether all series miss the same entries, only y tells, and
-nothing is read back from a GPU. So where matrices are one for all, a warp computes the covariances of the first series,
+A thread computes one series, or several lanes do where its numbers do not fit in one (gpu_plan.py); its bits depend on
+no other. Whether all series miss the same entries, only y tells, and nothing is read back from a GPU. So where matrices
+are one for all and a thread computes a series, a warp computes the covariances of the first series,
 and warps of others look for themselves whether these are theirs: as long as they are, they take them (gpu_common.cu),
 and else go on by themselves (gpu.cu), with the same bits. Results hold a covariance of each series all the same, unless
 the caller says `shared`.
@@ -14,18 +15,16 @@ from __future__ import annotations
 import functools
 import importlib.resources
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stateline.ops import cuda, nvrtc
-from stateline.ops.kalman import reference
+from stateline.ops.kalman import gpu_plan, reference
 from stateline.ops.kalman.reference import DROPPED, RESULTS
 
 DTYPES = frozenset({torch.float32, torch.float64})
-#: The largest system: more would not fit in the registers of a thread, nor in what it may spill.
-MOST = 8
 #: As in the sources: series of a warp, each of which is a block.
 LANES = 32
 #: Bytes of a series that a warp moves at a time, at least, where they lie series by series: what memory moves at once.
@@ -41,12 +40,45 @@ def problem(y: object = None, A: object = None, C: object = None, *rest: object)
     """Why the kernels do not cover such a system, or None. rest: what else the operation takes, its form among it."""
     if "sqrt" in [v for v in rest if isinstance(v, str)] or any(hasattr(v, "factor") for v in rest):
         return 'its GPU kernels compute form="joseph"; square roots are those of the reference.'
-    if isinstance(C, Tensor) and max(C.shape[-2:]) > MOST:
-        sizes = f"{C.shape[-1]} states and {C.shape[-2]} observed values"
-        return f"the system has {sizes}, a thread of its GPU kernels has room for {MOST} of each."
+    if isinstance(y, Tensor) and isinstance(C, Tensor) and (why := _too_large(y, *C.shape[-2:])):
+        return why
     if isinstance(y, Tensor) and y.is_cuda and (why := nvrtc.problem(y.get_device())):
         return f"its GPU kernels cannot be compiled here: {why.rstrip('.')}."
     return None
+
+
+def detail(y: object = None, A: object = None, C: object = None, *rest: object) -> str:
+    """Whether a thread computes a series or several lanes do, in the filter and in its gradient."""
+    if not isinstance(y, Tensor) or not isinstance(C, Tensor):
+        return ""
+    v = Variant(C.shape[-1], C.shape[-2], y.dtype.itemsize, False)
+    rows, columns = gpu_plan.lanes(v)
+    filtering, gradient = (
+        f"{rows * columns} lanes a series" if gpu_plan.takes(file, v) else "a thread a series"
+        for file in (gpu_plan.FORWARD, gpu_plan.BACKWARD)
+    )
+    return filtering if filtering == gradient else f"{filtering}, in the gradient {gradient}"
+
+
+def _too_large(y: Tensor, m: int, n: int) -> str | None:
+    """Why a system of that size has no room in a block of the device of y, or None."""
+    system = f"the system has {n} states and {m} observed values"
+    if max(n, m) > gpu_plan.MOST:
+        return f"{system}, its GPU kernels know up to {gpu_plan.MOST} of each."
+    need, have = gpu_plan.room(gpu_plan.BACKWARD, Variant(n, m, y.dtype.itemsize, True)), _block_room(y.get_device())
+    if need > have and max(n, m) >= gpu_plan.FEWEST[gpu_plan.BACKWARD][y.dtype.itemsize]:
+        kind = str(y.dtype).removeprefix("torch.")
+        return f"{system} of {kind}, which take {need} bytes of shared memory where a block of this device has {have}."
+    return None
+
+
+@functools.cache
+def _block_room(device: int) -> int:
+    """Bytes of shared memory that a block may have; without a device, of those kernels are tuned for."""
+    if device < 0:
+        return gpu_plan.SHARED - gpu_plan.KEPT
+    of: Any = torch.cuda.get_device_properties(device)
+    return int(of.shared_memory_per_block_optin)
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------
@@ -63,6 +95,8 @@ class Variant(NamedTuple):
 
 def source(file: str) -> str:
     """A kernel file with what both share in front."""
+    if file in gpu_plan.FEWEST:
+        return gpu_plan.source(file)
     folder = importlib.resources.files("stateline.ops.kalman")
     ahead = ("gpu_matrix.cuh", "gpu_stage.cuh", "gpu_filter.cuh")[: 2 if file == "gpu_backward.cu" else 3]
     return "".join((folder / part).read_text() for part in (*ahead, file))
@@ -70,6 +104,8 @@ def source(file: str) -> str:
 
 def options(file: str, v: Variant) -> tuple[str, ...]:
     """What a source is compiled with for a variant."""
+    if file in gpu_plan.FEWEST:
+        return gpu_plan.options(file, v)
     back, wide = file == "gpu_backward.cu", max(v.n, v.m) * v.size
     unrolled = ((8, 6), (6, 4))[back][v.size == 8]
     warps = 8 if back or wide > 16 else 16 if wide > 8 else 28  # of a multiprocessor (timings: benchmarks/NOTES.md)
@@ -199,8 +235,9 @@ class _System:
         """Run kernels of a file one after the other: name, blocks, bytes of shared memory."""
         with torch.cuda.device_of(self.like):
             there = library(file, self.variant, self.device)
+            threads = gpu_plan.threads(self.variant) if file in gpu_plan.FEWEST else LANES
             for name, blocks, shared in kernels:
-                there.launch(name, blocks, LANES, shared, record)
+                there.launch(name, blocks, threads, shared, record)
 
 
 def _view(v: Tensor | None) -> tuple[int, int, int]:
@@ -248,7 +285,7 @@ def forward(
         for v, start in zip(out[5:], (mean0, (cov0 + cov0.mT) / 2), strict=True):
             assert v is not None
             v.copy_(start)
-        return (*out, torch.full((2,), -1, device=y.device))
+        return (*out, torch.full((3,), -1, device=y.device))
     return (*out, _run((y, A, C, Q, R, b, d), mean0, cov0, None, out, keep, shared))
 
 
@@ -265,9 +302,11 @@ def _run(
     """Launch over y, A, C, Q, R, b, d into the seven results; info."""
     system = _System(given)
     y, mean0, cov0, index = system.like, cuda.plain(mean0), _rows(cov0), cuda.plain(index)  # type: ignore[assignment]  # given
-    blocks, steps = cuda.ceil_div(y.shape[0], LANES), y.shape[1]
-    ends = _parts(steps) if index is None and may_be_common(system.variant, system.views, *y.shape[:2]) else ()
-    failed = cuda.empty((blocks + 2,), torch.int64, y)
+    wide, steps = gpu_plan.takes(gpu_plan.FORWARD, system.variant), y.shape[1]
+    blocks = cuda.ceil_div(y.shape[0], gpu_plan.series(system.variant) if wide else LANES)
+    alone = wide or index is not None or not may_be_common(system.variant, system.views, *y.shape[:2])
+    ends = () if alone else _parts(steps)
+    failed = cuda.empty((blocks + 3,), torch.int64, y)
     record = [
         y.shape[0], y.shape[1], *(x for view in system.views for x in view),
         mean0.data_ptr(), mean0.stride(0), 0, cov0.data_ptr(), cov0.stride(0) if cov0.shape[0] > 1 else 0, 0,
@@ -286,8 +325,11 @@ def _run(
         record[-3] = steps if keep == "loglik" else 0
         parts = 1 if shared else cuda.ceil_div(blocks, LANES)
         system.launch("gpu_common.cu", record, ("kalman_spread", (steps + 1 - record[-3]) * parts, spread))
-    room = forward_room(system.variant)[keep in ("all", "predicted")]
-    system.launch("gpu.cu", record, ("kalman_forward", blocks, room), ("first_failure", 1, LANES * 8))
+    file, room, threads = "gpu.cu", forward_room(system.variant)[keep in ("all", "predicted")], LANES
+    if wide:
+        file, threads = gpu_plan.FORWARD, gpu_plan.threads(system.variant)
+        room = gpu_plan.room(file, system.variant)
+    system.launch(file, record, ("kalman_forward", blocks, room), ("first_failure", 1, threads * 8))
     return failed[blocks:]
 
 
@@ -320,7 +362,9 @@ def backward(
     given = (y, A, C, Q, R, b, d, mean0, cov0)
     if not y.numel():
         return reference.backward(grads, *given, predicted_mean, predicted_cov, shared=shared)
-    system, blocks = _System(given[:7]), cuda.ceil_div(y.shape[0], LANES)
+    system = _System(given[:7])
+    wide = gpu_plan.takes(gpu_plan.BACKWARD, system.variant)
+    blocks = cuda.ceil_div(y.shape[0], gpu_plan.series(system.variant) if wide else LANES)
     n, shapes = mean0.shape[1], [y.shape]
     for v in given[1:7]:
         rows = blocks if v is None or v.shape[0] == 1 else v.shape[0]
@@ -335,7 +379,9 @@ def backward(
         *(x for v in (*before, dloglik) for x in _view(v)), *map(_address, slopes), *map(_address, parts),
         shared, system.times, system.rows,
     ]  # fmt: skip
-    system.launch("gpu_backward.cu", record, ("kalman_backward", blocks, backward_room(system.variant)))
+    file = gpu_plan.BACKWARD if wide else "gpu_backward.cu"
+    room = gpu_plan.room(file, system.variant) if wide else backward_room(system.variant)
+    system.launch(file, record, ("kalman_backward", blocks, room))
     return tuple(
         None if v is None or part is None else part if part.shape == v.shape else part.sum(0, keepdim=True)
         for v, part in zip(given, parts, strict=True)
@@ -354,7 +400,7 @@ def step(
     rows, n = y.shape[0], mean.shape[1]
     made = [cuda.empty(shape, y.dtype, y) for shape in ((rows, n), (rows, n, n), (rows,))]
     if not rows:
-        return made[0], made[1], made[2], torch.full((2,), -1, device=y.device)
+        return made[0], made[1], made[2], torch.full((3,), -1, device=y.device)
     system = [None if v is None else v[:, None] for v in (y, A, C, Q, R, b, d)]
     covs = cov if cov.data_ptr() % 16 == 0 else cov.clone()  # is written 16 bytes at a time
     out = [made[0], made[1], None, None, made[2], mean, covs]

@@ -52,8 +52,8 @@ def forward(
     (s, n, n), info; None for what `keep` leaves out.
 
     info: int64 (3), the series and step of the first innovation covariance (by step, then series) that is not positive
-    definite, or −1 and −1, and 1 if the last state is not finite: an input was not, or the numbers are too large. What
-    comes after a failure has no meaning.
+    definite, or −1 and −1, and 1 if the last state is not finite: an input was not, or the numbers are too large; not
+    above 0 if it is, or nobody looked. What comes after a failure has no meaning.
     """
     correct, predict = (joseph_correct, joseph_predict) if form == "joseph" else (sqrt_correct, sqrt_predict)
     (N, T, _), n, s, dtype = y.shape, mean0.shape[1], 1 if shared else y.shape[0], y.dtype
