@@ -304,26 +304,26 @@ TIMES
 ## On a GPU
 
 100,000 series of 1,000 steps, n = 4, p = 2, float32, one system for all, on one H100 (80 GB HBM3), torch 2.11,
-CUDA 13.0; milliseconds of the device (`python -m benchmarks.gpu --only kalman`). Where series start with one
-covariance and miss the same entries, covariances are computed once, which nobody has to say, and written for each.
+CUDA 13.0, commit e10a76c; milliseconds of the device (`python -m benchmarks.gpu --only kalman`). Where series start
+with one covariance and miss the same entries, covariances are computed once, which nobody has to say, and written for
+each.
 
 | | shared | shared, a tenth missing in all | each its own | torch-kf | what memory allows |
 |---|---|---|---|---|---|
-| means, covariances, both predictions, log-likelihoods | 5.9 | 6.5 | 7.6 | 1,254\\* | 5.7 |
-| log-likelihoods alone | 0.85 | 1.4 | 2.7 | – | 0.4 |
-| log-likelihoods and their gradient of A, C, Q and R | | | 17.4 | – | 6.4 |
-| one observation of each series | | | 0.023 | – | 0.008 |
+| means, covariances, both predictions, log-likelihoods | 5.9 | 6.5 | 7.6 | 1,261\\* | 5.7 |
+| log-likelihoods alone | 0.82 | 1.4 | 2.8 | – | 0.4 |
+| log-likelihoods and their gradient of A, C, Q and R | | | 17.2 | – | 6.4 |
+| one observation of each series | | | 0.022 | – | 0.008 |
 
-\\* without log-likelihoods and predictions. The first two rows are of commit 172a20b, the others of 243b2a7.
+\\* without log-likelihoods and predictions. Systems of up to 64 states are shared by several lanes where a thread's
+registers do not hold them, and so are gradients from seven states on (float64: five). 1,000 steps, float32, each
+series its own covariances:
 
-Larger systems, up to 64 states, are shared by several lanes; so is the gradient from seven states on (float64: five).
-1,000 steps, float32, log-likelihoods included, commit 9a6bd3e:
-
-| | all results | gradient of log-likelihoods, filter included | torch-kf |
+| | all results | log-likelihoods and their gradient | torch-kf |
 |---|---|---|---|
-| 20,000 series, n = 8, p = 4 | 8.2 | 37 | – |
-| 2,000 series, n = 16, p = 8 | 9.1 | 26 | 440 |
-| 2,000 series, n = 32, p = 16 | 53 | 163 | 561 |
+| 20,000 series, n = 8, p = 4 (shared: 5.6) | 7.3 | 33.8 | – |
+| 2,000 series, n = 16, p = 8 | 8.7 | 24.3 | 527 |
+| 2,000 series, n = 32, p = 16 | 52 | 161 | 532 |
 
 Kernels are compiled when they are first used, in one to five seconds, and kept on disk.
 
