@@ -107,7 +107,6 @@ def options(file: str, v: Variant) -> tuple[str, ...]:
     if file in gpu_plan.FEWEST:
         return gpu_plan.options(file, v)
     back, wide = file == "gpu_backward.cu", max(v.n, v.m) * v.size
-    unrolled = ((8, 6), (6, 4))[back][v.size == 8]
     warps = 8 if back or wide > 16 else 16 if wide > 8 else 28  # of a multiprocessor (timings: benchmarks/NOTES.md)
     room = backward_room(v) if back else forward_room(v)[1]
     line = LINE
@@ -118,8 +117,7 @@ def options(file: str, v: Variant) -> tuple[str, ...]:
         warps = 8 if wide > 32 else 12 if wide > 16 else 24 if wide > 8 else 28
     return (
         f"-DSTATES={v.n}", f"-DOBSERVED={v.m}", f"-DNUMBER={'double' if v.size == 8 else 'float'}", f"-DOWN={v.own:d}",
-        f"-DLINE={line}", f"-DSMALL={unrolled}", f"-DWARPS={warps}", f"-DROOM={room}", *more,
-        "--fmad=false",
+        f"-DLINE={line}", f"-DWARPS={warps}", f"-DROOM={room}", *more, "--fmad=false",
     )  # fmt: skip
 
 

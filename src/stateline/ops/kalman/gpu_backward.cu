@@ -72,7 +72,7 @@ struct Adjoint {
             for (int i = 0; i < N; ++i) g[i] += mean[i];
         }
         if (cov) {
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
             for (int i = 0; i < N; ++i)
 #pragma unroll
                 for (int j = 0; j < N; ++j) W[i][j] += (cov[i * N + j] + cov[j * N + i]) * (T)0.5;
@@ -83,7 +83,7 @@ struct Adjoint {
         T (&g)[N], T (&W)[N][N], const T (&A_now)[N][N], const T (&mf)[N], const T (&F)[N][N]) {
         T AF[N][N], PAF[N][N], PA[N][N], none[N];
         times(AF, A_now, F), times(PAF, P, AF);
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
         for (int i = 0; i < N; ++i)
 #pragma unroll
             for (int j = 0; j < N; ++j) A[i][j] += madd(m[i], mf[j], (T)2 * PAF[i][j]);
@@ -104,7 +104,7 @@ struct Adjoint {
         apply_turned(z, z, now.K, g), apply(Pg, Pg, P0, g), apply_turned(Cw, Cw, C_now, w);
 #pragma unroll
         for (int i = 0; i < M; ++i) y[i] = madd(-slope, w[i], z[i]), d[i] -= y[i];
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
         for (int i = 0; i < M; ++i) {
             T inverse[M];
 #pragma unroll
@@ -118,7 +118,7 @@ struct Adjoint {
                 }
         }
         turned_times(KW, now.K, W), times(SZ, dS, now.Z), times(KWP, KW, now.rest_P);
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
         for (int i = 0; i < M; ++i) {
 #pragma unroll
             for (int j = 0; j < M; ++j)
@@ -134,7 +134,7 @@ struct Adjoint {
         }
         times(Wr, W, now.rest), times(SZ, dS, C_now);
         clear(P), symmetric_turned(P, now.rest, Wr), symmetric_turned(P, C_now, SZ);
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
         for (int i = 0; i < N; ++i)
 #pragma unroll
             for (int j = 0; j < N; ++j) P[i][j] = madd((T)0.5, madd(g[i], Cw[j], Cw[i] * g[j]), P[i][j]);

@@ -2,21 +2,19 @@
 // definition is in reference.py. Every product is fused by hand and by nobody else, so that a series has the same bits however
 // the kernel around it is compiled.
 //
-// STATES, OBSERVED: sizes of the system.   NUMBER: float or double.   Of small systems every loop is unrolled, and matrices are
-// registers; of larger ones a row of the result is computed at a time, and only factors read by columns are.
+// STATES, OBSERVED: sizes of the system.   NUMBER: float or double.   Every loop is unrolled, and matrices are registers.
 
 typedef long long i64;
 typedef NUMBER T;
 
 constexpr int N = STATES, M = OBSERVED;
-constexpr int ROWS_AT_ONCE = N <= SMALL && M <= SMALL ? 8 : 1;
 
 __device__ __forceinline__ float madd(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double madd(double a, double b, double c) { return fma(a, b, c); }
 __device__ __forceinline__ bool seen(T y) { return y == y; }
 
 template <int R, int K> __device__ __forceinline__ void clear(T (&X)[R][K]) {
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
     for (int i = 0; i < R; ++i)
 #pragma unroll
         for (int j = 0; j < K; ++j) X[i][j] = (T)0;
@@ -26,7 +24,7 @@ template <int R> __device__ __forceinline__ void clear(T (&x)[R]) {
     for (int i = 0; i < R; ++i) x[i] = (T)0;
 }
 template <int R, int K> __device__ __forceinline__ void add(T (&sum)[R][K], const T (&X)[R][K]) {
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
     for (int i = 0; i < R; ++i)
 #pragma unroll
         for (int j = 0; j < K; ++j) sum[i][j] += X[i][j];
@@ -38,7 +36,7 @@ template <int R> __device__ __forceinline__ void add(T (&sum)[R], const T (&x)[R
 
 // out = X Y, or Xᵀ Y.
 template <int I, int K, int J> __device__ __forceinline__ void times(T (&out)[I][J], const T (&X)[I][K], const T (&Y)[K][J]) {
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
     for (int i = 0; i < I; ++i)
 #pragma unroll
         for (int j = 0; j < J; ++j) {
@@ -50,7 +48,7 @@ template <int I, int K, int J> __device__ __forceinline__ void times(T (&out)[I]
 }
 template <int I, int K, int J>
 __device__ __forceinline__ void turned_times(T (&out)[I][J], const T (&X)[K][I], const T (&Y)[K][J]) {
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
     for (int i = 0; i < I; ++i)
 #pragma unroll
         for (int j = 0; j < J; ++j) {
@@ -63,7 +61,7 @@ __device__ __forceinline__ void turned_times(T (&out)[I][J], const T (&X)[K][I],
 // out = base + X Yᵀ, known to be symmetric; or, in place, out += Xᵀ Y.
 template <int I, int K>
 __device__ __forceinline__ void symmetric(T (&out)[I][I], const T (&base)[I][I], const T (&X)[I][K], const T (&Y)[I][K]) {
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
     for (int i = 0; i < I; ++i)
 #pragma unroll
         for (int j = 0; j < I; ++j)
@@ -75,7 +73,7 @@ __device__ __forceinline__ void symmetric(T (&out)[I][I], const T (&base)[I][I],
             }
 }
 template <int I, int K> __device__ __forceinline__ void symmetric_turned(T (&out)[I][I], const T (&X)[K][I], const T (&Y)[K][I]) {
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
     for (int i = 0; i < I; ++i)
 #pragma unroll
         for (int j = 0; j < I; ++j)
@@ -197,7 +195,7 @@ struct Correction {
         times(Z, C, P);
         symmetric(whole, R, Z, C);
         logdet = S.of(whole);
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
         for (int i = 0; i < N; ++i) {
             T x[M];
 #pragma unroll
@@ -206,7 +204,7 @@ struct Correction {
 #pragma unroll
             for (int j = 0; j < M; ++j) K[i][j] = x[j];
         }
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
         for (int i = 0; i < N; ++i)
 #pragma unroll
             for (int j = 0; j < N; ++j) {

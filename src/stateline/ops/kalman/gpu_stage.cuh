@@ -161,7 +161,7 @@ template <int R, int K, bool EACH = OWN> struct Part {
         }
     }
     __device__ __forceinline__ void get(int lane, T (&X)[R][K]) const {
-#pragma unroll ROWS_AT_ONCE
+#pragma unroll
         for (int i = 0; i < R; ++i)
 #pragma unroll
             for (int j = 0; j < K; ++j) X[i][j] = x[(i * K + j) * APART + (EACH ? lane : 0)];
