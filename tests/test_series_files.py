@@ -301,7 +301,7 @@ def test_smoothing_filters_once(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     for module in (smoother, kalman):
         once = module.run
-        monkeypatch.setattr(module, "run", lambda *a, once=once: passes.append(0) or once(*a))
+        monkeypatch.setattr(module, "run", lambda *a, once=once, **k: passes.append(0) or once(*a, **k))
     got = smooth.extend(series[:30], smooth=True), smooth.extend(series[30:], smooth=True)
     assert len(passes) == 2
     for a, b in zip(got, expected, strict=True):
