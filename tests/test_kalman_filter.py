@@ -320,6 +320,40 @@ def test_forecasts_cover_what_comes() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("singular", [False, True])
+def test_a_smoother_is_traced_and_transformed(form: str, singular: bool) -> None:
+    """Of singular systems too, where the form by factors takes generalised inverses."""
+    model, y, _ = load(CASES["track2d_missing_rows"])
+    rows = torch.stack([y[:6], y[30:36], y[60:66]])
+    if singular:
+        model = model._replace(Q=0 * model.Q, P0=0 * model.P0)
+
+    def mean(y: Tensor, A: Tensor) -> Tensor:
+        return kalman_smoother(model._replace(A=A), y, form=form).mean
+
+    def energy(A: Tensor, y: Tensor) -> Tensor:
+        return mean(y, A).square().sum()
+
+    close: Any = torch.testing.assert_close
+    close(torch.func.vmap(mean, (0, None))(rows, model.A), mean(rows, model.A))
+    close(torch.compile(mean, fullgraph=True, backend="aot_eager")(rows, model.A), mean(rows, model.A))
+    leaf = model.A.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(energy(leaf, rows), leaf)
+    close(torch.func.vmap(torch.func.grad(energy), (None, 0))(model.A, rows).sum(0), wanted)
+
+
+def test_a_series_is_smoothed_as_alone_beside_one_that_is_singular() -> None:
+    """By factors: a generalised inverse for the one that needs it, an inverse for the other."""
+    model, y, _ = load(CASES["track2d"])
+    both = model._replace(Q=torch.stack([model.Q, 0 * model.Q])[:, None], P0=torch.stack([model.P0, 0 * model.P0]))
+    beside = kalman_smoother(both, y.expand(2, *y.shape), form="sqrt")
+    for i, one in enumerate((model, model._replace(Q=0 * model.Q, P0=0 * model.P0))):
+        alone = kalman_smoother(one, y, form="sqrt")
+        for a, b in zip(beside, alone, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_paths_have_the_moments_of_the_posterior(form: str) -> None:
     model, y, u = varied()
     smoothed = kalman_smoother(model, y, u, form=form)

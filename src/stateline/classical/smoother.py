@@ -187,7 +187,10 @@ def _inverse(X: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     unit = X * shrink[..., None]
     tolerance = 8 * X.shape[-1] * torch.finfo(dtype).eps
     eye = torch.eye(X.shape[-1]).to(X).expand_as(X)
-    if bool((unit.diagonal(dim1=-2, dim2=-1) > tolerance).all()):
-        return torch.linalg.solve_triangular(X, eye, upper=False), torch.zeros_like(X)
+    full = (unit.diagonal(dim1=-2, dim2=-1) > tolerance).all(-1)[..., None, None]
+    straight = torch.linalg.solve_triangular(torch.where(full, X, eye), eye, upper=False)
+    if checks.can_read(full) and bool(full.all()):
+        return straight, torch.zeros_like(X)
     inverse = torch.linalg.pinv(unit, rtol=tolerance)
-    return inverse * shrink[..., None, :], eye - inverse @ unit
+    null = eye - inverse @ unit
+    return torch.where(full, straight, inverse * shrink[..., None, :]), torch.where(full, 0.0, null)
