@@ -74,6 +74,15 @@ def test_what_is_not_finite_is_named(way: str) -> None:
         run(model, y, u, initial_state=state, **options)
 
 
+def test_a_covariance_without_square_root_is_named_with_its_place() -> None:
+    """By the operation itself, which takes roots before it filters."""
+    one = torch.ones(1, 1, 1, 1, dtype=F64)
+    start = KalmanState(one[0, 0], one[0])
+    for name, Q, P in (("Q", one * torch.nan, one[0]), ("initial_state.cov", one, one[0] * torch.inf)):
+        with pytest.raises(ValueError, match=rf"^kalman: {name}\[.*\] is (nan|inf), expected finite values"):
+            ops.kalman(one[0], one, one, Q, one, dataclasses.replace(start, cov=P), form="sqrt")
+
+
 @pytest.mark.parametrize("run", [extended_kalman_filter, unscented_kalman_filter])
 def test_nonlinear_and_steady_filters_name_it_too(run: Any) -> None:
     one = torch.eye(1, dtype=F64)
