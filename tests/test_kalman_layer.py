@@ -291,6 +291,19 @@ def test_rows_in_another_order_and_factors_of_another_sign(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_step_refuses_zeros_without_memory(form: str) -> None:
+    """Which the kernel would read from nowhere."""
+    model, _, _ = load(CASES["track2d"])
+    layer = KalmanFilter(model, form=form)
+    state, nowhere = layer.init_state(1), torch._efficientzerotensor((1, 2), dtype=F64)
+    before = states.clone(state)
+    for index in (None, torch.tensor([0])):
+        with pytest.raises(TypeError, match=r"y is zeros without memory .*, expected a dense tensor"):
+            layer.update_(nowhere, state, index=index)
+    assert torch.equal(state.mean, before.mean)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32])
 def test_each_row_by_index_goes_on_with_its_own_state(form: str, dtype: torch.dtype, kind: torch.dtype) -> None:
