@@ -46,7 +46,8 @@ def kalman_smoother(
     """Estimate the state at each step from the whole series; arguments as in `kalman_filter`.
 
     Differentiable in every part of the model, y, u and the state; the gradient is that of covariances in float64
-    whatever the form. Singular covariances are taken as they are.
+    whatever the form. Singular covariances are taken as they are. For float32 data prefer form="sqrt": what is left by
+    smoothing may be little of what was filtered.
 
     Raises:
         ValueError, TypeError: as `kalman_filter`.
