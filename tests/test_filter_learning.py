@@ -60,6 +60,19 @@ def test_many_columns_are_learnt_by_as_many_filterings_as_one(monkeypatch: pytes
     assert counts[1] < 3 * counts[0]
 
 
+def test_uneven_times_are_learnt_from_as_rows_that_are_missing() -> None:
+    """Of even rows of which most were dropped: with times, what the whole file with gaps tells."""
+    values = walk(400).clone()
+    drop = torch.rand(400, generator=torch.Generator().manual_seed(5)) < 0.4
+    drop[[0, 1, -1]] = False
+    values[drop] = torch.nan
+    times = torch.arange(400.0)
+    whole = SeriesFilter("local-level", step=1.0).fit(series_of(values, times.tolist())).variances
+    kept = series_of(values[~drop], times[~drop].tolist())
+    some = SeriesFilter("local-level", step=1.0).fit(kept).variances
+    assert some == {name: pytest.approx(found, rel=1e-4) for name, found in whole.items()}
+
+
 def test_a_step_without_times_is_refused() -> None:
     with pytest.raises(ValueError, match="step is 2, and the series has no times"):
         SeriesFilter("local-level", step=2.0).fit(walk())
@@ -79,3 +92,15 @@ def test_what_is_learnt_is_as_likely_as_what_was_known(model: str) -> None:
     sensors = SeriesFilter({"components": known, "noise": 0.01}), SeriesFilter(model)
     wanted, found = (sensor.fit(series).extend(series).loglik.sum().item() for sensor in sensors)
     assert found > wanted
+
+
+@pytest.mark.parametrize(("seed", "period"), [(0, 3), (1, 3), (2, 4)])
+def test_what_is_learnt_is_as_likely_as_where_one_thing_stands_still(seed: int, period: int) -> None:
+    """More freedom never makes a series less likely; from starts where all moves alike it did, by ten nats."""
+    noise, steps = torch.randn(2, 150, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    swing = 2.5 * torch.sin(2 * torch.pi * torch.arange(150.0, dtype=torch.float64) / (2 * period))
+    series = series_of(swing + 0.5 * noise + 0.3 * steps.cumsum(0))
+    models = [{"kind": "local-trend"}, {"kind": "local-trend", "level": 0.0}, {"kind": "local-trend", "slope": 0.0}]
+    sensors = [SeriesFilter({"components": {"trend": part}}).fit(series) for part in models]
+    free, *held = (sensor.extend(series).loglik.sum().item() for sensor in sensors)
+    assert free > max(held) - 0.01

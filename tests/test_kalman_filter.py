@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mpmath  # PyTorch depends on it
 import numpy as np
 import pytest
 import torch
@@ -317,6 +318,71 @@ def test_forecasts_cover_what_comes() -> None:
     assert ((high - low) / 2 / ahead.cov.diagonal(dim1=-2, dim2=-1).sqrt()).sub(7.13051).abs().max() < 1e-3
     with pytest.raises(ValueError, match=r"^forecast: u is None"):
         forecast(model, state, 10)
+
+
+def exactly_smoothed(model: StateSpace, y: Tensor) -> Tensor:
+    """Variances (T, n) of the smoother's states by Rauch, Tung and Striebel in 60 digits."""
+    with mpmath.workdps(60):
+        A, C, Q, R, P = (mpmath.matrix(v.tolist()) for v in (model.A, model.C, model.Q, model.R, model.P0))
+        before, after = [], []
+        for _ in y:
+            before.append(P)
+            K = P * C.T * mpmath.inverse(C * P * C.T + R)
+            after.append(P - K * C * P)
+            P = A * after[-1] * A.T + Q
+        found = [after[-1]]
+        for t in reversed(range(len(y) - 1)):
+            J = after[t] * A.T * mpmath.inverse(before[t + 1])
+            found.append(after[t] + J * (found[-1] - before[t + 1]) * J.T)
+        return torch.tensor([[float(V[i, i]) for i in range(V.rows)] for V in reversed(found)], dtype=F64)
+
+
+@pytest.mark.parametrize("name", ["near_collinear", "cv_precise_sensor"])
+def test_smoothing_by_factors_keeps_digits_that_covariances_lose(name: str) -> None:
+    """Those of two sensors that differ by 1e-12: from the filter's factors, the smoother of covariances errs by 0.7."""
+    model, y, _ = load(STRESS[f"{name}_float64"])
+    y = y[:12]
+    exact = exactly_smoothed(model, y)
+    found = kalman_smoother(model, y, form="sqrt").cov.diagonal(dim1=-2, dim2=-1)
+    assert ((found - exact).abs() / exact).max() < 1e-3
+    model, y, _ = load(STRESS[f"{name}_float32"], torch.float32)
+    exact = exactly_smoothed(model, y[:12])
+    found = kalman_smoother(model, y[:12], form="sqrt").cov.diagonal(dim1=-2, dim2=-1)
+    assert ((found - exact).abs() / exact).max() < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("singular", [False, True])
+def test_a_smoother_is_traced_and_transformed(form: str, singular: bool) -> None:
+    """Of singular systems too, where the form by factors takes generalised inverses."""
+    model, y, _ = load(CASES["track2d_missing_rows"])
+    rows = torch.stack([y[:6], y[30:36], y[60:66]])
+    if singular:
+        model = model._replace(Q=0 * model.Q, P0=0 * model.P0)
+
+    def mean(y: Tensor, A: Tensor) -> Tensor:
+        return kalman_smoother(model._replace(A=A), y, form=form).mean
+
+    def energy(A: Tensor, y: Tensor) -> Tensor:
+        return mean(y, A).square().sum()
+
+    close: Any = torch.testing.assert_close
+    close(torch.func.vmap(mean, (0, None))(rows, model.A), mean(rows, model.A))
+    close(torch.compile(mean, fullgraph=True, backend="aot_eager")(rows, model.A), mean(rows, model.A))
+    leaf = model.A.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(energy(leaf, rows), leaf)
+    close(torch.func.vmap(torch.func.grad(energy), (None, 0))(model.A, rows).sum(0), wanted)
+
+
+def test_a_series_is_smoothed_as_alone_beside_one_that_is_singular() -> None:
+    """By factors: a generalised inverse for the one that needs it, an inverse for the other."""
+    model, y, _ = load(CASES["track2d"])
+    both = model._replace(Q=torch.stack([model.Q, 0 * model.Q])[:, None], P0=torch.stack([model.P0, 0 * model.P0]))
+    beside = kalman_smoother(both, y.expand(2, *y.shape), form="sqrt")
+    for i, one in enumerate((model, model._replace(Q=0 * model.Q, P0=0 * model.P0))):
+        alone = kalman_smoother(one, y, form="sqrt")
+        for a, b in zip(beside, alone, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("form", FORMS)

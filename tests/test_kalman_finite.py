@@ -74,6 +74,15 @@ def test_what_is_not_finite_is_named(way: str) -> None:
         run(model, y, u, initial_state=state, **options)
 
 
+def test_a_covariance_without_square_root_is_named_with_its_place() -> None:
+    """By the operation itself, which takes roots before it filters."""
+    one = torch.ones(1, 1, 1, 1, dtype=F64)
+    start = KalmanState(one[0, 0], one[0])
+    for name, Q, P in (("Q", one * torch.nan, one[0]), ("initial_state.cov", one, one[0] * torch.inf)):
+        with pytest.raises(ValueError, match=rf"^kalman: {name}\[.*\] is (nan|inf), expected finite values"):
+            ops.kalman(one[0], one, one, Q, one, dataclasses.replace(start, cov=P), form="sqrt")
+
+
 @pytest.mark.parametrize("run", [extended_kalman_filter, unscented_kalman_filter])
 def test_nonlinear_and_steady_filters_name_it_too(run: Any) -> None:
     one = torch.eye(1, dtype=F64)
@@ -121,12 +130,12 @@ def test_a_stream_goes_on_after_a_value_that_is_not_finite(form: str, slots: boo
         worn = KalmanFilter(model, form=form)
         worn.Q_factor[0, 0] = torch.nan
     for run, message in [
-        (lambda: layer.update_(bad_y, state, u[1:2], index=index), r"y is -inf in series 0\. NaN, and NaN alone"),
-        (lambda: layer.update_(y[1:2], state, bad_u, index=index), r"transition_offset\[0, .\] is nan"),
-        (lambda: layer.update_(blind, state, bad_u, index=index), r"transition_offset\[0, .\] is nan"),
-        (lambda: worn.update_(y[1:2], state, u[1:2], index=index), r"Q\[0, 0\] is nan"),
+        (lambda: layer.update_(bad_y, state, u[1:2], index=index), r"kalman_step_: y is -inf in series 0\. NaN, and"),
+        (lambda: layer.update_(y[1:2], state, bad_u, index=index), r"KalmanFilter: u\[0, 0\] is nan, expected finite"),
+        (lambda: layer.update_(blind, state, bad_u, index=index), r"KalmanFilter: u\[0, 0\] is nan, expected finite"),
+        (lambda: worn.update_(y[1:2], state, u[1:2], index=index), r"kalman_step_: Q\[0, 0\] is nan"),
     ]:
-        with pytest.raises(ValueError, match=rf"^kalman_step_: {message}"):
+        with pytest.raises(ValueError, match=rf"^{message}"):
             run()
         assert torch.equal(state.mean, before.mean)
         assert torch.equal(state.cov, before.cov)
@@ -160,6 +169,24 @@ def test_one_bad_value_touches_no_state_of_many(form: str, dtype: torch.dtype) -
         layer.update_(rows, before)
         others = skip[skip >= 0]
         assert torch.equal(state.mean[others], before.mean[others])
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_row_that_is_skipped_is_not_blamed_for_another(short: bool) -> None:
+    """Inputs neither."""
+    model, y, u = load(CASES["track2d_inputs"])
+    assert u is not None
+    layer, index = KalmanFilter(model), torch.tensor([-1, 0], dtype=torch.int64 if short else torch.int32)
+    rows, inputs = y[:2].clone(), u[:2].clone()
+    rows[0], inputs[0] = torch.inf, torch.nan
+    layer.update_(rows, layer.init_state(1), inputs, index=index)
+    rows[1, 1] = -torch.inf
+    with pytest.raises(ValueError, match=r"y is -inf in series 1\."):
+        layer.update_(rows, layer.init_state(1), inputs, index=index)
+    with torch.no_grad():
+        layer.A[2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"A\[(0, )?2, 1\] is nan"):
+        layer.update_(rows.masked_fill(rows == -torch.inf, 0.0), layer.init_state(1), inputs, index=index)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

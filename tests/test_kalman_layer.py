@@ -290,6 +290,55 @@ def test_rows_in_another_order_and_factors_of_another_sign(form: str) -> None:
     assert (second_part.diagonal(dim1=-2, dim2=-1) >= 0).all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_refuses_zeros_without_memory(form: str) -> None:
+    """Which the kernel would read from nowhere."""
+    model, _, _ = load(CASES["track2d"])
+    layer = KalmanFilter(model, form=form)
+    state, nowhere = layer.init_state(1), torch._efficientzerotensor((1, 2), dtype=F64)
+    before = states.clone(state)
+    for index in (None, torch.tensor([0])):
+        with pytest.raises(TypeError, match=r"y is zeros without memory .*, expected a dense tensor"):
+            layer.update_(nowhere, state, index=index)
+    assert torch.equal(state.mean, before.mean)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+def test_each_row_by_index_goes_on_with_its_own_state(form: str, dtype: torch.dtype, kind: torch.dtype) -> None:
+    """Row 0 too, in any order, some skipped: as each series filtered alone, whose states have come to differ."""
+    model, y, _ = load(CASES["track2d"], dtype)
+    layer, series = KalmanFilter(model, form=form), y[:80].reshape(4, 20, 2)
+    state, means = layer.init_state(4), torch.zeros(4, 5, 4, dtype=dtype)
+    taken = [0] * 4
+    for turn in (
+        [2, -1, 0],
+        [1, 3, -1],
+        [0, 2, 3],
+        [3, 1, 0],
+        [-1, 2, 1],
+        [3, 0, 2],
+        [1, -1, -1],
+        [0, 3, 2],
+        [1, -1, -1],
+    ):
+        rows = torch.stack([series[max(i, 0), taken[max(i, 0)]] for i in turn])
+        out = layer.update_(rows, state, index=torch.tensor(turn, dtype=kind))
+        assert out.mean is not None
+        for place, i in enumerate(turn):
+            if i >= 0:
+                means[i, taken[i]] = out.mean[place]
+                taken[i] += 1
+    assert taken == [5, 5, 5, 5]
+    with torch.no_grad():
+        whole, last = layer.extend(series[:, :5], layer.init_state(4))
+    bound = 1e-11 if dtype == F64 else 1e-4
+    torch.testing.assert_close(means, whole.mean, rtol=bound, atol=bound)
+    torch.testing.assert_close(state.mean, last.mean, rtol=bound, atol=bound)
+    torch.testing.assert_close(state.cov, last.cov, rtol=bound, atol=bound)
+
+
 @pytest.mark.skipif(native_problem() is not None, reason="no C++ library")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)

@@ -251,6 +251,18 @@ def test_series_that_share_covariances_follow_the_definition(N: int, t: int, n: 
                 close(name, a, b, BOUND[dtype][0] * 10)
 
 
+def test_one_covariance_of_series_with_gaps_of_their_own_is_not_shared() -> None:
+    """Those of the last step do not show in what was predicted, but in what is smoothed."""
+    _, (y, A, C, R, d, mean, cov) = operands({"N": 3, "t": 4, "gaps": "none", "start": "one"})
+    y = y.clone()
+    y[1, -1] = torch.nan
+    apart = kalman_smooth(y, A, C, R, mean, cov[:1].repeat(3, 1, 1, 1), observation_offset=d)
+    expanded = kalman_smooth(y, A, C, R, mean, cov[:1].expand_as(cov), observation_offset=d)
+    for a, b in zip(expanded, apart, strict=True):
+        close("gaps", a, b, 1e-12)
+    assert not torch.equal(apart[1][0], apart[1][1])
+
+
 def test_a_leaf_that_is_one_row_in_memory_has_gradients_of_each_row() -> None:
     _, (y, A, C, R, d, mean, cov) = operands({"gaps": "none", "start": "one", "t": 2})
     found = []

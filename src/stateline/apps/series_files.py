@@ -435,8 +435,9 @@ def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence
     return Series(table, names, rows, time=None if times is None else "time")
 
 
-def _as_moment(i: int, value: Any) -> Moment:
+def _as_moment(i: int, given: Any) -> Moment:
     """What the i-th time means: a number, a date, or a text of one."""
+    value = given
     if hasattr(value, "dtype") and value.dtype.kind == "M":
         value = value.astype("datetime64[us]").item()
     if isinstance(value, str):
@@ -451,7 +452,7 @@ def _as_moment(i: int, value: Any) -> Moment:
         number = math.nan
     if not math.isfinite(number):
         remedy = "Leave out rows that have none."
-        raise checks.fail(OP, f"time {i} is {value!r}, expected a number, a date or a text of one.", remedy)
+        raise checks.fail(OP, f"time {i} is {given!r}, expected a number, a date or a text of one.", remedy)
     return number
 
 

@@ -1,5 +1,7 @@
 """Linear-Gaussian state space models: simulated, filtered, smoothed, learned and controlled."""
 
+from stateline.classical.assembly import Structure
+from stateline.classical.batch_fit import StructureFit
 from stateline.classical.components import (
     arma,
     constant_acceleration,
@@ -31,6 +33,7 @@ from stateline.classical.learn import Fit, FitOptions, fit
 from stateline.classical.mixture import StructuralForecast
 from stateline.classical.model import StateSpace, from_scan, simulate, to_scan
 from stateline.classical.nonlinear import NonlinearModel, extended_kalman_filter, unscented_kalman_filter
+from stateline.classical.panel import Panel
 from stateline.classical.regulator import Decision, Lqg, Rest, equilibrium, lqg
 from stateline.classical.sampled import Sampled, discretize
 from stateline.classical.smoother import Smoothed, kalman_smoother, posterior_sample
@@ -38,6 +41,7 @@ from stateline.classical.steady import Steady, SteadyFiltered, steady_filter, st
 from stateline.classical.structural import Coefficients, Components, StructuralModel
 from stateline.classical.subspace import Subspace, n4sid
 from stateline.ops.kalman import Filtered, KalmanState, SquareRootState, State
+from stateline.theory.feedback import Loop
 
 __all__ = [
     "Coefficients",
@@ -52,9 +56,11 @@ __all__ = [
     "KalmanFilter",
     "KalmanState",
     "Limits",
+    "Loop",
     "Lqg",
     "Lqr",
     "NonlinearModel",
+    "Panel",
     "Plan",
     "RecedingHorizon",
     "Report",
@@ -68,6 +74,8 @@ __all__ = [
     "SteadyFiltered",
     "StructuralForecast",
     "StructuralModel",
+    "Structure",
+    "StructureFit",
     "Subspace",
     "analyse",
     "arma",

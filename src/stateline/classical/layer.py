@@ -20,6 +20,7 @@ from stateline.ops.kalman import (
     check_state,
     exact,
     square_root,
+    taken,
 )
 from stateline.ops.kalman.step import advance, quick_step
 from stateline.ops.library import transformed
@@ -169,8 +170,17 @@ class KalmanFilter(nn.Module):
             checks.dtype(OP, "u", u, (y.dtype,), "Inputs and model share one dtype.")  # type: ignore[arg-type]  # and here
         with exact(y):
             b, d = (None if u is None or M is None else u @ M.mT for M in (B, D))
+        try:
+            return self._step(sizes, state, y, (b, d), index)
+        except ValueError as error:  # of an input it knows only what was made of it
+            raise checks.not_finite(OP, {"u": taken(u, index)}, steps=False) or error from None
+
+    def _step(
+        self, sizes: Sizes, state: State, y: Tensor, offsets: tuple[Tensor | None, Tensor | None], index: Tensor | None
+    ) -> Filtered:
+        """`_update` with inputs as B u and D u."""
         system = (self.A, self.C, self.Q_factor, self.R_factor)
-        if (out := quick_step(state, y, system, (b, d), index, triangles=True)) is not None:
+        if (out := quick_step(state, y, system, offsets, index, triangles=True)) is not None:
             return out
         for name, form in {"A": "n n", "C": "m n", "Q_factor": "n n", "R_factor": "m m"}.items():
             v = getattr(self, name)
@@ -181,7 +191,7 @@ class KalmanFilter(nn.Module):
         roots = isinstance(state, SquareRootState)
         noise = (self.Q_factor.tril(), self.R_factor.tril()) if roots else (model.Q, model.R)
         rows = (v[None] for v in (model.A, model.C, *noise))
-        return advance(sizes, state, y, (*rows, b, d), index, None)
+        return advance(sizes, state, y, (*rows, *offsets), index, None)
 
     def extra_repr(self) -> str:
         m, n = self.C.shape

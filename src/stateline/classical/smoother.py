@@ -46,7 +46,8 @@ def kalman_smoother(
     """Estimate the state at each step from the whole series; arguments as in `kalman_filter`.
 
     Differentiable in every part of the model, y, u and the state; the gradient is that of covariances in float64
-    whatever the form. Singular covariances are taken as they are.
+    whatever the form. Singular covariances are taken as they are. For float32 data prefer form="sqrt": what is left by
+    smoothing may be little of what was filtered.
 
     Raises:
         ValueError, TypeError: as `kalman_filter`.
@@ -187,7 +188,10 @@ def _inverse(X: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     unit = X * shrink[..., None]
     tolerance = 8 * X.shape[-1] * torch.finfo(dtype).eps
     eye = torch.eye(X.shape[-1]).to(X).expand_as(X)
-    if bool((unit.diagonal(dim1=-2, dim2=-1) > tolerance).all()):
-        return torch.linalg.solve_triangular(X, eye, upper=False), torch.zeros_like(X)
+    full = (unit.diagonal(dim1=-2, dim2=-1) > tolerance).all(-1)[..., None, None]
+    straight = torch.linalg.solve_triangular(torch.where(full, X, eye), eye, upper=False)
+    if checks.can_read(full) and bool(full.all()):
+        return straight, torch.zeros_like(X)
     inverse = torch.linalg.pinv(unit, rtol=tolerance)
-    return inverse * shrink[..., None, :], eye - inverse @ unit
+    null = eye - inverse @ unit
+    return torch.where(full, straight, inverse * shrink[..., None, :]), torch.where(full, 0.0, null)

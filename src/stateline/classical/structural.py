@@ -86,7 +86,7 @@ class StructuralModel:
 
     Each of the first five may be a list of alternatives: all combinations are fitted, and combined for each series. A
     series too short for a structure, or with values that are not positive for "log", goes without it. Fitted, it has
-    `fits_` (one `batch_fit.StructureFit` a structure), `weights_` (N, structures) and `loglik_` (N).
+    `fits_` (one `StructureFit` a structure), `weights_` (N, structures) and `loglik_` (N).
 
     >>> y = [[112.0, 118, 132, 129, 121, 135, 148, 148, 136, 119], [30.0, 32, 31, 35, 36, 38, 37, 40]]
     >>> model = StructuralModel(trend="fixed").fit(y)

@@ -282,10 +282,13 @@ def kernel(y: Tensor, backend: str | None, *args: Any) -> ModuleType:
     return backends.kernel(OP, y.device.type, backend, y.dtype, (y, *args))
 
 
-def raise_failed(info: Tensor | Sequence[int], form: str, what: str, given: Sequence[Tensor | None]) -> None:
+def raise_failed(
+    info: Tensor | Sequence[int], form: str, what: str, given: Sequence[Tensor | None], index: Tensor | None = None
+) -> None:
     """Raise if `info`, as of `forward`, says so; not read on devices that would have to be waited for.
 
-    given: what the operation `what` was given, y first, of which a value that is not finite is named.
+    given: what the operation `what` was given, y first, of which a value that is not finite is named; of y and offsets
+        no row that the step's `index` skips.
     """
     if isinstance(info, Tensor):
         if info.device.type != "cpu":
@@ -295,6 +298,7 @@ def raise_failed(info: Tensor | Sequence[int], form: str, what: str, given: Sequ
     if step < 0 and odd <= 0:
         return
     steps = what == OP
+    given = [taken(v, index) if i in (0, 5, 6) else v for i, v in enumerate(given)]
     names = ("y", *SYSTEM_NAMES, *((f"{START}.mean", f"{START}.cov") if steps else ("state.mean", "state.cov")))
     cause = checks.not_finite(what, dict(zip(names, given, strict=False)), steps=steps)
     if cause is not None:
@@ -306,6 +310,13 @@ def raise_failed(info: Tensor | Sequence[int], form: str, what: str, given: Sequ
     if not steps:
         problem = "the next state would not be finite; the state is left as it was."
         raise checks.fail(what, problem, "Numbers outgrow the dtype: scale them, or look at the eigenvalues of A.")
+
+
+def taken(v: Tensor | None, index: Tensor | None) -> Tensor | None:
+    """Rows (b, …) with zeros where `index` (b) skips them: what stands there is to blame for nothing."""
+    if v is None or index is None or len(v) != len(index):
+        return v
+    return v.masked_fill((index < 0)[:, None], 0.0)
 
 
 def _remedy(form: str) -> str:

@@ -170,7 +170,7 @@ def quick_step(
     mean, cov, loglik, info = cpu.update(y, *system, *offsets, state.mean, second, index, kind)
     count_write(state.mean, second)
     if info[1] >= 0 or info[2]:
-        raise_failed(info, "sqrt" if roots else "joseph", STEP, (y, *system, *offsets, state.mean, second))
+        raise_failed(info, "sqrt" if roots else "joseph", STEP, (y, *system, *offsets, state.mean, second), index)
     if not roots:
         return Filtered(mean, cov, None, None, loglik)
     with exact(y):
@@ -184,7 +184,7 @@ def _run_step(mean: Tensor, cov: Tensor, *args: Any) -> tuple[Tensor, ...]:
     y, *system, index, form, backend = args
     with exact(y):
         *results, info = kernel(y, backend, *system, form).step(y, *system, mean, cov, index, form=form)
-    raise_failed(info, form, STEP, (y, *system, mean, cov))
+    raise_failed(info, form, STEP, (y, *system, mean, cov), index)
     return tuple(results)
 
 
