@@ -11,11 +11,13 @@ from test_learn import away, data, loglik, system
 
 from stateline.classical import (
     FitOptions,
+    StateSpace,
     em,
     fit,
     kalman_filter,
     learn,
     local_level,
+    local_trend,
     objective,
     side_by_side,
     simulate,
@@ -109,3 +111,13 @@ def test_what_fails_for_one_series_does_not_touch_the_others(method: str, monkey
     assert not bool(found.converged[3])  # type: ignore[index]  # one of each series
     assert "series 3 at step 7" in found.reason
     assert float(loglik(found.model, y)[3].detach()) == pytest.approx(float(found.loglik[-1, 3]), abs=1e-9)
+
+
+def test_em_of_a_constant_series_blames_no_covariance() -> None:
+    """Nothing is left of its noise but differences of larger numbers, which may be negative by rounding."""
+    start = local_trend(level=1.0, slope=0.1, noise=1.0, prior=10.0)
+    start = StateSpace(*(None if v is None else v.double() for v in start))
+    found = fit(start, torch.full((60, 1), 5.0, dtype=torch.float64), learn=("Q", "R"), method="em", steps=200)
+    assert not found.converged
+    assert "failed" not in found.reason
+    assert torch.isfinite(found.model.Q).all()

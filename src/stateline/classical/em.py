@@ -230,7 +230,7 @@ def _solve(S: Tensor, b: Tensor) -> Tensor:
 
 def _moment(found: Tensor, old: Tensor, free: Tensor) -> Tensor:
     """The covariances (G, n, n) most likely for second moments `found`, with the frozen entries of `old`."""
-    made = old.clone()
+    made, found = old.clone(), _semidefinite(found)
     for block in blocks(old, free):
         at = torch.tensor(block.at)
         S, before = found[:, at][:, :, at], old[:, at][:, :, at]
@@ -239,6 +239,14 @@ def _moment(found: Tensor, old: Tensor, free: Tensor) -> Tensor:
         )  # fmt: skip
         made[:, at[:, None], at] = best
     return made
+
+
+def _semidefinite(S: Tensor) -> Tensor:
+    """S, less the negative eigenvalues that it has from rounding: it is a difference where noise is nearly none."""
+    if not bool(torch.linalg.cholesky_ex(S)[1].any()):
+        return S
+    values, vectors = torch.linalg.eigh(S)
+    return symmetric((vectors * values.clamp(min=0)[..., None, :]) @ vectors.mT)
 
 
 def _within(S: Tensor, old: Tensor) -> Tensor:
