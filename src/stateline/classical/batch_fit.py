@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stateline import checks
 from stateline.classical.assembly import Structure
 from stateline.classical.minimise import minimise
 from stateline.classical.panel import Panel
@@ -78,6 +79,19 @@ def fitting(structure: Structure, panel: Panel) -> Tensor:
     """(N): which series have values enough for a structure, and above 0 for logarithms."""
     fits = panel.count >= structure.diffuse + 2
     return fits & ((panel.y > 0) | ~panel.seen).all(1) if structure.transform == "log" else fits
+
+
+def check_fitting(panel: Panel, structures: list[Structure]) -> None:
+    """Raise, before any work, if no structure can be fitted to some series."""
+    without = ~torch.stack([fitting(structure, panel) for structure in structures]).any(0)
+    if without.any():
+        series = int(without.nonzero()[0])
+        fewest = min(structure.diffuse for structure in structures) + 2
+        problem = f"series {series} has {int(panel.count[series])} values, and no structure can be fitted to them"
+        remedy = f"The smallest takes {fewest} values, and logarithms take values above 0."
+        if len(panel.y) > panel.y.shape[1] > 1:
+            remedy += f" There are {len(panel.y)} series of {panel.y.shape[1]} steps: is it y.T?"
+        raise checks.fail("fit", f"{problem}.", remedy)
 
 
 def fit_structure(

@@ -21,7 +21,15 @@ from torch import Tensor
 from stateline import checks
 from stateline.classical import saved_fits
 from stateline.classical.assembly import LEVELS, PRIOR, REGRESSORS, TRENDS, Structure
-from stateline.classical.batch_fit import Progress, StructureFit, blocks, filtered, fit_structure, fitting
+from stateline.classical.batch_fit import (
+    Progress,
+    StructureFit,
+    blocks,
+    check_fitting,
+    filtered,
+    fit_structure,
+    fitting,
+)
 from stateline.classical.diagnosis import Diagnosis, diagnosis
 from stateline.classical.kalman import forecast as forecast_states
 from stateline.classical.mixture import StructuralForecast
@@ -86,7 +94,8 @@ class StructuralModel:
 
     Each of the first five may be a list of alternatives: all combinations are fitted, and combined for each series. A
     series too short for a structure, or with values that are not positive for "log", goes without it. Fitted, it has
-    `fits_` (one `batch_fit.StructureFit` a structure), `weights_` (N, structures) and `loglik_` (N).
+    `fits_` (one `batch_fit.StructureFit` a structure), `weights_` (N, structures), `loglik_` (N) and `steps_` (N): how
+    many steps of each series have passed since its first value, which is where its forecast begins.
 
     >>> y = [[112.0, 118, 132, 129, 121, 135, 148, 148, 136, 119], [30.0, 32, 31, 35, 36, 38, 37, 40]]
     >>> model = StructuralModel(trend="fixed").fit(y)
@@ -98,6 +107,7 @@ class StructuralModel:
     fits_: list[StructureFit]
     weights_: Tensor
     panel_: Panel
+    steps_: NDArray[np.int64]
 
     def __init__(
         self,
@@ -190,7 +200,7 @@ class StructuralModel:
         """
         panel = read("fit", y, X, lengths)
         structures = self.structures(0 if panel.X is None else panel.X.shape[2])
-        _check_fitting(panel, structures)
+        check_fitting(panel, structures)
         structures = [structure for structure in structures if fitting(structure, panel).any()]
         common = max(structure.diffuse for structure in structures)
         progress = Progress(len(panel.y) * len(structures), self.progress)
@@ -200,7 +210,7 @@ class StructuralModel:
         for structure in structures[len(done.fits) :]:
             done.add(fit_structure(structure, panel, common, options, progress))
         fits = done.fits
-        self.fits_, self.panel_ = fits, panel
+        self.fits_, self.panel_, self.steps_ = fits, panel, panel.length.numpy().copy()
         self.weights_ = _weights(panel, fits, self.combine)
         return self
 
@@ -319,10 +329,12 @@ class StructuralModel:
         """Take in what came since, a few values or many of each series, without fitting again.
 
         Args:
-            y: a list of N arrays, some of them empty perhaps, or an array (N, T), or (N, 1) for one step; NaN: missing.
+            y: a list of N arrays, or an array (N, T), or (N, 1) for one step. NaN: the step passed and its value is
+                missing. An empty array: nothing came yet, and the series stays at the step where it was.
             X: the regressors beside them, for a model fitted with any.   lengths: as in `fit`.
 
-        Forecasts then start after these values. Parameters, weights, components and diagnosis stay those of the fit.
+        Each series is forecast from after its own last step here; `steps_` tells which that is. Parameters, weights,
+        components and diagnosis stay those of the fit.
         """
         N, op = len(self._weight()), "update"
         panel = read(op, y, X, lengths, trim=False)
@@ -340,6 +352,7 @@ class StructuralModel:
         states = [_advance(fit, fit.scaled(panel)) for fit in self.fits_]
         for fit, state in zip(self.fits_, states, strict=True):
             fit.state = state
+        self.steps_ = self.steps_ + panel.length.numpy()
         return self
 
     # ---- what lies behind ----
@@ -444,19 +457,6 @@ def _spread(rows: Tensor, values: Tensor, N: int, fill: float = torch.nan) -> Te
     found = torch.full((N,), fill, dtype=torch.float64)
     found[rows] = values
     return found
-
-
-def _check_fitting(panel: Panel, structures: list[Structure]) -> None:
-    """Raise, before any work, if no structure can be fitted to some series."""
-    without = ~torch.stack([fitting(structure, panel) for structure in structures]).any(0)
-    if without.any():
-        series = int(without.nonzero()[0])
-        fewest = min(structure.diffuse for structure in structures) + 2
-        problem = f"series {series} has {int(panel.count[series])} values, and no structure can be fitted to them"
-        remedy = f"The smallest takes {fewest} values, and logarithms take values above 0."
-        if len(panel.y) > panel.y.shape[1] > 1:
-            remedy += f" There are {len(panel.y)} series of {panel.y.shape[1]} steps: is it y.T?"
-        raise checks.fail("fit", f"{problem}.", remedy)
 
 
 def _weights(panel: Panel, fits: list[StructureFit], combine: str) -> Tensor:
