@@ -15,6 +15,7 @@ from stateline.classical import (
     NonlinearModel,
     StateSpace,
     extended_kalman_filter,
+    forecast,
     kalman_filter,
     simulate,
     unscented_kalman_filter,
@@ -49,6 +50,18 @@ def test_linear_functions_give_the_kalman_filter(run: Filter) -> None:
     torch.testing.assert_close(torch.cat([first.mean, second.mean], 1), got.mean, rtol=1e-12, atol=1e-12)
     assert torch.equal(end.mean, state.mean)
     assert run(same, y[:, :0], u[:, :0])[0].mean.shape == (4, 0, 2)
+
+
+@pytest.mark.parametrize("run", FILTERS)
+def test_nothing_seen_is_a_forecast(run: Filter) -> None:
+    model, same, y, u = linear()
+    _, state = run(same, y, u)
+    wanted = forecast(model, state, 5, u[:, :5])
+    ahead, _ = run(same, torch.full((4, 5, 3), torch.nan, dtype=F64), u[:, :5], initial_state=state)
+    torch.testing.assert_close(ahead.mean, wanted.state_mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ahead.cov, wanted.state_cov, rtol=1e-10, atol=1e-10)
+    with pytest.raises(TypeError, match=r"extended_kalman_filter with initial_state=state and a y \(steps, m\) of NaN"):
+        forecast(same, state, 5, u[:, :5])  # type: ignore[arg-type]  # wrong
 
 
 @pytest.mark.parametrize("run", FILTERS)

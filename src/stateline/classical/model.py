@@ -76,6 +76,11 @@ def check(
     sizes = Sizes(op)
     if not isinstance(model, StateSpace):
         remedy = "A NonlinearModel goes to extended_kalman_filter; a KalmanFilter tells its own by .model()."
+        if op == "forecast":
+            remedy = (
+                "A NonlinearModel is forecast by extended_kalman_filter with initial_state=state and a y (steps, m) of"
+                " NaN; a KalmanFilter tells its own by .model()."
+            )
         raise checks.fail(op, f"the model is a {type(model).__name__}, expected a StateSpace.", remedy, error=TypeError)
     given = {name: x for name, x in model._asdict().items() if x is not None}
     for name, x in given.items():

@@ -56,7 +56,8 @@ def extended_kalman_filter(
     """Filter y (…, T, m), NaN where missing, with inputs u (…, T, p), by tangents of both functions.
 
     Returns moments and state as `kalman_filter`, differentiable. For linear functions they are those of the Kalman
-    filter. In plain PyTorch: a loop over time.
+    filter. In plain PyTorch: a loop over time. `initial_state` goes on from the state that an earlier call returned,
+    with Q and R of the new steps where they vary. With y of NaN, mean and cov are a forecast of those steps.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came, or the step that failed.
