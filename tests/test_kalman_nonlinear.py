@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -62,6 +63,30 @@ def test_nothing_seen_is_a_forecast(run: Filter) -> None:
     torch.testing.assert_close(ahead.cov, wanted.state_cov, rtol=1e-10, atol=1e-10)
     with pytest.raises(TypeError, match=r"extended_kalman_filter with initial_state=state and a y \(steps, m\) of NaN"):
         forecast(same, state, 5, u[:, :5])  # type: ignore[arg-type]  # wrong
+
+
+@pytest.mark.parametrize("run", FILTERS)
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        (lambda h, u: np.sin(h), "raised RuntimeError"),
+        (lambda h, u: h if h[0] > 0 else -h, "raised RuntimeError"),
+        (lambda h, u: float(h[0]) * h, "raised RuntimeError"),
+        (lambda h: h, "raised TypeError .* takes 1 positional argument"),
+        (lambda h, u: [h[0], h[1]], "returns a list, expected a tensor, as torch.stack"),
+    ],
+)
+def test_a_function_that_torch_cannot_run_is_told_the_rules(run: Filter, function: Any, problem: str) -> None:
+    _, same, y, u = linear()
+    for name in ("transition", "observation"):
+        rules = (
+            r"It gets tensors, h \(2,\) and u \(1,\), and runs under torch\.func: torch functions only.*torch\.where"
+        )
+        with pytest.raises((ValueError, TypeError), match=f"{run.__name__}: {name} {problem}.* {rules}") as told:
+            run(dataclasses.replace(same, **{name: function}), y, u)
+        assert (told.value.__cause__ is not None) == ("raised" in problem)
+    with pytest.raises(ValueError, match=r"missing 1 required positional argument.* h \(2,\) alone, as there is no u"):
+        run(same, y)
 
 
 @pytest.mark.parametrize("run", FILTERS)
