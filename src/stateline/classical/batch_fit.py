@@ -87,8 +87,13 @@ def check_fitting(panel: Panel, structures: list[Structure]) -> None:
     if without.any():
         series = int(without.nonzero()[0])
         fewest = min(structure.diffuse for structure in structures) + 2
-        problem = f"series {series} has {int(panel.count[series])} values, and no structure can be fitted to them"
-        remedy = f"The smallest takes {fewest} values, and logarithms take values above 0."
+        count = int(panel.count[series])
+        problem = f"series {series} has {count} values, and no structure can be fitted to them"
+        remedy = f"The smallest takes {fewest} values."
+        if count >= fewest:
+            low = float(panel.y[series].nan_to_num(torch.inf).min())
+            problem = f"series {series} has the value {low:g}, and logarithms take values above 0"
+            remedy = 'Give transform="none", or ["none", "log"]: logarithms where all values are above 0.'
         if len(panel.y) > panel.y.shape[1] > 1:
             remedy += f" There are {len(panel.y)} series of {panel.y.shape[1]} steps: is it y.T?"
         raise checks.fail("fit", f"{problem}.", remedy)

@@ -171,7 +171,8 @@ def _inputs(op: str, X: Any, lengths: list[int]) -> list[Any]:
         table = _floats(op, "X", X)
         if table.ndim not in (2, 3):
             expected = "(T, c) for all series, (N, T, c) or a list of (T, c)"
-            raise checks.fail(op, f"X has shape {table.shape}, expected {expected}.")
+            remedy = "One regressor is X[:, None]." if table.ndim == 1 else ""
+            raise checks.fail(op, f"X has shape {table.shape}, expected {expected}.", remedy)
         found = [table] * len(lengths) if table.ndim == 2 else list(table)
     if len(found) != len(lengths):
         raise checks.fail(op, f"X has {len(found)} series, y has {len(lengths)}.")

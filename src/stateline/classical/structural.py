@@ -8,6 +8,7 @@ found by maximum likelihood in one batch; several structures can be fitted and a
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
@@ -85,7 +86,8 @@ class StructuralModel:
         seasonal: steps of a period, such as 12 or 365.25; 0 for none; a list of lists for several periods at once.
         ar: the order of an autoregression beside the level; 0 for none.
         transform: "none", or "log" for series that grow by percentages; values must be above 0.
-        harmonics: how many waves of each period, the longest first; None: all. Few are smoother, and much faster.
+        harmonics: how many waves of each period, the longest first, up to half the longest period's steps;
+            None: all. Few are smoother, and much faster.
         regressors: "fixed" weights of the columns of X, or weights that "walk".
         combine: of several structures, the "average" by AICc weights or for each series the "best" alone.
         tolerance, evaluations: of the search for parameters: largest derivative of the mean log-likelihood, and how
@@ -176,7 +178,8 @@ class StructuralModel:
             checks.number(op, "ar", order, low=0, high=20, integer=True)
         periods = [_periods(op, value) for value in choices[2]]
         if self.harmonics is not None:
-            checks.number(op, "harmonics", self.harmonics, low=1, integer=True)
+            most = max([int(period // 2) for several in periods for period in several], default=math.inf)
+            checks.number(op, "harmonics", self.harmonics, low=1, high=most, integer=True)
         found = product(choices[0], choices[1], periods, [self.harmonics], choices[3], choices[4])
         return [Structure(*parts, regressors=self.regressors, columns=columns) for parts in found]
 
