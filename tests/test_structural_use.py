@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,47 @@ def test_nan_moves_a_series_and_nothing_leaves_it(tmp_path: Path) -> None:
     again = StructuralModel.load(tmp_path / "model.safetensors").update([[9.0, 10.0], []])
     assert again.steps_.tolist() == [10, 8]
     assert model.steps_.tolist() == [8, 8]
+
+
+class Frame:
+    """A table as pandas keeps it, with names of its columns."""
+
+    def __init__(self, table: Any, columns: list[Any]) -> None:
+        self.table, self.columns = table, columns
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.table
+
+
+def test_weights_are_called_after_the_columns(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(33, 2))
+    y = [(X[:30] @ [2.0, -1.0] + 0.1 * rng.normal(size=30)).tolist()]
+    model = StructuralModel(trend="none", transform="none", progress=False).fit(y, Frame(X[:30], ["price", "rain"]))
+    model.save(tmp_path / "model.safetensors")
+    model = StructuralModel.load(tmp_path / "model.safetensors")
+    found = model.coefficients()
+    assert found.names == ["price", "rain"]
+    np.testing.assert_allclose(found.mean, [[2.0, -1.0]], atol=0.2)
+    np.testing.assert_array_equal(
+        model.forecast(3, Frame(X[30:], ["price", "rain"])).mean, model.forecast(3, X[30:]).mean
+    )
+    for wrong in (
+        lambda: model.clone().fit(y * 2, [Frame(X[:30], ["price", "rain"]), Frame(X[:30], ["rain", "price"])]),
+        lambda: model.forecast(3, Frame(X[30:, ::-1], ["rain", "price"])),
+        lambda: model.update([[1.0]], [Frame(X[30:31], ["rain", "price"])]),
+    ):
+        with pytest.raises(ValueError, match=r"X has the columns \['rain', 'price'\], expected \['price', 'rain'\]"):
+            wrong()
+    numbered = StructuralModel(trend="none", transform="none", progress=False).fit(y, Frame(X[:30], [0, 1]))
+    assert numbered.coefficients().names == ["weight_0", "weight_1"]
+    numbered.forecast(3, Frame(X[30:], ["price", "rain"]))
+
+
+def test_reprs_are_short() -> None:
+    model = StructuralModel(trend="none", transform="none", progress=False).fit([list(range(9)), list(range(7))])
+    assert repr(model.forecast(4)) == "StructuralForecast(2 series, 4 steps)"
+    assert repr(model.diagnose(lags=3)) == "Diagnosis(2 series, 9 steps, 3 lags)"
 
 
 def test_errors_say_what_to_give() -> None:

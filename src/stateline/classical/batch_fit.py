@@ -221,3 +221,13 @@ def _unit(panel: Panel) -> Tensor:
     inside = (torch.arange(panel.y.shape[1]) < panel.length[:, None])[..., None]
     size = ((panel.X**2 * inside).sum((0, 1)) / inside.sum()).sqrt()
     return torch.where(size > 0, size, 1.0)
+
+
+def advance(fit: StructureFit, part: Panel) -> KalmanState:
+    """The state of each series of a fit after the new values of `part`, which are scaled."""
+    made = KalmanState(fit.state.mean.clone(), fit.state.cov.clone())
+    for at in blocks(part.length + 1, fit.structure.n):
+        state = KalmanState(fit.state.mean[at], fit.state.cov[at])
+        after = filtered(fit.structure, fit.theta[at], part.take(at), state)[3]
+        made.mean[at], made.cov[at] = after.mean, after.cov
+    return made

@@ -34,6 +34,7 @@ def save(model: Any, path: str | Path) -> None:
     tensors |= _tensors(model.fits_)
     about = {
         "format": FORMAT,
+        "names": json.dumps(model.names_),
         "params": json.dumps(plain(model.get_params())),
         "structures": json.dumps(plain([asdict(one.structure) for one in model.fits_])),
     }
@@ -52,6 +53,7 @@ def load(kind: type[Any], path: str | Path) -> Any:
         model.weights_ = tensors["weights"]
         model.panel_ = Panel(**{name: tensors[f"panel.{name}"] for name in TABLE}, X=tensors.get("panel.X"))
         model.steps_ = tensors["steps"].numpy()
+        model.names_ = json.loads(about["names"])
         model.fits_ = _fits(tensors, structures)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise fail(op, f"{path} is damaged: {error!r}.", "Fit and save again.") from error

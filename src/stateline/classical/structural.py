@@ -25,6 +25,7 @@ from stateline.classical.assembly import LEVELS, PRIOR, REGRESSORS, TRENDS, Stru
 from stateline.classical.batch_fit import (
     Progress,
     StructureFit,
+    advance,
     blocks,
     check_fitting,
     filtered,
@@ -35,7 +36,7 @@ from stateline.classical.diagnosis import Diagnosis, diagnosis
 from stateline.classical.kalman import forecast as forecast_states
 from stateline.classical.mixture import StructuralForecast
 from stateline.classical.model import StateSpace, simulate
-from stateline.classical.panel import Panel, future, read
+from stateline.classical.panel import Panel, column_names, future, read, same_columns
 from stateline.classical.smoother import kalman_smoother
 from stateline.ops.kalman import KalmanState
 
@@ -65,9 +66,10 @@ class Components(NamedTuple):
 class Coefficients(NamedTuple):
     """Weights of the regressors at each series' end, in units of y, or of log y where `log` (N) is true, per unit of X.
 
-    names (c): "weight_0" for the first column of X, and so on.   mean, error (N, c): expected values and their standard
-    errors, for fixed weights the regression's; parameters are taken as known. They are those of the series' likeliest
-    structure.   reason (N): why a series has errors that are NaN, or "".
+    names (c): those of the columns of a DataFrame X, else "weight_0" and so on.
+    mean, error (N, c): expected values and their standard errors, for fixed weights the regression's; parameters are
+    taken as known. They are those of the series' likeliest structure.
+    reason (N): why a series has errors that are NaN, or "".
     """
 
     names: list[str]
@@ -110,6 +112,7 @@ class StructuralModel:
     weights_: Tensor
     panel_: Panel
     steps_: NDArray[np.int64]
+    names_: list[str]
 
     def __init__(
         self,
@@ -193,7 +196,8 @@ class StructuralModel:
         Args:
             y: a list of arrays (T) of any lengths, or one array (N, T): a table in which all rows share time. NaN is a
                 missing value; a series begins at its first value, and ends where its array ends.
-            X: regressors: (T, c) for all series, (N, T, c), or a list of (T, c). No values may be missing.
+            X: regressors: (T, c) for all series, (N, T, c), or a list of (T, c). No values may be missing. Names of a
+                DataFrame's columns are kept, and those of later ones must be the same.
             lengths: (N), for an array (N, T) that is padded: where each row ends.
             checkpoint: a file that keeps each structure once it is fitted; the same call goes on from there after an
                 interruption. It is not deleted.
@@ -203,6 +207,8 @@ class StructuralModel:
         """
         panel = read("fit", y, X, lengths)
         structures = self.structures(0 if panel.X is None else panel.X.shape[2])
+        names = column_names(X) or [f"weight_{i}" for i in range(structures[0].columns)]
+        same_columns("fit", X, names)
         check_fitting(panel, structures)
         structures = [structure for structure in structures if fitting(structure, panel).any()]
         common = max(structure.diffuse for structure in structures)
@@ -214,6 +220,7 @@ class StructuralModel:
             done.add(fit_structure(structure, panel, common, options, progress))
         fits = done.fits
         self.fits_, self.panel_, self.steps_ = fits, panel, panel.length.numpy().copy()
+        self.names_ = names
         self.weights_ = _weights(panel, fits, self.combine)
         return self
 
@@ -266,7 +273,7 @@ class StructuralModel:
             raise checks.fail("coefficients", "the model was fitted without X, and has no regressors.")
         mean, error = torch.zeros(N, columns, dtype=torch.float64), torch.zeros(N, columns, dtype=torch.float64)
         log = torch.zeros(N, dtype=torch.bool)
-        names, reason = [f"weight_{i}" for i in range(columns)], [""] * N
+        names, reason = list(self.names_), [""] * N
         for j, fit in enumerate(self.fits_):
             mine = (best[fit.rows] == j).nonzero()[:, 0]
             rows, at, unit = fit.rows[mine], fit.structure.where("weights"), fit.scale[mine, None] / fit.unit
@@ -342,6 +349,7 @@ class StructuralModel:
         N, op = len(self._weight()), "update"
         panel = read(op, y, X, lengths, trim=False)
         columns = self.fits_[0].structure.columns
+        same_columns(op, X, self.names_)
         if len(panel.y) != N:
             raise checks.fail(op, f"y has {len(panel.y)} series, expected the {N} that were fitted.")
         if (0 if panel.X is None else panel.X.shape[2]) != columns:
@@ -352,7 +360,7 @@ class StructuralModel:
             if len(bad):
                 problem = f"series {int(bad[0])} has values that are not above 0, and its model is one of logarithms."
                 raise checks.fail(op, problem, 'Fit again with transform="none".')
-        states = [_advance(fit, fit.scaled(panel)) for fit in self.fits_]
+        states = [advance(fit, fit.scaled(panel)) for fit in self.fits_]
         for fit, state in zip(self.fits_, states, strict=True):
             fit.state = state
         self.steps_ = self.steps_ + panel.length.numpy()
@@ -439,6 +447,7 @@ class StructuralModel:
             yield at, fit.structure.model(fit.theta[at], X), KalmanState(fit.state.mean[at], fit.state.cov[at])
 
     def _ahead(self, op: str, X: Any, steps: int) -> Tensor | None:
+        same_columns(op, X, self.names_)
         return future(op, X, len(self.weights_), steps, self.fits_[0].structure.columns)
 
 
@@ -468,16 +477,6 @@ def _weights(panel: Panel, fits: list[StructureFit], combine: str) -> Tensor:
     if combine == "best":
         return torch.nn.functional.one_hot(aicc.argmin(1), aicc.shape[1]).double()
     return torch.softmax(-(aicc - aicc.amin(1, keepdim=True)) / 2, 1)
-
-
-def _advance(fit: StructureFit, part: Panel) -> KalmanState:
-    """The state of each series of a fit after the new values of `part`, which are scaled."""
-    made = KalmanState(fit.state.mean.clone(), fit.state.cov.clone())
-    for at in blocks(part.length + 1, fit.structure.n):
-        state = KalmanState(fit.state.mean[at], fit.state.cov[at])
-        after = filtered(fit.structure, fit.theta[at], part.take(at), state)[3]
-        made.mean[at], made.cov[at] = after.mean, after.cov
-    return made
 
 
 def _parts(fit: StructureFit, at: Tensor, part: Panel) -> Tensor:
