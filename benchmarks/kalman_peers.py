@@ -292,6 +292,9 @@ Made by `python -m benchmarks.kalman_peers --out docs/kalman_performance.md`, wi
 
 ## Times
 
+n is the number of states, p of the values observed at each step, T of steps. A dash (–): a package refuses the case, or
+was not timed in it; NaN: that is its answer.
+
 Milliseconds of CPU time on one core, the least of several runs, float64. Other work counts little: ratios
 say more than figures. Ours include the log-likelihood, as those of statsmodels, simdkalman and dynamax do; the others'
 do not. \\* extrapolated from a few series of a loop over series. statsmodels stops updating covariances once they have

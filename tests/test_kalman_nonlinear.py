@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from stateline.classical import (
     NonlinearModel,
     StateSpace,
     extended_kalman_filter,
+    forecast,
     kalman_filter,
     simulate,
     unscented_kalman_filter,
@@ -49,6 +51,42 @@ def test_linear_functions_give_the_kalman_filter(run: Filter) -> None:
     torch.testing.assert_close(torch.cat([first.mean, second.mean], 1), got.mean, rtol=1e-12, atol=1e-12)
     assert torch.equal(end.mean, state.mean)
     assert run(same, y[:, :0], u[:, :0])[0].mean.shape == (4, 0, 2)
+
+
+@pytest.mark.parametrize("run", FILTERS)
+def test_nothing_seen_is_a_forecast(run: Filter) -> None:
+    model, same, y, u = linear()
+    _, state = run(same, y, u)
+    wanted = forecast(model, state, 5, u[:, :5])
+    ahead, _ = run(same, torch.full((4, 5, 3), torch.nan, dtype=F64), u[:, :5], initial_state=state)
+    torch.testing.assert_close(ahead.mean, wanted.state_mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ahead.cov, wanted.state_cov, rtol=1e-10, atol=1e-10)
+    with pytest.raises(TypeError, match=r"extended_kalman_filter with initial_state=state and a y \(steps, m\) of NaN"):
+        forecast(same, state, 5, u[:, :5])  # type: ignore[arg-type]  # wrong
+
+
+@pytest.mark.parametrize("run", FILTERS)
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        (lambda h, u: np.sin(h), "raised RuntimeError"),
+        (lambda h, u: h if h[0] > 0 else -h, "raised RuntimeError"),
+        (lambda h, u: float(h[0]) * h, "raised RuntimeError"),
+        (lambda h: h, "raised TypeError .* takes 1 positional argument"),
+        (lambda h, u: [h[0], h[1]], "returns a list, expected a tensor, as torch.stack"),
+    ],
+)
+def test_a_function_that_torch_cannot_run_is_told_the_rules(run: Filter, function: Any, problem: str) -> None:
+    _, same, y, u = linear()
+    for name in ("transition", "observation"):
+        rules = (
+            r"It gets tensors, h \(2,\) and u \(1,\), and runs under torch\.func: torch functions only.*torch\.where"
+        )
+        with pytest.raises((ValueError, TypeError), match=f"{run.__name__}: {name} {problem}.* {rules}") as told:
+            run(dataclasses.replace(same, **{name: function}), y, u)
+        assert (told.value.__cause__ is not None) == ("raised" in problem)
+    with pytest.raises(ValueError, match=r"missing 1 required positional argument.* h \(2,\) alone, as there is no u"):
+        run(same, y)
 
 
 @pytest.mark.parametrize("run", FILTERS)

@@ -458,7 +458,7 @@ class OfTimes:
         ({}, [[1.0] * 9, [1.0, 2.0]], "series 1 has 2 values, and no structure can be fitted"),
         ({}, np.ones((40, 3)), "There are 40 series of 3 steps: is it y"),
         ({}, OfTimes(np.ones((40, 30))), "y is a table whose rows are times, expected a row a series. Transpose it"),
-        ({"transform": "log"}, [[1.0] * 9, [1.0, 2.0, -3.0, 4.0, 5.0]], "series 1 has 5 values, and no structure"),
+        ({"transform": "log"}, [[1.0] * 9, [1.0, 2.0, -3.0, 4.0, 5.0]], "series 1 has the value -3, and logarithms"),
         ({}, [["a", "b"]], "not made of numbers"),
         ({}, [np.arange("2024-01", "2024-12", dtype="M8[M]")], "not made of numbers"),
     ],

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stateline import checks
 from stateline.classical.assembly import Structure
 from stateline.classical.minimise import minimise
 from stateline.classical.panel import Panel
@@ -78,6 +79,24 @@ def fitting(structure: Structure, panel: Panel) -> Tensor:
     """(N): which series have values enough for a structure, and above 0 for logarithms."""
     fits = panel.count >= structure.diffuse + 2
     return fits & ((panel.y > 0) | ~panel.seen).all(1) if structure.transform == "log" else fits
+
+
+def check_fitting(panel: Panel, structures: list[Structure]) -> None:
+    """Raise, before any work, if no structure can be fitted to some series."""
+    without = ~torch.stack([fitting(structure, panel) for structure in structures]).any(0)
+    if without.any():
+        series = int(without.nonzero()[0])
+        fewest = min(structure.diffuse for structure in structures) + 2
+        count = int(panel.count[series])
+        problem = f"series {series} has {count} values, and no structure can be fitted to them"
+        remedy = f"The smallest takes {fewest} values."
+        if count >= fewest:
+            low = float(panel.y[series].nan_to_num(torch.inf).min())
+            problem = f"series {series} has the value {low:g}, and logarithms take values above 0"
+            remedy = 'Give transform="none", or ["none", "log"]: logarithms where all values are above 0.'
+        if len(panel.y) > panel.y.shape[1] > 1:
+            remedy += f" There are {len(panel.y)} series of {panel.y.shape[1]} steps: is it y.T?"
+        raise checks.fail("fit", f"{problem}.", remedy)
 
 
 def fit_structure(
@@ -202,3 +221,13 @@ def _unit(panel: Panel) -> Tensor:
     inside = (torch.arange(panel.y.shape[1]) < panel.length[:, None])[..., None]
     size = ((panel.X**2 * inside).sum((0, 1)) / inside.sum()).sqrt()
     return torch.where(size > 0, size, 1.0)
+
+
+def advance(fit: StructureFit, part: Panel) -> KalmanState:
+    """The state of each series of a fit after the new values of `part`, which are scaled."""
+    made = KalmanState(fit.state.mean.clone(), fit.state.cov.clone())
+    for at in blocks(part.length + 1, fit.structure.n):
+        state = KalmanState(fit.state.mean[at], fit.state.cov[at])
+        after = filtered(fit.structure, fit.theta[at], part.take(at), state)[3]
+        made.mean[at], made.cov[at] = after.mean, after.cov
+    return made

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.checks import Sizes
-from stateline.classical.model import DTYPES, StateSpace, check, covariance, match
+from stateline.classical.model import DTYPES, StateSpace, check, covariance, match, no_tensor
 from stateline.classical.riccati import riccati, wide
 from stateline.classical.sampled import discretize
 from stateline.theory.covariance import lyapunov, spectral_root
@@ -368,6 +368,8 @@ def _check(op: str, A: Tensor, B: Tensor | None, C: Tensor | None) -> None:
     sizes = Sizes(op)
     given = {name: x for name, x in {"A": A, "B": B, "C": C}.items() if x is not None}
     for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise no_tensor(op, name, x, {"A": "(n, n)", "B": "(n, p)", "C": "(m, n)"}[name])
         sizes.match(name, x, {"A": "n n", "B": "n p", "C": "m n"}[name], "One constant system.")
         checks.dtype(op, name, x, DTYPES)
         if checks.can_read(x.detach()) and not torch.isfinite(x).all():

@@ -28,6 +28,10 @@ class Diagnosis(NamedTuple):
     p_value: Floats
     ratio: Floats
 
+    def __repr__(self) -> str:
+        (N, T), lags = self.errors.shape, self.autocorrelation.shape[1]
+        return f"Diagnosis({N} series, {T} steps, {lags} lags)"
+
 
 def diagnosis(errors: Tensor, lags: int, free: Tensor) -> Diagnosis:
     """Statistics of standardised errors (N, T): Ljung & Box 1978, one degree of freedom less for each parameter."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.classical.control import lqr
-from stateline.classical.model import StateSpace, covariance
+from stateline.classical.model import StateSpace, covariance, no_tensor
 from stateline.classical.regulator import only_controlled, rests
 from stateline.classical.riccati import wide
 from stateline.ops.kalman.reference import times
@@ -267,7 +267,7 @@ class RecedingHorizon:
 
     def _fits(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         if not isinstance(x, Tensor):
-            raise checks.fail(self.op, f"{name} is a {type(x).__name__}, expected a tensor {shape}.", error=TypeError)
+            raise no_tensor(self.op, name, x, str(shape), shape[0] if len(shape) == 2 else None)
         if tuple(x.shape) != shape:
             raise checks.fail(self.op, f"{name} has shape {tuple(x.shape)}, expected {shape}.")
         checks.dtype(self.op, name, x, (self.model.A.dtype,), "One dtype for all, as the model.")
@@ -287,7 +287,8 @@ class RecedingHorizon:
         """
         self._fits("h", h, (self.n,))
         wanted = h.new_zeros(self.m) if reference is None else reference
-        self._fits("reference", wanted, (self.m,) if wanted.dim() == 1 else (self.T, self.m))
+        each = isinstance(wanted, Tensor) and wanted.dim() != 1
+        self._fits("reference", wanted, (self.T, self.m) if each else (self.m,))
         if before is None and self._needs_before:
             problem = f"before is None, expected ({self.p},): rates are limited or cost something."
             raise checks.fail(self.op, problem, "Give the input of the step before, or zeros.")

@@ -34,6 +34,9 @@ class StructuralForecast:
     deviation: Tensor
     log: Tensor
 
+    def __repr__(self) -> str:
+        return f"StructuralForecast({self.location.shape[0]} series, {self.location.shape[2]} steps)"
+
     @property
     def mean(self) -> NDArray[np.float64]:
         """(N, S): expected values. Where logarithms count, tails are heavy and the mean can lie far out in them; a

@@ -76,6 +76,11 @@ def check(
     sizes = Sizes(op)
     if not isinstance(model, StateSpace):
         remedy = "A NonlinearModel goes to extended_kalman_filter; a KalmanFilter tells its own by .model()."
+        if op == "forecast":
+            remedy = (
+                "A NonlinearModel is forecast by extended_kalman_filter with initial_state=state and a y (steps, m) of"
+                " NaN; a KalmanFilter tells its own by .model()."
+            )
         raise checks.fail(op, f"the model is a {type(model).__name__}, expected a StateSpace.", remedy, error=TypeError)
     given = {name: x for name, x in model._asdict().items() if x is not None}
     for name, x in given.items():
@@ -96,14 +101,26 @@ def check(
     return Frame(sizes["n"], sizes["m"], sizes["p"], batch, length)
 
 
+def no_tensor(op: str, name: str, x: object, expected: str, side: int | str | None = None) -> Exception:
+    """What to raise for an argument that is no tensor. `side`: of the square matrix that it should be, if it is one."""
+    remedy = ""
+    if isinstance(x, np.ndarray | list | tuple):
+        remedy = f"torch.as_tensor({name}, dtype=torch.float64) makes one."
+    elif isinstance(x, int | float) and side is not None:
+        remedy = f"{x} * torch.eye({side}, dtype=torch.float64) makes one."
+    elif isinstance(x, int | float):
+        remedy = f"torch.tensor([{x}], dtype=torch.float64) makes one of one value."
+    problem = f"{name} is a {type(x).__name__}, expected a tensor {expected}."
+    return checks.fail(op, problem, remedy, error=TypeError)
+
+
 def match(sizes: Sizes, name: str, x: Tensor, form: str) -> None:
     """Check the last sizes of x against a form such as "n p", binding its letters; anything may stand in front."""
     letters = form.split()
     if not isinstance(x, Tensor):
-        problem = f"{name} is a {type(x).__name__}, expected a tensor (…, {', '.join(letters)})."
-        known = isinstance(x, np.ndarray | list | tuple)
-        remedy = f"torch.as_tensor({name}, dtype=torch.float64) makes one." if known else ""
-        raise checks.fail(sizes.op, problem, remedy, error=TypeError)
+        square = len(letters) == 2 and letters[0] == letters[1]
+        side = sizes.bound.get(letters[0], letters)[0] if square else None
+        raise no_tensor(sizes.op, name, x, f"(…, {', '.join(letters)})", side)
     checks.dense(sizes.op, name, x)
     if name == "A":
         checks.dtype(sizes.op, name, x, DTYPES, "Convert with .to(torch.float64).")

@@ -8,6 +8,7 @@ Suffixes: N all series of (…), T time step, n state, m observation, p input.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from stateline.ops.kalman import Filtered, KalmanState, exact
 from stateline.ops.kalman.reference import joseph_correct, joseph_predict, outer, symmetric
 
 Function = Callable[..., Tensor]
+#: Characters of another's error that ours repeats; all of it is the cause.
+SAID = 120
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class NonlinearModel:
     """What an extended or unscented filter needs.
 
     transition: f(h) or f(h, u) -> (n,), of one state h (n,) and, where there are inputs, one input u (p,).
-    observation: g(h) or g(h, u) -> (m,). Both in torch operations, differentiable for the extended filter.
+    observation: g(h) or g(h, u) -> (m,). Both in torch operations, differentiable for the extended filter, and run
+        under torch.func for all series at once: no NumPy, no float(), and torch.where in place of an `if` on values.
     Q (…, n, n), R (…, m, m): covariances of v and n, whose dimensions ahead broadcast against the (…, T) of y.
     m0 (…, n), P0 (…, n, n): what is known at the first observation, before it is seen.
     """
@@ -56,7 +60,8 @@ def extended_kalman_filter(
     """Filter y (…, T, m), NaN where missing, with inputs u (…, T, p), by tangents of both functions.
 
     Returns moments and state as `kalman_filter`, differentiable. For linear functions they are those of the Kalman
-    filter. In plain PyTorch: a loop over time.
+    filter. In plain PyTorch: a loop over time. `initial_state` goes on from the state that an earlier call returned,
+    with Q and R of the new steps where they vary. With y of NaN, mean and cov are a forecast of those steps.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came, or the step that failed.
@@ -106,12 +111,13 @@ def _filter(
     N, T = torch.Size(batch).numel(), y.shape[-2]
     flat_y = y.expand(*batch, *y.shape[-2:]).reshape(N, T, y.shape[-1])
     flat_u = None if u is None else u.expand(*batch, *u.shape[-2:]).reshape(N, T, u.shape[-1])
+    observation, transition = (_told(op, name, getattr(model, name)) for name in ("observation", "transition"))
     steps = []
     with exact(y):
         for t in range(T):
             now = () if flat_u is None else (flat_u[:, t],)
             seen = ~torch.isnan(flat_y[:, t])
-            look = linearise(model.observation, m, P, now)
+            look = linearise(observation, m, P, now)
             _check_result(op, "observation", look, seen.shape, y)
             e = torch.where(seen, flat_y[:, t] - look.mean, 0.0)
             m_new, P_new, loglik, failed = joseph_correct(m, P, e, look.slope, R[:, t] + look.rest, seen)
@@ -120,7 +126,7 @@ def _filter(
                 problem = f"the innovation covariance of series {series} at step {t} is not positive definite."
                 raise checks.fail(op, problem, "Are R and P0 covariances, and the functions finite there?")
             steps.append((m_new, P_new, m, P, loglik))
-            move = linearise(model.transition, m_new, P_new, now)
+            move = linearise(transition, m_new, P_new, now)
             _check_result(op, "transition", move, m.shape, y)
             m, P = move.mean, joseph_predict(P_new, move.slope, Q[:, t] + move.rest)
     n = m.shape[-1]
@@ -129,6 +135,30 @@ def _filter(
     return Filtered(*(v.reshape(*batch, *v.shape[1:]) for v in columns)), KalmanState(
         m.reshape(*batch, n), P.reshape(*batch, n, n)
     )
+
+
+def _told(op: str, name: str, function: Function) -> Function:
+    """The function, whose errors name it and say by which rules it runs."""
+
+    def call(h: Tensor, *u: Tensor) -> Tensor:
+        got = f"h ({h.shape[0]},) " + (f"and u ({u[0].shape[0]},)" if u else "alone, as there is no u")
+        remedy = (
+            f"It gets tensors, {got}, and runs under torch.func: torch functions only, no NumPy and no float(), and no"
+            " `if` on values (torch.where)."
+        )
+        try:
+            value = function(h, *u)
+        except Exception as error:
+            problem = f"{name} raised {type(error).__name__} ({textwrap.shorten(str(error), SAID)})."
+            raise checks.fail(op, problem, remedy) from error
+        if not isinstance(value, Tensor):
+            problem = (
+                f"{name} returns a {type(value).__name__}, expected a tensor, as torch.stack([…]) makes of numbers."
+            )
+            raise checks.fail(op, problem, remedy, error=TypeError)
+        return value
+
+    return call
 
 
 def _check_result(op: str, name: str, line: Line, shape: torch.Size, y: Tensor) -> None:

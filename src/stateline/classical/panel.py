@@ -102,6 +102,26 @@ def read(op: str, y: Any, X: Any = None, lengths: ArrayLike | None = None, *, tr
     return Panel(table, length, torch.tensor(first), beside)
 
 
+def column_names(X: Any) -> list[str] | None:
+    """What the columns of a DataFrame X, or of a list of them, are called; None where they are numbered only."""
+    first = X[0] if isinstance(X, Sequence) and len(X) else X
+    columns = list(getattr(first, "columns", ()))
+    return columns if columns and all(isinstance(name, str) for name in columns) else None
+
+
+def same_columns(op: str, X: Any, names: list[str]) -> None:
+    """Raise if X is a DataFrame, in a list or not, whose columns are not those of the fit, in this order."""
+    for table in X if isinstance(X, list | tuple) else [X]:
+        found = column_names(table)
+        if found is not None and len(found) == len(names) and found != names and not unnamed(names):
+            raise checks.fail(op, f"X has the columns {found}, expected {names}, as in fit.", f"As in X[{names}].")
+
+
+def unnamed(names: list[str]) -> bool:
+    """Whether regressors were fitted without names."""
+    return names == [f"weight_{i}" for i in range(len(names))]
+
+
 def future(op: str, X: Any, N: int, steps: int, columns: int) -> Tensor | None:
     """Regressors (N, steps, c) of the steps ahead, from (steps, c) for all series, (N, steps, c) or a list of them."""
     if not columns:
@@ -171,7 +191,8 @@ def _inputs(op: str, X: Any, lengths: list[int]) -> list[Any]:
         table = _floats(op, "X", X)
         if table.ndim not in (2, 3):
             expected = "(T, c) for all series, (N, T, c) or a list of (T, c)"
-            raise checks.fail(op, f"X has shape {table.shape}, expected {expected}.")
+            remedy = "One regressor is X[:, None]." if table.ndim == 1 else ""
+            raise checks.fail(op, f"X has shape {table.shape}, expected {expected}.", remedy)
         found = [table] * len(lengths) if table.ndim == 2 else list(table)
     if len(found) != len(lengths):
         raise checks.fail(op, f"X has {len(found)} series, y has {len(lengths)}.")

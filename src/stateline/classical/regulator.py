@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stateline import checks
 from stateline.classical.control import lqr
-from stateline.classical.model import StateSpace, check
+from stateline.classical.model import StateSpace, check, no_tensor
 from stateline.classical.riccati import wide
 from stateline.classical.steady import Steady, steady_state
 from stateline.ops.kalman.reference import times
@@ -200,7 +200,7 @@ def only_controlled(op: str, model: StateSpace) -> StateSpace:
 
 def _fits(op: str, name: str, x: Tensor, size: int, model: StateSpace) -> None:
     if not isinstance(x, Tensor):
-        raise checks.fail(op, f"{name} is a {type(x).__name__}, expected a tensor (…, {size}).", error=TypeError)
+        raise no_tensor(op, name, x, f"(…, {size})")
     if x.shape[-1:] != (size,):
         raise checks.fail(op, f"{name} has shape {tuple(x.shape)}, expected (…, {size}).")
     checks.dtype(op, name, x, (model.A.dtype,), "One dtype for all, as the model.")

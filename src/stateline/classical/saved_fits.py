@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stateline.checks import fail, plain
@@ -26,13 +27,14 @@ TABLE = ("y", "length", "first")
 
 def save(model: Any, path: str | Path) -> None:
     """Write a fitted model; see `StructuralModel.save`."""
-    tensors: dict[str, Tensor] = {"weights": model.weights_}
+    tensors: dict[str, Tensor] = {"weights": model.weights_, "steps": torch.from_numpy(model.steps_)}
     tensors |= {f"panel.{name}": getattr(model.panel_, name) for name in TABLE}
     if model.panel_.X is not None:
         tensors["panel.X"] = model.panel_.X
     tensors |= _tensors(model.fits_)
     about = {
         "format": FORMAT,
+        "names": json.dumps(model.names_),
         "params": json.dumps(plain(model.get_params())),
         "structures": json.dumps(plain([asdict(one.structure) for one in model.fits_])),
     }
@@ -50,6 +52,8 @@ def load(kind: type[Any], path: str | Path) -> Any:
         structures = [Structure(**{**s, "seasonal": tuple(s["seasonal"])}) for s in json.loads(about["structures"])]
         model.weights_ = tensors["weights"]
         model.panel_ = Panel(**{name: tensors[f"panel.{name}"] for name in TABLE}, X=tensors.get("panel.X"))
+        model.steps_ = tensors["steps"].numpy()
+        model.names_ = json.loads(about["names"])
         model.fits_ = _fits(tensors, structures)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise fail(op, f"{path} is damaged: {error!r}.", "Fit and save again.") from error

@@ -8,6 +8,7 @@ found by maximum likelihood in one batch; several structures can be fitted and a
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
@@ -21,12 +22,21 @@ from torch import Tensor
 from stateline import checks
 from stateline.classical import saved_fits
 from stateline.classical.assembly import LEVELS, PRIOR, REGRESSORS, TRENDS, Structure
-from stateline.classical.batch_fit import Progress, StructureFit, blocks, filtered, fit_structure, fitting
+from stateline.classical.batch_fit import (
+    Progress,
+    StructureFit,
+    advance,
+    blocks,
+    check_fitting,
+    filtered,
+    fit_structure,
+    fitting,
+)
 from stateline.classical.diagnosis import Diagnosis, diagnosis
 from stateline.classical.kalman import forecast as forecast_states
 from stateline.classical.mixture import StructuralForecast
 from stateline.classical.model import StateSpace, simulate
-from stateline.classical.panel import Panel, future, read
+from stateline.classical.panel import Panel, column_names, future, read, same_columns
 from stateline.classical.smoother import kalman_smoother
 from stateline.ops.kalman import KalmanState
 
@@ -56,9 +66,10 @@ class Components(NamedTuple):
 class Coefficients(NamedTuple):
     """Weights of the regressors at each series' end, in units of y, or of log y where `log` (N) is true, per unit of X.
 
-    names (c): "weight_0" for the first column of X, and so on.   mean, error (N, c): expected values and their standard
-    errors, for fixed weights the regression's; parameters are taken as known. They are those of the series' likeliest
-    structure.   reason (N): why a series has errors that are NaN, or "".
+    names (c): those of the columns of a DataFrame X, else "weight_0" and so on.
+    mean, error (N, c): expected values and their standard errors, for fixed weights the regression's; parameters are
+    taken as known. They are those of the series' likeliest structure.
+    reason (N): why a series has errors that are NaN, or "".
     """
 
     names: list[str]
@@ -77,7 +88,8 @@ class StructuralModel:
         seasonal: steps of a period, such as 12 or 365.25; 0 for none; a list of lists for several periods at once.
         ar: the order of an autoregression beside the level; 0 for none.
         transform: "none", or "log" for series that grow by percentages; values must be above 0.
-        harmonics: how many waves of each period, the longest first; None: all. Few are smoother, and much faster.
+        harmonics: how many waves of each period, the longest first, up to half the longest period's steps;
+            None: all. Few are smoother, and much faster.
         regressors: "fixed" weights of the columns of X, or weights that "walk".
         combine: of several structures, the "average" by AICc weights or for each series the "best" alone.
         tolerance, evaluations: of the search for parameters: largest derivative of the mean log-likelihood, and how
@@ -86,7 +98,8 @@ class StructuralModel:
 
     Each of the first five may be a list of alternatives: all combinations are fitted, and combined for each series. A
     series too short for a structure, or with values that are not positive for "log", goes without it. Fitted, it has
-    `fits_` (one `StructureFit` a structure), `weights_` (N, structures) and `loglik_` (N).
+    `fits_` (one `StructureFit` a structure), `weights_` (N, structures), `loglik_` (N) and `steps_` (N): how
+    many steps of each series have passed since its first value, which is where its forecast begins.
 
     >>> y = [[112.0, 118, 132, 129, 121, 135, 148, 148, 136, 119], [30.0, 32, 31, 35, 36, 38, 37, 40]]
     >>> model = StructuralModel(trend="fixed").fit(y)
@@ -98,6 +111,8 @@ class StructuralModel:
     fits_: list[StructureFit]
     weights_: Tensor
     panel_: Panel
+    steps_: NDArray[np.int64]
+    names_: list[str]
 
     def __init__(
         self,
@@ -166,7 +181,8 @@ class StructuralModel:
             checks.number(op, "ar", order, low=0, high=20, integer=True)
         periods = [_periods(op, value) for value in choices[2]]
         if self.harmonics is not None:
-            checks.number(op, "harmonics", self.harmonics, low=1, integer=True)
+            most = max([int(period // 2) for several in periods for period in several], default=math.inf)
+            checks.number(op, "harmonics", self.harmonics, low=1, high=most, integer=True)
         found = product(choices[0], choices[1], periods, [self.harmonics], choices[3], choices[4])
         return [Structure(*parts, regressors=self.regressors, columns=columns) for parts in found]
 
@@ -180,7 +196,8 @@ class StructuralModel:
         Args:
             y: a list of arrays (T) of any lengths, or one array (N, T): a table in which all rows share time. NaN is a
                 missing value; a series begins at its first value, and ends where its array ends.
-            X: regressors: (T, c) for all series, (N, T, c), or a list of (T, c). No values may be missing.
+            X: regressors: (T, c) for all series, (N, T, c), or a list of (T, c). No values may be missing. Names of a
+                DataFrame's columns are kept, and those of later ones must be the same.
             lengths: (N), for an array (N, T) that is padded: where each row ends.
             checkpoint: a file that keeps each structure once it is fitted; the same call goes on from there after an
                 interruption. It is not deleted.
@@ -190,7 +207,9 @@ class StructuralModel:
         """
         panel = read("fit", y, X, lengths)
         structures = self.structures(0 if panel.X is None else panel.X.shape[2])
-        _check_fitting(panel, structures)
+        names = column_names(X) or [f"weight_{i}" for i in range(structures[0].columns)]
+        same_columns("fit", X, names)
+        check_fitting(panel, structures)
         structures = [structure for structure in structures if fitting(structure, panel).any()]
         common = max(structure.diffuse for structure in structures)
         progress = Progress(len(panel.y) * len(structures), self.progress)
@@ -200,7 +219,8 @@ class StructuralModel:
         for structure in structures[len(done.fits) :]:
             done.add(fit_structure(structure, panel, common, options, progress))
         fits = done.fits
-        self.fits_, self.panel_ = fits, panel
+        self.fits_, self.panel_, self.steps_ = fits, panel, panel.length.numpy().copy()
+        self.names_ = names
         self.weights_ = _weights(panel, fits, self.combine)
         return self
 
@@ -253,7 +273,7 @@ class StructuralModel:
             raise checks.fail("coefficients", "the model was fitted without X, and has no regressors.")
         mean, error = torch.zeros(N, columns, dtype=torch.float64), torch.zeros(N, columns, dtype=torch.float64)
         log = torch.zeros(N, dtype=torch.bool)
-        names, reason = [f"weight_{i}" for i in range(columns)], [""] * N
+        names, reason = list(self.names_), [""] * N
         for j, fit in enumerate(self.fits_):
             mine = (best[fit.rows] == j).nonzero()[:, 0]
             rows, at, unit = fit.rows[mine], fit.structure.where("weights"), fit.scale[mine, None] / fit.unit
@@ -319,14 +339,17 @@ class StructuralModel:
         """Take in what came since, a few values or many of each series, without fitting again.
 
         Args:
-            y: a list of N arrays, some of them empty perhaps, or an array (N, T), or (N, 1) for one step; NaN: missing.
+            y: a list of N arrays, or an array (N, T), or (N, 1) for one step. NaN: the step passed and its value is
+                missing. An empty array: nothing came yet, and the series stays at the step where it was.
             X: the regressors beside them, for a model fitted with any.   lengths: as in `fit`.
 
-        Forecasts then start after these values. Parameters, weights, components and diagnosis stay those of the fit.
+        Each series is forecast from after its own last step here; `steps_` tells which that is. Parameters, weights,
+        components and diagnosis stay those of the fit.
         """
         N, op = len(self._weight()), "update"
         panel = read(op, y, X, lengths, trim=False)
         columns = self.fits_[0].structure.columns
+        same_columns(op, X, self.names_)
         if len(panel.y) != N:
             raise checks.fail(op, f"y has {len(panel.y)} series, expected the {N} that were fitted.")
         if (0 if panel.X is None else panel.X.shape[2]) != columns:
@@ -337,9 +360,10 @@ class StructuralModel:
             if len(bad):
                 problem = f"series {int(bad[0])} has values that are not above 0, and its model is one of logarithms."
                 raise checks.fail(op, problem, 'Fit again with transform="none".')
-        states = [_advance(fit, fit.scaled(panel)) for fit in self.fits_]
+        states = [advance(fit, fit.scaled(panel)) for fit in self.fits_]
         for fit, state in zip(self.fits_, states, strict=True):
             fit.state = state
+        self.steps_ = self.steps_ + panel.length.numpy()
         return self
 
     # ---- what lies behind ----
@@ -423,6 +447,7 @@ class StructuralModel:
             yield at, fit.structure.model(fit.theta[at], X), KalmanState(fit.state.mean[at], fit.state.cov[at])
 
     def _ahead(self, op: str, X: Any, steps: int) -> Tensor | None:
+        same_columns(op, X, self.names_)
         return future(op, X, len(self.weights_), steps, self.fits_[0].structure.columns)
 
 
@@ -446,35 +471,12 @@ def _spread(rows: Tensor, values: Tensor, N: int, fill: float = torch.nan) -> Te
     return found
 
 
-def _check_fitting(panel: Panel, structures: list[Structure]) -> None:
-    """Raise, before any work, if no structure can be fitted to some series."""
-    without = ~torch.stack([fitting(structure, panel) for structure in structures]).any(0)
-    if without.any():
-        series = int(without.nonzero()[0])
-        fewest = min(structure.diffuse for structure in structures) + 2
-        problem = f"series {series} has {int(panel.count[series])} values, and no structure can be fitted to them"
-        remedy = f"The smallest takes {fewest} values, and logarithms take values above 0."
-        if len(panel.y) > panel.y.shape[1] > 1:
-            remedy += f" There are {len(panel.y)} series of {panel.y.shape[1]} steps: is it y.T?"
-        raise checks.fail("fit", f"{problem}.", remedy)
-
-
 def _weights(panel: Panel, fits: list[StructureFit], combine: str) -> Tensor:
     """(N, structures) summing to 1: how much each counts."""
     aicc = torch.stack([_spread(fit.rows, fit.aicc, len(panel.y), torch.inf) for fit in fits], 1)
     if combine == "best":
         return torch.nn.functional.one_hot(aicc.argmin(1), aicc.shape[1]).double()
     return torch.softmax(-(aicc - aicc.amin(1, keepdim=True)) / 2, 1)
-
-
-def _advance(fit: StructureFit, part: Panel) -> KalmanState:
-    """The state of each series of a fit after the new values of `part`, which are scaled."""
-    made = KalmanState(fit.state.mean.clone(), fit.state.cov.clone())
-    for at in blocks(part.length + 1, fit.structure.n):
-        state = KalmanState(fit.state.mean[at], fit.state.cov[at])
-        after = filtered(fit.structure, fit.theta[at], part.take(at), state)[3]
-        made.mean[at], made.cov[at] = after.mean, after.cov
-    return made
 
 
 def _parts(fit: StructureFit, at: Tensor, part: Panel) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stateline import checks
-from stateline.classical.model import DTYPES, StateSpace
+from stateline.classical.model import DTYPES, StateSpace, no_tensor
 
 OP = "n4sid"
 #: Of the state's variance: added to Q, so that every motion may be noisy where it is learned further.
@@ -113,7 +113,7 @@ def _records(y: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None, torch.
     given = {"y": y} if u is None else {"y": y, "u": u}
     for name, v in given.items():
         if not isinstance(v, Tensor):
-            raise checks.fail(OP, f"{name} is a {type(v).__name__}, expected a tensor (N, T, ·).", error=TypeError)
+            raise no_tensor(OP, name, v, "(N, T, ·)")
         checks.dtype(OP, name, v, DTYPES, "Convert with .to(torch.float64).")
         if v.dim() not in (2, 3) or v.dim() != y.dim() or v.shape[:-1] != y.shape[:-1] or not v.shape[-1]:
             expected = "(T, ·) or (N, T, ·), records and steps alike"
