@@ -27,7 +27,7 @@ from torch import Tensor
 from stateline import checks, state
 from stateline.apps.filter_learning import likeliest, starts_of
 from stateline.apps.filter_models import F64, NOISE, Blueprint, blueprint, described
-from stateline.apps.series_files import NUMBERS, Clock, Row, Series, read_series, series_of
+from stateline.apps.series_files import NUMBERS, Clock, Row, Series, names_of, read_series, series_of
 from stateline.classical import KalmanState, StateSpace, kalman_filter
 from stateline.classical.smoother import filter_and_smooth
 
@@ -154,6 +154,7 @@ class SeriesFilter:
     def fit(self, series: Series | Tensor, *, learn: bool = True) -> SeriesFilter:
         """Find the step, and the variances that make the series most likely; nothing of it is filtered yet.
 
+        series: or what `series_of` takes: a tensor; a DataFrame or Series of pandas, whose index is the times.
         learn: False takes only names, step and scale from the series, for a model without variances to learn.
         """
         series = series if isinstance(series, Series) else series_of(series)
@@ -231,7 +232,7 @@ class SeriesFilter:
             ValueError: if columns or times are not those of the series so far.
         """
         if not isinstance(series, Series):
-            series = series_of(series, columns=None if hasattr(series, "columns") else self.columns or None)
+            series = series_of(series, columns=names_of(series) or self.columns or None)
         self._check(series)
         parts: list[Clean] = []
         plan, T = self._plan, len(series.rows)
