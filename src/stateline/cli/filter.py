@@ -214,6 +214,7 @@ class Job:
         self.table: Table
         self.picture: Picture | None = None
         self._reader: SeriesReader | None = None
+        self._tied = False
 
     def reader(self, source: str, lines: Iterable[str]) -> SeriesReader:
         """Rows of the columns that were asked for, or that the loaded filter knows."""
@@ -322,7 +323,8 @@ class Job:
         if not rows:
             return
         series = self._series(rows)
-        clean = self.sensor.extend(series, smooth=smooth)
+        clean = self.sensor.extend(series, smooth=smooth, tied=self._tied)
+        self._tied = True  # rows of one time may be cut apart, and those of a file are not its own again
         self.table.rows(series, clean, self.sensor.rows)
         if self.picture is not None:
             self.picture.add(series, clean, self.sensor.rows)
