@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,3 +50,17 @@ def test_the_last_row_is_not_taken_in_twice(run: Run, monkeypatch: pytest.Monkey
         sensor.extend(later)
     assert sensor.rows == 5
     assert sensor.extend(later, tied=True).mean.shape == (2, 1)
+
+
+def test_a_dash_is_standard_output(run: Run) -> None:
+    Path("x.csv").write_text("3\n4\n")
+    expected = run("x.csv", "--model", "m.yaml")
+    assert expected[1].count("\n") == 3
+    assert run("x.csv", "--model", "m.yaml", "--out", "-") == expected
+    assert not Path("-").exists()
+
+
+def test_commands_that_follow_a_log_begin_at_its_end() -> None:
+    """So that they can be stopped and given again."""
+    pages = [command.EPILOG, *(page.read_text() for page in sorted((Path(__file__).parents[1] / "docs").glob("*.md")))]
+    assert [re.findall("tail -f .* filter", text) for text in pages] == [[]] * len(pages)

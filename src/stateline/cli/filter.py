@@ -35,7 +35,7 @@ examples:
   stateline filter monday.csv --save-state sensor.safetensors --out monday_clean.csv
   stateline filter tuesday.csv --load-state sensor.safetensors --save-state sensor2.safetensors   as if one file
   stateline filter --load-state sensor.safetensors --forecast 24                                  no new data
-  tail -f sensor.log | stateline filter - --follow --load-state sensor.safetensors
+  tail -n 0 -f sensor.log | stateline filter - --follow --load-state sensor.safetensors
 
 models (default: local-trend), of which variances are learnt:
   local-level                a level that wanders
@@ -95,13 +95,17 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     model.add_argument("--forecast", type=positive, metavar="N", help="go on for N steps")
     model.add_argument("--interval", type=float, metavar="P", help="probability of lower to upper (default: 0.95)")
     out = parser.add_argument_group("where it goes")
-    out.add_argument("--out", type=Path, metavar="FILE", help="the CSV (default: stdout)")
+    out.add_argument("--out", type=_to, metavar="FILE", help="the CSV (default, and -: stdout)")
     out.add_argument("--plot", type=Path, metavar="FILE", help="a picture: .png, .svg, .pdf; of the last 2,000 rows")
     out.add_argument("--save-state", type=Path, metavar="FILE", help="all that is needed to go on")
     out.add_argument("--load-state", type=Path, metavar="FILE", help="go on from there; it brings model and columns")
     out.add_argument("--overwrite", action="store_true", help="replace files that exist")
     out.add_argument("--follow", action="store_true", help="answer each row at once; a file is watched for more")
     out.add_argument("--quiet", action="store_true", help="no progress and no notes on stderr")
+
+
+def _to(name: str) -> Path | None:
+    return None if name == "-" else Path(name)
 
 
 def run(options: argparse.Namespace) -> int:
