@@ -259,6 +259,7 @@ def test_a_bad_line_ends_a_stream_and_what_came_before_is_saved(
     assert main(["filter", *arguments, "--forecast", "2"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("stateline: error: filter: stdin, line 3, column '1': 'three' is no number.")
+    assert said.endswith(" s.safetensors holds the state after row 2, to go on from with --load-state.\n")
     assert SeriesFilter.load("s.safetensors").rows == 2
     lines = [line.split(",")[:3] for line in Path("o.csv").read_text().splitlines()[1:]]
     assert lines == [[n, "1", k] for n, k in zip("123234", ["data", "forecast", "forecast"] * 2, strict=True)]

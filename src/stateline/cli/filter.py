@@ -268,9 +268,16 @@ class Job:
                 if o.follow:
                     self._ahead()
                     self.table.out.flush()
-        except (ValueError, OSError):  # a bad line; or whoever reads the answers went away
+        except OSError:  # whoever reads the answers went away
             if o.follow:
                 self._save()
+            raise
+        except ValueError as error:  # a bad line
+            if o.follow and self._save():
+                told = (
+                    f"{o.save_state} holds the state after row {self.sensor.rows:,}, to go on from with --load-state."
+                )
+                raise ValueError(f"{error} {told}") from error
             raise
 
     def end(self) -> None:
@@ -290,9 +297,12 @@ class Job:
         self.table.ahead(ahead, self.sensor.columns)
         return ahead
 
-    def _save(self) -> None:
-        if self.options.save_state and self.sensor.rows:
-            self.sensor.save(self.options.save_state)
+    def _save(self) -> bool:
+        """Whether there was something to save, and a file for it."""
+        if not (self.options.save_state and self.sensor.rows):
+            return False
+        self.sensor.save(self.options.save_state)
+        return True
 
     def _learn(self, rows: list[Row]) -> None:
         assert self._reader is not None
