@@ -447,7 +447,7 @@ class SeriesFilter:
         """A filter as it was saved, to go on from its last row. Raises ValueError if the file is none."""
         if not Path(path).is_file():
             raise FileNotFoundError(2, "No such file or directory", str(path))
-        tensors, about = state.read(OP, path)
+        tensors, about = ({}, {}) if state.foreign(path) else state.read(OP, path)
         if about.get("format") != FORMAT or "filter" not in about:
             raise checks.fail(OP, f"{path} is no saved filter.", "stateline filter --save-state writes one.")
         try:
