@@ -274,9 +274,7 @@ class Job:
             raise
         except ValueError as error:  # a bad line
             if o.follow and self._save():
-                told = (
-                    f"{o.save_state} holds the state after row {self.sensor.rows:,}, to go on from with --load-state."
-                )
+                told = f"{o.save_state} holds the state after row {self.sensor.rows:,}; --load-state goes on from it."
                 raise ValueError(f"{error} {told}") from error
             raise
 
@@ -324,10 +322,8 @@ class Job:
             for line in _deviations(self.sensor):
                 print(line, file=sys.stderr)
             for name in self.sensor.exact:
-                told = (
-                    "is predicted without error, as if constant or a straight line; its noise is none that was learnt"
-                )
-                print(f"note: {name!r} {told}", file=sys.stderr)
+                told = "its noise could not be learnt, and the least that the filter allows is kept"
+                print(f"note: {name!r} is predicted without error (constant, or a line): {told}", file=sys.stderr)
 
     def _series(self, rows: list[Row]) -> Series:
         assert self._reader is not None
