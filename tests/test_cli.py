@@ -64,7 +64,7 @@ FLAGS = {
     ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "filter": [
-        "--columns", "--debug", "--follow", "--forecast", "--help", "--interval", "--learn-rows", "--load-state",
+        "--columns", "--debug", "--decimal", "--follow", "--forecast", "--help", "--interval", "--learn-rows", "--load-state",
         "--model", "--out", "--overwrite", "--plot", "--quiet", "--save-state", "--smooth", "--step", "--time",
         "--time-format", "-h",
     ],
@@ -413,7 +413,10 @@ WRONG = [
     (["generate", "--model", "MODEL", "--threads", "0"], "0 is not a whole number from 1"),
     (["generate", "--model", "MODEL", "--device", "nowhere"], "--device nowhere cannot be used here"),
     (["generate", "--model", "MODEL", "--nonsense"], "unrecognized arguments: --nonsense (stateline generate --help"),
-    (["classify", "train", "x.csv", "--nonsense"], "--nonsense (stateline classify train --help shows how)"),
+    (
+        ["classify", "train", "x.csv", "--out", "o", "--nonsense"],
+        "--nonsense (stateline classify train --help shows how)",
+    ),
     (["filter", "x.csv", "--smoth"], "--smoth (stateline filter --help shows how)"),
     (["generate", "--prompt", "Once"], "unrecognized arguments: --prompt"),  # not taken for --prompt-file
     (["convert", "MODEL", "MODEL"], "exists; --force replaces it"),

@@ -259,7 +259,7 @@ def test_a_bad_line_ends_a_stream_and_what_came_before_is_saved(
     assert main(["filter", *arguments, "--forecast", "2"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("stateline: error: filter: stdin, line 3, column '1': 'three' is no number.")
-    assert said.endswith(" s.safetensors holds the state after row 2, to go on from with --load-state.\n")
+    assert said.endswith(" s.safetensors holds the state after row 2; --load-state goes on from it.\n")
     assert SeriesFilter.load("s.safetensors").rows == 2
     lines = [line.split(",")[:3] for line in Path("o.csv").read_text().splitlines()[1:]]
     assert lines == [[n, "1", k] for n, k in zip("123234", ["data", "forecast", "forecast"] * 2, strict=True)]
@@ -480,9 +480,7 @@ def test_a_column_that_is_predicted_without_error_is_told(
     write("x.csv", torch.cat([walk(60), 0 * line + 5, line], 1))
     assert main(["filter", "x.csv", "--out", "o.csv", "--save-state", "s"]) == 0
     said = capsys.readouterr().err
-    note = (
-        r"note: '(.)' is predicted without error \(constant, or a line\): its noise could not be learnt, and the least"
-    )
+    note = r"note: '(.)' is predicted without error \(constant, or a line\): its noise could not be learnt"
     assert re.findall(note, said) == ["b", "c"]
     assert SeriesFilter.load("s").exact == ("b", "c")
     assert SeriesFilter(KNOWN).fit(series_of(0 * line)).exact == ()
