@@ -64,9 +64,9 @@ FLAGS = {
     ],
     "explain": ["--debug", "--device", "--help", "--json", "-h"],
     "filter": [
-        "--columns", "--debug", "--decimal", "--follow", "--forecast", "--help", "--interval", "--learn-rows", "--load-state",
-        "--model", "--out", "--overwrite", "--plot", "--quiet", "--save-state", "--smooth", "--step", "--time",
-        "--time-format", "-h",
+        "--columns", "--debug", "--decimal", "--follow", "--forecast", "--help", "--interval", "--learn-rows",
+        "--load-state", "--model", "--out", "--overwrite", "--plot", "--quiet", "--save-state", "--smooth", "--step",
+        "--time", "--time-format", "-h",
     ],
     "generate": [
         "--batch", "--batch-size", "--cache-dtype", "--debug", "--device", "--dtype", "--echo", "--endless", "--greedy",
