@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,3 +65,23 @@ def test_commands_that_follow_a_log_begin_at_its_end() -> None:
     """So that they can be stopped and given again."""
     pages = [command.EPILOG, *(page.read_text() for page in sorted((Path(__file__).parents[1] / "docs").glob("*.md")))]
     assert [re.findall("tail -f .* filter", text) for text in pages] == [[]] * len(pages)
+
+
+def test_bands_of_a_picture_are_labelled_and_a_forecast_is_not_cut_off(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="pictures are drawn by matplotlib")
+    Path("x.csv").write_text("a\n" + "".join(f"{20 + t % 3}\n" for t in range(40)))
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    known = ["x.csv", "--model", "m.yaml", "--quiet", "--interval", "0.9", "--out", "o.csv", "--overwrite"]
+    assert run(*known, "--forecast", "200", "--plot", "p.svg")[0] == 0
+    axis = figures[0].axes[0]
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["observed", "filtered", "90 % of the signal", "forecast", "90 % of what will be measured"]
+    rows = [line.split(",") for line in Path("o.csv").read_text().splitlines() if ",forecast," in line]
+    low, high = axis.get_ylim()
+    assert low < min(float(row[6]) for row in rows)
+    assert high > max(float(row[7]) for row in rows)
+    monkeypatch.undo()
+    pyplot.close(figures[0])
