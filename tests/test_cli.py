@@ -412,7 +412,12 @@ WRONG = [
     ),
     (["generate", "--model", "MODEL", "--threads", "0"], "0 is not a whole number from 1"),
     (["generate", "--model", "MODEL", "--device", "nowhere"], "--device nowhere cannot be used here"),
-    (["generate", "--model", "MODEL", "--nonsense"], "unrecognized arguments: --nonsense"),
+    (["generate", "--model", "MODEL", "--nonsense"], "unrecognized arguments: --nonsense (stateline generate --help"),
+    (
+        ["classify", "train", "x.csv", "--out", "o", "--nonsense"],
+        "--nonsense (stateline classify train --help shows how)",
+    ),
+    (["filter", "x.csv", "--smoth"], "--smoth (stateline filter --help shows how)"),
     (["generate", "--prompt", "Once"], "unrecognized arguments: --prompt"),  # not taken for --prompt-file
     (["convert", "MODEL", "MODEL"], "exists; --force replaces it"),
     (["convert", "MODEL", "no/such/parent"], "there is no directory"),

@@ -273,6 +273,74 @@ def test_a_frame_brings_the_names_of_its_columns() -> None:
         sensor.extend(Frame(table, ["b", "a"]))  # type: ignore[arg-type]  # as a tensor
 
 
+class Index(list[Any]):
+    """Of a table, as pandas has it."""
+
+    def __init__(self, labels: Any, dtype: str, name: str | None = None) -> None:
+        super().__init__(labels)
+        self.dtype, self.name = dtype, name
+
+
+class RangeIndex(Index):
+    """That which pandas makes where none is given."""
+
+
+class Column(Frame):
+    """A column of a table, as pandas has it."""
+
+    def __init__(self, values: Any, index: Index, name: str | None = None) -> None:
+        super().__init__(values, [])
+        del self.columns
+        self.index, self.name, self.ndim = index, name, 1
+
+
+def test_the_index_of_a_frame_is_its_times() -> None:
+    values, days = np.arange(5.0), [datetime(2024, 1, day) for day in (1, 2, 3, 8, 9)]
+    frame = Frame(values[:, None], ["a"])
+    frame.index = Index(days, "datetime64[us]", "day")  # type: ignore[attr-defined]  # as pandas has it
+    expected = SeriesFilter(KNOWN).fit(series_of(values, days)).extend(series_of(values, days)).sd
+    assert not torch.equal(expected, SeriesFilter(KNOWN).fit(torch.arange(5.0)).extend(torch.arange(5.0)).sd)
+    for given in (frame, Column(values, frame.index, "a")):  # type: ignore[attr-defined]  # as pandas has it
+        sensor = SeriesFilter(KNOWN).fit(given)  # type: ignore[arg-type]  # as a tensor
+        assert (sensor.columns, sensor.time, sensor.clock.kind) == (("a",), "day", "seconds")
+        assert torch.equal(sensor.extend(given).sd, expected)  # type: ignore[arg-type]  # as a tensor
+    assert series_of(Column(values, RangeIndex(range(5), "int64"))).time is None
+    assert series_of(Column(values, Index(range(5), "int64"))).time == "time"
+    assert series_of(Column(values, Index(days, "datetime64[us]")), range(5)).rows[4].moment == 4
+    for dtype, remedy in (
+        ("period[D]", r"the times are of type period\[D\], expected.*\.to_timestamp\(\)"),
+        ("timedelta64[us]", r"the times are of type timedelta.*Give seconds, as index\.total_seconds\(\)"),
+        ("str", r"time 1 is None, expected a number, a date .* Of an index that is no time: reset_index\(drop=True\)"),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            series_of(Column(values, Index("xyzuv", dtype)))
+
+
+def test_a_column_brings_its_name() -> None:
+    named = Column(np.arange(9.0), RangeIndex(range(9), "int64"), "a")
+    sensor = SeriesFilter(KNOWN).fit(named)  # type: ignore[arg-type]  # as a tensor
+    assert sensor.columns == ("a",)
+    sensor.extend(torch.ones(2))
+    with pytest.raises(ValueError, match="has the columns b, expected a as fitted"):
+        sensor.extend(Column(np.ones(2), named.index, "b"))  # type: ignore[arg-type]  # as a tensor
+
+
+def test_pandas_is_taken_as_it_is() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is no dependency; its look is tested above")
+    index = pandas.DatetimeIndex(["2024-01-01", "2024-01-02", "2024-01-05", "2024-01-06"], name="day")
+    frame = pandas.DataFrame({"a": [1.0, 2.0, None, 3.0]}, index)
+    for given in (frame, frame["a"]):
+        sensor = SeriesFilter(KNOWN).fit(given)
+        assert (sensor.columns, sensor.time) == (("a",), "day")
+        assert torch.equal(sensor.extend(given).sd, SeriesFilter(KNOWN).fit(given).extend(series_of(frame, index)).sd)
+        assert sensor.forecast(1).times == ["2024-01-07 00:00:00"]
+        for bad in (index.to_period("D"), index - index[0]):
+            with pytest.raises(ValueError, match="the times are"):
+                series_of(given.set_axis(bad))
+        assert series_of(given.set_axis((index - index[0]).total_seconds())).rows[3].moment == 5 * 86400.0
+        assert series_of(given.reset_index(drop=True)).time is None
+
+
 def test_times_are_numbers_dates_or_texts_of_them() -> None:
     noon = datetime(2024, 1, 1, 12)
     for times, expected in (

@@ -384,9 +384,12 @@ def test_saved_loaded_and_cloned(tmp_path: Path) -> None:
     assert fresh.get_params() == model.get_params()
     with pytest.raises(RuntimeError, match="not fitted yet"):
         fresh.forecast(1)
-    (tmp_path / "no").write_bytes(b"1234")
-    with pytest.raises(ValueError, match="cannot be read"):
+    (tmp_path / "no").write_bytes(b"y,x\n1.25,3\n")
+    with pytest.raises(ValueError, match=r"no holds no structural model\. StructuralModel\.save writes one"):
         StructuralModel.load(tmp_path / "no")
+    (tmp_path / "half").write_bytes((tmp_path / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(ValueError, match="half cannot be read"):
+        StructuralModel.load(tmp_path / "half")
 
 
 def test_an_interrupted_fit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,14 @@ def read(op: str, path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise fail(op, f"{path} cannot be read: {error}.") from error
 
 
+def foreign(path: str | Path) -> bool:
+    """Whether a file is there that is no safetensors file, whole or not, by its first bytes: a length and then "{"."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(9)[8:] != b"{"
+
+
 def load(path: str | Path, model: torch.nn.Module, *, device: torch.device | str | None = None) -> Any:
     """Read a state that `save` wrote, bit for bit.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -125,29 +126,32 @@ class Picture:
         places = [row[0] for row in self.series]
         seen, best, sd = (torch.tensor([row[k] for row in self.series]).reshape(-1, count) for k in (1, 2, 3))
         later = sensor.places(ahead) if ahead is not None else []
-        name = "smoothed" if smooth else "filtered"
+        share = f"{100 * self.level:.6g} %"
+        names = ("smoothed" if smooth else "filtered", f"{share} of the signal")
+        later_names = ("forecast", f"{share} of what will be measured")
         for c, axis in enumerate(axes[:, 0]):
             axis.plot(places, seen[:, c], ".", color="0.6", markersize=3, label="observed")
-            _band(axis, places, best[:, c], deviations(self.level) * sd[:, c], "tab:blue", name)
+            _band(axis, places, best[:, c], deviations(self.level) * sd[:, c], "tab:blue", names)
             if ahead is not None and later:
-                _band(axis, later, ahead.mean[:, c], deviations(self.level) * ahead.sd[:, c], "tab:orange", "forecast")
+                half = deviations(self.level) * ahead.sd[:, c]
+                _band(axis, later, ahead.mean[:, c], half, "tab:orange", later_names)
             axis.set_ylabel(sensor.columns[c])
-            _frame(axis, seen[:, c], best[:, c], ahead, c)
-        axes[0, 0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+            _frame(axis, seen[:, c], best[:, c], ahead.interval(self.level) if ahead is not None else (), c)
+        axes[0, 0].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False)
         axes[-1, 0].set_xlabel(sensor.time or "row")
         figure.autofmt_xdate() if sensor.clock.kind in ("seconds", "months") else None
         figure.savefig(path, dpi=90)
         pyplot.close(figure)
 
 
-def _band(axis: Any, places: list[Any], mean: Tensor, half: Tensor, color: str, name: str) -> None:
-    axis.plot(places, mean, color=color, linewidth=1.2, label=name)
-    axis.fill_between(places, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+def _band(axis: Any, places: list[Any], mean: Tensor, half: Tensor, color: str, names: tuple[str, str]) -> None:
+    axis.plot(places, mean, color=color, linewidth=1.2, label=names[0])
+    axis.fill_between(places, mean - half, mean + half, color=color, alpha=0.2, linewidth=0, label=names[1])
 
 
-def _frame(axis: Any, seen: Tensor, best: Tensor, ahead: Ahead | None, c: int) -> None:
-    """Heights of what was seen, is thought, and is expected: intervals that know nothing may reach beyond."""
-    parts = [seen[seen.isfinite()], best, *([ahead.mean[:, c]] if ahead is not None else [])]
+def _frame(axis: Any, seen: Tensor, best: Tensor, interval: Sequence[Tensor], c: int) -> None:
+    """Heights of what was seen, is thought, and is expected, intervals too; those of first rows may reach beyond."""
+    parts = [seen[seen.isfinite()], best, *(end[:, c] for end in interval)]
     values = torch.cat([part.double() for part in parts])
     if not len(values):
         return

@@ -27,7 +27,7 @@ from torch import Tensor
 from stateline import checks, state
 from stateline.apps.filter_learning import likeliest, starts_of
 from stateline.apps.filter_models import F64, NOISE, Blueprint, blueprint, described
-from stateline.apps.series_files import NUMBERS, Clock, Row, Series, read_series, series_of
+from stateline.apps.series_files import NUMBERS, Clock, Row, Series, names_of, read_series, series_of
 from stateline.classical import KalmanState, StateSpace, kalman_filter
 from stateline.classical.smoother import filter_and_smooth
 
@@ -154,6 +154,7 @@ class SeriesFilter:
     def fit(self, series: Series | Tensor, *, learn: bool = True) -> SeriesFilter:
         """Find the step, and the variances that make the series most likely; nothing of it is filtered yet.
 
+        series: or what `series_of` takes: a tensor; a DataFrame or Series of pandas, whose index is the times.
         learn: False takes only names, step and scale from the series, for a model without variances to learn.
         """
         series = series if isinstance(series, Series) else series_of(series)
@@ -222,17 +223,18 @@ class SeriesFilter:
 
     # ---- filtering ---------------------------------------------------------------------------------------------------
 
-    def extend(self, series: Series | Tensor, *, smooth: bool = False) -> Clean:
+    def extend(self, series: Series | Tensor, *, smooth: bool = False, tied: bool = False) -> Clean:
         """Go on with the rows of a series: estimates of each. In pieces, the results are those of the whole.
 
         smooth: also estimate each row from those after it, of this series; takes memory for all of them at once.
+        tied: allow its first row the time of the last so far, where rows of one time were cut apart.
 
         Raises:
             ValueError: if columns or times are not those of the series so far.
         """
         if not isinstance(series, Series):
-            series = series_of(series, columns=None if hasattr(series, "columns") else self.columns or None)
-        self._check(series)
+            series = series_of(series, columns=names_of(series) or self.columns or None)
+        self._check(series, tied)
         parts: list[Clean] = []
         plan, T = self._plan, len(series.rows)
         assert plan is not None
@@ -335,13 +337,14 @@ class SeriesFilter:
                 raise checks.fail(OP, f"{source}, line {row.line}: {self._unlike(row)}")
             place = self.clock.position(row.moment)
             if place < before:
-                back = f"the time {row.label!r} is before that of the row ahead, {self.clock.written(before)!r}"
-                raise checks.fail(
-                    OP, f"{source}, line {row.line}: {back}.", "Sort the rows; or was this file taken in before?"
-                )
+                raise self._back(row, source, f"before that of the row ahead, {self.clock.written(before)!r}")
             before = place
             found.append(place)
         return found
+
+    def _back(self, row: Row, source: str, what: str) -> Exception:
+        problem = f"{source}, line {row.line}: the time {row.label!r} is {what}."
+        return checks.fail(OP, problem, "Sort the rows; or was this file taken in before?")
 
     def _unlike(self, row: Row) -> str:
         """What is wrong with the time of a row that does not fit the clock."""
@@ -411,7 +414,7 @@ class SeriesFilter:
     def _blueprint(self, columns: int) -> Blueprint:
         return blueprint(self.spec, columns, self._source)
 
-    def _check(self, series: Series) -> None:
+    def _check(self, series: Series, tied: bool) -> None:
         self._ready()
         if series.columns != self.columns:
             problem = f"{series.source} has the columns {', '.join(series.columns)}"
@@ -419,6 +422,9 @@ class SeriesFilter:
         if (series.time is None) != (self.clock.kind == "rows"):
             has, had = ("no times", "has") if series.time is None else ("times", "has none")
             raise checks.fail(OP, f"{series.source} has {has}, what was fitted {had}.")
+        for row in () if tied else series.rows[:1]:
+            if row.moment is not None and self.clock.fits(row.moment) and self.clock.position(row.moment) == self.last:
+                raise self._back(row, series.source, "that of the last row so far")
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -441,7 +447,7 @@ class SeriesFilter:
         """A filter as it was saved, to go on from its last row. Raises ValueError if the file is none."""
         if not Path(path).is_file():
             raise FileNotFoundError(2, "No such file or directory", str(path))
-        tensors, about = state.read(OP, path)
+        tensors, about = ({}, {}) if state.foreign(path) else state.read(OP, path)
         if about.get("format") != FORMAT or "filter" not in about:
             raise checks.fail(OP, f"{path} is no saved filter.", "stateline filter --save-state writes one.")
         try:

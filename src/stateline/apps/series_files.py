@@ -407,10 +407,14 @@ class Series:
 def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence[str] | None = None) -> Series:
     """A series from an array (T) or (T, columns), and times (T): numbers, dates or texts of either.
 
-    columns: names; None takes those of a DataFrame, or 1, 2, ….
+    times: None takes the index of a DataFrame or Series of pandas, unless that only counts rows (a RangeIndex).
+    columns: names; None takes those of the DataFrame or Series, or 1, 2, ….
     """
-    if columns is None and getattr(values, "ndim", 0) == 2:
-        columns = [str(name) for name in values.columns] if hasattr(values, "columns") else None
+    columns = names_of(values) if columns is None else columns
+    remedy = "Leave out rows that have none."
+    if times is None and (times := _index(values)) is not None:
+        remedy += " Of an index that is no time: reset_index(drop=True), with which a row is a step."
+    _check_moments(times)
     try:
         table = values.double() if isinstance(values, Tensor) else torch.tensor(np.asarray(values, dtype=np.float64))
     except (TypeError, ValueError) as error:
@@ -426,20 +430,43 @@ def series_of(values: Any, times: Sequence[Any] | None = None, columns: Sequence
     if times is not None and len(times) != len(table):
         raise checks.fail(OP, f"{len(times)} times were given for {len(table)} values.")
     moments: list[Moment | None] = (
-        [None] * len(table) if times is None else [_as_moment(i, t) for i, t in enumerate(times, 1)]
+        [None] * len(table) if times is None else [_as_moment(i, t, remedy) for i, t in enumerate(times, 1)]
     )
     rows = [
         Row(i, "" if moment is None else str(moment), moment, row)
         for i, (moment, row) in enumerate(zip(moments, table.tolist(), strict=True), 1)
     ]
-    return Series(table, names, rows, time=None if times is None else "time")
+    return Series(table, names, rows, time=None if times is None else str(getattr(times, "name", None) or "time"))
 
 
-def _as_moment(i: int, given: Any) -> Moment:
+def names_of(values: Any) -> list[str] | None:
+    """What the columns of a DataFrame or a Series are called, None of what has no names."""
+    if getattr(values, "ndim", 0) == 2 and hasattr(values, "columns"):
+        return [str(name) for name in values.columns]
+    name = getattr(values, "name", None)
+    return None if name is None or name == "" or isinstance(values, Tensor) else [str(name)]
+
+
+def _index(values: Any) -> Any:
+    """The index of a table or column of pandas, None if it only counts rows. (Lists too have an `index`, a method.)"""
+    index = getattr(values, "index", None)
+    return index if hasattr(index, "dtype") and type(index).__name__ != "RangeIndex" else None
+
+
+def _check_moments(times: Any) -> None:
+    kind = str(getattr(times, "dtype", ""))
+    for what, remedy in {
+        "period": "Convert them: .to_timestamp().",
+        "timedelta": "Give seconds, as index.total_seconds() does.",
+    }.items():
+        if kind.startswith(what):
+            raise checks.fail(OP, f"the times are of type {kind}, expected numbers or dates.", remedy)
+
+
+def _as_moment(i: int, given: Any, remedy: str) -> Moment:
     """What the i-th time means: a number, a date, or a text of one."""
-    value = given
-    if hasattr(value, "dtype") and value.dtype.kind == "M":
-        value = value.astype("datetime64[us]").item()
+    numpys = hasattr(given, "dtype") and given.dtype.kind == "M"
+    value = given.astype("datetime64[us]").item() if numpys else given
     if isinstance(value, str):
         value = float(value) if _plain(value) and value.lower() not in MISSING else _date(value, None)
     if isinstance(value, date) and not isinstance(value, datetime):
@@ -451,7 +478,6 @@ def _as_moment(i: int, given: Any) -> Moment:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        remedy = "Leave out rows that have none."
         raise checks.fail(OP, f"time {i} is {given!r}, expected a number, a date or a text of one.", remedy)
     return number
 

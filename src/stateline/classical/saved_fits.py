@@ -16,7 +16,7 @@ from stateline.classical.assembly import Structure
 from stateline.classical.batch_fit import StructureFit
 from stateline.classical.panel import Panel
 from stateline.ops.kalman import KalmanState
-from stateline.state import read, write
+from stateline.state import foreign, read, write
 
 FORMAT = "stateline-structural-1"
 PARTS = (
@@ -44,7 +44,7 @@ def save(model: Any, path: str | Path) -> None:
 def load(kind: type[Any], path: str | Path) -> Any:
     """The model in a file; see `StructuralModel.load`."""
     op = "StructuralModel.load"
-    tensors, about = read(op, path)
+    tensors, about = ({}, {}) if foreign(path) else read(op, path)
     if about.get("format") != FORMAT:
         raise fail(op, f"{path} holds no structural model.", "StructuralModel.save writes one.")
     try:

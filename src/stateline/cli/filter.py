@@ -35,7 +35,7 @@ examples:
   stateline filter monday.csv --save-state sensor.safetensors --out monday_clean.csv
   stateline filter tuesday.csv --load-state sensor.safetensors --save-state sensor2.safetensors   as if one file
   stateline filter --load-state sensor.safetensors --forecast 24                                  no new data
-  tail -f sensor.log | stateline filter - --follow --load-state sensor.safetensors
+  tail -n 0 -f sensor.log | stateline filter - --follow --load-state sensor.safetensors
 
 models (default: local-trend), of which variances are learnt:
   local-level                a level that wanders
@@ -95,13 +95,17 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     model.add_argument("--forecast", type=positive, metavar="N", help="go on for N steps")
     model.add_argument("--interval", type=float, metavar="P", help="probability of lower to upper (default: 0.95)")
     out = parser.add_argument_group("where it goes")
-    out.add_argument("--out", type=Path, metavar="FILE", help="the CSV (default: stdout)")
+    out.add_argument("--out", type=_to, metavar="FILE", help="the CSV (default, and -: stdout)")
     out.add_argument("--plot", type=Path, metavar="FILE", help="a picture: .png, .svg, .pdf; of the last 2,000 rows")
     out.add_argument("--save-state", type=Path, metavar="FILE", help="all that is needed to go on")
     out.add_argument("--load-state", type=Path, metavar="FILE", help="go on from there; it brings model and columns")
     out.add_argument("--overwrite", action="store_true", help="replace files that exist")
     out.add_argument("--follow", action="store_true", help="answer each row at once; a file is watched for more")
     out.add_argument("--quiet", action="store_true", help="no progress and no notes on stderr")
+
+
+def _to(name: str) -> Path | None:
+    return None if name == "-" else Path(name)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -214,6 +218,7 @@ class Job:
         self.table: Table
         self.picture: Picture | None = None
         self._reader: SeriesReader | None = None
+        self._tied = False
 
     def reader(self, source: str, lines: Iterable[str]) -> SeriesReader:
         """Rows of the columns that were asked for, or that the loaded filter knows."""
@@ -263,9 +268,14 @@ class Job:
                 if o.follow:
                     self._ahead()
                     self.table.out.flush()
-        except (ValueError, OSError):  # a bad line; or whoever reads the answers went away
+        except OSError:  # whoever reads the answers went away
             if o.follow:
                 self._save()
+            raise
+        except ValueError as error:  # a bad line
+            if o.follow and self._save():
+                told = f"{o.save_state} holds the state after row {self.sensor.rows:,}; --load-state goes on from it."
+                raise ValueError(f"{error} {told}") from error
             raise
 
     def end(self) -> None:
@@ -285,9 +295,12 @@ class Job:
         self.table.ahead(ahead, self.sensor.columns)
         return ahead
 
-    def _save(self) -> None:
-        if self.options.save_state and self.sensor.rows:
-            self.sensor.save(self.options.save_state)
+    def _save(self) -> bool:
+        """Whether there was something to save, and a file for it."""
+        if not (self.options.save_state and self.sensor.rows):
+            return False
+        self.sensor.save(self.options.save_state)
+        return True
 
     def _learn(self, rows: list[Row]) -> None:
         assert self._reader is not None
@@ -309,10 +322,8 @@ class Job:
             for line in _deviations(self.sensor):
                 print(line, file=sys.stderr)
             for name in self.sensor.exact:
-                told = (
-                    "is predicted without error, as if constant or a straight line; its noise is none that was learnt"
-                )
-                print(f"note: {name!r} {told}", file=sys.stderr)
+                told = "its noise could not be learnt, and the least that the filter allows is kept"
+                print(f"note: {name!r} is predicted without error (constant, or a line): {told}", file=sys.stderr)
 
     def _series(self, rows: list[Row]) -> Series:
         assert self._reader is not None
@@ -322,7 +333,8 @@ class Job:
         if not rows:
             return
         series = self._series(rows)
-        clean = self.sensor.extend(series, smooth=smooth)
+        clean = self.sensor.extend(series, smooth=smooth, tied=self._tied)
+        self._tied = True  # rows of one time may be cut apart, and those of a file are not its own again
         self.table.rows(series, clean, self.sensor.rows)
         if self.picture is not None:
             self.picture.add(series, clean, self.sensor.rows)

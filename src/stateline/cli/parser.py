@@ -39,11 +39,14 @@ class Parser(argparse.ArgumentParser):
         self._later = later
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """argparse's, once `later` has run."""
+        """argparse's, once `later` has run; but raises for what it does not know, in the name of this subcommand."""
         later, self._later = self._later, None
         if later is not None:
             later(self)
-        return super().parse_known_args(args, namespace)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
