@@ -310,7 +310,7 @@ def test_the_index_of_a_frame_is_its_times() -> None:
     for dtype, remedy in (
         ("period[D]", r"the times are of type period\[D\], expected.*\.to_timestamp\(\)"),
         ("timedelta64[us]", r"the times are of type timedelta.*Give seconds, as index\.total_seconds\(\)"),
-        ("str", r"time 1 is None, expected a number, a date .* Of an index that is no time: reset_index\(drop=True\)"),
+        ("str", r"time 1 is 'x', expected a number, a date .* Of an index that is no time: reset_index\(drop=True\)"),
     ):
         with pytest.raises(ValueError, match=remedy):
             series_of(Column(values, Index("xyzuv", dtype)))
