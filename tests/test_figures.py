@@ -117,7 +117,7 @@ def test_the_record_of_steering_is_what_its_page_says(steering: ModuleType) -> N
 
 def test_the_picture_of_steering_is_of_its_page(steering: ModuleType, tmp_path: Path) -> None:
     """It draws what a run leaves behind, under the page's own names; test_docs runs the page."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="pictures are drawn by matplotlib")
     page = steering.PAGE.read_text(encoding="utf-8")
     assert f"({steering.PICTURE.name})" in page
     names = ["start", "ahead", "high", "air", "goal", "least", *(name for name, _, _ in steering.WAYS)]
@@ -133,7 +133,7 @@ def test_the_picture_of_steering_is_of_its_page(steering: ModuleType, tmp_path: 
 
 def test_the_picture_of_learning_is_of_its_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The script stops where the page has both smoothed levels, and draws them."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="pictures are drawn by matplotlib")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     learning = importlib.import_module("learning")
     page = learning.PAGE.read_text(encoding="utf-8")

@@ -98,7 +98,8 @@ def source(file: str) -> str:
     if file in gpu_plan.FEWEST:
         return gpu_plan.source(file)
     folder = importlib.resources.files("stateline.ops.kalman")
-    ahead = ("gpu_matrix.cuh", "gpu_stage.cuh", "gpu_filter.cuh")[: 2 if file == "gpu_backward.cu" else 3]
+    forward = () if file == "gpu_backward.cu" else ("gpu_record.cuh", "gpu_filter.cuh")
+    ahead = ("gpu_matrix.cuh", "gpu_stage.cuh", *forward)
     return "".join((folder / part).read_text() for part in (*ahead, file))
 
 

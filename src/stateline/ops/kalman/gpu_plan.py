@@ -50,7 +50,8 @@ def takes(file: str, v: Variant) -> bool:
 def source(file: str) -> str:
     """A kernel file with what both share in front."""
     folder = importlib.resources.files("stateline.ops.kalman")
-    return (folder / "gpu_wide.cuh").read_text() + (folder / file).read_text()
+    ahead = ("gpu_wide.cuh", "gpu_record.cuh") if file == FORWARD else ("gpu_wide.cuh",)
+    return "".join((folder / part).read_text() for part in (*ahead, file))
 
 
 @functools.cache

@@ -1,14 +1,6 @@
 // The Kalman filter on a GPU, several lanes a series. See gpu_wide.cuh for the arithmetic.
 
-// Filled by gpu.py in this order; every field has eight bytes. Results lie step by step: (steps, series, …).
-struct Filter {
-    i64 series, steps;
-    View y, A, C, Q, R, b, d, mean0, cov0;
-    const void* index; // rows of the state, negative to skip a series
-    i64 index_wide, shared, times;
-    T *mean, *cov, *before, *before_cov, *loglik, *mean_next, *cov_next;
-    i64* failed; // of each block, step·series + series of its first failure, by step, then series; or steps·series
-};
+typedef Record Filter;
 
 struct Series : Correction {
     Vector<M> logs; // of pivots
@@ -41,9 +33,6 @@ typedef Room<Series, System> Whole;
 static_assert(sizeof(Whole) == ROOM, "gpu_plan.py and gpu_wide.cu lay shared memory out alike");
 #endif
 
-__device__ __forceinline__ i64 slot_of(const Filter& k, i64 s) {
-    return !k.index ? s : k.index_wide ? ((const i64*)k.index)[s] : ((const int*)k.index)[s];
-}
 __device__ __forceinline__ void fetch(Whole& room, const Filter& k, i64 first, int count, i64 t) {
     EACH_LANE(OWN ? count : SERIES) {
         System& to = room.systems[OWN ? x.series : 0];
